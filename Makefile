@@ -1,0 +1,23 @@
+# `make demo` runs the main job, `make test` the checks; each builds .venv first, with Python >= 3.11 and pip only.
+PYTHON ?= python3
+
+.PHONY: demo test clean
+
+demo: .venv/.installed
+	.venv/bin/adaptvit demo
+
+test: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest -n 2
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet uv || true
+	.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[dev]' \
+		|| .venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,61 @@
+"""Multiply-accumulates of what a forward pass executed: arithmetic on `Usage` and the sizes of the ViT, nothing else.
+
+Counted: every matrix product and convolution, as `torch.utils.flop_counter` counts them (one MAC is two of its FLOPs).
+Not counted, there or here: norms, activations, softmax, additions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptvit.usage import Usage
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a ViT that its MACs depend on."""
+
+    dim: int
+    """Channels of a token."""
+    depth: int
+    """Blocks."""
+    heads: int
+    head_dim: int
+    gated: bool
+    """Attention has an output gate, one more linear map."""
+    mlp_per_token: int
+    """MACs of the MLP for one token."""
+    stem_per_patch: int
+    """MACs of the patch embedding for one patch."""
+    prefix: int
+    """Class, distillation and register tokens."""
+    head: int
+    """MACs of pooling and classifier for one image, beyond those of the next line."""
+    head_per_patch: int
+    """MACs of an attention pool for one patch; 0 where the ViT pools without one."""
+
+
+def macs(usage: Usage, shape: Shape) -> Tensor:
+    """MACs executed for each image: (B,) int64.
+
+    Queries, output projection and MLP cost by the tokens updated; keys and values by the tokens attended; the two
+    attention products by both; each scaled by the heads computed and nothing where a sub-layer was off.
+    """
+    width = usage.heads * shape.head_dim
+    query_side = (2 + shape.gated) * usage.updated * shape.dim * width
+    key_side = 2 * usage.attended * shape.dim * width
+    products = 2 * usage.updated * usage.attended * width
+    attention = (query_side + key_side + products) * usage.attention
+    mlp = usage.updated * shape.mlp_per_token * usage.mlp
+    rows, columns = usage.grid
+    fixed = rows * columns * (shape.stem_per_patch + shape.head_per_patch) + shape.head
+    return (attention + mlp).sum(dim=1) + fixed
+
+
+def dense_macs(shape: Shape, grid: tuple[int, int]) -> int:
+    """MACs of timm's own forward for one image with `grid` patches: every token through every block, to the end."""
+    tokens = torch.full((1, shape.depth), shape.prefix + grid[0] * grid[1])
+    on = torch.ones_like(tokens, dtype=torch.bool)
+    usage = Usage(tokens, tokens, torch.full_like(tokens, shape.heads), on, on, grid, shape.prefix)
+    return int(macs(usage, shape))

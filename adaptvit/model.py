@@ -1,0 +1,84 @@
+"""What every adaptive model has in common."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Output
+from adaptvit.vit import check, prefix_tokens, read_slots, shape_of
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The one number of a method's config that trades compute for fidelity, steered by `adaptvit.budget`."""
+
+    field: str
+    """Name of the config field."""
+    sign: int
+    """+1 where a larger value computes more, -1 where it computes less."""
+    lowest: float
+    """Smallest value worth trying."""
+    highest: float
+    """Largest value worth trying."""
+
+
+class MethodConfig(Protocol):
+    """A frozen dataclass of a method's numbers that builds its model: what a method kept elsewhere provides."""
+
+    method: ClassVar[str]
+    """Name of the method, stored in checkpoints."""
+    knob: ClassVar[Knob | None]
+
+    def build(self, vit: VisionTransformer) -> "AdaptiveViT":
+        """The adaptive model around `vit`, sharing its weights."""
+        ...
+
+
+class AdaptiveViT(nn.Module, ABC):
+    """A timm ViT that decides, per image, what to compute.
+
+    Attributes:
+        vit: the timm model, whose parameters it trains.
+        config: the method's numbers.
+        shape: sizes for `adaptvit.macs`.
+        prefix: class, distillation and register tokens.
+        read: leading slots that the classifier reads; None where it pools all tokens.
+    """
+
+    def __init__(self, vit: VisionTransformer, config: Any) -> None:
+        """Wrap `vit`.
+
+        Raises:
+            TypeError: the model is not a ViT that this library reproduces; the message names the part.
+        """
+        super().__init__()
+        check(vit)
+        self.vit = vit
+        self.config = config
+        self.shape = shape_of(vit)
+        self.prefix = prefix_tokens(vit)
+        self.read = read_slots(vit)
+
+    @abstractmethod
+    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+        """Classify (B, channels, height, width) images; `layout` None lets the method choose."""
+
+    @property
+    def logits_only(self) -> "LogitsOnly":
+        """This model as an ordinary module from images to logits, for other people's evaluation and serving loops."""
+        return LogitsOnly(self)
+
+
+class LogitsOnly(nn.Module):
+    """Images -> logits."""
+
+    def __init__(self, model: AdaptiveViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits

@@ -1,0 +1,221 @@
+"""Two layouts for the tokens of a batch whose images keep different numbers of them: `Masked` and `Packed`.
+
+Letters: B images, N token slots, T live tokens over the batch, D channels, H heads, d channels per head.
+
+A method is written once against the verbs below and runs in both layouts with the same meaning. `Masked` computes every
+slot and hides the dead ones: it is the definition, and what gates need whose gradients pass through the mask. `Packed`
+stores the live tokens end to end, image after image, and computes nothing else: it is the speed.
+
+"Token features" below are tensors laid out as the layout lays out its own: (B, N, ...) masked, (T, ...) packed.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Tokens(ABC):
+    """The tokens of a batch. Immutable; every verb returns new tokens or a tensor.
+
+    Attributes:
+        x: features, laid out by the layout.
+        live: (B, N) bool, the slots that hold a token.
+    """
+
+    x: Tensor
+    live: Tensor
+
+    @classmethod
+    @abstractmethod
+    def of(cls, x: Tensor) -> Self:
+        """Lay out dense (B, N, D) features; every slot is live."""
+
+    @abstractmethod
+    def with_x(self, x: Tensor) -> Self:
+        """The same tokens with other features."""
+
+    @abstractmethod
+    def keep(self, chosen: Tensor) -> Self:
+        """Drop every token whose slot is not in `chosen`, (B, N) or (1, N) bool; dead slots stay dead."""
+
+    @abstractmethod
+    def grid(self, t: Tensor) -> Tensor:
+        """Token features -> (B, N, ...), 0 where a slot is dead."""
+
+    @abstractmethod
+    def spread(self, t: Tensor) -> Tensor:
+        """(B, 1, ...) or (B, N, ...) -> something that broadcasts against token features."""
+
+    @abstractmethod
+    def first(self, count: int) -> Tensor:
+        """Features of the first `count` slots, (B, count, D), 0 where a slot is dead."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+        """Scaled dot-product attention within each image.
+
+        Args:
+            q: features (..., H, d) of the tokens `queries`, which are these tokens or some of them.
+            k, v: features (..., H, d) of these tokens.
+            queries: `self`, or what `self.keep(...)` gave.
+            dropout: probability of dropping an attention weight.
+        Returns:
+            features (..., H, d) of `queries`; what stands in dead slots has no meaning.
+        """
+
+
+@dataclass(frozen=True)
+class Masked(Tokens):
+    """Every slot computed, dead ones hidden from attention. x is (B, N, D)."""
+
+    x: Tensor
+    live: Tensor
+    full: bool
+    """No slot was ever dropped, so attention needs no mask."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        return cls(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), full=True)
+
+    def with_x(self, x: Tensor) -> Self:
+        return replace(self, x=x)
+
+    def keep(self, chosen: Tensor) -> Self:
+        return replace(self, live=self.live & chosen, full=False)
+
+    def grid(self, t: Tensor) -> Tensor:
+        live = self.live.view(*self.live.shape, *[1] * (t.ndim - 2))
+        return t.masked_fill(~live, 0)
+
+    def spread(self, t: Tensor) -> Tensor:
+        return t
+
+    def first(self, count: int) -> Tensor:
+        return self.x[:, :count].masked_fill(~self.live[:, :count, None], 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+        mask = None
+        if not self.full:
+            visible = self.live | ~self.live.any(dim=1, keepdim=True)  # an image without tokens attends to all: no 0/0
+            mask = visible[:, None, None, :]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Packed(Tokens):
+    """Live tokens end to end, image after image, in slot order. x is (T, D): no padding, ever."""
+
+    x: Tensor
+    live: Tensor
+    slots: Tensor
+    """(T,) each token's place in the flattened (B, N) grid, ascending."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return cls(x.flatten(0, 1), live, torch.arange(live.numel(), device=x.device))
+
+    def with_x(self, x: Tensor) -> Self:
+        return replace(self, x=x)
+
+    @cached_property
+    def full(self) -> bool:
+        """Every slot of every image is live."""
+        return len(self.slots) == self.live.numel()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens per image, on the host."""
+        images, slots = self.live.shape
+        return [slots] * images if self.full else self.live.sum(dim=1).tolist()
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
+        ends = self.live.sum(dim=1).cumsum(dim=0)
+        return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+
+    def keep(self, chosen: Tensor) -> Self:
+        rows = self.spread(chosen.expand_as(self.live)).nonzero().squeeze(1)  # the one host synchronisation
+        if len(rows) == len(self.slots):
+            return self
+        return replace(self, x=self.x.index_select(0, rows), live=self.live & chosen, slots=self.slots[rows])
+
+    def grid(self, t: Tensor) -> Tensor:
+        if not self.full:
+            t = t.new_zeros(self.live.numel(), *t.shape[1:]).index_copy(0, self.slots, t)
+        return t.unflatten(0, self.live.shape)
+
+    def spread(self, t: Tensor) -> Tensor:
+        if t.shape[1] == 1:
+            return t.squeeze(1).index_select(0, self.slots // self.live.shape[1])
+        t = t.flatten(0, 1)
+        return t if self.full else t.index_select(0, self.slots)
+
+    def first(self, count: int) -> Tensor:
+        here = self.live[:, :count]
+        if len(self.x) == 0:
+            return self.x.new_zeros(*here.shape, self.x.shape[1])
+        rows = self.offsets[:-1, None] + here.cumsum(dim=1) - 1
+        picked = self.x.index_select(0, rows.clamp(0, len(self.x) - 1).flatten()).unflatten(0, here.shape)
+        return picked.masked_fill(~here[..., None], 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+        """Choose the kernel by device, dtype and lengths.
+
+        All images equally long: one dense call. CUDA in half precision: variable-length flash attention. CPU: a call
+        per image, which beats padding, buckets of equal length and NestedTensor there. Elsewhere (CUDA in float32):
+        padded to the grid, with a mask.
+        """
+        if len(q) == 0:
+            return q
+        on_host = self.x.device.type == "cpu"
+        if (self.full and queries.full) or (on_host and _equal(self.lengths) and _equal(queries.lengths)):
+            return _attend_dense(q, k, v, images=self._images(on_host), dropout=dropout)
+        if on_host:
+            return _attend_each(q, k, v, queries.lengths, self.lengths, dropout)
+        if q.dtype in (torch.float16, torch.bfloat16) and not dropout:
+            return _attend_varlen(q, k, v, queries.offsets, self.offsets, longest=self.live.shape[1])
+        masked = Masked(self.x, self.live, full=False)
+        padded = masked.attend(queries.grid(q), self.grid(k), self.grid(v), masked, dropout)
+        return queries.spread(padded)
+
+    def _images(self, on_host: bool) -> int:
+        return sum(map(bool, self.lengths)) if on_host else len(self.live)
+
+
+LAYOUTS: dict[str, type[Tokens]] = {"masked": Masked, "packed": Packed}
+
+
+def _equal(lengths: list[int]) -> bool:
+    """All images that still have tokens have the same number of them."""
+    return len(set(lengths) - {0}) == 1
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) -> Tensor:
+    q, k, v = (t.unflatten(0, (images, -1)).transpose(1, 2) for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+
+
+def _attend_each(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int], dropout: float
+) -> Tensor:
+    outputs = []
+    for query, key, value in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
+        if len(query):
+            heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+            outputs.append(scaled_dot_product_attention(*heads_first, dropout_p=dropout).squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int) -> Tensor:
+    """`longest` only bounds the launch grid, so the number of slots will do and no length travels to the host."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, q_offsets, k_offsets, longest, longest)

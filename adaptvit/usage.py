@@ -1,0 +1,94 @@
+"""What a forward pass returns, and the record of what it computed: losses, MACs, tables and pictures read only this.
+
+Letters: B images, L blocks, N token slots, of which the first `prefix` are class, distillation and register tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Per image and block, what was computed. Integer tensors are int64; nothing here carries gradients."""
+
+    attended: Tensor
+    """(B, L) tokens that were attended to: they became keys and values. 0 where attention was off."""
+    updated: Tensor
+    """(B, L) tokens that were updated: they were queries and went through the MLP."""
+    heads: Tensor
+    """(B, L) attention heads computed."""
+    attention: Tensor
+    """(B, L) bool, the attention sub-layer ran."""
+    mlp: Tensor
+    """(B, L) bool, the MLP sub-layer ran."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    prefix: int
+    """Tokens before the first patch token."""
+    live: Tensor | None = None
+    """(B, L, N) bool, the slots that held a token on entry to the block; None where a method does not track slots."""
+
+    @classmethod
+    def of_live(cls, live: Tensor, updated: Tensor, heads: int, grid: tuple[int, int], prefix: int) -> "Usage":
+        """The record of a method that only drops tokens.
+
+        Args:
+            live: (B, L, N) bool, slots that held a token on entry to each block.
+            updated: (B, L) tokens each block updated.
+            heads: heads of every block.
+        """
+        attended = live.sum(dim=2)
+        return cls(
+            attended, updated, torch.full_like(attended, heads), attended > 0, updated > 0, grid, prefix, live
+        )
+
+    @property
+    def depth(self) -> Tensor:
+        """(B, N) blocks each slot's token entered: the 1-based block after which it stopped.
+
+        Raises:
+            ValueError: the method did not track slots.
+        """
+        if self.live is None:
+            raise ValueError("Usage.live is None: this method does not track token slots, so it has no depth map")
+        return self.live.sum(dim=1)
+
+    @property
+    def patch_depth(self) -> Tensor:
+        """(B, rows, columns) blocks each patch entered."""
+        return self.depth[:, self.prefix :].unflatten(1, self.grid)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an adaptive model returns."""
+
+    logits: Tensor
+    """(B, classes)."""
+    usage: Usage
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """The method's own loss terms, already weighted: the loss is the task's plus their sum."""
+    distilled: Tensor | None = None
+    """(B, classes) of the distillation head, only in timm's distilled training; `logits` is then the class head's."""
+
+
+def join(usages: list[Usage]) -> Usage:
+    """One record of several batches of the same model and input size, in order.
+
+    Raises:
+        ValueError: the list is empty or the patch grids differ.
+    """
+    if not usages:
+        raise ValueError("join needs at least one Usage, got an empty list")
+    if len({usage.grid for usage in usages}) > 1:
+        raise ValueError(f"join needs one patch grid, got {sorted({usage.grid for usage in usages})}")
+    parts = {
+        name: torch.cat([getattr(usage, name) for usage in usages])
+        for name in ("attended", "updated", "heads", "attention", "mlp")
+    }
+    live = [usage.live for usage in usages if usage.live is not None]
+    return Usage(
+        **parts, grid=usages[0].grid, prefix=usages[0].prefix, live=torch.cat(live) if len(live) == len(usages) else None
+    )

@@ -1,0 +1,272 @@
+"""The one door to timm: runs a timm ViT's own submodules on `Tokens`, and refuses, by name, what it does not reproduce.
+
+Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
+No other module of the package reads a timm model's attributes.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, DropPath, GluMlp, HybridEmbed, LayerScale, Mlp, PatchEmbed, SwiGLU
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptvit.macs import Shape
+from adaptvit.tokens import Tokens
+
+SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
+
+
+def check(vit: nn.Module) -> None:
+    """Refuse a model that `run_block` and `classify` would not reproduce.
+
+    Raises:
+        TypeError: naming the part that is not supported and what is.
+    """
+    name = model_name(vit)
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+        raise TypeError(f"{name} is a {type(vit).__name__}; supported are {SUPPORTED}")
+    allowed: dict[str, tuple[type, ...]] = {
+        "block": (Block,),
+        "attn": (Attention,),
+        "qkv": (nn.Linear,),
+        "mlp": (Mlp, GluMlp, SwiGLU),
+        "patch_embed": (PatchEmbed, HybridEmbed),
+        "attn_pool": (type(None), AttentionPoolLatent),
+    }
+    parts: list[tuple[str, nn.Module | None]] = [("patch_embed", vit.patch_embed), ("attn_pool", vit.attn_pool)]
+    for block in vit.blocks:
+        if type(block) is not Block:
+            parts.append(("block", block))
+            break
+        parts += [("attn", block.attn), ("mlp", block.mlp)]
+        if type(block.attn) is Attention:
+            parts.append(("qkv", block.attn.qkv))
+    for part, module in parts:
+        if type(module) not in allowed[part]:
+            names = " or ".join(kind.__name__ for kind in allowed[part])
+            raise TypeError(f"{name}.{part} is a {type(module).__name__}, which is not supported; allowed: {names}")
+    if vit.grad_checkpointing:
+        raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
+
+
+def model_name(vit: nn.Module) -> str:
+    """timm's name of the architecture, or the class name of a model built by hand."""
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(vit).__name__
+
+
+def depth(vit: VisionTransformer) -> int:
+    """Blocks of the ViT."""
+    return len(vit.blocks)
+
+
+def prefix_tokens(vit: VisionTransformer) -> int:
+    """Class, distillation and register tokens: the slots before the first patch."""
+    return vit.num_prefix_tokens
+
+
+def read_slots(vit: VisionTransformer) -> int | None:
+    """How many leading slots the classifier reads: 1 with a class token, 2 when distilled, None where it pools all."""
+    if isinstance(vit, VisionTransformerDistilled):
+        return 2
+    return 1 if vit.global_pool == "token" else None
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Images -> tokens (B, N, D) as the first block receives them, and the patch grid (rows, columns).
+
+    Raises:
+        ValueError: the images' shape or device does not fit the model.
+        TypeError: the images are not floating point, or of another precision than the weights.
+    """
+    _check_images(vit, images)
+    x = vit.patch_embed(images)
+    grid = tuple(x.shape[1:3]) if vit.dynamic_img_size else vit.patch_embed.grid_size
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(x))), grid
+
+
+def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None) -> Tokens:
+    """One transformer block.
+
+    Args:
+        chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
+    """
+    return add_mlp(block, add_attention(block, tokens, chosen))
+
+
+def add_attention(block: Block, tokens: Tokens, chosen: Tensor | None = None) -> Tokens:
+    """The attention sub-layer with its residual; `chosen` as in `run_block`."""
+    attn = block.attn
+    normed = block.norm1(tokens.x)
+    if chosen is None:
+        rows, seen = tokens, normed
+        q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    else:
+        rows = tokens.keep(chosen)
+        seen = block.norm1(rows.x)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        split = (attn.attn_dim, 2 * attn.attn_dim)
+        q_weight, kv_weight = weight.split(split)
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(split)
+        q = linear(seen, q_weight, q_bias).unflatten(-1, (attn.num_heads, attn.head_dim))
+        k, v = linear(normed, kv_weight, kv_bias).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = attn.norm(tokens.attend(attn.q_norm(q), attn.k_norm(k), v, rows, dropout).flatten(-2))
+    if attn.gate is not None:
+        out = out * attn.gate(seen).sigmoid()
+    return _residual(rows, block.ls1(attn.proj_drop(attn.proj(out))), block.drop_path1)
+
+
+def add_mlp(block: Block, tokens: Tokens) -> Tokens:
+    """The MLP sub-layer with its residual."""
+    return _residual(tokens, block.ls2(block.mlp(block.norm2(tokens.x))), block.drop_path2)
+
+
+def classify(vit: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Final norm, pooling and head.
+
+    Args:
+        x: (B, n, D), the slots that `read_slots` names, or all.
+    Returns:
+        logits (B, classes), and the distillation head's in timm's distilled training, else None.
+    """
+    logits = vit.forward_head(vit.norm(x))
+    return logits if isinstance(logits, tuple) else (logits, None)
+
+
+def shape_of(vit: VisionTransformer) -> Shape:
+    """The sizes that MACs depend on."""
+    block = vit.blocks[0]
+    stem = vit.patch_embed
+    if isinstance(stem, PatchEmbed):
+        stem_per_patch = stem.proj.weight.numel()
+    else:
+        stem_per_patch = _counted_macs(stem, vit) // stem.num_patches
+    head = _linear_macs(vit.head) + (_linear_macs(vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else 0)
+    head_per_patch = 0
+    if vit.attn_pool is not None:
+        pool = vit.attn_pool
+        head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
+        head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
+    return Shape(
+        dim=vit.embed_dim,
+        depth=len(vit.blocks),
+        heads=block.attn.num_heads,
+        head_dim=block.attn.head_dim,
+        gated=block.attn.gate is not None,
+        mlp_per_token=_linear_macs(block.mlp),
+        stem_per_patch=stem_per_patch,
+        prefix=vit.num_prefix_tokens,
+        head=head,
+        head_per_patch=head_per_patch,
+    )
+
+
+def describe(vit: VisionTransformer) -> dict[str, Any]:
+    """What `rebuild` needs to make the same architecture: JSON-able, weights not included.
+
+    Raises:
+        ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
+    """
+    block = vit.blocks[0]
+    arguments = {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": list(vit.patch_embed.patch_size),
+        "in_chans": vit.in_chans,
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
+        "no_embed_class": vit.no_embed_class,
+        "reg_tokens": vit.num_reg_tokens,
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "dynamic_img_size": vit.dynamic_img_size,
+    }
+    if type(block.mlp) is Mlp:
+        arguments["mlp_ratio"] = block.mlp.fc1.out_features / vit.embed_dim
+    if type(vit) is VisionTransformer:
+        arguments["class_token"] = vit.has_class_token
+    name = model_name(vit)
+    description = {"architecture": name, "arguments": arguments}
+    with torch.device("meta"):
+        twin = rebuild(description)
+    if _anatomy(twin) != _anatomy(vit):
+        raise ValueError(f"this {name} has parts that its timm name and arguments do not give, so it cannot be saved")
+    return description
+
+
+def rebuild(description: dict[str, Any]) -> VisionTransformer:
+    """The ViT of `describe`, with fresh weights.
+
+    Raises:
+        ValueError: timm does not know the architecture.
+    """
+    name, arguments = description["architecture"], dict(description["arguments"])
+    if arguments["init_values"] is None:
+        del arguments["init_values"]
+    for size in ("img_size", "patch_size"):
+        arguments[size] = tuple(arguments[size])
+    by_hand = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled)}
+    if name in by_hand:
+        return by_hand[name](**arguments)
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no model named {name!r}")
+    return timm.create_model(name, **arguments)
+
+
+def _residual(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
+    if isinstance(drop_path, DropPath) and drop_path.training:
+        images = len(tokens.live)
+        branch = branch * tokens.spread(drop_path(branch.new_ones(images, 1, 1)))
+    return tokens.with_x(tokens.x + branch)
+
+
+def _check_images(vit: VisionTransformer, images: Tensor) -> None:
+    name, weight = model_name(vit), next(vit.parameters())
+    if images.ndim != 4 or images.shape[1] != vit.in_chans:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, but {name} takes (batch, {vit.in_chans}, height, width)"
+        )
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
+    if images.device != weight.device:
+        raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
+    size = tuple(vit.patch_embed.img_size)
+    if not vit.dynamic_img_size and tuple(images.shape[2:]) != size:
+        raise ValueError(
+            f"images are {images.shape[2]} x {images.shape[3]} pixels, but {name} takes {size[0]} x {size[1]}; "
+            "create it with img_size=... or dynamic_img_size=True"
+        )
+
+
+def _linear_macs(module: nn.Module | None) -> int:
+    """MACs of every linear map inside, applied once each to one token."""
+    if module is None:
+        return 0
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def _counted_macs(stem: nn.Module, vit: VisionTransformer) -> int:
+    """MACs of a stem that is not one convolution (a ResNet), counted by running it once."""
+    weight = next(vit.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        stem(torch.zeros(1, vit.in_chans, *stem.img_size, device=weight.device, dtype=weight.dtype))
+    return counter.get_total_flops() // 2
+
+
+def _anatomy(vit: nn.Module) -> tuple[dict[str, torch.Size], list[str]]:
+    """Parameter names and shapes, and every part that computes, leaving out what only regularises."""
+    regularisers = (nn.Identity, nn.Dropout, DropPath)
+    shapes = {key: value.shape for key, value in vit.state_dict().items()}
+    parts = [repr(part) for part in vit.modules() if not list(part.children()) and not isinstance(part, regularisers)]
+    return shapes, parts
