@@ -203,9 +203,7 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) 
     return scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
 
 
-def _attend_each(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int], dropout: float
-) -> Tensor:
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int], dropout: float) -> Tensor:
     outputs = []
     for query, key, value in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
         if len(query):

@@ -40,9 +40,7 @@ class Usage:
             heads: heads of every block.
         """
         attended = live.sum(dim=2)
-        return cls(
-            attended, updated, torch.full_like(attended, heads), attended > 0, updated > 0, grid, prefix, live
-        )
+        return cls(attended, updated, torch.full_like(attended, heads), attended > 0, updated > 0, grid, prefix, live)
 
     @property
     def depth(self) -> Tensor:
@@ -90,5 +88,8 @@ def join(usages: list[Usage]) -> Usage:
     }
     live = [usage.live for usage in usages if usage.live is not None]
     return Usage(
-        **parts, grid=usages[0].grid, prefix=usages[0].prefix, live=torch.cat(live) if len(live) == len(usages) else None
+        **parts,
+        grid=usages[0].grid,
+        prefix=usages[0].prefix,
+        live=torch.cat(live) if len(live) == len(usages) else None,
     )

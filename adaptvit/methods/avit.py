@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from adaptvit.losses import mean_over_processes
+from adaptvit.methods import avit_official
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.priors import PRIORS, halting_prior, released_target
+from adaptvit.priors import PRIORS, halting_prior
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import classify, depth, embed, run_block
+from adaptvit.vit import classify, embed, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,54 +99,128 @@ class AViTConfig:
 class AViT(AdaptiveViT):
     """A ViT whose tokens halt."""
 
+    prior: Tensor
+
     def __init__(self, vit: VisionTransformer, config: AViTConfig) -> None:
         super().__init__(vit, config)
         if config.class_token == "stays" and self.read is None:
-            raise ValueError("AViTConfig.class_token is 'stays', but this ViT pools all tokens: only 'halts' is allowed")
-        blocks = depth(vit)
+            raise ValueError("AViTConfig.class_token='stays' needs a class token, but this ViT pools all its tokens")
+        blocks = self.shape.depth
         target = 0.75 * blocks if config.prior_depth is None else config.prior_depth
-        if config.mode == "official":
-            self.run_block, self.terms, prior = official_block, official_terms, released_target
-            target = int(target)
-        else:
-            self.run_block, self.terms, prior = run_block, clean_terms, halting_prior
-        self.register_buffer("prior", prior(config.prior, blocks, target, config.prior_scale), persistent=False)
+        official = config.mode == "official"
+        prior = avit_official.target if official else halting_prior
+        values = prior(config.prior, blocks, target, config.prior_scale)
+        self.register_buffer("prior", values.float(), persistent=False)
 
     def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """Classify images.
 
         Args:
             images: (B, channels, height, width).
-            layout: `Masked` or `Packed`; None packs, except where `official` training needs every slot.
+            layout: None packs, except for `official` losses, which read dead slots and so need `Masked`.
             early_exit: an image leaves once the tokens that its logits read have halted. Exact for the logits, but its
                 patches' depths end there and there are no loss terms. None: in evaluation, not in training.
         Raises:
-            ValueError: official mode asked to run packed without early exit, where its losses cannot be had.
+            ValueError: `official` losses asked of `Packed`.
         """
-        config = self.config
         early_exit = not self.training if early_exit is None else early_exit
-        official = config.mode == "official" and not early_exit
-        if official and layout is Packed:
-            raise ValueError("AViTConfig.mode='official' needs layout=Masked or early_exit=True: its losses read dead slots")
-        x, grid = embed(self.vit, images)
-        tokens = (layout or (Masked if official else Packed)).of(x)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        is_read = torch.arange(x.shape[1], device=x.device)[None] < (self.read or x.shape[1])
-        total = torch.zeros(tokens.live.shape, dtype=precise, device=x.device)
-        rho, output = torch.zeros_like(total), 0.0
-        lives, scores, updated = [], [], []
+        if self.config.mode == "official" and not early_exit:
+            return avit_official.forward(self, images, layout or Masked)
 
+        x, grid = embed(self.vit, images)
+        tokens = (layout or Packed).of(x)
+        total = torch.zeros(tokens.live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        rho, output = total, total.new_zeros(())
+        reading = self.reading(x)
+        lives, scores = [], []
         for block in self.vit.blocks:
             last = block is self.vit.blocks[-1]
             live = tokens.live
-            if official:
-                tokens = self.run_block(block, tokens)
-            else:
-                tokens = run_block(block, tokens, is_read if last and self.read else None)
-            score = tokens.grid(self.halting_score(tokens.x.to(precise))) if not last else live.to(precise)
-            ...
-        raise NotImplementedError
+            tokens = run_block(block, tokens, reading if last and self.read else None)
+            score = live.to(total.dtype) if last else self.halting_score(tokens, total.dtype)
+            if self.config.class_token == "stays" and not last:
+                score = score.masked_fill(reading, 0)
+            weight, going = halt(score, total, live, self.config.epsilon)
+            output = output + self.read_out(tokens, weight)
+            rho = rho + live + weight * ~going
+            total = total + score
+            lives.append(live)
+            scores.append(score)
+            if early_exit:
+                going = going & (going & reading).any(dim=1, keepdim=True)
+            if not last:
+                tokens = tokens.keep(going)
+                if block is self.vit.blocks[0]:
+                    warn_if_all_halted(going, self.config.gate_center)
 
-    def halting_score(self, x: Tensor) -> Tensor:
-        """h = sigmoid(gamma t + beta), t being channel 0 of the token features (..., D)."""
-        return torch.sigmoid(self.config.gate_scale * x[..., 0] - self.config.gate_center)
+        logits, distilled = classify(self.vit, output.to(x.dtype))
+        usage = self.usage(torch.stack(lives, dim=1), grid, last_block_reads=self.read)
+        terms = {} if early_exit else self.terms(torch.stack(scores), rho)
+        return Output(logits, usage, terms, distilled)
+
+    def halting_score(self, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+        """h = sigmoid(gamma t + beta), t being channel 0 after the block: (B, N), 0 where dead."""
+        return tokens.grid(torch.sigmoid(self.config.gate_scale * tokens.x[..., 0].to(dtype) - self.config.gate_center))
+
+    def reading(self, x: Tensor) -> Tensor:
+        """(1, N) bool, the slots of (B, N, D) tokens that the classifier reads."""
+        return torch.arange(x.shape[1], device=x.device)[None] < (self.read or x.shape[1])
+
+    def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
+        """This block's share in the mean-field output: (B, R, D) from weights (B, N)."""
+        if self.read is None:
+            return weight[..., None] * tokens.grid(tokens.x)
+        return weight[:, : self.read, None] * tokens.first(self.read)
+
+    def usage(self, live: Tensor, grid: tuple[int, int], last_block_reads: int | None) -> Usage:
+        """The record of (B, L, N) live slots; the last block updates the slots that are read, or all for None."""
+        updated = live.sum(dim=2)
+        if last_block_reads is not None:
+            updated[:, -1] = live[:, -1, :last_block_reads].sum(dim=1)
+        return Usage.of_live(live, updated, self.shape.heads, grid, self.prefix)
+
+    def terms(self, scores: Tensor, rho: Tensor) -> dict[str, Tensor]:
+        """Ponder and distribution loss, weighted.
+
+        Args:
+            scores: (L, B, N) halting scores, 0 where dead.
+            rho: (B, N) ponder cost: blocks entered plus remainder.
+        """
+        ponder = rho[:, self.prefix :].mean()
+        mean_scores = mean_over_processes(scores[:, :, self.prefix :].mean(dim=(1, 2)))
+        divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(scores.dtype), self.config.divergence)
+        return {"ponder": self.config.ponder_weight * ponder, "prior": self.config.prior_weight * divergence}
+
+
+def halt(score: Tensor, total: Tensor, live: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """One halting step: what each token adds to its output now, and who goes on.
+
+    Args:
+        score: (B, N) halting score of this block, in [0, 1].
+        total: (B, N) scores of the blocks before, added up.
+        live: (B, N) bool, tokens that entered this block.
+    Returns:
+        weight: (B, N), the score where a token goes on, what is left to 1 where it halts, 0 where it is dead. Over the
+            blocks a token's weights sum to 1.
+        going: (B, N) bool.
+    Source: A-ViT, Algorithm 1. Differs: a total of exactly 1 - epsilon halts; in the released code it is lost.
+    """
+    going = live & (total + score < 1 - epsilon)
+    return torch.where(going, score, 1 - total) * live, going
+
+
+def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:
+    """KL divergence of two distributions over (L,) blocks, in nats, in the direction "target||model" or its reverse."""
+    least = torch.finfo(model.dtype).tiny
+    ratio = target.clamp_min(least).log() - model.clamp_min(least).log()
+    return (target * ratio).sum() if direction == "target||model" else (-model * ratio).sum()
+
+
+def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
+    """Say so when the gate leaves nothing after the first block."""
+    if not going.any():
+        warnings.warn(
+            f"AViTConfig.gate_center={gate_center:g} halts every image after block 1: raise it, or calibrate the gate "
+            "with adaptvit.meet_target",
+            stacklevel=3,
+        )

@@ -1,0 +1,23 @@
+"""Vision transformers that spend compute where an image needs it."""
+
+from adaptvit.macs import Shape, dense_macs, macs
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.full import FullConfig
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Masked, Packed
+from adaptvit.usage import Output, Usage, join
+
+__all__ = [
+    "AViTConfig",
+    "AdaptiveViT",
+    "FullConfig",
+    "Knob",
+    "Masked",
+    "Output",
+    "Packed",
+    "Shape",
+    "Usage",
+    "dense_macs",
+    "join",
+    "macs",
+]

@@ -1,0 +1,1 @@
+"""One file per method: config, model, decision functions, own loss."""
