@@ -207,8 +207,8 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_length
     outputs = []
     for query, key, value in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
         if len(query):
-            heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-            outputs.append(scaled_dot_product_attention(*heads_first, dropout_p=dropout).squeeze(0).transpose(0, 1))
+            query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+            outputs.append(scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -216,4 +216,6 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets
     """`longest` only bounds the launch grid, so the number of slots will do and no length travels to the host."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, q_offsets, k_offsets, longest, longest)
+    out = varlen_attn(q, k, v, q_offsets, k_offsets, longest, longest)
+    assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out

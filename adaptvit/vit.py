@@ -22,7 +22,7 @@ from adaptvit.tokens import Tokens
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
 
 
-def check(vit: nn.Module) -> None:
+def check(vit: Any) -> None:
     """Refuse a model that `run_block` and `classify` would not reproduce.
 
     Raises:
@@ -256,7 +256,7 @@ def _linear_macs(module: nn.Module | None) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def _counted_macs(stem: nn.Module, vit: VisionTransformer) -> int:
+def _counted_macs(stem: Any, vit: VisionTransformer) -> int:
     """MACs of a stem that is not one convolution (a ResNet), counted by running it once."""
     weight = next(vit.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
