@@ -1,1 +1,9 @@
 """One file per method: config, model, decision functions, own loss."""
+
+from typing import Any
+
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.full import FullConfig
+
+METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig)}
+"""Config types by name, for checkpoints and the command line."""

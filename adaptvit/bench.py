@@ -1,0 +1,203 @@
+"""Measured speed beside the MACs that were saved: timm's own model, masked and packed execution, in turns."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
+
+from adaptvit.budget import meet_target
+from adaptvit.macs import dense_macs, macs
+from adaptvit.methods import METHODS
+from adaptvit.model import AdaptiveViT
+from adaptvit.timing import interleaved
+from adaptvit.tokens import LAYOUTS
+from adaptvit.usage import join
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure, and how."""
+
+    model: str
+    """Name of a timm ViT; its weights are random, which its speed does not depend on."""
+    method: str = "avit"
+    """Adaptive method: a key of `adaptvit.methods.METHODS`."""
+    target: float = 0.5
+    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; `full` has no knob and ignores it."""
+    batch_size: int = 32
+    """Images per forward pass."""
+    images: int = 32
+    """Images in all, at least `batch_size`; budget and speed are averages over them."""
+    img_size: int | None = None
+    """Side of the input in pixels; None is the model's own."""
+    data: Path | None = None
+    """Folder of images; None takes random crops of scikit-learn's two photographs."""
+    train: bool = False
+    """Time a training step, forward and backward, instead of evaluation."""
+    rounds: int = 10
+    """Timed turns of each execution."""
+    threads: int = 2
+    """CPU threads of torch."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+    dtype: str = "float32"
+    """Precision of weights and images: float32, bfloat16 or float16."""
+    seed: int = 0
+    """Seed of weights and crops."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "images", "rounds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {self.target}")
+        if self.images % self.batch_size:
+            raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device!r}, but torch finds no CUDA here; use --device cpu")
+        if not timm.is_model(self.model):
+            near = timm.list_models(f"*{self.model.split('_')[0]}*")[:3]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"timm {timm.__version__} has no model named {self.model!r}{hint}")
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Move the method's knob to the target on the bench images, then time dense, masked and packed execution in turns.
+
+    Returns:
+        JSON-able figures: images per second (median over rounds), `ideal_speedup` (dense MACs / executed MACs),
+        `realised_speedup` (median over rounds of dense time / packed time), `ratio` (realised / ideal), MACs per image,
+        tokens attended to per block (mean, min, max over images), and the conditions of the run.
+    Raises:
+        TypeError: the model is not a ViT that the library reproduces.
+        ValueError: the images cannot be read, or the target cannot be met.
+    """
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    size = {} if config.img_size is None else {"img_size": config.img_size}
+    vit = timm.create_model(config.model, **size).to(device, dtype).train(config.train)
+    images = _images(config, vit).to(device, dtype)
+    batches = images.split(config.batch_size)
+
+    method = METHODS[config.method]()
+    model = method.build(vit)
+    if method.knob is not None:
+        method = meet_target(method, vit, images, config.target)
+        model = method.build(vit)
+    model.train(config.train)
+    passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
+    with torch.set_grad_enabled(config.train):
+        usage = join([model(batch).usage for batch in batches])
+    load_before = os.getloadavg()[0]
+    with torch.inference_mode(not config.train):
+        step = _train_step if config.train else _evaluate
+        seconds = interleaved(
+            {name: partial(step, run, batches) for name, run in passes.items()}, config.rounds, device
+        )
+
+    executed, dense = macs(usage, model.shape).double(), dense_macs(model.shape, usage.grid)
+    ideal = dense / executed.mean().item()
+    realised = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
+    per_second = {f"{name}_images_per_s": config.images / median(times) for name, times in seconds.items()}
+    attended = usage.attended.double()
+    return {
+        "model": config.model,
+        "method": config.method,
+        "knob": None if method.knob is None else {method.knob.field: getattr(method, method.knob.field)},
+        "training_step": config.train,
+        **per_second,
+        "ideal_speedup": ideal,
+        "realised_speedup": realised,
+        "ratio": realised / ideal,
+        "packed_over_masked": median(m / p for m, p in zip(seconds["masked"], seconds["packed"], strict=True)),
+        "macs_dense": dense,
+        "macs_executed": executed.mean().item(),
+        "macs_executed_p10_p90": executed.quantile(torch.tensor([0.1, 0.9]).to(executed)).tolist(),
+        "tokens_per_block": {
+            "mean": attended.mean(dim=0).tolist(),
+            "min": usage.attended.amin(dim=0).tolist(),
+            "max": usage.attended.amax(dim=0).tolist(),
+        },
+        "batch_size": config.batch_size,
+        "images": config.images,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": config.dtype,
+        "threads": config.threads,
+        "load_average": [load_before, os.getloadavg()[0]],
+        "rounds": config.rounds,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+class _Layout:
+    """A model bound to a layout, called like a plain ViT."""
+
+    def __init__(self, model: AdaptiveViT, layout: Any) -> None:
+        self.model, self.layout = model, layout
+
+    def __call__(self, images: Tensor) -> Tensor:
+        output = self.model(images, self.layout)
+        return output.logits + sum(output.terms.values())
+
+
+def _evaluate(run: Any, batches: tuple[Tensor, ...]) -> None:
+    for batch in batches:
+        run(batch)
+
+
+def _train_step(run: Any, batches: tuple[Tensor, ...]) -> None:
+    for batch in batches:
+        logits = run(batch)
+        cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)).backward()
+
+
+def _images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
+    settings = resolve_model_data_config(vit)
+    side = config.img_size or settings["input_size"][-1]
+    settings["input_size"] = (settings["input_size"][0], side, side)
+    if config.data is not None:
+        return _folder(config.data, config.images, create_transform(**settings))
+    crop = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomResizedCrop(side, scale=(0.02, 0.6), antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(settings["mean"], settings["std"]),
+        ]
+    )
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    return torch.stack([crop(photographs[i % len(photographs)]) for i in range(config.images)])
+
+
+def _folder(folder: Path, count: int, transform: Any) -> Tensor:
+    if not folder.is_dir():
+        raise ValueError(f"data is {str(folder)!r}, which is not a folder")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < count:
+        raise ValueError(f"data folder {str(folder)!r} holds {len(files)} images, but the bench wants {count}")
+    images = []
+    for file in files[:: len(files) // count][:count]:
+        try:
+            images.append(transform(Image.open(file).convert("RGB")))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{str(file)!r} cannot be read as an image: {error}") from None
+    return torch.stack(images)

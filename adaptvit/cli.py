@@ -1,0 +1,76 @@
+"""Vision transformers that spend compute where an image needs it."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from adaptvit.bench import BenchConfig, bench
+from adaptvit.files import write_atomically
+
+Config = TypeVar("Config")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake ends in one sentence and exit code 2."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed execution beside their MACs")
+    try:
+        arguments = parser.parse_args([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
+        COMMANDS[arguments.command](arguments[arguments.command])
+    except (ArgumentError, OSError, TypeError, ValueError) as error:
+        print(f"adaptvit: {str(error).strip().splitlines()[-1].strip()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("adaptvit: interrupted; everything finished before is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def bench_parser() -> ArgumentParser:
+    """`adaptvit bench MODEL`."""
+    parser = ArgumentParser(
+        description="Move a method's knob to a MACs target, then time dense, masked and packed runs."
+    )
+    parser.add_class_arguments(BenchConfig, as_positional=True)
+    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    return parser
+
+
+def run_bench(arguments: Namespace) -> None:
+    """Print the figures as a table and write them where asked."""
+    figures = bench(_config(BenchConfig, arguments))
+    for name in ("dense_images_per_s", "masked_images_per_s", "packed_images_per_s"):
+        print(f"{name:>22} {figures[name]:10.2f}")
+    for name in ("ideal_speedup", "realised_speedup", "ratio"):
+        print(f"{name:>22} {figures[name]:10.3f}")
+    for name in ("macs_dense", "macs_executed"):
+        print(f"{name:>22} {figures[name] / 1e9:10.3f} G")
+    tokens = figures["tokens_per_block"]
+    for name in ("mean", "min", "max"):
+        print(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
+    loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
+    print(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
+    if arguments.json is not None:
+        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+
+
+COMMANDS = {"bench": run_bench}
+
+
+def _config(kind: type[Config], arguments: Namespace) -> Config:
+    return kind(**{field.name: arguments[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _underscored(word: str) -> str:
+    """An option spelled with dashes, as everywhere on the command line, in the parser's own spelling."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
