@@ -1,5 +1,7 @@
 """Vision transformers that spend compute where an image needs it."""
 
+from adaptvit import names as names  # registers the A-ViT models with timm
+from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
@@ -17,7 +19,10 @@ __all__ = [
     "Packed",
     "Shape",
     "Usage",
+    "convert",
     "dense_macs",
     "join",
+    "load",
     "macs",
+    "save",
 ]

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Protocol
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adaptvit.macs import Shape
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output
-from adaptvit.vit import check, prefix_tokens, read_slots, shape_of
+from adaptvit.vit import check, class_count, input_size, prefix_tokens, read_slots, shape_of, timm_config
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class AdaptiveViT(nn.Module, ABC):
     Attributes:
         vit: the timm model, whose parameters it trains.
         config: the method's numbers.
-        shape: sizes for `adaptvit.macs`.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
     """
@@ -59,13 +59,27 @@ class AdaptiveViT(nn.Module, ABC):
         check(vit)
         self.vit = vit
         self.config = config
-        self.shape = shape_of(vit)
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
 
     @abstractmethod
     def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Classify (B, channels, height, width) images; `layout` None lets the method choose."""
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes for `adaptvit.macs`, of the ViT as it is now."""
+        return shape_of(self.vit)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's record of the weights, with the input size of this ViT, for `timm.data.resolve_model_data_config`."""
+        return timm_config(self.vit) | {"input_size": input_size(self.vit)}
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head, where timm's tools look for it."""
+        return class_count(self.vit)
 
     @property
     def logits_only(self) -> "LogitsOnly":
@@ -82,3 +96,8 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).logits
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's record of the weights."""
+        return self.model.pretrained_cfg

@@ -10,13 +10,14 @@ stores the live tokens end to end, image after image, and computes nothing else:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class Tokens(ABC):
@@ -139,7 +140,7 @@ class Packed(Tokens):
     def offsets(self) -> Tensor:
         """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
         ends = self.live.sum(dim=1).cumsum(dim=0)
-        return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+        return pad(ends, (1, 0)).to(torch.int32)
 
     def keep(self, chosen: Tensor) -> Self:
         rows = self.spread(chosen.expand_as(self.live)).nonzero().squeeze(1)  # the one host synchronisation
@@ -160,42 +161,40 @@ class Packed(Tokens):
 
     def first(self, count: int) -> Tensor:
         here = self.live[:, :count]
-        if len(self.x) == 0:
-            return self.x.new_zeros(*here.shape, self.x.shape[1])
+        x = self.x if len(self.x) else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
         rows = self.offsets[:-1, None] + here.cumsum(dim=1) - 1
-        picked = self.x.index_select(0, rows.clamp(0, len(self.x) - 1).flatten()).unflatten(0, here.shape)
+        picked = x.index_select(0, rows.clamp(0, len(x) - 1).flatten()).unflatten(0, here.shape)
         return picked.masked_fill(~here[..., None], 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
-        """Choose the kernel by device, dtype and lengths.
-
-        All images equally long: one dense call. CUDA in half precision: variable-length flash attention. CPU: a call
-        per image, which beats padding, buckets of equal length and NestedTensor there. Elsewhere (CUDA in float32):
-        padded to the grid, with a mask.
-        """
         if len(q) == 0:
-            return q
-        on_host = self.x.device.type == "cpu"
-        if (self.full and queries.full) or (on_host and _equal(self.lengths) and _equal(queries.lengths)):
-            return _attend_dense(q, k, v, images=self._images(on_host), dropout=dropout)
-        if on_host:
-            return _attend_each(q, k, v, queries.lengths, self.lengths, dropout)
-        if q.dtype in (torch.float16, torch.bfloat16) and not dropout:
-            return _attend_varlen(q, k, v, queries.offsets, self.offsets, longest=self.live.shape[1])
-        masked = Masked(self.x, self.live, full=False)
-        padded = masked.attend(queries.grid(q), self.grid(k), self.grid(v), masked, dropout)
-        return queries.spread(padded)
-
-    def _images(self, on_host: bool) -> int:
-        return sum(map(bool, self.lengths)) if on_host else len(self.live)
+            return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
+        if self.full and queries.full:
+            return _attend_dense(q, k, v, len(self.live), dropout)
+        if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
+            images = len([length for length in self.lengths if length])
+            if len(q) == images * max(queries.lengths) and len(k) == images * max(self.lengths):
+                return _attend_dense(q, k, v, images, dropout)
+        return ragged_kernel(q.device, q.dtype, dropout)(q, k, v, self, queries, dropout)
 
 
 LAYOUTS: dict[str, type[Tokens]] = {"masked": Masked, "packed": Packed}
 
 
-def _equal(lengths: list[int]) -> bool:
-    """All images that still have tokens have the same number of them."""
-    return len(set(lengths) - {0}) == 1
+Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Packed, float], Tensor]
+
+
+def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float) -> Kernel:
+    """The attention kernel for images of different lengths.
+
+    On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
+    variable-length flash attention, which has no dropout, does; elsewhere images are padded to the grid.
+    """
+    if device.type == "cpu":
+        return _attend_each
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not dropout:
+        return _attend_varlen
+    return _attend_padded
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) -> Tensor:
@@ -203,19 +202,26 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) 
     return scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], k_lengths: list[int], dropout: float) -> Tensor:
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
     outputs = []
-    for query, key, value in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
-        if len(query):
-            query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    per_image = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
+    for image in per_image:
+        if len(image[0]):
+            query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in image)
             outputs.append(scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int) -> Tensor:
-    """`longest` only bounds the launch grid, so the number of slots will do and no length travels to the host."""
-    from torch.nn.attention.varlen import varlen_attn
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
+    """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
+    from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
-    out = varlen_attn(q, k, v, q_offsets, k_offsets, longest, longest)
+    slots = keys.live.shape[1]
+    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     return out
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
+    masked = Masked(keys.x, keys.live, full=False)
+    return queries.spread(masked.attend(queries.grid(q), keys.grid(k), keys.grid(v), masked, dropout))

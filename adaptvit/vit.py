@@ -20,6 +20,18 @@ from adaptvit.macs import Shape
 from adaptvit.tokens import Tokens
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
+PREPROCESSING = (
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "mean",
+    "std",
+    "crop_pct",
+    "crop_mode",
+    "test_input_size",
+    "test_crop_pct",
+)
+"""What timm's `pretrained_cfg` says about the images."""
 
 
 def check(vit: Any) -> None:
@@ -57,8 +69,22 @@ def check(vit: Any) -> None:
 
 def model_name(vit: nn.Module) -> str:
     """timm's name of the architecture, or the class name of a model built by hand."""
-    config = getattr(vit, "pretrained_cfg", None) or {}
-    return config.get("architecture") or type(vit).__name__
+    return timm_config(vit).get("architecture") or type(vit).__name__
+
+
+def timm_config(vit: nn.Module) -> dict[str, Any]:
+    """timm's record of the weights and of the images they were trained on; empty for a model built by hand."""
+    return getattr(vit, "pretrained_cfg", None) or {}
+
+
+def input_size(vit: VisionTransformer) -> tuple[int, int, int]:
+    """Channels, height and width of the images; timm's own record keeps those of the pretrained weights."""
+    return (vit.in_chans, *vit.patch_embed.img_size)
+
+
+def class_count(vit: VisionTransformer) -> int:
+    """Classes of the head; 0 without one."""
+    return vit.num_classes
 
 
 def depth(vit: VisionTransformer) -> int:
@@ -169,7 +195,7 @@ def shape_of(vit: VisionTransformer) -> Shape:
 
 
 def describe(vit: VisionTransformer) -> dict[str, Any]:
-    """What `rebuild` needs to make the same architecture: JSON-able, weights not included.
+    """What `rebuild` needs to make the same architecture and to prepare its images: JSON-able, weights not included.
 
     Raises:
         ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
@@ -191,13 +217,16 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
         "reg_tokens": vit.num_reg_tokens,
         "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
         "dynamic_img_size": vit.dynamic_img_size,
+        "dynamic_img_pad": vit.patch_embed.dynamic_img_pad,
     }
     if type(block.mlp) is Mlp:
         arguments["mlp_ratio"] = block.mlp.fc1.out_features / vit.embed_dim
     if type(vit) is VisionTransformer:
         arguments["class_token"] = vit.has_class_token
-    name = model_name(vit)
-    description = {"architecture": name, "arguments": arguments}
+        arguments["pool_include_prefix"] = vit.pool_include_prefix
+    name, recorded = model_name(vit), timm_config(vit)
+    data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
+    description = {"architecture": name, "arguments": arguments, "data": data}
     with torch.device("meta"):
         twin = rebuild(description)
     if _anatomy(twin) != _anatomy(vit):
@@ -218,10 +247,14 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         arguments[size] = tuple(arguments[size])
     by_hand = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled)}
     if name in by_hand:
-        return by_hand[name](**arguments)
-    if not timm.is_model(name):
+        vit = by_hand[name](**arguments)
+    elif timm.is_model(name):
+        vit = timm.create_model(name, pretrained=False, **arguments)
+    else:
         raise ValueError(f"timm {timm.__version__} has no model named {name!r}")
-    return timm.create_model(name, **arguments)
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()}
+    vit.pretrained_cfg = {**timm_config(vit), **data}
+    return vit
 
 
 def _residual(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:

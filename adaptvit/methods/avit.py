@@ -106,7 +106,7 @@ class AViT(AdaptiveViT):
         if config.class_token == "stays" and self.read is None:
             raise ValueError("AViTConfig.class_token='stays' needs a class token, but this ViT pools all its tokens")
         blocks = self.shape.depth
-        target = 0.75 * blocks if config.prior_depth is None else config.prior_depth
+        target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
         official = config.mode == "official"
         prior = avit_official.target if official else halting_prior
         values = prior(config.prior, blocks, target, config.prior_scale)
@@ -146,12 +146,12 @@ class AViT(AdaptiveViT):
             total = total + score
             lives.append(live)
             scores.append(score)
+            if block is self.vit.blocks[0] and not last:
+                warn_if_all_halted(going, self.config.gate_center)
             if early_exit:
                 going = going & (going & reading).any(dim=1, keepdim=True)
             if not last:
                 tokens = tokens.keep(going)
-                if block is self.vit.blocks[0]:
-                    warn_if_all_halted(going, self.config.gate_center)
 
         logits, distilled = classify(self.vit, output.to(x.dtype))
         usage = self.usage(torch.stack(lives, dim=1), grid, last_block_reads=self.read)
@@ -220,7 +220,7 @@ def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
     """Say so when the gate leaves nothing after the first block."""
     if not going.any():
         warnings.warn(
-            f"AViTConfig.gate_center={gate_center:g} halts every image after block 1: raise it, or calibrate the gate "
+            f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or calibrate the gate "
             "with adaptvit.meet_target",
             stacklevel=3,
         )

@@ -10,7 +10,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit.methods import avit
 from adaptvit.priors import released_target
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import Output
@@ -52,9 +51,11 @@ def forward(model: "AViT", images: Tensor, layout: type[Tokens]) -> Output:
         score = torch.ones_like(raw) if last else raw
         if model.config.class_token == "stays" and not last:
             score = score.masked_fill(reading, 0)
-        weight, going = avit.halt(score, total, live, model.config.epsilon)
-        output = output + model.read_out(tokens, weight)
-        rho = rho + live + weight * ~going
+        reached = live & (total + score > 1 - model.config.epsilon)
+        going = live & (total + score < 1 - model.config.epsilon)
+        remainder = (1 - total) * reached
+        output = output + model.read_out(tokens, remainder + score * going)
+        rho = rho + live + remainder
         total = total + score
         lives.append(live)
         scores.append(raw)
@@ -84,7 +85,5 @@ def terms(model: "AViT", scores: Tensor, rho: Tensor) -> dict[str, Tensor]:
     mean_scores = scores[:, 1:].flatten(1).mean(dim=1)
     model_distribution = (mean_scores / mean_scores.sum()).clamp(0.01, 0.99)
     goal = model.prior.to(scores.dtype)
-    divergence = (goal * (goal.log() - model_distribution.log())).mean()
-    if not divergence > 0:
-        return ponder
-    return ponder | {"prior": model.config.prior_weight * divergence}
+    prior = model.config.prior_weight * (goal * (goal.log() - model_distribution.log())).mean()
+    return ponder | {"prior": prior} if prior > 0 else ponder

@@ -1,0 +1,288 @@
+"""One safetensors file per model: the ViT's weights under timm's own names, and the configuration that goes with them.
+
+    save, load    our files; an A-ViT's holds exactly the tensors of its DeiT
+    convert       published A-ViT, DeiT and timm weights -> our files
+
+Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method.`. The metadata's `adaptvit` is JSON:
+
+    {"version": 1, "method": name, "config": fields of the method's config, "vit": what `adaptvit.vit.describe` says}
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
+from torch import Tensor
+
+from adaptvit.files import replacing
+from adaptvit.methods import METHODS
+from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.names import default_cfgs
+from adaptvit.vit import describe, rebuild
+
+KEY = "adaptvit"
+VERSION = 1
+
+
+def save(model: AdaptiveViT, path: Path | str) -> None:
+    """Write weights and configuration to one safetensors file, whole or not at all.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the ViT or the config could not be rebuilt from the file.
+    """
+    record = {
+        "version": VERSION,
+        "method": model.config.method,
+        "config": _stored_config(model.config),
+        "vit": describe(model.vit),
+    }
+    tensors = {}
+    for key, value in model.state_dict().items():  # safetensors takes no views and no tensors that share memory
+        tensors[_stored_name(key)] = value.cpu().clone(memory_format=torch.contiguous_format)
+    with replacing(path) as partial:
+        partial.write_bytes(safetensors.torch.save(tensors, {KEY: json.dumps(record)}))
+
+
+def load(path: Path | str, config_type: type[MethodConfig] | None = None) -> AdaptiveViT:
+    """The model of a file that `save` or `convert` wrote: on the CPU, in training mode like any new module.
+
+    Args:
+        config_type: the config of a method kept outside this package.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, not ours, of another version, or of a method that is not known.
+    """
+    tensors, metadata = _read_safetensors(_existing(path))
+    if KEY not in metadata:
+        raise ValueError(f"{path} holds weights but no adaptvit configuration: make one with adaptvit.convert")
+    try:
+        model = _build(json.loads(metadata[KEY]), config_type)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error} in its adaptvit configuration: save it again") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be rebuilt: {error}") from error
+    own = model.state_dict()
+    _check_fit(f"{path} does not fit its own configuration", tensors, {_stored_name(key): own[key] for key in own})
+    model.load_state_dict({key: tensors[_stored_name(key)] for key in own}, assign=True)  # keeps the file's precision
+    return model
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    model_name: str,
+    *,
+    gate_scale: float | None = None,
+    gate_center: float | None = None,
+    num_classes: int = 1000,
+    img_size: int | None = None,
+) -> AdaptiveViT:
+    """Turn published weights into a file for `load`.
+
+    A-ViT and DeiT weights have the same tensors; the released A-ViT files keep their gate in the file name. Each of its
+    two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
+    training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too.
+
+    Args:
+        source: a released A-ViT or DeiT file, a training checkpoint with weights under `model` or `state_dict`, or a
+            bare state dict, as `.pth` or `.safetensors`. Nothing in it is executed.
+        target: the file to write; replaced where it exists.
+        model_name: one of the names that adaptvit registers with timm, such as `avit_tiny_patch16_224`.
+        num_classes: classes of the head in `source`.
+        img_size: pixels per side of the converted model, None for that of `model_name`. A position table of another
+            size is resized, as the released code does to fine-tune.
+    Returns:
+        The model as written; `config` says which gate it has.
+    Raises:
+        FileNotFoundError: no `source`, or no folder for `target`.
+        ValueError: `source` is damaged, needs code to be read, or does not fit `model_name` and `num_classes`.
+    """
+    if model_name not in default_cfgs:
+        raise ValueError(f"model_name must be one of {', '.join(default_cfgs)}, got {model_name!r}")
+    source = _existing(source)
+    tensors, trained_with = _read_weights(source)
+    given = {"gate_scale": gate_scale, "gate_center": gate_center}
+    gate = trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
+    model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, img_size=img_size, **gate)
+    own = model.vit.state_dict()
+    if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
+        classes = len(tensors["head.weight"])
+        raise ValueError(f"{source} has a head of {classes} classes, not {num_classes}: pass num_classes={classes}")
+    if tensors.keys() == own.keys():
+        slots = own["pos_embed"].shape[1]
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], math.isqrt(slots - model.prefix), model.prefix)
+    _check_fit(f"{source} does not fit {model_name}", tensors, own)
+    model.vit.load_state_dict(tensors)
+    save(model, target)
+    return model
+
+
+def resize_positions(table: Tensor, side: int, prefix: int) -> Tensor:
+    """A position table of one square grid resized to another: bicubic, no antialiasing, rows before the patches kept.
+
+    Args:
+        table: (1, prefix + n * n, D).
+        side: patches per side of the new grid.
+        prefix: rows of class and distillation token.
+    Returns:
+        (1, prefix + side * side, D).
+    Raises:
+        ValueError: the table's patches are not a square.
+    Source: A-ViT's and DeiT's released code, as it loads weights to fine-tune.
+    """
+    patches = table.shape[1] - prefix
+    if math.isqrt(patches) ** 2 != patches:
+        raise ValueError(f"the position table has {patches} patches, which do not make a square grid")
+    return resample_abs_pos_embed(table, [side, side], num_prefix_tokens=prefix, antialias=False)
+
+
+def gate_in_name(path: Path | str) -> dict[str, float]:
+    """The gate in a released file's name, `<anything>-<scale>-<centre>.pth`; empty where the name has none.
+
+    A date at the end of a name reads as a gate too: rename such a file, or pass the gate to `convert`.
+    """
+    found = re.search(r"-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)\.(?:pth|pt|safetensors)$", Path(path).name)
+    return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state dict of somebody else's file, and the gate among its training arguments, if any."""
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        if KEY in metadata:
+            raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
+        return clean_state_dict(tensors), {}
+    content = _read_torch(path)
+    weights, arguments = content, None
+    if isinstance(content, dict):
+        weights, arguments = content.get("model", content.get("state_dict", content)), content.get("args")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no state dict, neither bare nor under 'model' or 'state_dict'")
+    trained_with = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}}
+    return clean_state_dict(weights), gate
+
+
+def _read_torch(path: Path) -> Any:
+    """What `torch.save` wrote, as long as it is tensors, plain values and an `argparse.Namespace`."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needed:
+            raise ValueError(
+                f"{path} is refused: reading its {needed[1]} could run code; save its state dict alone"
+            ) from error
+        raise ValueError(f"{path} is damaged or was not written by torch.save") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            return file.get_tensors(), file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _existing(path: Path | str) -> Path:
+    """`path`, if a file is there."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
+    return path
+
+
+def _build(record: dict[str, Any], config_type: type[MethodConfig] | None) -> AdaptiveViT:
+    """The model that a file's metadata describes, with fresh weights."""
+    if record["version"] != VERSION:
+        raise ValueError(f"it has format version {record['version']}, and this adaptvit reads version {VERSION}")
+    method = record["method"]
+    kind = config_type or METHODS.get(method)
+    if kind is None:
+        raise ValueError(f"its method {method!r} is none of {', '.join(METHODS)}: pass that method's config_type")
+    if kind.method != method:
+        raise ValueError(f"its method is {method!r}, but config_type {kind.__name__} is of {kind.method!r}")
+    return _restored_config(kind, record["config"]).build(rebuild(record["vit"]))
+
+
+def _stored_config(config: Any) -> dict[str, Any]:
+    """A config's fields as JSON holds them.
+
+    Raises:
+        ValueError: a field would not come back as it is.
+    """
+    name = type(config).__name__
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for field, value in values.items():
+        try:
+            kept = _tuples(json.loads(json.dumps(value))) == value
+        except TypeError:
+            kept = False
+        if not kept:
+            allowed = "numbers, strings, booleans, None and tuples of these"
+            raise ValueError(f"{name}.{field} is {value!r}, which a checkpoint cannot hold; allowed are {allowed}")
+    return values
+
+
+def _restored_config(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The config of `_stored_config`; a field that the file does not have yet takes its default."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no field {', '.join(sorted(unknown))}; a newer adaptvit may have written it"
+        )
+    return kind(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, which is what a frozen config holds."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _stored_name(key: str) -> str:
+    """A state-dict key of an adaptive model as files spell it: the ViT's own, or `method.` and the method's."""
+    return key.removeprefix("vit.") if key.startswith("vit.") else f"method.{key}"
+
+
+def _check_fit(complaint: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: the complaint, and which tensors are missing, unexpected or misshaped.
+    """
+    faults = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
+        "misshaped": [
+            f"{key} {tuple(value.shape)} instead of {tuple(wanted[key].shape)}"
+            for key, value in found.items()
+            if key in wanted and value.shape != wanted[key].shape
+        ],
+    }
+    told = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
+    if told:
+        raise ValueError(f"{complaint}: {'; '.join(told)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

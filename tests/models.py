@@ -1,0 +1,54 @@
+"""Small ViTs for tests, and every method with settings that drop something on them."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from adaptvit import AViTConfig, FullConfig
+
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "distilled": {"model_name": "deit_tiny_distilled_patch16_224", "embed_dim": 48, "num_heads": 3},
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "LayerScale": {"init_values": 0.5},
+    "QK norm": {"qk_norm": True},
+    "average pool": {"model_name": "test_vit2"},
+    "average pool, no class token": {"class_token": False, "global_pool": "avg"},
+    "attention pool": {"model_name": "test_vit3"},
+    "CLIP": {"model_name": "vit_xsmall_patch16_clip_224", "embed_dim": 48, "num_heads": 3},
+    "rectangular": {"img_size": (64, 32), "patch_size": (8, 16)},
+}
+
+METHODS = {
+    "full": FullConfig(),
+    "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),
+    "avit, class token stays": AViTConfig(gate_scale=4.0, gate_center=2.0, class_token="stays"),
+    "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
+}
+DROP_NOTHING = {
+    "full": FullConfig(),
+    "avit": AViTConfig(gate_center=1e4),
+    "avit, official": AViTConfig(gate_center=1e4, mode="official"),
+}
+
+
+def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    """A ViT of four blocks on 32-pixel images whose tokens differ enough from one another for methods to tell them."""
+    torch.manual_seed(0)
+    arguments = {"model_name": "test_vit", "img_size": 32, "patch_size": 8, "depth": 4, "num_classes": 7}
+    vit = timm.create_model(**{**arguments, "dynamic_img_size": False, **FLAVOURS[flavour], **settings})
+    for name, parameter in vit.named_parameters():
+        if name.endswith(("token", "pos_embed")) or parameter.ndim < 2:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return vit.to(dtype)
+
+
+def images(vit: nn.Module, count: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Noise of contrasts that differ from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(count, 3, *vit.patch_embed.img_size, generator=generator)
+    return (batch * torch.rand(count, 1, 1, 1, generator=generator) * 3).to(dtype)

@@ -1,0 +1,146 @@
+"""A-ViT against numbers recorded from the released code; tolerances as the fixtures' README gives them."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import weights
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn.functional import cross_entropy
+
+from adaptvit import AViTConfig, Masked, Packed
+from adaptvit.methods import avit_official
+from adaptvit.methods.avit import AViT
+from adaptvit.priors import released_target
+
+
+def load(path: Path) -> SimpleNamespace:
+    case = json.loads(path.read_text())
+    arrays = dict(np.load(path.with_suffix(".npz")))
+    images = torch.from_numpy(weights.images(case["batch"], case["img_size"], case["image_seed"]))
+    full_size_sharp = case["img_size"] == 224 and case["gate_scale"] == 10
+    return SimpleNamespace(case=case, arrays=arrays, images=images, atol=1e-4 if full_size_sharp else 1e-5)
+
+
+def build(case: dict, **changes: object) -> AViT:
+    settings = dict(case["model_config"])
+    distilled, registry = settings.pop("distilled", False), settings.pop("registry", None)
+    if registry:
+        vit = timm.create_model(registry.replace("avit", "deit"), **settings)
+    else:
+        vit = (VisionTransformerDistilled if distilled else VisionTransformer)(**settings)
+    state = weights.fill(case["manifest"], case["seed"], case["scale"])
+    vit.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    config = AViTConfig(
+        **{
+            "gate_scale": case["gate_scale"],
+            "gate_center": case["gate_center"],
+            "epsilon": case["eps"],
+            "ponder_weight": case["ponder_token_scale"],
+            "prior_weight": case["distr_prior_alpha"],
+            "prior_depth": case["target_depth"] + 1,
+            "mode": "official",
+            **changes,
+        }
+    )
+    return config.build(vit).train(case["mode"] == "train")
+
+
+def close(actual: torch.Tensor, expected: np.ndarray, atol: float, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(actual.detach(), torch.from_numpy(expected), atol=atol, rtol=rtol, check_dtype=False)
+
+
+def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = load(avit_case)
+    case, arrays = recorded.case, recorded.arrays
+    seen = {}
+    terms = avit_official.terms
+    monkeypatch.setattr(
+        avit_official, "terms", lambda model, scores, rho: seen.update(h=scores, rho=rho) or terms(model, scores, rho)
+    )
+    model = build(case)
+    output = model(recorded.images, early_exit=False)
+
+    close(output.logits, arrays["logits"], recorded.atol)
+    assert np.array_equal(output.usage.depth.numpy(), arrays["counter"])
+    assert np.array_equal(output.usage.live.transpose(0, 1).numpy(), arrays["active"].astype(bool))
+    close(seen["h"], arrays["h"], 1e-3)
+    close(seen["rho"], arrays["rho"], 1e-3)
+    if "distr_target" in arrays:
+        close(model.prior, arrays["distr_target"], 1e-6)
+
+    losses = case["losses"]
+    task = cross_entropy(output.logits, torch.tensor(case["labels"]))
+    assert task.item() == pytest.approx(losses["ce"], rel=1e-5)
+    assert output.terms["ponder"].item() == pytest.approx(losses["ponder"], rel=1e-5)
+    assert ("prior" in output.terms) == bool(losses.get("distr_added"))
+    if "prior" in output.terms:
+        assert output.terms["prior"].item() == pytest.approx(losses["distr"], rel=1e-4)
+
+    parameters = dict(model.vit.named_parameters())
+    for name, loss in {"ce": task, **output.terms, "total": task + sum(output.terms.values())}.items():
+        norms = case["grad_norms"]["distr" if name == "prior" else name]
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for key, gradient in zip(parameters, gradients, strict=True):
+            norm = 0.0 if gradient is None else gradient.norm().item()
+            assert norm == pytest.approx(norms[key] or 0.0, rel=1e-3, abs=1e-6), f"gradient of {name} by {key}"
+        if name == "total":
+            for key, gradient in zip(parameters, gradients, strict=True):
+                whole, corner = arrays.get(f"grad:{key}"), arrays.get(f"grad_slice16:{key}")
+                scale = 1e-3 * (norms[key] or 0.0)
+                if whole is not None and gradient is not None:
+                    close(gradient, whole, scale)
+                if corner is not None and gradient is not None:
+                    close(gradient.flatten(1)[:16, :16], corner, scale)
+
+
+@pytest.mark.filterwarnings("ignore:.*halts every token after block 1")  # small_d6_allhalt is meant to
+@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("mode", ["clean", "official"])
+def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, mode: str) -> None:
+    recorded = load(avit_case)
+    model = build(recorded.case, mode=mode).eval()
+    with torch.inference_mode():
+        output = model(recorded.images, layout)
+    close(output.logits, recorded.arrays["logits"], recorded.atol)
+    is_read = slice(0, model.read)
+    assert np.array_equal(output.usage.depth[:, is_read].numpy(), recorded.arrays["counter"][:, is_read])
+
+
+@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+def test_clean_mode_keeps_the_released_depths(avit_case: Path, layout: type) -> None:
+    recorded = load(avit_case)
+    model = build(recorded.case, mode="clean").eval()
+    with torch.inference_mode():
+        output = model(recorded.images, layout, early_exit=False)
+    close(output.logits, recorded.arrays["logits"], recorded.atol)
+    assert np.array_equal(output.usage.depth.numpy(), recorded.arrays["counter"])
+
+
+def test_blocks_match_the_released_ones(request: pytest.FixtureRequest) -> None:
+    path = request.config.getoption("--fixtures") / "avit" / "small_d6_eval.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    recorded = load(path)
+    model = build(recorded.case)
+    arrays = {key: torch.from_numpy(value) for key, value in recorded.arrays.items()}
+    for index, block in enumerate(model.vit.blocks):
+        live = arrays["active"][index].bool()
+        out = avit_official.run_block(block, arrays["block_in"][index], live)
+        torch.testing.assert_close(out, arrays["block_out"][index], atol=1e-5, rtol=0)
+
+
+def test_released_targets(request: pytest.FixtureRequest) -> None:
+    path = request.config.getoption("--fixtures") / "avit" / "distribution_targets.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    rows = [row for row in json.loads(path.read_text())["targets"] if row["mode"] == "gaussian" and row["standardized"]]
+    assert rows
+    for row in rows:
+        target = released_target("gaussian", row["length"], row["target_depth"] + 1, buffer=row["buffer"])
+        assert target.tolist() == pytest.approx(row["values"], rel=1e-6)

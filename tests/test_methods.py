@@ -1,0 +1,144 @@
+"""Facts that every method obeys, on every flavour of ViT."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from models import DROP_NOTHING, FLAVOURS, METHODS, images, small_vit
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit.model import AdaptiveViT
+
+LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+
+
+def build(method: str, flavour: str, configs: dict = METHODS, **settings: object) -> AdaptiveViT:
+    if flavour not in FLAVOURS:
+        raise KeyError(flavour)
+    if "stays" in method and ("average" in flavour or "attention pool" in flavour):
+        pytest.skip("without a class token nothing stays")
+    return configs[method].build(small_vit(flavour, **settings))
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@LAYOUTS
+@pytest.mark.parametrize("method", DROP_NOTHING)
+def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: type) -> None:
+    model = build(method, flavour, DROP_NOTHING).eval()
+    batch = images(model.vit)
+    with torch.inference_mode():
+        output = model(batch, layout)
+        torch.testing.assert_close(output.logits, model.vit(batch), atol=1e-5, rtol=1e-5)
+    assert output.usage.live.all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_and_packed_agree(method: str, flavour: str, seed: int) -> None:
+    model = build(method, flavour, dtype=torch.float64).eval()
+    batch = images(model.vit, seed=seed, dtype=torch.float64)
+    with torch.inference_mode():
+        masked, packed = model(batch, Masked), model(batch, Packed)
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
+    for field in ("live", "attended", "updated", "heads", "attention", "mlp"):
+        assert torch.equal(getattr(packed.usage, field), getattr(masked.usage, field)), field
+
+
+@LAYOUTS
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: type) -> None:
+    model = build(method, flavour, dtype=torch.float64).eval()
+    batch = images(model.vit, count=4, dtype=torch.float64)
+    with torch.inference_mode():
+        together = model(batch, layout)
+        for index in range(len(batch)):
+            alone = model(batch[index : index + 1], layout)
+            torch.testing.assert_close(alone.logits[0], together.logits[index], atol=1e-12, rtol=1e-10)
+            assert torch.equal(alone.usage.live[0], together.usage.live[index])
+
+
+@pytest.mark.parametrize("method", ["avit", "avit, class token stays"])
+def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
+    model = build(method, "class token").eval()
+    with torch.inference_mode():
+        usage = model(images(model.vit, count=8)).usage
+    assert 0.2 < usage.live.float().mean() < 0.9
+    assert len({tuple(row) for row in usage.attended.tolist()}) > 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_macs_are_what_torch_counts(method: str, flavour: str) -> None:
+    model = build(method, flavour).eval().requires_grad_(False)
+    for seed in range(3):
+        batch = images(model.vit, count=1, seed=seed)
+        with FlopCounterMode(display=False) as counter:
+            usage = model(batch, Packed).usage
+        assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
+
+
+def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
+    model = build("full", flavour).eval().requires_grad_(False)
+    batch = images(model.vit, count=1)
+    with FlopCounterMode(display=False) as counter:
+        model.vit(batch)
+    assert 2 * dense_macs(model.shape, model(batch).usage.grid) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
+    model = build(method, flavour).eval()
+    live = model(images(model.vit)).usage.live
+    for before, after in pairwise(live.unbind(dim=1)):
+        assert not (after & ~before).any()
+
+
+@pytest.mark.parametrize("method", ["full", "avit", "avit, class token stays"])
+def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
+    model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
+    batch = images(model.vit, dtype=torch.float64)
+    gradients, losses = {}, {}
+    for layout in (Masked, Packed):
+        torch.manual_seed(3)
+        output = model(batch, layout)
+        loss = cross_entropy(output.logits, torch.tensor([0, 1, 2])) + sum(output.terms.values())
+        losses[layout] = loss.detach()
+        gradients[layout] = torch.autograd.grad(loss, list(model.vit.parameters()), allow_unused=True)
+    torch.testing.assert_close(losses[Packed], losses[Masked], atol=0, rtol=1e-12)
+    for (name, _), packed, masked in zip(
+        model.vit.named_parameters(), gradients[Packed], gradients[Masked], strict=True
+    ):
+        assert (packed is None) == (masked is None), name
+        if masked is not None:
+            torch.testing.assert_close(packed, masked, atol=1e-12, rtol=1e-8, msg=lambda text, name=name: name + text)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("method", METHODS)
+def test_decisions_are_float32_whatever_the_features(method: str, layout: type) -> None:
+    model = build(method, "class token", dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        output = model(images(model.vit, dtype=torch.bfloat16), layout)
+    assert output.logits.dtype == torch.bfloat16
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_only_is_a_plain_module(method: str) -> None:
+    model = build(method, "class token").eval()
+    batch = images(model.vit)
+    assert torch.equal(model.logits_only(batch), model(batch).logits)
+    assert len(list(model.logits_only.parameters())) == len(list(model.vit.parameters()))
+
+
+def test_a_reset_classifier_counts() -> None:
+    model = AViTConfig().build(small_vit())
+    before = model.shape.head
+    model.vit.reset_classifier(21)
+    assert model.shape.head == 3 * before
+    assert model.num_classes == 21

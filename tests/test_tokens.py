@@ -1,0 +1,181 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from adaptvit import Masked, Packed, tokens
+
+HEADS, HEAD_DIM = 2, 4
+LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+
+
+@st.composite
+def live_slots(draw: st.DrawFn) -> Tensor:
+    """(B, N) bool with some slots of some images live, at times none of an image or all of every one."""
+    images, slots = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    rows = st.lists(st.booleans(), min_size=slots, max_size=slots)
+    return torch.tensor(draw(st.lists(rows, min_size=images, max_size=images)))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(live_slots())
+def test_packed_holds_what_masked_shows(live: Tensor) -> None:
+    x = random(*live.shape, 3)
+    masked, packed = Masked.of(x).keep(live), Packed.of(x).keep(live)
+    assert torch.equal(packed.live, live)
+    assert torch.equal(masked.live, live)
+    assert torch.equal(packed.x, x[live])
+    assert torch.equal(packed.grid(packed.x), masked.grid(masked.x))
+    assert packed.lengths == live.sum(dim=1).tolist()
+    assert packed.offsets.tolist() == [0, *live.sum(dim=1).cumsum(dim=0).tolist()]
+
+
+@given(live_slots())
+def test_grid_undoes_spread(live: Tensor) -> None:
+    values = random(*live.shape, 2)
+    packed = Packed.of(random(*live.shape, 3)).keep(live)
+    assert torch.equal(packed.grid(packed.spread(values)), values * live[..., None])
+    per_image = random(len(live), 1, 1)
+    assert torch.equal(packed.grid(packed.spread(per_image)), per_image * live[..., None])
+
+
+@given(live_slots(), st.integers(1, 7))
+def test_first_reads_leading_slots(live: Tensor, count: int) -> None:
+    x = random(*live.shape, 3)
+    count = min(count, live.shape[1])
+    expected = (x * live[..., None])[:, :count]
+    assert torch.equal(Packed.of(x).keep(live).first(count), expected)
+    assert torch.equal(Masked.of(x).keep(live).first(count), expected)
+
+
+@given(live_slots(), st.data())
+def test_keeping_twice_is_keeping_both(live: Tensor, data: st.DataObject) -> None:
+    again = torch.tensor(data.draw(st.lists(st.booleans(), min_size=live.numel(), max_size=live.numel()))).view_as(live)
+    x = random(*live.shape, 3)
+    for layout in (Masked, Packed):
+        twice, once = layout.of(x).keep(live).keep(again), layout.of(x).keep(live & again)
+        assert torch.equal(twice.live, once.live)
+        assert torch.equal(twice.grid(twice.x), once.grid(once.x))
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, live: Tensor, asked: Tensor) -> Tensor:
+    """Attention in loops: image by image, head by head, over the live tokens only."""
+    out = torch.zeros_like(q)
+    for image in range(len(q)):
+        keys = live[image].nonzero().flatten()
+        for head in range(HEADS):
+            for query in (live & asked)[image].nonzero().flatten():
+                logits = (k[image, keys, head] @ q[image, query, head]) / HEAD_DIM**0.5
+                out[image, query, head] = logits.softmax(dim=0) @ v[image, keys, head]
+    return out
+
+
+@settings(deadline=None)
+@given(live_slots(), st.booleans())
+def test_attention_is_within_the_live_tokens_of_an_image(live: Tensor, only_first: bool) -> None:
+    asked = torch.zeros_like(live)
+    asked[:, : 1 if only_first else None] = True
+    q, k, v = (random(*live.shape, HEADS, HEAD_DIM, seed=seed) for seed in (1, 2, 3))
+    expected = by_hand(q, k, v, live, asked)
+    for layout in (Masked, Packed):
+        laid = layout.of(random(*live.shape, 3)).keep(live)
+        queries = laid.keep(asked)
+        ours = [t if layout is Masked else t[live] for t in (k, v)]
+        rows = q if layout is Masked else q[live & asked]
+        out = laid.attend(rows, *ours, queries)
+        torch.testing.assert_close(queries.grid(out), expected)
+
+
+def ragged() -> tuple[Packed, Packed, list[Tensor]]:
+    live = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    live[3] = False
+    packed = Packed.of(random(5, 9, 3)).keep(live)
+    queries = packed.keep(torch.rand(5, 9, generator=torch.Generator().manual_seed(1)) < 0.7)
+    q = random(len(queries.x), HEADS, HEAD_DIM, seed=1)
+    k, v = (random(len(packed.x), HEADS, HEAD_DIM, seed=seed) for seed in (2, 3))
+    return packed, queries, [q, k, v]
+
+
+def varlen_reference(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int):
+    """What `torch.nn.attention.varlen.varlen_attn` is documented to do, for a machine without its CUDA kernel."""
+    assert q_ends.dtype == k_ends.dtype == torch.int32
+    assert q_ends.diff().max() <= longest_q
+    assert k_ends.diff().max() <= longest_k
+    out = torch.empty_like(q)
+    for (q0, q1), (k0, k1) in zip(q_ends.unfold(0, 2, 1).tolist(), k_ends.unfold(0, 2, 1).tolist(), strict=True):
+        heads_first = (t.transpose(0, 1) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out[q0:q1] = scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    return out
+
+
+def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, queries, qkv = ragged()
+    expected = packed.attend(*qkv, queries)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
+    for kernel in (tokens._attend_varlen, tokens._attend_padded, tokens._attend_each):
+        torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dropout", "kernel"),
+    [
+        ("cpu", torch.float32, 0.0, "_attend_each"),
+        ("cpu", torch.bfloat16, 0.1, "_attend_each"),
+        ("cuda", torch.bfloat16, 0.0, "_attend_varlen"),
+        ("cuda", torch.float16, 0.0, "_attend_varlen"),
+        ("cuda", torch.bfloat16, 0.1, "_attend_padded"),
+        ("cuda", torch.float32, 0.0, "_attend_padded"),
+        ("mps", torch.float16, 0.0, "_attend_padded"),
+    ],
+)
+def test_the_kernel_follows_device_dtype_and_dropout(device: str, dtype: torch.dtype, dropout: float, kernel: str):
+    assert tokens.ragged_kernel(torch.device(device), dtype, dropout) is getattr(tokens, kernel)
+
+
+def test_equal_lengths_take_one_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    dense = tokens._attend_dense
+    monkeypatch.setattr(tokens, "_attend_dense", lambda *args, **kwargs: calls.append(1) or dense(*args, **kwargs))
+    live = torch.ones(3, 6, dtype=torch.bool)
+    live[0, :2], live[1, 4:], live[2] = False, False, False
+    packed = Packed.of(random(3, 6, 3)).keep(live)
+    q, k, v = (random(len(packed.x), HEADS, HEAD_DIM, seed=seed) for seed in (1, 2, 3))
+    out = packed.grid(packed.attend(q, k, v, packed))
+    torch.testing.assert_close(out, by_hand(*(packed.grid(t) for t in (q, k, v)), live, live))
+    assert calls
+
+
+@LAYOUTS
+def test_gradients_flow_through_keep_attend_and_grid(layout: type) -> None:
+    live = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    base = random(2, 4, HEADS * HEAD_DIM)
+
+    def run(x: Tensor) -> Tensor:
+        laid = layout.of(x).keep(live)
+        heads = laid.x.unflatten(-1, (HEADS, HEAD_DIM))
+        queries = laid.keep(live & torch.tensor([True, True, False, False]))
+        mixed = laid.attend(queries.x.unflatten(-1, (HEADS, HEAD_DIM)), heads, heads, queries)
+        return queries.grid(mixed.flatten(-2)).square().sum() + laid.first(2).square().sum()
+
+    assert torch.autograd.gradcheck(run, base.requires_grad_())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_the_host(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    packed, queries, qkv = ragged()
+    expected = packed.attend(*qkv, queries)
+    on_device = Packed(packed.x.cuda(), packed.live.cuda(), packed.slots.cuda())
+    asked = on_device.keep(queries.live.cuda())
+    padded = [torch.nn.functional.pad(t, (0, 4)).to("cuda", dtype) for t in qkv]  # flash wants heads of 8 or more
+    padded[0] = padded[0] * 2**0.5
+    out = on_device.attend(*padded, asked)[..., :HEAD_DIM]
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
