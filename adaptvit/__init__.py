@@ -1,6 +1,7 @@
 """Vision transformers that spend compute where an image needs it."""
 
 from adaptvit import names as names  # registers the A-ViT models with timm
+from adaptvit.budget import meet_target
 from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.avit import AViTConfig
@@ -24,5 +25,6 @@ __all__ = [
     "join",
     "load",
     "macs",
+    "meet_target",
     "save",
 ]

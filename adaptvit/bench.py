@@ -98,11 +98,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     batches = images.split(config.batch_size)
 
     method = METHODS[config.method]()
-    model = method.build(vit)
     if method.knob is not None:
         method = meet_target(method, vit, images, config.target)
-        model = method.build(vit)
-    model.train(config.train)
+    model = method.build(vit)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
         usage = join([model(batch).usage for batch in batches])

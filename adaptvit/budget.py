@@ -23,7 +23,7 @@ def executed_share(config: MethodConfig, vit: VisionTransformer, images: Tensor)
 
     In training mode no image leaves its batch early, so that the same knob executes more.
     """
-    model = config.build(vit).train(vit.training)
+    model = config.build(vit)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
         usage = join([model(batch).usage for batch in images.split(BATCH)])

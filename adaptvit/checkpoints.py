@@ -27,6 +27,7 @@ from torch import Tensor
 
 from adaptvit.files import replacing
 from adaptvit.methods import METHODS
+from adaptvit.methods.avit import AViTConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import default_cfgs
 from adaptvit.vit import describe, rebuild
@@ -99,7 +100,7 @@ def convert(
         source: a released A-ViT or DeiT file, a training checkpoint with weights under `model` or `state_dict`, or a
             bare state dict, as `.pth` or `.safetensors`. Nothing in it is executed.
         target: the file to write; replaced where it exists.
-        model_name: one of the names that adaptvit registers with timm, such as `avit_tiny_patch16_224`.
+        model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224`, or a timm ViT's own.
         num_classes: classes of the head in `source`.
         img_size: pixels per side of the converted model, None for that of `model_name`. A position table of another
             size is resized, as the released code does to fine-tune.
@@ -109,13 +110,17 @@ def convert(
         FileNotFoundError: no `source`, or no folder for `target`.
         ValueError: `source` is damaged, needs code to be read, or does not fit `model_name` and `num_classes`.
     """
-    if model_name not in default_cfgs:
-        raise ValueError(f"model_name must be one of {', '.join(default_cfgs)}, got {model_name!r}")
+    if not timm.is_model(model_name):
+        raise ValueError(f"model_name must be a timm ViT or one of {', '.join(default_cfgs)}, got {model_name!r}")
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
     given = {"gate_scale": gate_scale, "gate_center": gate_center}
-    gate = trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
-    model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, img_size=img_size, **gate)
+    gate: dict[str, Any] = trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
+    size = {} if img_size is None else {"img_size": img_size}
+    if model_name in default_cfgs:
+        model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, **size, **gate)
+    else:
+        model = AViTConfig(**gate).build(timm.create_model(model_name, num_classes=num_classes, **size))
     own = model.vit.state_dict()
     if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
         classes = len(tensors["head.weight"])

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,8 @@ from typing import TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from adaptvit.bench import BenchConfig, bench
-from adaptvit.files import write_atomically
+from adaptvit.checkpoints import convert
+from adaptvit.files import replacing
 
 Config = TypeVar("Config")
 
@@ -21,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed execution beside their MACs")
+    commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
     try:
         arguments = parser.parse_args([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
         COMMANDS[arguments.command](arguments[arguments.command])
@@ -45,7 +48,11 @@ def bench_parser() -> ArgumentParser:
 
 def run_bench(arguments: Namespace) -> None:
     """Print the figures as a table and write them where asked."""
-    figures = bench(_config(BenchConfig, arguments))
+    config = _config(BenchConfig, arguments)
+    with replacing(arguments.json) if arguments.json else nullcontext() as partial:
+        figures = bench(config)
+        if partial is not None:
+            partial.write_text(json.dumps(figures, indent=2) + "\n")
     for name in ("dense_images_per_s", "masked_images_per_s", "packed_images_per_s"):
         print(f"{name:>22} {figures[name]:10.2f}")
     for name in ("ideal_speedup", "realised_speedup", "ratio"):
@@ -57,11 +64,22 @@ def run_bench(arguments: Namespace) -> None:
         print(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
     loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
     print(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
-    if arguments.json is not None:
-        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
 
 
-COMMANDS = {"bench": run_bench}
+def convert_parser() -> ArgumentParser:
+    """`adaptvit convert SOURCE TARGET MODEL_NAME`."""
+    parser = ArgumentParser(description="Turn published A-ViT, DeiT or timm weights into one safetensors file.")
+    parser.add_function_arguments(convert, as_positional=True)
+    return parser
+
+
+def run_convert(arguments: Namespace) -> None:
+    """Write the file and say which gate it has."""
+    config = convert(**arguments.as_dict()).config
+    print(f"{arguments.target}: {arguments.model_name}, gate {config.gate_scale:g} / {config.gate_center:g}")
+
+
+COMMANDS = {"bench": run_bench, "convert": run_convert}
 
 
 def _config(kind: type[Config], arguments: Namespace) -> Config:

@@ -50,7 +50,7 @@ class AdaptiveViT(nn.Module, ABC):
     """
 
     def __init__(self, vit: VisionTransformer, config: Any) -> None:
-        """Wrap `vit`.
+        """Wrap `vit`, in the mode (training or evaluation) that it is in.
 
         Raises:
             TypeError: the model is not a ViT that this library reproduces; the message names the part.
@@ -61,6 +61,7 @@ class AdaptiveViT(nn.Module, ABC):
         self.config = config
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
+        self.train(vit.training)
 
     @abstractmethod
     def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:

@@ -180,6 +180,7 @@ def shape_of(vit: VisionTransformer) -> Shape:
         pool = vit.attn_pool
         head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
         head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
+        head += head_per_patch * vit.num_prefix_tokens * vit.pool_include_prefix
     return Shape(
         dim=vit.embed_dim,
         depth=len(vit.blocks),

@@ -1,0 +1,208 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import images, small_vit
+from torch import Tensor
+
+from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit.methods.avit import halt, kl_divergence
+from adaptvit.priors import halting_prior
+
+LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+GATE = {"gate_scale": 4.0, "gate_center": 2.0}
+
+
+def run_halting(scores: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Weights (L, B, N) and depths (B, N) of given halting scores (L, B, N), the last block's being 1."""
+    live, total, weights, depth = torch.ones_like(scores[0], dtype=torch.bool), torch.zeros_like(scores[0]), [], 0
+    for block, score in enumerate(scores):
+        depth = depth + live.long()
+        score = torch.ones_like(score) if block == len(scores) - 1 else score
+        weight, going = halt(score, total, live, epsilon)
+        weights.append(weight)
+        total, live = total + score, going
+    assert not live.any()
+    return torch.stack(weights), depth
+
+
+@given(st.integers(0, 10_000), st.floats(0.001, 0.9))
+def test_halting_weights_sum_to_one(seed: int, epsilon: float) -> None:
+    scores = torch.rand(6, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 3
+    weights, _ = run_halting(scores, epsilon)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(2, 5, dtype=torch.float64))
+
+
+def test_halting_by_hand() -> None:
+    scores = torch.tensor([[0.5, 0.995, 0.0], [0.3, 0.1, 0.0], [0.4, 0.9, 0.0], [0.7, 0.7, 0.7]])[:, None]
+    weights, depth = run_halting(scores)
+    assert depth.tolist() == [[3, 1, 4]]
+    expected = torch.tensor([[0.5, 1.0, 0.0], [0.3, 0.0, 0.0], [0.2, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(weights[:, 0], expected)
+
+
+def test_a_total_of_exactly_the_threshold_halts() -> None:
+    weight, going = halt(torch.tensor([[0.25]]), torch.tensor([[0.5]]), torch.tensor([[True]]), epsilon=0.25)
+    assert not going.any()
+    assert weight.item() == 0.5
+
+
+@LAYOUTS
+def test_logits_are_the_mean_field_of_the_class_token(layout: type) -> None:
+    """Against a loop over the blocks that keeps every token and hides halted ones with timm's own attention mask."""
+    vit = small_vit().eval()
+    model = AViTConfig(**GATE).build(vit)
+    batch = images(vit)
+    with torch.no_grad():
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(batch)))
+        live, total, mixed = torch.ones(x.shape[:2], dtype=torch.bool), torch.zeros(x.shape[:2]), 0.0
+        for number, block in enumerate(vit.blocks, start=1):
+            x = block(x, attn_mask=live[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool))
+            score = torch.sigmoid(4.0 * x[:, :, 0] - 2.0) if number < len(vit.blocks) else torch.ones_like(total)
+            ends = live & (total + score >= 0.99)
+            mixed = mixed + (torch.where(ends, 1 - total, score) * live)[:, :1] * x[:, 0]
+            total, live = total + score, live & ~ends
+        expected = vit.head(vit.norm(mixed))
+        torch.testing.assert_close(model(batch, layout, early_exit=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("flavour", "center"),
+    [("class token", 2.0), ("distilled", -3.0), ("registers", 2.0), ("average pool", 2.0), ("attention pool", 2.0)],
+)
+def test_leaving_early_changes_no_logit(flavour: str, center: float, layout: type) -> None:
+    vit = small_vit(flavour, torch.float64).eval()
+    model = AViTConfig(gate_scale=4.0, gate_center=center).build(vit)
+    batch = images(vit, count=6, dtype=torch.float64)
+    with torch.inference_mode():
+        early, full = model(batch, layout), model(batch, layout, early_exit=False)
+    torch.testing.assert_close(early.logits, full.logits, atol=1e-12, rtol=1e-10)
+    assert (early.usage.depth <= full.usage.depth).all()
+    if model.read is not None:
+        assert (early.usage.depth < full.usage.depth).any()
+        read_depth = full.usage.depth[:, : model.read].amax(dim=1, keepdim=True)
+        assert torch.equal(early.usage.depth, full.usage.depth.minimum(read_depth))
+
+
+def test_a_class_token_that_stays_is_read_from_the_last_block() -> None:
+    vit = small_vit().eval()
+    model = AViTConfig(**GATE, class_token="stays").build(vit)
+    usage = model(images(vit)).usage
+    assert (usage.depth[:, 0] == 4).all()
+    assert usage.depth[:, 1:].min() < 4
+
+
+@pytest.mark.parametrize("divergence", ["target||model", "model||target"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_loss_terms_by_hand(count: int, divergence: str) -> None:
+    vit = small_vit(dtype=torch.float64).train()
+    config = AViTConfig(**GATE, ponder_weight=0.5, prior_weight=0.25, divergence=divergence, prior_depth=3)
+    model = config.build(vit)
+    batch = images(vit, count, dtype=torch.float64)
+    output = model(batch)
+
+    scores, rho = torch.zeros(4, dtype=torch.float64), torch.zeros(count, 17, dtype=torch.float64)
+    for image in range(count):
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(batch[image : image + 1])))
+        before, used = torch.arange(17), torch.zeros(17, dtype=torch.float64)
+        for number, block in enumerate(vit.blocks):
+            slots = output.usage.live[image, number].nonzero().flatten()
+            x = block(x[:, torch.isin(before, slots)])
+            before = slots
+            score = torch.ones(len(slots)).double() if number == 3 else torch.sigmoid(4.0 * x[0, :, 0] - 2.0)
+            scores[number] += score[slots > 0].sum()
+            halts = output.usage.depth[image, slots] == number + 1
+            rho[image, slots] = number + 1 + (1 - used[slots]) * halts
+            used = used.index_add(0, slots, score)
+    model_distribution = scores / scores.sum()
+    goal = halting_prior("gaussian", 4, 3.0)
+    ratio = goal.log() - model_distribution.log()
+    expected = (goal * ratio).sum() if divergence == "target||model" else -(model_distribution * ratio).sum()
+    torch.testing.assert_close(output.terms["prior"], 0.25 * expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(output.terms["ponder"], 0.5 * rho[:, 1:].mean())
+
+
+def test_ponder_pushes_earlier_scores_up_and_the_prior_reaches_the_gate() -> None:
+    vit = small_vit().train()
+    output = AViTConfig(**GATE, prior_weight=1.0).build(vit)(images(vit))
+    for term in output.terms.values():
+        gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias, retain_graph=True)[0]
+        assert gradient.abs().sum() > 0
+    assert torch.autograd.grad(output.terms["ponder"], vit.blocks[0].mlp.fc2.bias, retain_graph=True)[0][0] < 0
+
+
+def test_evaluation_that_leaves_early_has_no_loss_terms() -> None:
+    vit = small_vit().eval()
+    model = AViTConfig(**GATE).build(vit)
+    assert model(images(vit)).terms == {}
+    assert set(model(images(vit), early_exit=False).terms) == {"ponder", "prior"}
+
+
+def test_a_later_gate_computes_more() -> None:
+    vit = small_vit().eval()
+    executed = []
+    for center in (0.0, 1.0, 2.0, 4.0, 8.0, 100.0):
+        model = AViTConfig(gate_scale=4.0, gate_center=center).build(vit)
+        usage = model(images(vit, count=8)).usage
+        executed.append(macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid))
+    assert executed == sorted(executed)
+    assert executed[0] < 0.5 < 0.8 < executed[-1]
+
+
+def test_a_gate_that_halts_everything_says_so() -> None:
+    vit = small_vit().eval()
+    with pytest.warns(UserWarning, match="gate_center=-100 halts every token after block 1"):
+        AViTConfig(gate_center=-100).build(vit)(images(vit))
+
+
+def test_a_sequence_of_batches_leaves_nothing_behind() -> None:
+    vit = small_vit().eval()
+    model = AViTConfig(**GATE).build(vit)
+    first = model(images(vit, 2)).logits
+    model(images(vit, 5, seed=1))
+    assert torch.equal(model(images(vit, 2)).logits, first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epsilon": 0.0}, r"epsilon must lie in \(0, 1\), got 0.0"),
+        ({"epsilon": 1.5}, r"epsilon must lie in \(0, 1\), got 1.5"),
+        ({"gate_scale": -1.0}, r"gate_scale must lie in \(0, inf\), got -1.0"),
+        ({"ponder_weight": -1.0}, "ponder_weight must be 0 or more, got -1.0"),
+        ({"prior_weight": float("nan")}, "prior_weight must be 0 or more, got nan"),
+        ({"prior": "cubic"}, r"prior must be one of .*gaussian.*, got 'cubic'"),
+        ({"mode": "fast"}, "mode must be one of .*official.*, got 'fast'"),
+        ({"class_token": "goes"}, "class_token must be one of .*stays.*, got 'goes'"),
+        ({"divergence": "both"}, "divergence must be one of .*, got 'both'"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=f"AViTConfig.{said}"):
+        AViTConfig(**settings)
+
+
+def test_a_prior_outside_the_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.4, the blocks of this ViT, got 9"):
+        AViTConfig(prior_depth=9).build(small_vit())
+
+
+def test_no_class_token_can_stay_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="needs a class token"):
+        AViTConfig(class_token="stays").build(small_vit("average pool"))
+
+
+def test_official_losses_are_not_to_be_had_packed() -> None:
+    vit = small_vit().train()
+    with pytest.raises(ValueError, match="layout=Masked or early_exit=True"):
+        AViTConfig(mode="official").build(vit)(images(vit), Packed)
+
+
+def test_divergence_of_a_distribution_from_itself_is_zero() -> None:
+    p = halting_prior("laplace", 6, 2.5)
+    assert kl_divergence(p, p, "target||model").item() == 0
+    assert kl_divergence(p, p, "model||target").item() == 0
+    assert kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), "target||model").isfinite()
