@@ -160,10 +160,12 @@ class Packed(Tokens):
         return t if self.full else t.index_select(0, self.slots)
 
     def first(self, count: int) -> Tensor:
-        here = self.live[:, :count]
+        if self.full:
+            return self.grid(self.x)[:, :count]
         x = self.x if len(self.x) else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
-        rows = self.offsets[:-1, None] + here.cumsum(dim=1) - 1
-        picked = x.index_select(0, rows.clamp(0, len(x) - 1).flatten()).unflatten(0, here.shape)
+        here = self.live[:, :count]
+        rows = (self.live.flatten().cumsum(dim=0) - 1).view_as(self.live)[:, :count]
+        picked = x.index_select(0, rows.clamp(min=0).flatten()).unflatten(0, here.shape)
         return picked.masked_fill(~here[..., None], 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:

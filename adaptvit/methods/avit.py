@@ -130,7 +130,7 @@ class AViT(AdaptiveViT):
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
         total = torch.zeros(tokens.live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        rho, output = total, total.new_zeros(())
+        output = total.new_zeros(())
         reading = self.reading(x)
         lives, scores = [], []
         for block in self.vit.blocks:
@@ -142,20 +142,21 @@ class AViT(AdaptiveViT):
                 score = score.masked_fill(reading, 0)
             weight, going = halt(score, total, live, self.config.epsilon)
             output = output + self.read_out(tokens, weight)
-            rho = rho + live + weight * ~going
             total = total + score
             lives.append(live)
             scores.append(score)
             if block is self.vit.blocks[0] and not last:
                 warn_if_all_halted(going, self.config.gate_center)
             if early_exit:
-                going = going & (going & reading).any(dim=1, keepdim=True)
-            if not last:
-                tokens = tokens.keep(going)
+                going = going & going[:, : self.read].any(dim=1, keepdim=True)
+            tokens = tokens.keep(going)
+            if early_exit and len(tokens.x) == 0:
+                break
 
         logits, distilled = classify(self.vit, output.to(x.dtype))
+        lives += [tokens.live] * (self.shape.depth - len(lives))
         usage = self.usage(torch.stack(lives, dim=1), grid, last_block_reads=self.read)
-        terms = {} if early_exit else self.terms(torch.stack(scores), rho)
+        terms = {} if early_exit else self.terms(torch.stack(scores), torch.stack(lives))
         return Output(logits, usage, terms, distilled)
 
     def halting_score(self, tokens: Tokens, dtype: torch.dtype) -> Tensor:
@@ -179,15 +180,17 @@ class AViT(AdaptiveViT):
             updated[:, -1] = live[:, -1, :last_block_reads].sum(dim=1)
         return Usage.of_live(live, updated, self.shape.heads, grid, self.prefix)
 
-    def terms(self, scores: Tensor, rho: Tensor) -> dict[str, Tensor]:
-        """Ponder and distribution loss, weighted.
+    def terms(self, scores: Tensor, live: Tensor) -> dict[str, Tensor]:
+        """Ponder and distribution loss of the patch tokens, weighted.
 
         Args:
             scores: (L, B, N) halting scores, 0 where dead.
-            rho: (B, N) ponder cost: blocks entered plus remainder.
+            live: (L, B, N) bool, tokens that entered each block.
         """
-        ponder = rho[:, self.prefix :].mean()
-        mean_scores = mean_over_processes(scores[:, :, self.prefix :].mean(dim=(1, 2)))
+        scores, live = scores[:, :, self.prefix :], live[:, :, self.prefix :]
+        remainder = 1 - (scores[:-1] * live[1:]).sum(dim=0)
+        ponder = (live.sum(dim=0) + remainder).mean()
+        mean_scores = mean_over_processes(scores.mean(dim=(1, 2)))
         divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(scores.dtype), self.config.divergence)
         return {"ponder": self.config.ponder_weight * ponder, "prior": self.config.prior_weight * divergence}
 
