@@ -45,6 +45,7 @@ class AdaptiveViT(nn.Module, ABC):
     Attributes:
         vit: the timm model, whose parameters it trains.
         config: the method's numbers.
+        depth, heads: blocks of the ViT, and attention heads of each.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
     """
@@ -61,6 +62,7 @@ class AdaptiveViT(nn.Module, ABC):
         self.config = config
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
+        self.depth, self.heads = self.shape.depth, self.shape.heads
         self.train(vit.training)
 
     @abstractmethod

@@ -123,12 +123,12 @@ class Packed(Tokens):
         return cls(x.flatten(0, 1), live, torch.arange(live.numel(), device=x.device))
 
     def with_x(self, x: Tensor) -> Self:
-        return replace(self, x=x)
+        return type(self)(x, self.live, self.slots)
 
     @cached_property
     def full(self) -> bool:
         """Every slot of every image is live."""
-        return len(self.slots) == self.live.numel()
+        return self.slots.shape[0] == self.live.numel()
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -144,14 +144,14 @@ class Packed(Tokens):
 
     def keep(self, chosen: Tensor) -> Self:
         rows = self.spread(chosen.expand_as(self.live)).nonzero().squeeze(1)  # the one host synchronisation
-        if len(rows) == len(self.slots):
+        if rows.shape == self.slots.shape:
             return self
-        return replace(self, x=self.x.index_select(0, rows), live=self.live & chosen, slots=self.slots[rows])
+        return type(self)(self.x.index_select(0, rows), self.live & chosen, self.slots.index_select(0, rows))
 
     def grid(self, t: Tensor) -> Tensor:
         if not self.full:
             t = t.new_zeros(self.live.numel(), *t.shape[1:]).index_copy(0, self.slots, t)
-        return t.unflatten(0, self.live.shape)
+        return t.view(*self.live.shape, *t.shape[1:])
 
     def spread(self, t: Tensor) -> Tensor:
         if t.shape[1] == 1:
@@ -162,20 +162,20 @@ class Packed(Tokens):
     def first(self, count: int) -> Tensor:
         if self.full:
             return self.grid(self.x)[:, :count]
-        x = self.x if len(self.x) else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
+        x = self.x if self.x.shape[0] else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
         here = self.live[:, :count]
         rows = (self.live.flatten().cumsum(dim=0) - 1).view_as(self.live)[:, :count]
         picked = x.index_select(0, rows.clamp(min=0).flatten()).unflatten(0, here.shape)
         return picked.masked_fill(~here[..., None], 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
-        if len(q) == 0:
+        if q.shape[0] == 0:
             return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
         if self.full and queries.full:
             return _attend_dense(q, k, v, len(self.live), dropout)
         if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
-            images = len([length for length in self.lengths if length])
-            if len(q) == images * max(queries.lengths) and len(k) == images * max(self.lengths):
+            images = len(self.lengths) - self.lengths.count(0)
+            if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
                 return _attend_dense(q, k, v, images, dropout)
         return ragged_kernel(q.device, q.dtype, dropout)(q, k, v, self, queries, dropout)
 
@@ -200,7 +200,7 @@ def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float) -> K
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) -> Tensor:
-    q, k, v = (t.unflatten(0, (images, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
     return scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
 
 

@@ -105,7 +105,7 @@ class AViT(AdaptiveViT):
         super().__init__(vit, config)
         if config.class_token == "stays" and self.read is None:
             raise ValueError("AViTConfig.class_token='stays' needs a class token, but this ViT pools all its tokens")
-        blocks = self.shape.depth
+        blocks = self.depth
         target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
         official = config.mode == "official"
         prior = avit_official.target if official else halting_prior
@@ -150,11 +150,11 @@ class AViT(AdaptiveViT):
             if early_exit:
                 going = going & going[:, : self.read].any(dim=1, keepdim=True)
             tokens = tokens.keep(going)
-            if early_exit and len(tokens.x) == 0:
+            if early_exit and tokens.x.shape[0] == 0:
                 break
 
         logits, distilled = classify(self.vit, output.to(x.dtype))
-        lives += [tokens.live] * (self.shape.depth - len(lives))
+        lives += [tokens.live] * (self.depth - len(lives))
         usage = self.usage(torch.stack(lives, dim=1), grid, last_block_reads=self.read)
         terms = {} if early_exit else self.terms(torch.stack(scores), torch.stack(lives))
         return Output(logits, usage, terms, distilled)
@@ -178,7 +178,7 @@ class AViT(AdaptiveViT):
         updated = live.sum(dim=2)
         if last_block_reads is not None:
             updated[:, -1] = live[:, -1, :last_block_reads].sum(dim=1)
-        return Usage.of_live(live, updated, self.shape.heads, grid, self.prefix)
+        return Usage.of_live(live, updated, self.heads, grid, self.prefix)
 
     def terms(self, scores: Tensor, live: Tensor) -> dict[str, Tensor]:
         """Ponder and distribution loss of the patch tokens, weighted.

@@ -32,7 +32,7 @@ class Full(AdaptiveViT):
         """Logits equal to `vit(images)`."""
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
-        live = torch.stack([tokens.live] * self.shape.depth, dim=1)
+        live = torch.stack([tokens.live] * self.depth, dim=1)
         updated = live.sum(dim=2)
         for block in self.vit.blocks[:-1]:
             tokens = run_block(block, tokens)
@@ -43,5 +43,5 @@ class Full(AdaptiveViT):
             x = run_block(self.vit.blocks[-1], tokens, slots[None]).first(self.read)
             updated[:, -1] = self.read
         logits, distilled = classify(self.vit, x)
-        usage = Usage.of_live(live, updated, self.shape.heads, grid, self.prefix)
+        usage = Usage.of_live(live, updated, self.heads, grid, self.prefix)
         return Output(logits, usage, distilled=distilled)

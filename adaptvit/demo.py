@@ -1,0 +1,268 @@
+"""The demo: a small ViT learns to read digits, then where it can stop early; a report shows what that saved."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adaptvit.budget import meet_target
+from adaptvit.checkpoints import save
+from adaptvit.data import Data, digits
+from adaptvit.evaluate import Result, Speed, evaluate, speed
+from adaptvit.macs import macs
+from adaptvit.methods.avit import AViT, AViTConfig
+from adaptvit.methods.full import FullConfig
+from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
+from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.tokens import Masked, Packed
+from adaptvit.train import Epoch, Recipe, train
+
+METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")
+"""Tokens of a ViT trained for a minute are far larger than DeiT's, so its gate is flatter than the released one."""
+
+DENSE = Recipe(epochs=14, batch_size=48, optimizer="muon", learning_rate=0.02)
+ADAPTIVE = Recipe(epochs=6, batch_size=48, learning_rate=3e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Sizes of the demo. The defaults take about two minutes on two CPU cores."""
+
+    size: int = 32
+    """Height and width of the images in pixels."""
+    patch: int = 4
+    """Height and width of a patch in pixels."""
+    dim: int = 96
+    """Channels of a token, a multiple of 4 and of `heads`."""
+    blocks: int = 8
+    """Transformer blocks."""
+    heads: int = 3
+    """Attention heads."""
+    dense: Recipe = DENSE
+    """How the plain ViT is trained."""
+    adaptive: Recipe = ADAPTIVE
+    """How it is fine-tuned with halting."""
+    method: AViTConfig = METHOD
+    """Token halting; its gate is calibrated before the fine-tuning and again after it."""
+    target: float = 0.5
+    """Share of the dense MACs that the gate is calibrated to."""
+    calibration: int = 240
+    """Training images that it is calibrated on."""
+    batch: int = 240
+    """Test images in a timed forward pass."""
+    rounds: int = 10
+    """Timed turns of each execution."""
+    threads: int = 2
+    """CPU threads of torch."""
+    seed: int = 0
+    """Of the starting weights."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found."""
+
+    dense: Result
+    """timm's model on the test digits."""
+    masked: Result
+    """The adaptive model with every slot computed."""
+    packed: Result
+    """The adaptive model with live tokens only."""
+    speed: Speed
+    """The three, timed in turns."""
+    ideal: float
+    """Dense MACs over executed MACs."""
+    report: Path
+    """The HTML file."""
+
+
+def run(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> Outcome:
+    """Train, fine-tune, evaluate, draw and report; what an earlier run of the same config finished is not repeated.
+
+    Writes `report.html` and `avit.safetensors`, and the training's checkpoints and logs, in `output`.
+
+    Raises:
+        KeyboardInterrupt: stopped by the user; its message says how to go on.
+    """
+    try:
+        return _run(output, config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; the same command goes on after the last finished epoch in {output}"
+        ) from None
+
+
+def _run(output: Path, config: DemoConfig) -> Outcome:
+    torch.set_num_threads(config.threads)
+    output.mkdir(parents=True, exist_ok=True)
+    data = digits(config.size, margin=config.size // 8)
+
+    vit = small_vit(config, data)
+    learned = train(FullConfig().build(vit), data, config.dense, output / "dense", "training the ViT")
+    dense = evaluate(vit, data.test)
+
+    adaptive_vit = small_vit(config, data)
+    adaptive_vit.load_state_dict(vit.state_dict())
+    calibration = _first(data.train, config.calibration)
+    started = meet_target(config.method, adaptive_vit.eval(), calibration, config.target).build(adaptive_vit)
+    adapted = train(started, data, config.adaptive, output / "avit", "fine-tuning with A-ViT")
+    model = meet_target(started.config, adaptive_vit.eval(), calibration, config.target).build(adaptive_vit)
+    save(model, output / "avit.safetensors")
+
+    masked, packed = (evaluate(model, data.test, layout) for layout in (Masked, Packed))
+    images = _first(data.test, config.batch)
+    outcome = Outcome(
+        dense=dense,
+        masked=masked,
+        packed=packed,
+        speed=speed(vit, model, images, config.rounds),
+        ideal=dense.gmacs / packed.gmacs,
+        report=output / "report.html",
+    )
+    write(_report(outcome, model, data, learned, adapted, config), outcome.report)
+    print(f"\n{_table(outcome).text()}\n\n{_headline(outcome)}\nReport: {outcome.report}")
+    return outcome
+
+
+def small_vit(config: DemoConfig, data: Data) -> VisionTransformer:
+    """A timm ViT with fresh weights; positions start as sines and cosines, which spares it most of the training."""
+    torch.manual_seed(config.seed)
+    vit = VisionTransformer(
+        img_size=data.size,
+        patch_size=config.patch,
+        in_chans=data.channels,
+        num_classes=len(data.classes),
+        embed_dim=config.dim,
+        depth=config.blocks,
+        num_heads=config.heads,
+    )
+    side = data.size // config.patch
+    position = vit.state_dict()["pos_embed"]  # (1, 1 + patches, D), sharing the model's memory
+    position[:, 1:] = build_sincos2d_pos_embed([side, side], dim=config.dim, temperature=100.0)
+    return vit
+
+
+def _first(data: Dataset, count: int) -> Tensor:
+    torch.manual_seed(0)  # training images change from visit to visit
+    return torch.stack([data[index][0] for index in range(count)])
+
+
+def _headline(outcome: Outcome) -> str:
+    dense, packed = outcome.dense, outcome.packed
+    points = 100 * (packed.top1 - dense.top1)
+    change = (
+        "the same accuracy" if abs(points) < 0.05 else f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
+    )
+    return (
+        f"A-ViT reads {packed.top1:.1%} of the test digits with {packed.gmacs / dense.gmacs:.0%} of the dense ViT's "
+        f"MACs ({change}) and runs {outcome.speed.gain:.2f} times as fast."
+    )
+
+
+def _table(outcome: Outcome) -> Table:
+    def row(name: str, result: Result, rate: float, ideal: str, realised: str) -> list[str]:
+        return [name, f"{result.top1:.1%}", f"{result.gmacs:.4f}", f"{rate:,.0f}", ideal, realised]
+
+    timing = outcome.speed
+    return Table(
+        columns=["", "accuracy", "GMACs", "images/s", "ideal gain", "realised gain"],
+        rows=[
+            row("dense (timm)", outcome.dense, timing.dense, "1.00", "1.00"),
+            row("A-ViT, masked", outcome.masked, timing.masked, "", f"{timing.masked / timing.dense:.2f}"),
+            row("A-ViT, packed", outcome.packed, timing.packed, f"{outcome.ideal:.2f}", f"{timing.gain:.2f}"),
+        ],
+        note="Accuracy on held-out digits; GMACs are billions of multiply-accumulates, mean per "
+        "image; ideal gain is dense MACs over these; realised gain is speed over the dense speed, the three timed in "
+        "turns in one run. Masked computes every token and hides the stopped ones, packed computes only what is left. "
+        f"One of the {outcome.dense.images} test digits is {1 / outcome.dense.images:.1%}, and A-ViT had its "
+        "fine-tuning epochs on top of the dense training, so a small difference in accuracy says little of halting.",
+    )
+
+
+def _report(
+    outcome: Outcome, model: AViT, data: Data, learned: list[Epoch], adapted: list[Epoch], config: DemoConfig
+) -> Report:
+    result, blocks = outcome.packed, model.shape.depth
+    rows, columns = result.usage.grid
+    cost = macs(result.usage, model.shape).double() / 1e9
+    order = cost.argsort()
+    cheap, dear = order[:4], order[-4:].flip(0)
+    chosen = torch.cat([cheap, order[len(order) // 2 - 2 : len(order) // 2 + 2], dear])
+    items = [data.test[int(index)] for index in chosen]
+    images = torch.stack([image for image, _ in items])
+    with torch.inference_mode():
+        whole = model(images.to(next(model.parameters()).device), early_exit=False)  # early exit cuts depth maps short
+    maps = depth_maps(
+        data.pixels(images),
+        whole.usage.patch_depth,
+        blocks,
+        captions=[
+            f"“{data.classes[label]}”, {1e3 * cost[index]:.0f} MMACs"
+            for index, (_, label) in zip(chosen, items, strict=True)
+        ],
+    )
+    phases = {"dense": learned, "A-ViT": adapted}
+    plots = [
+        Picture(
+            data_uri(
+                curves({name: [epoch.accuracy for epoch in run] for name, run in phases.items()}, "accuracy", True)
+            ),
+            "Share of the augmented training digits read correctly, epoch by epoch.",
+        ),
+        Picture(
+            data_uri(curves({name: [epoch.macs for epoch in run] for name, run in phases.items()}, "MACs", True)),
+            "MACs of the forward pass while training, over those of timm's model; the dense run is below 100 % because "
+            "the last block computes only the token that the classifier reads.",
+        ),
+    ]
+    return Report(
+        title="adaptvit demo: token halting on handwritten digits",
+        headline=_headline(outcome),
+        introduction=[
+            f"A vision transformer cuts an image into {rows} by {columns} patches, one token "
+            f"each, and takes all of them through all its {blocks} blocks. A-ViT lets a token stop as soon as its "
+            "halting scores add up to one, so that compute goes where the image needs it.",
+            f"Here a small ViT learned to read {data.name}. It was then fine-tuned with halting, and its gate set "
+            f"so that training images cost {config.target:.0%} of the dense MACs.",
+        ],
+        table=_table(outcome),
+        sections=[
+            Section(
+                "Where the compute goes",
+                [
+                    Picture(
+                        data_uri(maps, "png"),
+                        "Test digits beside the number of blocks that each patch entered, brighter being deeper: the "
+                        "four cheapest, four in the middle, the four dearest.",
+                        wide=True,
+                    ),
+                    Picture(
+                        data_uri(tokens_per_block(result.usage)),
+                        "Tokens that each block still attends to: bars are the mean image, lines span the middle "
+                        "80 % of images.",
+                    ),
+                    Picture(
+                        data_uri(cost_histogram(cost, outcome.dense.gmacs)),
+                        "What the test images cost one by one: the further left of the dotted line, the more is saved.",
+                    ),
+                ],
+            ),
+            Section("Training", plots),
+        ],
+        facts={
+            "Settings": {
+                f"{group}: {name}": value
+                for group, settings in (
+                    ("A-ViT", model.config),
+                    ("dense training", config.dense),
+                    ("fine-tuning", config.adaptive),
+                )
+                for name, value in asdict(settings).items()
+            },
+            "Machine": machine(),
+        },
+    )

@@ -1,0 +1,135 @@
+"""What a model computed, drawn: images beside the depth of their tokens, and tokens per block. Reads `Usage`, no model.
+
+Letters: B images, L blocks, N token slots.
+"""
+
+import base64
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from adaptvit.usage import Usage
+
+COLOURS = "viridis"
+INK = "#1b2a41"
+ACCENT = "#2a788e"
+
+
+def depth_maps(
+    images: Tensor, depth: Tensor, blocks: int, columns: int = 4, captions: list[str] | None = None
+) -> Figure:
+    """Several images, each beside the depth of its patches, on one colour scale from block 1 to `blocks`.
+
+    Args:
+        images: (B, channels, height, width), one channel or three, values in [0, 1].
+        depth: (B, rows, columns) blocks each patch entered, `Usage.patch_depth`.
+        columns: pairs in a row.
+        captions: B lines, one above each pair.
+    Raises:
+        ValueError: the images have neither one nor three channels, or their number differs from the maps'.
+    """
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images to draw must have 1 or 3 channels, got {images.shape[1]}")
+    if len(images) != len(depth):
+        raise ValueError(f"every image needs one depth map, got {len(images)} images and {len(depth)} maps")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.9 * columns + 0.9, 1.62 * rows + 0.1), layout="constrained")
+    pairs = figure.subplots(rows, 2 * columns, squeeze=False)
+    norm = BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
+    palette = matplotlib.colormaps[COLOURS]
+    for axes in pairs.flat:
+        axes.set_axis_off()
+    for i in range(len(images)):
+        picture, shading = pairs[i // columns, 2 * (i % columns) :][:2]
+        height, width = images.shape[2:]
+        whole = (0, width, height, 0)
+        _draw(picture, images[i])
+        shading.imshow(depth[i].cpu().numpy(), cmap=palette, norm=norm, interpolation="nearest", extent=whole)
+        if captions is not None:
+            picture.set_title(captions[i], fontsize=8.5, color=INK, loc="left", pad=3)
+    bar = figure.colorbar(ScalarMappable(norm, palette), ax=pairs, ticks=_ticks(blocks), fraction=0.03, pad=0.01)
+    bar.set_label("blocks entered", color=INK, fontsize=9)
+    bar.ax.tick_params(length=0, labelsize=8.5)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def tokens_per_block(usage: Usage) -> Figure:
+    """Tokens that each block attended to: the mean image, and the range of the middle 80 % of images."""
+    attended = usage.attended.cpu().numpy()
+    blocks = np.arange(1, attended.shape[1] + 1)
+    low, high = np.quantile(attended, (0.1, 0.9), axis=0)
+    figure, axes = _plot("block", "tokens")
+    axes.bar(blocks, attended.mean(axis=0), color=ACCENT, width=0.72, label="mean image")
+    axes.vlines(blocks, low, high, color=INK, linewidth=1.6, label="10th to 90th percentile")
+    axes.axhline(usage.prefix + usage.grid[0] * usage.grid[1], color=INK, linewidth=0.9, linestyle=":", label="all")
+    axes.set_xticks(_ticks(len(blocks)))
+    axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.97))
+    return figure
+
+
+def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
+    """How many images cost how much: (B,) GMACs of a set of images, beside the `dense` GMACs of any of them."""
+    figure, axes = _plot("GMACs of an image", "images")
+    axes.hist(gmacs.cpu().numpy(), bins=30, color=ACCENT)
+    axes.axvline(dense, color=INK, linewidth=0.9, linestyle=":")
+    axes.annotate("dense", (dense, 0.93), (-4, 0), ("data", "axes fraction"), "offset points", ha="right", fontsize=8)
+    axes.set_xlim(0, dense * 1.04)
+    return figure
+
+
+def curves(runs: dict[str, list[float]], label: str, percent: bool = False) -> Figure:
+    """One line per run over epochs that follow one another: `runs` in order, each beginning where the last ended."""
+    figure, axes = _plot("epoch", label)
+    start = 1
+    for (name, values), colour in zip(runs.items(), (INK, ACCENT, "#7ad151"), strict=False):
+        axes.plot(range(start, start + len(values)), values, color=colour, marker="o", markersize=3, label=name)
+        start += len(values)
+    if percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def data_uri(figure: Figure, kind: str = "svg") -> str:
+    """The figure as the `src` of an HTML image: "svg" for plots, "png" for photographs."""
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "adaptvit"}):  # the same picture gives the same bytes
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(stream, format=kind, dpi=160, metadata=metadata)
+    mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _draw(axes: Axes, image: Tensor) -> None:
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    if pixels.shape[2] == 1:
+        axes.imshow(pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(pixels, interpolation="nearest")
+
+
+def _plot(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8.5, colors=INK, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
+    return figure, axes
+
+
+def _ticks(blocks: int) -> list[int]:
+    """Whole block numbers, at most a dozen, the last one among them."""
+    step = -(-blocks // 12)
+    return list(range(blocks, 0, -step))[::-1]
