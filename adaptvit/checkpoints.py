@@ -115,7 +115,9 @@ def convert(
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
     given = {"gate_scale": gate_scale, "gate_center": gate_center}
-    gate: dict[str, Any] = trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
+    gate: dict[str, Any] = (
+        trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
+    )
     size = {} if img_size is None else {"img_size": img_size}
     if model_name in default_cfgs:
         model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, **size, **gate)

@@ -134,6 +134,8 @@ class Packed(Tokens):
     def lengths(self) -> list[int]:
         """Tokens per image, on the host."""
         images, slots = self.live.shape
+        if images == 1:
+            return [self.slots.shape[0]]
         return [slots] * images if self.full else self.live.sum(dim=1).tolist()
 
     @cached_property
@@ -150,7 +152,7 @@ class Packed(Tokens):
 
     def grid(self, t: Tensor) -> Tensor:
         if not self.full:
-            t = t.new_zeros(self.live.numel(), *t.shape[1:]).index_copy(0, self.slots, t)
+            t = t.new_zeros(self.live.numel(), *t.shape[1:]).index_copy_(0, self.slots, t)
         return t.view(*self.live.shape, *t.shape[1:])
 
     def spread(self, t: Tensor) -> Tensor:
@@ -163,10 +165,11 @@ class Packed(Tokens):
         if self.full:
             return self.grid(self.x)[:, :count]
         x = self.x if self.x.shape[0] else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
-        here = self.live[:, :count]
-        rows = (self.live.flatten().cumsum(dim=0) - 1).view_as(self.live)[:, :count]
-        picked = x.index_select(0, rows.clamp(min=0).flatten()).unflatten(0, here.shape)
-        return picked.masked_fill(~here[..., None], 0)
+        images, slots = self.live.shape
+        wanted = torch.arange(0, images * slots, slots, device=x.device)[:, None] + torch.arange(count, device=x.device)
+        rows = torch.searchsorted(self.slots, wanted.flatten()).clamp(max=x.shape[0] - 1)
+        picked = x.index_select(0, rows).view(images, -1, x.shape[1])
+        return picked.masked_fill(~self.live[:, :count, None], 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
         if q.shape[0] == 0:

@@ -132,7 +132,7 @@ def add_attention(block: Block, tokens: Tokens, chosen: Tensor | None = None) ->
     normed = block.norm1(tokens.x)
     if chosen is None:
         rows, seen = tokens, normed
-        q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+        q, k, v = attn.qkv(normed).view(*normed.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
     else:
         rows = tokens.keep(chosen)
         seen = block.norm1(rows.x)
@@ -143,15 +143,16 @@ def add_attention(block: Block, tokens: Tokens, chosen: Tensor | None = None) ->
         q = linear(seen, q_weight, q_bias).unflatten(-1, (attn.num_heads, attn.head_dim))
         k, v = linear(normed, kv_weight, kv_bias).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = attn.norm(tokens.attend(attn.q_norm(q), attn.k_norm(k), v, rows, dropout).flatten(-2))
+    mixed = tokens.attend(_through(attn.q_norm, q), _through(attn.k_norm, k), v, rows, dropout)
+    out = _through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(seen).sigmoid()
-    return _residual(rows, block.ls1(attn.proj_drop(attn.proj(out))), block.drop_path1)
+    return _residual(rows, _through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
 
 
 def add_mlp(block: Block, tokens: Tokens) -> Tokens:
     """The MLP sub-layer with its residual."""
-    return _residual(tokens, block.ls2(block.mlp(block.norm2(tokens.x))), block.drop_path2)
+    return _residual(tokens, _through(block.ls2, block.mlp(block.norm2(tokens.x))), block.drop_path2)
 
 
 def classify(vit: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -256,6 +257,11 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()}
     vit.pretrained_cfg = {**timm_config(vit), **data}
     return vit
+
+
+def _through(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), without the price of a call where there is nothing to do; at batch 1 those add up."""
+    return x if type(module) is nn.Identity else module(x)
 
 
 def _residual(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:

@@ -15,13 +15,13 @@ GATE = {"gate_scale": 4.0, "gate_center": 2.0}
 
 def run_halting(scores: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor]:
     """Weights (L, B, N) and depths (B, N) of given halting scores (L, B, N), the last block's being 1."""
-    live, total, weights, depth = torch.ones_like(scores[0], dtype=torch.bool), torch.zeros_like(scores[0]), [], 0
+    live, remainder, weights, depth = torch.ones_like(scores[0], dtype=torch.bool), torch.ones_like(scores[0]), [], 0
     for block, score in enumerate(scores):
         depth = depth + live.long()
-        score = torch.ones_like(score) if block == len(scores) - 1 else score
-        weight, going = halt(score, total, live, epsilon)
+        score = live * (torch.ones_like(score) if block == len(scores) - 1 else score)
+        weight, going = halt(score, remainder, epsilon)
         weights.append(weight)
-        total, live = total + score, going
+        remainder, live = remainder - weight, live & going
     assert not live.any()
     return torch.stack(weights), depth
 
@@ -43,7 +43,7 @@ def test_halting_by_hand() -> None:
 
 
 def test_a_total_of_exactly_the_threshold_halts() -> None:
-    weight, going = halt(torch.tensor([[0.25]]), torch.tensor([[0.5]]), torch.tensor([[True]]), epsilon=0.25)
+    weight, going = halt(torch.tensor([[0.25]]), torch.tensor([[0.5]]), epsilon=0.25)
     assert not going.any()
     assert weight.item() == 0.5
 

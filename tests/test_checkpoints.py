@@ -374,7 +374,9 @@ def test_our_own_file_is_not_converted_again(path: Path) -> None:
 def test_a_missing_source_and_an_unknown_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"in\.pth does not exist"):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", TINY)
-    with pytest.raises(ValueError, match=r"model_name must be one of avit_tiny_patch16_224, .*, got 'deit_tiny'"):
+    with pytest.raises(
+        ValueError, match=r"model_name must be a timm ViT or one of avit_tiny_patch16_224, .*, got 'deit_tiny'"
+    ):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "deit_tiny")
 
 

@@ -3,7 +3,7 @@
 Yin, Vahdat, Alvarez, Mallya, Kautz, Molchanov: A-ViT: Adaptive Tokens for Efficient Vision Transformer, CVPR 2022.
 
 Letters: B images, N token slots (class token first), L blocks, D channels, R slots that the classifier reads.
-Symbols of the paper: h halting score, R remainder (here 1 - total), rho ponder cost, gamma and beta of the gate.
+Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and beta of the gate.
 """
 
 import warnings
@@ -129,20 +129,20 @@ class AViT(AdaptiveViT):
 
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
-        total = torch.zeros(tokens.live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        output = total.new_zeros(())
+        remainder = torch.ones(tokens.live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        output = remainder.new_zeros(())
         reading = self.reading(x)
         lives, scores = [], []
         for block in self.vit.blocks:
             last = block is self.vit.blocks[-1]
             live = tokens.live
             tokens = run_block(block, tokens, reading if last and self.read else None)
-            score = live.to(total.dtype) if last else self.halting_score(tokens, total.dtype)
+            score = live.to(remainder.dtype) if last else self.halting_score(tokens, remainder.dtype)
             if self.config.class_token == "stays" and not last:
                 score = score.masked_fill(reading, 0)
-            weight, going = halt(score, total, live, self.config.epsilon)
+            weight, going = halt(score, remainder, self.config.epsilon)
             output = output + self.read_out(tokens, weight)
-            total = total + score
+            remainder = remainder - weight
             lives.append(live)
             scores.append(score)
             if block is self.vit.blocks[0] and not last:
@@ -189,27 +189,25 @@ class AViT(AdaptiveViT):
         """
         scores, live = scores[:, :, self.prefix :], live[:, :, self.prefix :]
         remainder = 1 - (scores[:-1] * live[1:]).sum(dim=0)
-        ponder = (live.sum(dim=0) + remainder).mean()
+        rho = live.sum(dim=0) + remainder
         mean_scores = mean_over_processes(scores.mean(dim=(1, 2)))
         divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(scores.dtype), self.config.divergence)
-        return {"ponder": self.config.ponder_weight * ponder, "prior": self.config.prior_weight * divergence}
+        return {"ponder": self.config.ponder_weight * rho.mean(), "prior": self.config.prior_weight * divergence}
 
 
-def halt(score: Tensor, total: Tensor, live: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """One halting step: what each token adds to its output now, and who goes on.
 
     Args:
-        score: (B, N) halting score of this block, in [0, 1].
-        total: (B, N) scores of the blocks before, added up.
-        live: (B, N) bool, tokens that entered this block.
+        score: (B, N) halting score h of this block, in [0, 1]; 0 where dead.
+        remainder: (B, N) R, what the token's weights of the blocks before left to 1; 0 where it has halted.
     Returns:
-        weight: (B, N), the score where a token goes on, what is left to 1 where it halts, 0 where it is dead. Over the
-            blocks a token's weights sum to 1.
-        going: (B, N) bool.
-    Source: A-ViT, Algorithm 1. Differs: a total of exactly 1 - epsilon halts; in the released code it is lost.
+        weight: (B, N), h where a token goes on, R where it halts. Over the blocks a token's weights sum to 1.
+        going: (B, N) bool, meaningful for tokens that entered this block and did not halt before.
+    Source: A-ViT, Algorithm 1. Differs: scores that add up to exactly 1 - epsilon halt; the released code loses them.
     """
-    going = live & (total + score < 1 - epsilon)
-    return torch.where(going, score, 1 - total) * live, going
+    going = remainder - score > epsilon
+    return torch.where(going, score, remainder), going
 
 
 def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:
