@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from adaptvit import demo
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.checkpoints import convert
 from adaptvit.files import replacing
@@ -22,18 +24,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data that is already here")
     commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed execution beside their MACs")
     commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
     try:
         arguments = parser.parse_args([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
-        COMMANDS[arguments.command](arguments[arguments.command])
-    except (ArgumentError, OSError, TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say  # type: ignore[assignment]
+            COMMANDS[arguments.command](arguments[arguments.command])
+    except (ArgumentError, FloatingPointError, OSError, TypeError, ValueError) as error:
         print(f"adaptvit: {str(error).strip().splitlines()[-1].strip()}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("adaptvit: interrupted; everything finished before is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"adaptvit: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+
+def demo_parser() -> ArgumentParser:
+    """`adaptvit demo`."""
+    parser = ArgumentParser(
+        description="Train a small ViT on scikit-learn's digits, make it adaptive, measure both and write a report."
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder of the report and the weights.")
+    return parser
+
+
+def run_demo(arguments: Namespace) -> None:
+    """Run the demo at its default sizes; an interrupted one goes on where it stopped."""
+    demo.run(arguments.output)
 
 
 def bench_parser() -> ArgumentParser:
@@ -79,11 +98,15 @@ def run_convert(arguments: Namespace) -> None:
     print(f"{arguments.target}: {arguments.model_name}, gate {config.gate_scale:g} / {config.gate_center:g}")
 
 
-COMMANDS = {"bench": run_bench, "convert": run_convert}
+COMMANDS = {"demo": run_demo, "bench": run_bench, "convert": run_convert}
 
 
 def _config(kind: type[Config], arguments: Namespace) -> Config:
     return kind(**{field.name: arguments[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _say(message: Warning | str, *_: object) -> None:
+    print(f"adaptvit: warning: {message}", file=sys.stderr)
 
 
 def _underscored(word: str) -> str:
