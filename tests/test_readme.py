@@ -1,0 +1,41 @@
+"""What the README shows runs as it stands, and so does the example of a method kept elsewhere."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from models import images, small_vit
+
+from adaptvit import Masked, Packed
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    exec("\n".join(blocks), {})
+    assert (tmp_path / "avit_tiny.safetensors").exists()
+
+
+def test_the_links_of_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_a_method_kept_elsewhere_packs_and_steers(capsys: pytest.CaptureFixture) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "your_own_method.py"))
+    vit = small_vit(dtype=torch.float64).eval()
+    model = example["NormConfig"](threshold=0.6, block=2).build(vit)
+    batch = images(vit, dtype=torch.float64)
+    packed, masked = model(batch, Packed), model(batch, Masked)
+    torch.testing.assert_close(packed.logits, masked.logits)
+    assert torch.equal(packed.usage.live, masked.usage.live)
+    assert packed.usage.live[:, -1].sum() < packed.usage.live[:, 0].sum()
+    example["main"]()
+    assert "of the dense MACs" in capsys.readouterr().out
