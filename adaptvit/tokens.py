@@ -208,13 +208,18 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) 
 
 
 def _attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
-    outputs = []
-    per_image = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
-    for image in per_image:
-        if len(image[0]):
-            query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in image)
-            outputs.append(scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1)
+
+    images = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
+    if q.requires_grad:
+        return torch.cat([one(*image) for image in images if len(image[0])])
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # a third less memory than joining the parts
+    for place, image in zip(out.split(queries.lengths), images, strict=True):
+        if len(place):
+            place.copy_(one(*image))
+    return out
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:

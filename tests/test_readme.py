@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import Masked, Packed
+from adaptvit import Masked, Packed, meet_target
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +31,8 @@ def test_the_links_of_the_documents_lead_somewhere() -> None:
 def test_a_method_kept_elsewhere_packs_and_steers(capsys: pytest.CaptureFixture) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "your_own_method.py"))
     vit = small_vit(dtype=torch.float64).eval()
-    model = example["NormConfig"](threshold=0.6, block=2).build(vit)
     batch = images(vit, dtype=torch.float64)
+    model = meet_target(example["NormConfig"](block=2), vit, batch, 0.8).build(vit)
     packed, masked = model(batch, Packed), model(batch, Masked)
     torch.testing.assert_close(packed.logits, masked.logits)
     assert torch.equal(packed.usage.live, masked.usage.live)

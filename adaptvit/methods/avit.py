@@ -144,7 +144,8 @@ class AViT(AdaptiveViT):
             output = output + self.read_out(tokens, weight)
             remainder = remainder - weight
             lives.append(live)
-            scores.append(score)
+            if not early_exit:
+                scores.append(score)
             if block is self.vit.blocks[0] and not last:
                 warn_if_all_halted(going, self.config.gate_center)
             if early_exit:
