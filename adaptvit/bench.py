@@ -94,7 +94,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     size = {} if config.img_size is None else {"img_size": config.img_size}
     vit = timm.create_model(config.model, **size).to(device, dtype).train(config.train)
-    images = _images(config, vit).to(device, dtype)
+    images = bench_images(config, vit).to(device, dtype)
     batches = images.split(config.batch_size)
 
     method = METHODS[config.method]()
@@ -168,7 +168,8 @@ def _train_step(run: Any, batches: tuple[Tensor, ...]) -> None:
         cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)).backward()
 
 
-def _images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
+def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
+    """The images that `bench` measures on, (images, channels, height, width), as the ViT takes them."""
     settings = resolve_model_data_config(vit)
     side = config.img_size or settings["input_size"][-1]
     settings["input_size"] = (settings["input_size"][0], side, side)

@@ -87,11 +87,6 @@ def class_count(vit: VisionTransformer) -> int:
     return vit.num_classes
 
 
-def depth(vit: VisionTransformer) -> int:
-    """Blocks of the ViT."""
-    return len(vit.blocks)
-
-
 def prefix_tokens(vit: VisionTransformer) -> int:
     """Class, distillation and register tokens: the slots before the first patch."""
     return vit.num_prefix_tokens

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from adaptvit import AViTConfig, FullConfig, Packed
-from adaptvit.bench import BenchConfig, _images
+from adaptvit.bench import BenchConfig, bench_images
 
 MODEL, BATCH, GATE_CENTER = "deit_small_patch16_224", 32, 5.49
 
@@ -21,7 +21,7 @@ def peak(run: str, answers: multiprocessing.Queue) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     vit = timm.create_model(MODEL).eval()
-    images = _images(BenchConfig(MODEL, images=BATCH, batch_size=BATCH), vit)
+    images = bench_images(BenchConfig(MODEL, images=BATCH, batch_size=BATCH), vit)
     with torch.inference_mode():
         for _ in range(6):
             if run == "dense":
