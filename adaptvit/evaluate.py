@@ -18,7 +18,7 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
-from adaptvit.vit import embed, shape_of
+from adaptvit.vit import patch_grid, shape_of
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,9 @@ def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: in
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:
     if isinstance(model, AdaptiveViT):
         return model(images, layout)
-    x, grid = embed(model, images)
-    shape = shape_of(model)
-    live = torch.ones(len(x), shape.depth, x.shape[1], dtype=torch.bool, device=x.device)
-    return Output(model(images), Usage.of_live(live, live.sum(dim=2), shape.heads, grid, shape.prefix))
+    shape, grid = shape_of(model), patch_grid(model, images)
+    depth = torch.full((len(images), shape.prefix + grid[0] * grid[1]), shape.depth, device=images.device)
+    return Output(model(images), Usage.of_depth(depth, shape.depth, shape.heads, grid, shape.prefix))
 
 
 def _on_host(usage: Usage) -> Usage:

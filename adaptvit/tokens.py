@@ -11,13 +11,13 @@ stores the live tokens end to end, image after image, and computes nothing else:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class Tokens(ABC):
@@ -25,24 +25,33 @@ class Tokens(ABC):
 
     Attributes:
         x: features, laid out by the layout.
-        live: (B, N) bool, the slots that hold a token.
+        shape: images and slots, (B, N).
     """
 
     x: Tensor
-    live: Tensor
+    shape: tuple[int, int]
 
     @classmethod
     @abstractmethod
     def of(cls, x: Tensor) -> Self:
         """Lay out dense (B, N, D) features; every slot is live."""
 
+    @property
+    @abstractmethod
+    def live(self) -> Tensor:
+        """(B, N) bool, the slots that hold a token."""
+
     @abstractmethod
     def with_x(self, x: Tensor) -> Self:
         """The same tokens with other features."""
 
-    @abstractmethod
     def keep(self, chosen: Tensor) -> Self:
         """Drop every token whose slot is not in `chosen`, (B, N) or (1, N) bool; dead slots stay dead."""
+        return self.filter(self.spread(chosen.expand(self.shape)))[0]
+
+    @abstractmethod
+    def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """Drop every token that is not `chosen`, bool token features, and take `others`, token features, along."""
 
     @abstractmethod
     def grid(self, t: Tensor) -> Tensor:
@@ -53,8 +62,12 @@ class Tokens(ABC):
         """(B, 1, ...) or (B, N, ...) -> something that broadcasts against token features."""
 
     @abstractmethod
-    def first(self, count: int) -> Tensor:
-        """Features of the first `count` slots, (B, count, D), 0 where a slot is dead."""
+    def first(self, t: Tensor, count: int) -> Tensor:
+        """Token features -> those of the first `count` slots, (B, count, ...), 0 where a slot is dead."""
+
+    @abstractmethod
+    def stamp(self, t: Tensor, value: int) -> None:
+        """Write `value` into the live slots of a (B, N) tensor, in place."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
@@ -75,34 +88,44 @@ class Masked(Tokens):
     """Every slot computed, dead ones hidden from attention. x is (B, N, D)."""
 
     x: Tensor
-    live: Tensor
-    full: bool
-    """No slot was ever dropped, so attention needs no mask."""
+    mask: Tensor | None = None
+    """(B, N) bool, the live slots; None while no slot was ever dropped, so that attention needs no mask."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
-        return cls(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), full=True)
+        return cls(x)
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.x.shape[0], self.x.shape[1]
+
+    @property
+    def live(self) -> Tensor:
+        return torch.ones(self.shape, dtype=torch.bool, device=self.x.device) if self.mask is None else self.mask
 
     def with_x(self, x: Tensor) -> Self:
-        return replace(self, x=x)
+        return type(self)(x, self.mask)
 
-    def keep(self, chosen: Tensor) -> Self:
-        return replace(self, live=self.live & chosen, full=False)
+    def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        kept = type(self)(self.x, chosen if self.mask is None else chosen & self.mask)
+        return kept, [kept.grid(t) for t in others]
 
     def grid(self, t: Tensor) -> Tensor:
-        live = self.live.view(*self.live.shape, *[1] * (t.ndim - 2))
-        return t.masked_fill(~live, 0)
+        return t if self.mask is None else t.masked_fill(~self.mask.view(*self.shape, *[1] * (t.ndim - 2)), 0)
 
     def spread(self, t: Tensor) -> Tensor:
         return t
 
-    def first(self, count: int) -> Tensor:
-        return self.x[:, :count].masked_fill(~self.live[:, :count, None], 0)
+    def first(self, t: Tensor, count: int) -> Tensor:
+        return self.grid(t)[:, :count]
+
+    def stamp(self, t: Tensor, value: int) -> None:
+        t.masked_fill_(self.live, value)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
         mask = None
-        if not self.full:
-            visible = self.live | ~self.live.any(dim=1, keepdim=True)  # an image without tokens attends to all: no 0/0
+        if self.mask is not None:
+            visible = self.mask | ~self.mask.any(dim=1, keepdim=True)  # an image without tokens attends to all: no 0/0
             mask = visible[:, None, None, :]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
@@ -113,69 +136,84 @@ class Packed(Tokens):
     """Live tokens end to end, image after image, in slot order. x is (T, D): no padding, ever."""
 
     x: Tensor
-    live: Tensor
+    shape: tuple[int, int]
     slots: Tensor
     """(T,) each token's place in the flattened (B, N) grid, ascending."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
-        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return cls(x.flatten(0, 1), live, torch.arange(live.numel(), device=x.device))
-
-    def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.live, self.slots)
+        images, slots = x.shape[:2]
+        return cls(x.flatten(0, 1), (images, slots), torch.arange(images * slots, device=x.device))
 
     @cached_property
     def full(self) -> bool:
         """Every slot of every image is live."""
-        return self.slots.shape[0] == self.live.numel()
+        return self.slots.shape[0] == self.shape[0] * self.shape[1]
+
+    @cached_property
+    def live(self) -> Tensor:
+        """(B, N) bool, the slots that hold a token."""
+        return self.grid(torch.ones_like(self.slots, dtype=torch.bool))
 
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens per image, on the host."""
-        images, slots = self.live.shape
+        images, slots = self.shape
         if images == 1:
             return [self.slots.shape[0]]
-        return [slots] * images if self.full else self.live.sum(dim=1).tolist()
+        return [slots] * images if self.full else self.offsets.diff().tolist()
 
     @cached_property
     def offsets(self) -> Tensor:
         """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
-        ends = self.live.sum(dim=1).cumsum(dim=0)
-        return pad(ends, (1, 0)).to(torch.int32)
+        images, slots = self.shape
+        starts = torch.arange(0, images * slots + 1, slots, device=self.slots.device)
+        return torch.searchsorted(self.slots, starts, out_int32=True)
 
-    def keep(self, chosen: Tensor) -> Self:
-        rows = self.spread(chosen.expand_as(self.live)).nonzero().squeeze(1)  # the one host synchronisation
+    def with_x(self, x: Tensor) -> Self:
+        return type(self)(x, self.shape, self.slots)
+
+    def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        rows = chosen.nonzero().squeeze(1)  # the one host synchronisation
         if rows.shape == self.slots.shape:
-            return self
-        return type(self)(self.x.index_select(0, rows), self.live & chosen, self.slots.index_select(0, rows))
+            return self, list(others)
+        x, slots, *kept = (t.index_select(0, rows) for t in (self.x, self.slots, *others))
+        return type(self)(x, self.shape, slots), kept
 
     def grid(self, t: Tensor) -> Tensor:
         if not self.full:
-            t = t.new_zeros(self.live.numel(), *t.shape[1:]).index_copy_(0, self.slots, t)
-        return t.view(*self.live.shape, *t.shape[1:])
+            t = t.new_zeros(self.shape[0] * self.shape[1], *t.shape[1:]).index_copy_(0, self.slots, t)
+        return t.view(*self.shape, *t.shape[1:])
 
     def spread(self, t: Tensor) -> Tensor:
         if t.shape[1] == 1:
-            return t.squeeze(1).index_select(0, self.slots // self.live.shape[1])
+            if self.shape[0] == 1:
+                return t[0].expand(self.slots.shape[0], *t.shape[2:])
+            return t.squeeze(1).index_select(0, self.slots // self.shape[1])
         t = t.flatten(0, 1)
         return t if self.full else t.index_select(0, self.slots)
 
-    def first(self, count: int) -> Tensor:
-        if self.full:
-            return self.grid(self.x)[:, :count]
-        x = self.x if self.x.shape[0] else pad(self.x, (0, 0, 0, 1))  # something to point at when nothing is live
-        images, slots = self.live.shape
-        wanted = torch.arange(0, images * slots, slots, device=x.device)[:, None] + torch.arange(count, device=x.device)
-        rows = torch.searchsorted(self.slots, wanted.flatten()).clamp(max=x.shape[0] - 1)
-        picked = x.index_select(0, rows).view(images, -1, x.shape[1])
-        return picked.masked_fill(~self.live[:, :count, None], 0)
+    def first(self, t: Tensor, count: int) -> Tensor:
+        images, slots = self.shape
+        if self.full or count == slots:
+            return self.grid(t)[:, :count]
+        if images == 1 and self.slots.shape[0] >= count and self.slots[count - 1].item() == count - 1:
+            return t[None, :count]
+        if t.shape[0] == 0:
+            t = torch.cat([t, t.new_zeros(1, *t.shape[1:])])  # something to point at when nothing is live
+        wanted = torch.arange(0, images * slots, slots, device=t.device)[:, None] + torch.arange(count, device=t.device)
+        rows = torch.searchsorted(self.slots, wanted.flatten()).clamp(max=t.shape[0] - 1)
+        picked = t.index_select(0, rows).view(images, count, *t.shape[1:])
+        return picked.masked_fill(~self.live[:, :count].view(images, count, *[1] * (t.ndim - 1)), 0)
+
+    def stamp(self, t: Tensor, value: int) -> None:
+        t.view(-1).index_fill_(0, self.slots, value)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
         if q.shape[0] == 0:
             return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
         if self.full and queries.full:
-            return _attend_dense(q, k, v, len(self.live), dropout)
+            return _attend_dense(q, k, v, self.shape[0], dropout)
         if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
@@ -226,12 +264,12 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packe
     """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
-    slots = keys.live.shape[1]
+    slots = keys.shape[1]
     out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     return out
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
-    masked = Masked(keys.x, keys.live, full=False)
+    masked = Masked(keys.x, keys.live)
     return queries.spread(masked.attend(queries.grid(q), keys.grid(k), keys.grid(v), masked, dropout))

@@ -31,15 +31,22 @@ class Usage:
     """(B, L, N) bool, the slots that held a token on entry to the block; None where a method does not track slots."""
 
     @classmethod
-    def of_live(cls, live: Tensor, updated: Tensor, heads: int, grid: tuple[int, int], prefix: int) -> "Usage":
+    def of_depth(
+        cls, depth: Tensor, blocks: int, heads: int, grid: tuple[int, int], prefix: int, last_reads: int | None = None
+    ) -> "Usage":
         """The record of a method that only drops tokens.
 
         Args:
-            live: (B, L, N) bool, slots that held a token on entry to each block.
-            updated: (B, L) tokens each block updated.
-            heads: heads of every block.
+            depth: (B, N) the last block, 1-based, that each slot's token entered.
+            blocks, heads: blocks of the ViT, and attention heads of each.
+            last_reads: leading slots that are all the last block updates; None where it updates every live one.
         """
+        live = depth[:, None] >= torch.arange(1, blocks + 1, device=depth.device)[:, None]
         attended = live.sum(dim=2)
+        updated = attended
+        if last_reads is not None:
+            updated = attended.clone()
+            updated[:, -1] = live[:, -1, :last_reads].sum(dim=1)
         return cls(attended, updated, torch.full_like(attended, heads), attended > 0, updated > 0, grid, prefix, live)
 
     @property

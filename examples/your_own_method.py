@@ -37,17 +37,17 @@ class NormViT(AdaptiveViT):
 
     def forward(self, images: Tensor, layout: type[adaptvit.Masked] | type[Packed] | None = None) -> Output:
         x, grid = embed(self.vit, images)
-        tokens, lives = (layout or Packed).of(x), []
+        tokens = (layout or Packed).of(x)
+        depth = torch.zeros(tokens.shape, dtype=torch.long, device=x.device)
         for number, block in enumerate(self.vit.blocks, start=1):
-            lives.append(tokens.live)
+            tokens.stamp(depth, number)
             tokens = run_block(block, tokens)
             if number == self.config.block:
                 norm = tokens.grid(tokens.x.float().norm(dim=-1))
                 large = norm >= self.config.threshold * norm[:, self.prefix :].amax(dim=1, keepdim=True)
                 tokens = tokens.keep(large | (torch.arange(x.shape[1], device=x.device) < self.prefix))
-        live = torch.stack(lives, dim=1)
-        logits, distilled = classify(self.vit, tokens.first(self.read))
-        return Output(logits, Usage.of_live(live, live.sum(dim=2), self.heads, grid, self.prefix), distilled=distilled)
+        logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read))
+        return Output(logits, Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix), distilled=distilled)
 
 
 def main() -> None:

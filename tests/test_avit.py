@@ -19,9 +19,9 @@ def run_halting(scores: Tensor, epsilon: float = 0.01) -> tuple[Tensor, Tensor]:
     for block, score in enumerate(scores):
         depth = depth + live.long()
         score = live * (torch.ones_like(score) if block == len(scores) - 1 else score)
-        weight, going = halt(score, remainder, epsilon)
+        weight, going, left = halt(score, remainder, epsilon)
         weights.append(weight)
-        remainder, live = remainder - weight, live & going
+        remainder, live = left * going, live & going
     assert not live.any()
     return torch.stack(weights), depth
 
@@ -43,7 +43,7 @@ def test_halting_by_hand() -> None:
 
 
 def test_a_total_of_exactly_the_threshold_halts() -> None:
-    weight, going = halt(torch.tensor([[0.25]]), torch.tensor([[0.5]]), epsilon=0.25)
+    weight, going, _ = halt(torch.tensor([[0.25]]), torch.tensor([[0.5]]), epsilon=0.25)
     assert not going.any()
     assert weight.item() == 0.5
 

@@ -49,8 +49,28 @@ def test_first_reads_leading_slots(live: Tensor, count: int) -> None:
     x = random(*live.shape, 3)
     count = min(count, live.shape[1])
     expected = (x * live[..., None])[:, :count]
-    assert torch.equal(Packed.of(x).keep(live).first(count), expected)
-    assert torch.equal(Masked.of(x).keep(live).first(count), expected)
+    for layout in (Masked, Packed):
+        laid = layout.of(x).keep(live)
+        assert torch.equal(laid.first(laid.x, count), expected)
+        assert torch.equal(laid.first(laid.x[..., 0], count), expected[..., 0])
+
+
+@given(live_slots())
+def test_filter_takes_other_features_along(live: Tensor) -> None:
+    x, state = random(*live.shape, 3), random(*live.shape)
+    for layout in (Masked, Packed):
+        laid = layout.of(x)
+        kept, (carried,) = laid.filter(laid.spread(live), laid.spread(state))
+        assert torch.equal(kept.live, live)
+        assert torch.equal(kept.grid(carried), state * live)
+
+
+@given(live_slots())
+def test_stamp_writes_into_live_slots(live: Tensor) -> None:
+    for layout in (Masked, Packed):
+        depth = torch.zeros(live.shape, dtype=torch.long)
+        layout.of(random(*live.shape, 3)).keep(live).stamp(depth, 7)
+        assert torch.equal(depth, 7 * live)
 
 
 @given(live_slots(), st.data())
@@ -160,7 +180,7 @@ def test_gradients_flow_through_keep_attend_and_grid(layout: type) -> None:
         heads = laid.x.unflatten(-1, (HEADS, HEAD_DIM))
         queries = laid.keep(live & torch.tensor([True, True, False, False]))
         mixed = laid.attend(queries.x.unflatten(-1, (HEADS, HEAD_DIM)), heads, heads, queries)
-        return queries.grid(mixed.flatten(-2)).square().sum() + laid.first(2).square().sum()
+        return queries.grid(mixed.flatten(-2)).square().sum() + laid.first(laid.x, 2).square().sum()
 
     assert torch.autograd.gradcheck(run, base.requires_grad_())
 
@@ -172,7 +192,7 @@ def test_cuda_agrees_with_the_host(dtype: torch.dtype) -> None:
         pytest.skip("no CUDA device here")
     packed, queries, qkv = ragged()
     expected = packed.attend(*qkv, queries)
-    on_device = Packed(packed.x.cuda(), packed.live.cuda(), packed.slots.cuda())
+    on_device = Packed(packed.x.cuda(), packed.shape, packed.slots.cuda())
     asked = on_device.keep(queries.live.cuda())
     padded = [torch.nn.functional.pad(t, (0, 4)).to("cuda", dtype) for t in qkv]  # flash wants heads of 8 or more
     padded[0] = padded[0] * 2**0.5

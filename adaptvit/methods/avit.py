@@ -129,86 +129,87 @@ class AViT(AdaptiveViT):
 
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
-        remainder = torch.ones(tokens.live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        del x  # or it would stay to the end
+        slots = torch.arange(tokens.shape[1], device=images.device)
+        reading = (slots < (self.read or len(slots)))[None]
+        depth = torch.zeros(tokens.shape, dtype=torch.long, device=images.device)
+        remainder = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         output = remainder.new_zeros(())
-        reading = self.reading(x)
-        lives, scores = [], []
-        for block in self.vit.blocks:
-            last = block is self.vit.blocks[-1]
-            live = tokens.live
-            tokens = run_block(block, tokens, reading if last and self.read else None)
-            score = live.to(remainder.dtype) if last else self.halting_score(tokens, remainder.dtype)
-            if self.config.class_token == "stays" and not last:
-                score = score.masked_fill(reading, 0)
-            weight, going = halt(score, remainder, self.config.epsilon)
+        scores = []
+        *blocks, last_block = self.vit.blocks
+        for number, block in enumerate(blocks, start=1):
+            tokens.stamp(depth, number)
+            tokens = run_block(block, tokens)
+            score = self.halting_score(tokens.x, remainder.dtype)
+            if self.config.class_token == "stays":
+                score = score.masked_fill(tokens.spread(reading.expand(tokens.shape)), 0)
+            weight, going, remainder = halt(score, remainder, self.config.epsilon)
             output = output + self.read_out(tokens, weight)
-            remainder = remainder - weight
-            lives.append(live)
-            if not early_exit:
-                scores.append(score)
-            if block is self.vit.blocks[0] and not last:
+            if number == 1:
                 warn_if_all_halted(going, self.config.gate_center)
             if early_exit:
-                going = going & going[:, : self.read].any(dim=1, keepdim=True)
-            tokens = tokens.keep(going)
+                going = going & tokens.spread(self.read_slots(tokens, going).any(dim=1, keepdim=True))
+            else:
+                scores.append(tokens.grid(score))
+            tokens, (remainder,) = tokens.filter(going, remainder)
             if early_exit and tokens.x.shape[0] == 0:
                 break
+        else:
+            tokens.stamp(depth, self.depth)
+            weight = self.read_slots(tokens, remainder)
+            tokens = run_block(last_block, tokens, None if self.read is None else reading)
+            output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
-        logits, distilled = classify(self.vit, output.to(x.dtype))
-        lives += [tokens.live] * (self.depth - len(lives))
-        usage = self.usage(torch.stack(lives, dim=1), grid, last_block_reads=self.read)
-        terms = {} if early_exit else self.terms(torch.stack(scores), torch.stack(lives))
+        logits, distilled = classify(self.vit, output.to(tokens.x.dtype))
+        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, last_reads=self.read)
+        terms = {} if early_exit else self.terms(scores, depth)
         return Output(logits, usage, terms, distilled)
 
-    def halting_score(self, tokens: Tokens, dtype: torch.dtype) -> Tensor:
-        """h = sigmoid(gamma t + beta), t being channel 0 after the block: (B, N), 0 where dead."""
-        return tokens.grid(torch.sigmoid(self.config.gate_scale * tokens.x[..., 0].to(dtype) - self.config.gate_center))
+    def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""
+        return torch.sigmoid(self.config.gate_scale * x[..., 0].to(dtype) - self.config.gate_center)
 
-    def reading(self, x: Tensor) -> Tensor:
-        """(1, N) bool, the slots of (B, N, D) tokens that the classifier reads."""
-        return torch.arange(x.shape[1], device=x.device)[None] < (self.read or x.shape[1])
+    def read_slots(self, tokens: Tokens, t: Tensor) -> Tensor:
+        """Token features -> those of the slots that the classifier reads: (B, R, ...)."""
+        return tokens.first(t, self.read or tokens.shape[1])
 
     def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
-        """This block's share in the mean-field output: (B, R, D) from weights (B, N)."""
-        if self.read is None:
-            return weight[..., None] * tokens.grid(tokens.x)
-        return weight[:, : self.read, None] * tokens.first(self.read)
+        """This block's share in the mean-field output: (B, R, D) from weights, token features."""
+        return self.read_slots(tokens, weight)[..., None] * self.read_slots(tokens, tokens.x)
 
-    def usage(self, live: Tensor, grid: tuple[int, int], last_block_reads: int | None) -> Usage:
-        """The record of (B, L, N) live slots; the last block updates the slots that are read, or all for None."""
-        updated = live.sum(dim=2)
-        if last_block_reads is not None:
-            updated[:, -1] = live[:, -1, :last_block_reads].sum(dim=1)
-        return Usage.of_live(live, updated, self.heads, grid, self.prefix)
-
-    def terms(self, scores: Tensor, live: Tensor) -> dict[str, Tensor]:
+    def terms(self, scores: list[Tensor], depth: Tensor) -> dict[str, Tensor]:
         """Ponder and distribution loss of the patch tokens, weighted.
 
         Args:
-            scores: (L, B, N) halting scores, 0 where dead.
-            live: (L, B, N) bool, tokens that entered each block.
+            scores: (B, N) halting scores of each block but the last, 0 where dead.
+            depth: (B, N) the last block that each token entered.
         """
-        scores, live = scores[:, :, self.prefix :], live[:, :, self.prefix :]
-        remainder = 1 - (scores[:-1] * live[1:]).sum(dim=0)
-        rho = live.sum(dim=0) + remainder
-        mean_scores = mean_over_processes(scores.mean(dim=(1, 2)))
-        divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(scores.dtype), self.config.divergence)
+        depth = depth[:, self.prefix :]
+        last = (depth == self.depth).to(self.prior.dtype)  # scores 1
+        h = torch.stack([*(score[:, self.prefix :] for score in scores), last], dim=1)
+        going = depth[:, None] > torch.arange(1, self.depth + 1, device=h.device)[:, None]
+        remainder = 1 - (h * going).sum(dim=1)
+        rho = depth + remainder
+        mean_scores = mean_over_processes(h.mean(dim=(0, 2)))
+        divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(h.dtype), self.config.divergence)
         return {"ponder": self.config.ponder_weight * rho.mean(), "prior": self.config.prior_weight * divergence}
 
 
-def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """One halting step: what each token adds to its output now, and who goes on.
 
     Args:
-        score: (B, N) halting score h of this block, in [0, 1]; 0 where dead.
-        remainder: (B, N) R, what the token's weights of the blocks before left to 1; 0 where it has halted.
+        score: halting score h of this block, in [0, 1].
+        remainder: R, what the token's weights of the blocks before left to 1; 0 where it has halted.
     Returns:
-        weight: (B, N), h where a token goes on, R where it halts. Over the blocks a token's weights sum to 1.
-        going: (B, N) bool, meaningful for tokens that entered this block and did not halt before.
+        weight: h where a token goes on, R where it halts. Over the blocks a token's weights sum to 1.
+        going: bool, who goes on; never a token that has halted.
+        left: R for the block after this, where a token goes on.
     Source: A-ViT, Algorithm 1. Differs: scores that add up to exactly 1 - epsilon halt; the released code loses them.
     """
-    going = remainder - score > epsilon
-    return torch.where(going, score, remainder), going
+    left = remainder - score
+    going = left > epsilon
+    return torch.where(going, score, remainder), going, left
 
 
 def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.priors import released_target
 from adaptvit.tokens import Masked, Tokens
-from adaptvit.usage import Output
+from adaptvit.usage import Output, Usage
 from adaptvit.vit import classify, embed
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ def forward(model: "AViT", images: Tensor, layout: type[Tokens]) -> Output:
     live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     total = torch.zeros(live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     rho, output = total, total.new_zeros(())
-    reading = model.reading(x)
+    reading = torch.arange(live.shape[1], device=x.device) < (model.read or live.shape[1])
     lives, scores = [], []
     for block in model.vit.blocks:
         last = block is model.vit.blocks[-1]
         x = run_block(block, x, live)
-        tokens = Masked(x, live, full=False)
+        tokens = Masked(x, live)
         raw = torch.sigmoid(model.config.gate_scale * x[..., 0].to(total.dtype) - model.config.gate_center)
         score = torch.ones_like(raw) if last else raw
         if model.config.class_token == "stays" and not last:
@@ -61,7 +61,8 @@ def forward(model: "AViT", images: Tensor, layout: type[Tokens]) -> Output:
         scores.append(raw)
         live = going
     logits, distilled = classify(model.vit, output.to(x.dtype))
-    usage = model.usage(torch.stack(lives, dim=1), grid, last_block_reads=None)
+    depth = torch.stack(lives).sum(dim=0)
+    usage = Usage.of_depth(depth, model.depth, model.heads, grid, model.prefix)
     return Output(logits, usage, terms(model, torch.stack(scores), rho), distilled)
 
 

@@ -32,16 +32,15 @@ class Full(AdaptiveViT):
         """Logits equal to `vit(images)`."""
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
-        live = torch.stack([tokens.live] * self.depth, dim=1)
-        updated = live.sum(dim=2)
+        depth = torch.full(tokens.shape, self.depth, device=x.device)
         for block in self.vit.blocks[:-1]:
             tokens = run_block(block, tokens)
         if self.read is None:
             x = tokens.grid(run_block(self.vit.blocks[-1], tokens).x)
         else:
             slots = torch.arange(x.shape[1], device=x.device) < self.read
-            x = run_block(self.vit.blocks[-1], tokens, slots[None]).first(self.read)
-            updated[:, -1] = self.read
+            tokens = run_block(self.vit.blocks[-1], tokens, slots[None])
+            x = tokens.first(tokens.x, self.read)
         logits, distilled = classify(self.vit, x)
-        usage = Usage.of_live(live, updated, self.heads, grid, self.prefix)
+        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, last_reads=self.read)
         return Output(logits, usage, distilled=distilled)
