@@ -2,6 +2,8 @@
 
     save, load    our files; an A-ViT's holds exactly the tensors of its DeiT
     convert       published A-ViT, DeiT and timm weights -> our files
+    start_from    any of these -> a ViT to fine-tune
+    open_model    a file, or timm's name of a model, as a command line gives it
 
 Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method.`. The metadata's `adaptvit` is JSON:
 
@@ -23,14 +25,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.files import replacing
 from adaptvit.methods import METHODS
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import default_cfgs
-from adaptvit.vit import describe, rebuild
+from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
 
 KEY = "adaptvit"
 VERSION = 1
@@ -78,6 +82,53 @@ def load(path: Path | str, config_type: type[MethodConfig] | None = None) -> Ada
     _check_fit(f"{path} does not fit its own configuration", tensors, {_stored_name(key): own[key] for key in own})
     model.load_state_dict({key: tensors[_stored_name(key)] for key in own}, assign=True)  # keeps the file's precision
     return model
+
+
+def open_model(name: Path | str) -> AdaptiveViT:
+    """The model that a command line names, in evaluation mode: an adaptvit file, or a timm ViT with its own weights.
+
+    A timm ViT comes as `FullConfig().build(vit)`; its weights are downloaded where timm has not done so before.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        TypeError: the timm model is not a ViT that this library reproduces.
+        ValueError: neither a file nor a timm name, or what `load` raises.
+    """
+    if Path(name).suffix == ".safetensors" or Path(name).exists():
+        return load(name).eval()
+    if not timm.is_model(str(name)):
+        raise ValueError(f"model {str(name)!r} is neither an adaptvit file nor the name of a timm model")
+    model = timm.create_model(str(name), pretrained=True)
+    return (model if isinstance(model, AdaptiveViT) else FullConfig().build(model)).eval()
+
+
+def start_from(vit: VisionTransformer, source: Path | str) -> bool:
+    """Give a ViT the weights of a file, to be fine-tuned: positions resized, a head of other classes left out.
+
+    Args:
+        source: a file as `convert` takes it, or an adaptvit file, whose method is left out.
+    Returns:
+        Whether the head came along.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, needs code to be read, or its other tensors do not fit.
+    """
+    source = _existing(source)
+    tensors, _ = _read_weights(source, ours=True)
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("method.")}
+    own = vit.state_dict()
+    heads = {key for key in own if key.startswith(("head.", "head_dist."))}
+    fits = all(key in tensors and tensors[key].shape == own[key].shape for key in heads)
+    if not fits:
+        tensors = {key: value for key, value in tensors.items() if key not in heads}
+    if "pos_embed" in tensors and "pos_embed" in own:
+        prefix = prefix_tokens(vit)
+        side = math.isqrt(own["pos_embed"].shape[1] - prefix)
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], side, prefix)
+    wanted = own if fits else {key: own[key] for key in own if key not in heads}
+    _check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
+    vit.load_state_dict(tensors, strict=fits)
+    return fits
 
 
 def convert(
@@ -164,11 +215,11 @@ def gate_in_name(path: Path | str) -> dict[str, float]:
     return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The state dict of somebody else's file, and the gate among its training arguments, if any."""
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        if KEY in metadata:
+        if KEY in metadata and not ours:
             raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
         return clean_state_dict(tensors), {}
     content = _read_torch(path)

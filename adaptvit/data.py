@@ -1,13 +1,19 @@
-"""Images to train and to evaluate on: scikit-learn's handwritten digits, which are installed with it.
+"""Images to train and to evaluate on: whatever timm reads, or scikit-learn's digits, which are installed with it.
 
-Every item is (image, label): a normalised float32 tensor (channels, height, width) and an int.
+An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
@@ -17,6 +23,26 @@ HELD_OUT = 360
 """Digits of the test split, of 1797."""
 
 
+class Unreadable(NamedTuple):
+    """What stands in a data set where an image cannot be decoded."""
+
+    name: str
+    """Of the file."""
+    reason: str
+    """What the decoder said."""
+
+
+class Batch(NamedTuple):
+    """What `collate` makes of items."""
+
+    images: Tensor
+    """(B, channels, height, width)."""
+    labels: Tensor
+    """(B,) int64."""
+    unreadable: list[Unreadable]
+    """What was left out."""
+
+
 @dataclass(frozen=True)
 class Data:
     """A classification problem: two splits and how their images were normalised."""
@@ -24,7 +50,7 @@ class Data:
     name: str
     """What it is, in words that tell it from any other: runs and reports are known by it."""
     train: Dataset
-    """Items change from visit to visit where training is augmented, by torch's global random state."""
+    """Items change from visit to visit where training is augmented, by torch's, numpy's and Python's global state."""
     test: Dataset
     """Items never change."""
     classes: tuple[str, ...]
@@ -33,14 +59,239 @@ class Data:
     """Channels of an image."""
     size: int
     """Height and width of an image in pixels."""
-    mean: float
-    """What was subtracted from pixels in [0, 1]."""
-    std: float
+    mean: tuple[float, ...]
+    """What was subtracted from the pixels in [0, 1] of each channel."""
+    std: tuple[float, ...]
     """What the difference was divided by."""
+    preparation: str = ""
+    """How items are made of images, where `name` does not say."""
+    repeats: int = 0
+    """Times a training image comes in an epoch, of as many images as there are; 0 or 1: once."""
+    workers: int = 0
+    """Processes that decode, for each loader."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images as they are looked at: values in [0, 1]."""
-        return (images * self.std + self.mean).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images are and how they are prepared; what is None comes with the model's weights."""
+
+    root: Path | None = None
+    """Folder with a folder for each split, and in it one for each class; or a tar file or folder of tars; or the cache
+    of a Hub data set. None, with no `dataset`: the embedded digits."""
+    dataset: str = ""
+    """Name as `timm.data.create_dataset` takes it: hfds/owner/name, wds/name, torch/cifar100; empty for a folder."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str = "validation"
+    """Split to evaluate on."""
+    class_map: Path | None = None
+    """File with the class names in the order of the labels, one on a line; None numbers the folders by name."""
+    mean: tuple[float, ...] | None = None
+    """Of the pixels in [0, 1], by channel."""
+    std: tuple[float, ...] | None = None
+    """Of the pixels in [0, 1], by channel."""
+    interpolation: str | None = None
+    """bilinear, bicubic, ..."""
+    crop_pct: float | None = None
+    """Side of the evaluated centre crop over that of the resized image, in (0, 1]."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random training crop, over that of the image."""
+    hflip: float = 0.5
+    """Probability of mirroring a training image."""
+    color_jitter: float = 0.0
+    """Strength; not used together with `auto_augment`."""
+    auto_augment: str | None = None
+    """timm's name of a policy, such as rand-m9-mstd0.5-inc1."""
+    re_prob: float = 0.0
+    """Probability of erasing a random rectangle of a training image."""
+    repeated_augmentation: int = 0
+    """Times each image comes in an epoch of unchanged length, as DeiT is trained; 0 or 1: once."""
+    workers: int = 2
+    """Processes that decode, for each loader; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "repeated_augmentation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"DataConfig.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("hflip", "re_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"DataConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+class Samples(Dataset):
+    """The images of a timm reader that finds them by number. An unreadable one is `Unreadable`, never another one."""
+
+    def __init__(self, reader: Any, channels: int, transform: Any) -> None:
+        self.reader, self.channels, self.transform = reader, channels, transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:
+        """Of the file, from the root of the data set."""
+        return str(self.reader.filename(index))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        try:
+            file, label = self.reader[index][:2]
+            with file:
+                image = read_image(file, self.channels)
+        except Exception as error:  # Pillow raises half a dozen kinds
+            return Unreadable(self.name(index), str(error) or type(error).__name__)
+        return self.transform(image), -1 if label is None else int(label)
+
+
+def read_image(file: Any, channels: int = 3) -> Image.Image:
+    """The first frame of an image as 8-bit grey (1 channel) or RGB (3), whatever its own mode.
+
+    Differs from timm's `convert`, which turns 16-bit grey to white and warns of transparent palettes.
+
+    Raises:
+        Exception: of several kinds, where Pillow cannot decode it.
+    """
+    image: Image.Image = Image.open(file)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def collate(items: Sequence[Any], fill: bool = False) -> Batch:
+    """Items -> a batch.
+
+    Args:
+        fill: give the place of an unreadable image to another of the same batch, so that its size stays.
+    Raises:
+        ValueError: with `fill`, no image of the batch is readable.
+    """
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    if fill and unreadable:
+        if not good:
+            first = unreadable[0]
+            raise ValueError(f"none of {len(items)} images can be read, the first being {first.name!r}: {first.reason}")
+        good += [good[i % len(good)] for i in range(len(unreadable))]
+    if not good:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), unreadable)
+    images, labels = zip(*good, strict=True)
+    return Batch(torch.stack(images), torch.tensor([int(label) for label in labels]), unreadable)
+
+
+def filled(items: Sequence[Any]) -> Batch:
+    """`collate`, another image taking the place of an unreadable one."""
+    return collate(items, fill=True)
+
+
+def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
+    """Both splits of a data set; the digits where the config names none.
+
+    Args:
+        settings: input_size, mean, std, interpolation and crop_pct of the model, as
+            `timm.data.resolve_data_config` gives them.
+    Raises:
+        FileNotFoundError: there is no such folder or split.
+        ValueError: it holds no images, or those of one class only.
+    """
+    if config.root is None and not config.dataset:
+        return digits()
+    train, test = (open_split(config, settings, training) for training in (True, False))
+    if isinstance(train, Samples) and isinstance(test, Samples) and train.reader.root == test.reader.root is not None:
+        names = f"{config.train_split!r} and {config.test_split!r}"
+        raise FileNotFoundError(f"{_where(config)} has no folders for its splits {names}")
+    classes = class_names(train)
+    if len(classes) < 2:
+        raise ValueError(f"{_where(config)} has images of {len(classes)} class to train on; two are the least")
+    if class_names(test) != classes:
+        raise ValueError(f"{_where(config)} has other classes to test on than the {len(classes)} to train on")
+    settings = _settings(config, settings)
+    sizes = [len(split) if isinstance(split, Sized) else "streamed" for split in (train, test)]
+    return Data(
+        name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
+        train=train,
+        test=test,
+        classes=classes,
+        channels=settings["input_size"][0],
+        size=settings["input_size"][1],
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        preparation=repr((replace(config, root=None, class_map=None, workers=0), sorted(settings.items()))),
+        repeats=config.repeated_augmentation,
+        workers=config.workers,
+    )
+
+
+def open_split(config: DataConfig, settings: dict[str, Any], training: bool) -> Dataset:
+    """One split: its training images augmented, or its test images as the model expects them.
+
+    A folder without one for the split is taken to be the split itself.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images.
+    """
+    if not config.dataset and (config.root is None or not config.root.exists()):
+        raise FileNotFoundError(f"{_where(config)} does not exist")
+    extra = {}
+    if config.class_map is not None:
+        if not config.class_map.is_file():
+            raise FileNotFoundError(f"class_map is {str(config.class_map)!r}, which is not a file")
+        extra["class_map"] = str(config.class_map.absolute())
+    settings = _settings(config, settings)
+    channels = settings["input_size"][0]
+    split = config.train_split if training else config.test_split
+    try:
+        found = create_dataset(
+            config.dataset,
+            root=None if config.root is None else str(config.root),
+            split=split,
+            is_training=training,
+            input_img_mode="RGB" if channels == 3 else "L",
+            **extra,
+        )
+    except (RuntimeError, AssertionError) as error:  # how timm says that it found nothing
+        raise ValueError(f"{_where(config)} has no images: {str(error).splitlines()[0]}") from None
+    augmented = {
+        "is_training": True,
+        "scale": config.scale,
+        "hflip": config.hflip,
+        "color_jitter": config.color_jitter,
+        "auto_augment": config.auto_augment,
+        "re_prob": config.re_prob,
+        "re_mode": "pixel",
+    }
+    transform = create_transform(**settings, **(augmented if training else {}))
+    if isinstance(found, ImageDataset):
+        return Samples(found.reader, channels, transform)
+    found.transform = transform  # a stream, or one of torchvision's own
+    return found
+
+
+def class_names(data: Dataset) -> tuple[str, ...]:
+    """Names of the labels 0, 1, ...; empty where the data set does not say."""
+    source = getattr(data, "reader", data)
+    for attribute in ("class_to_idx", "class_name_to_idx"):
+        numbers = getattr(source, attribute, None)
+        if numbers:
+            return tuple(PurePath(name).name for name in sorted(numbers, key=numbers.__getitem__))
+    return ()
+
+
+def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the model wants, and what the config overrides, under `create_transform`'s names."""
+    names = ("mean", "std", "interpolation", "crop_pct")
+    wanted = ("input_size", "crop_mode", *names)
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return {name: settings[name] for name in wanted if name in settings} | given
+
+
+def _where(config: DataConfig) -> str:
+    return f"data set {config.dataset!r}" if config.dataset else f"data folder {str(config.root)!r}"
 
 
 class Images(Dataset):
@@ -92,6 +343,6 @@ def digits(size: int = 32, margin: int = 4, seed: int = 0) -> Data:
         classes=tuple(str(name) for name in bunch.target_names),
         channels=1,
         size=size,
-        mean=float(mean),
-        std=float(std),
+        mean=(float(mean),),
+        std=(float(std),),
     )

@@ -24,8 +24,8 @@ from adaptvit.train import Epoch, Recipe, train
 METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")
 """Tokens of a ViT trained for a minute are far larger than DeiT's, so its gate is flatter than the released one."""
 
-DENSE = Recipe(epochs=14, batch_size=48, optimizer="muon", learning_rate=0.02)
-ADAPTIVE = Recipe(epochs=6, batch_size=48, learning_rate=3e-4)
+DENSE = Recipe(epochs=14, evaluate_every=0, batch_size=48, optimizer="muon", learning_rate=0.02)
+ADAPTIVE = Recipe(epochs=6, evaluate_every=0, batch_size=48, learning_rate=3e-4)
 
 
 @dataclass(frozen=True, kw_only=True)

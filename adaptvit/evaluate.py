@@ -3,7 +3,7 @@
 Letters: B images, L blocks, N token slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from adaptvit.macs import macs
+from adaptvit.data import Unreadable, collate
+from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -35,6 +36,8 @@ class Result:
     """Mean cross-entropy, in nats."""
     gmacs: float
     """Mean GMACs per image."""
+    gmacs_dense: float
+    """GMACs of the timm model, the same for every image."""
     gmacs_p10: float
     """GMACs of the image at the 10th percentile."""
     gmacs_p90: float
@@ -45,8 +48,23 @@ class Result:
     """Of any patch."""
     depth_max: int | None
     """Of any patch."""
+    depth_spread: float | None
+    """Standard deviation, over images, of an image's mean depth."""
+    depth_spread_within: float | None
+    """Standard deviation of the depth over the patches of an image, mean over images."""
     usage: Usage
     """The record of every image, in the order of the data set."""
+    losses: Tensor
+    """(images,) cross-entropy of each."""
+    unreadable: tuple[Unreadable, ...]
+    """Images that could not be decoded, and are not counted anywhere else."""
+
+    @property
+    def figures(self) -> dict[str, float | int | None]:
+        """The numbers of the whole data set, JSON-able."""
+        parts = ("usage", "losses", "unreadable")
+        whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in parts}
+        return whole | {"unreadable": len(self.unreadable)}
 
 
 @dataclass(frozen=True)
@@ -61,35 +79,51 @@ class Speed:
     """Images per second of the adaptive model, live tokens only."""
     gain: float
     """Time of the timm model over that of the packed one."""
+    ideal: float
+    """Dense MACs over executed MACs."""
+
+    @property
+    def ratio(self) -> float:
+        """What is realised of the ideal gain."""
+        return self.gain / self.ideal
 
 
 def evaluate(
-    model: AdaptiveViT | VisionTransformer, data: Dataset, layout: type[Tokens] | None = None, batch_size: int = 120
+    model: AdaptiveViT | VisionTransformer,
+    data: Dataset,
+    layout: type[Tokens] | None = None,
+    batch_size: int = 120,
+    workers: int = 0,
 ) -> Result:
     """Run every image once, in evaluation mode; the model's own mode is restored.
 
     Args:
         model: an adaptive model, or a timm ViT as it is, which takes every token through every block.
-        data: items (image, label).
+        data: items (image, label), or `Unreadable`, which is counted and left out.
         layout: as in the adaptive model's forward.
+        workers: processes that decode; 0 decodes here.
     Raises:
-        ValueError: the data set is empty.
+        ValueError: the data set has no image that can be read, or a label that the model's head does not have.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    logits, labels, usages = [], [], []
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
+    logits, labels, usages, unreadable = [], [], [], []
     try:
         with torch.inference_mode():
-            for images, answers in tqdm(DataLoader(data, batch_size), desc="evaluating", leave=False):
-                output = _forward(model, images.to(device), layout)
+            for batch in tqdm(loader, desc="evaluating", leave=False):
+                unreadable += batch.unreadable
+                if not len(batch.labels):
+                    continue
+                output = _forward(model, batch.images.to(device), layout)
                 logits.append(output.logits.float().cpu())
-                labels.append(answers)
+                labels.append(batch.labels)
                 usages.append(_on_host(output.usage))
     finally:
         model.train(training)
     if not usages:
-        raise ValueError("evaluate needs at least one image, got an empty data set")
-    return _result(torch.cat(logits), torch.cat(labels), join(usages), model)
+        raise ValueError("evaluate needs at least one image that can be read, and the data set has none")
+    return _result(torch.cat(logits), torch.cat(labels), join(usages), model, tuple(unreadable))
 
 
 def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: int = 10) -> Speed:
@@ -105,10 +139,12 @@ def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: in
         "packed": lambda: model(images, Packed),
     }
     with torch.inference_mode():
+        usage = model(images).usage
         seconds = interleaved(calls, rounds, images.device)
+    ideal = dense_macs(model.shape, usage.grid) / macs(usage, model.shape).double().mean().item()
     rates = {name: len(images) / median(times) for name, times in seconds.items()}
     gain = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
-    return Speed(**rates, gain=gain)
+    return Speed(**rates, gain=gain, ideal=ideal)
 
 
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:
@@ -124,21 +160,37 @@ def _on_host(usage: Usage) -> Usage:
     return Usage(**parts, grid=usage.grid, prefix=usage.prefix)
 
 
-def _result(logits: Tensor, labels: Tensor, usage: Usage, model: AdaptiveViT | VisionTransformer) -> Result:
+def _result(
+    logits: Tensor,
+    labels: Tensor,
+    usage: Usage,
+    model: AdaptiveViT | VisionTransformer,
+    unreadable: tuple[Unreadable, ...],
+) -> Result:
+    classes = logits.shape[1]
+    if not 0 <= labels.min() <= labels.max() < classes:
+        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
+        raise ValueError(f"the model has {classes} classes, 0 to {classes - 1}, but the data set has the label {wrong}")
     shape = model.shape if isinstance(model, AdaptiveViT) else shape_of(model)
     cost = macs(usage, shape).double() / 1e9
     ranked = logits.argsort(dim=1, descending=True)
-    depth = None if usage.live is None else usage.patch_depth
+    losses = cross_entropy(logits, labels, reduction="none")
+    depth = None if usage.live is None else usage.patch_depth.double().flatten(1)
     return Result(
         images=len(labels),
         top1=(ranked[:, 0] == labels).double().mean().item(),
-        top5=(ranked[:, :5] == labels[:, None]).any(dim=1).double().mean().item() if logits.shape[1] > 5 else None,
-        loss=cross_entropy(logits, labels).item(),
+        top5=(ranked[:, :5] == labels[:, None]).any(dim=1).double().mean().item() if classes > 5 else None,
+        loss=losses.mean().item(),
         gmacs=cost.mean().item(),
+        gmacs_dense=dense_macs(shape, usage.grid) / 1e9,
         gmacs_p10=cost.quantile(0.1).item(),
         gmacs_p90=cost.quantile(0.9).item(),
-        depth_mean=None if depth is None else depth.double().mean().item(),
+        depth_mean=None if depth is None else depth.mean().item(),
         depth_min=None if depth is None else int(depth.min()),
         depth_max=None if depth is None else int(depth.max()),
+        depth_spread=None if depth is None else depth.mean(dim=1).std(correction=0).item(),
+        depth_spread_within=None if depth is None else depth.std(dim=1, correction=0).mean().item(),
         usage=usage,
+        losses=losses,
+        unreadable=unreadable,
     )

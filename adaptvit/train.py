@@ -4,27 +4,42 @@ A run is known by what decides its outcome: recipe, method, starting weights and
 that fingerprint, so that a changed recipe starts afresh beside the old run instead of over it.
 """
 
+import fnmatch
 import hashlib
 import json
 import time
+import warnings
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list, set_seed  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
+from timm.data import Mixup
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
-from adaptvit.data import Data
+from adaptvit.budget import meet_target
+from adaptvit.data import Batch, Data, filled
+from adaptvit.evaluate import evaluate
 from adaptvit.files import replacing, write_atomically
+from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.usage import Output
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,32 +50,80 @@ class Recipe:
     """Passes over the training split."""
     batch_size: int = 64
     """Images per step and process; the images left over at the end of an epoch are skipped."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged into one update."""
     optimizer: str = "adamw"
     """A name of `timm.optim.list_optimizers()`."""
     learning_rate: float = 1e-3
-    """Peak of the learning rate, after the warm-up; from there it falls to a hundredth along a cosine."""
+    """Peak of the learning rate, after the warm-up; from there it falls along a cosine."""
+    warmup_learning_rate: float = 0.0
+    """Where the warm-up begins."""
+    least_learning_rate: float | None = None
+    """Where the cosine ends; None is a hundredth of the peak."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases and norms have none."""
     warmup_epochs: int = 1
     """Epochs of linear warm-up, below `epochs`."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes, in [0, 1)."""
-    clip_grad: float = 1.0
-    """Largest norm of the gradient of a step."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is off. With both, each batch takes one of them at random."""
+    clip_grad: float | None = 1.0
+    """Largest norm of the gradient of an update; None does not clip."""
+    ema_decay: float | None = None
+    """Decay of the averaged weights, in (0, 1). They are what is evaluated, and what a finished run leaves in the
+    model; None averages nothing."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the forward pass; weights, gradients and halting stay float32."""
+    distillation: Literal["soft", "hard"] = "soft"
+    """What a teacher teaches: its distribution, or its first choice."""
+    distillation_weight: float = 0.5
+    """Share of the teacher in the task's loss, in [0, 1]."""
+    temperature: float = 1.0
+    """Of soft distillation."""
+    freeze: tuple[str, ...] = ()
+    """Parameters of the ViT to leave as they are, by patterns of their names: patch_embed.*, blocks.0.*, pos_embed."""
+    target: float | None = None
+    """Share of the dense MACs in (0, 1] that the method's knob is steered to while training; None leaves the knob."""
+    ease_epochs: float = 0.0
+    """Epochs over which the target comes down from 1, so that pretrained features are not wrecked at the first step."""
+    steer_every: int = 40
+    """Updates between two settings of the knob, each on the images at hand."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations of the test split, the last epoch's always included; 0 never evaluates."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, in the run's folder."""
     seed: int = 0
-    """Decides the order of the images and how they are augmented; epoch e uses `seed` + e."""
+    """Decides the order of the images and how they are augmented, together with the number of the epoch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate", "steer_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Recipe.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_grad"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Recipe.{name} must be positive, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_grad", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Recipe.{name} must be positive, got {value}")
+        for name in ("mixup", "cutmix", "ease_epochs", "evaluate_every", "weight_decay", "warmup_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Recipe.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"Recipe.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"Recipe.distillation_weight must lie in [0, 1], got {self.distillation_weight}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"Recipe.ema_decay must lie in (0, 1), got {self.ema_decay}")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise ValueError(f"Recipe.target must lie in (0, 1], the share of the dense MACs, got {self.target}")
+        for name, allowed in (("precision", tuple(PRECISIONS)), ("distillation", ("soft", "hard"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Recipe.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"Recipe.batch_size must be even for mixup and cutmix, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +133,7 @@ class Epoch:
     epoch: int
     """Counted from 1."""
     loss: float
-    """Cross-entropy of the task."""
+    """Loss of the task."""
     terms: dict[str, float]
     """The method's own loss terms, weighted."""
     accuracy: float
@@ -84,94 +147,325 @@ class Epoch:
     depth_max: int | None
     """Of any patch."""
     learning_rate: float
-    """Of the last step."""
+    """Of the last update."""
+    knob: float | None
+    """The method's knob at the end; None where it has none."""
+    unreadable: int
+    """Training images that could not be decoded; another of the batch took the place of each."""
+    test: dict[str, float | int | None] | None
+    """What `evaluate` says of the test split after this epoch; None where it was not asked."""
     seconds: float
     """Duration."""
 
 
-def train(model: AdaptiveViT, data: Data, recipe: Recipe, output: Path, name: str = "training") -> list[Epoch]:
+def train(
+    model: AdaptiveViT,
+    data: Data,
+    recipe: Recipe,
+    output: Path,
+    name: str = "training",
+    resume: bool = True,
+    teacher: nn.Module | None = None,
+) -> list[Epoch]:
     """Train in place and return what happened, epoch by epoch; finished epochs of the same run are not repeated.
 
     Writes `checkpoint-XXXXXXXX.pt` and `log-XXXXXXXX.jsonl` in `output` after every epoch, each whole or not at all.
+    Started by torchrun, every process takes its share of the images of each epoch.
 
     Args:
-        model: any adaptive model; a plain ViT trains as `FullConfig().build(vit)`.
+        model: any adaptive model; a plain ViT trains as `FullConfig().build(vit)`. Its config ends with the knob
+            steered to, where the recipe has a target.
         output: folder of the run, made if it is not there.
         name: what the progress bar calls it.
+        resume: go on from a checkpoint of the same run; False refuses where there is one.
+        teacher: a model to distil from, giving (B, classes) logits; it sees the same images.
     Raises:
+        ChildProcessError: a process that decodes images died.
+        FileExistsError: another training is writing to `output`, or there is a checkpoint and `resume` is False.
         FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
-        ValueError: the training split is smaller than a batch.
+        ValueError: the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
+            recipe has a target and the method no knob.
     """
-    accelerator = Accelerator()
-    key = fingerprint(model, data, recipe)
-    checkpoint, log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
-    output.mkdir(parents=True, exist_ok=True)
-
-    order = torch.Generator()
-    loader = DataLoader(data.train, recipe.batch_size, shuffle=True, drop_last=True, generator=order)
-    if not len(loader):
-        raise ValueError(f"Recipe.batch_size is {recipe.batch_size}, more than the training images of {data.name}")
-    optimizer = create_optimizer_v2(model, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=0.0,
-        min_lr=recipe.learning_rate / 100,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[recipe.precision],
+        gradient_accumulation_steps=recipe.accumulate,
+        log_with="tensorboard" if recipe.tensorboard else None,
+        project_dir=output,
     )
-    history: list[Epoch] = []
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=accelerator.device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history = [Epoch(**epoch) for epoch in saved["history"]]
+    output.mkdir(parents=True, exist_ok=True)
+    with _only_run(output) if accelerator.is_main_process else nullcontext():
+        return _Training(accelerator, model, data, recipe, output, name, teacher).run(resume)
 
-    for number in range(len(history) + 1, recipe.epochs + 1):
-        start = time.perf_counter()
-        torch.manual_seed(recipe.seed + number)  # all randomness of an epoch hangs on its number: resuming is exact
-        order.manual_seed(recipe.seed + number)
-        wrapped.train()
-        tally = Tally(model)
-        bar = tqdm(loader, desc=f"{name} {number}/{recipe.epochs}", disable=not accelerator.is_local_main_process)
-        for step, (images, labels) in enumerate(bar, start=(number - 1) * len(loader) + 1):
-            scheduler.step_update(step)
-            result = wrapped(images)
-            task = cross_entropy(result.logits, labels, label_smoothing=recipe.label_smoothing)
-            loss = task + sum(result.terms.values())
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step}, in epoch {number}: lower Recipe.learning_rate "
-                    f"({recipe.learning_rate:g}); epochs 1 to {number - 1} are kept in {output}"
+
+@contextmanager
+def _only_run(output: Path) -> Iterator[None]:
+    lock = FileLock(output / ".lock")  # the system takes it back from a process that was killed
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"another training is writing to {str(output)!r}: choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Training:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: AdaptiveViT,
+        data: Data,
+        recipe: Recipe,
+        output: Path,
+        name: str,
+        teacher: nn.Module | None,
+    ) -> None:
+        self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, name
+        self.output = output
+        key = fingerprint(model, data, recipe)
+        self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
+        if recipe.target is not None and getattr(model.config, "knob", None) is None:
+            raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
+        freeze(model.vit, recipe.freeze)
+        self.loader = self._loader()
+        self.steps = len(self.loader) // recipe.accumulate * recipe.accumulate
+        self.updates = self.steps // recipe.accumulate
+        if not self.updates:
+            raise ValueError(
+                f"Recipe.batch_size is {recipe.batch_size}, more than the training images of {data.name} allow for"
+            )
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=len(data.classes)
+            )
+        optimizer = create_optimizer_v2(
+            model, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        least = recipe.learning_rate / 100 if recipe.least_learning_rate is None else recipe.least_learning_rate
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_learning_rate,
+            min_lr=least,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, recipe.ema_decay)
+        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
+        self.history: list[Epoch] = []
+        self.unreadable: dict[str, str] = {}
+
+    def run(self, resume: bool) -> list[Epoch]:
+        if self.checkpoint.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{str(self.output)!r} holds a checkpoint of this very run: resume it, or choose another folder"
                 )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            tally.add(result, labels, task)
+            self._restore()
+        if self.recipe.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        for number in range(len(self.history) + 1, self.recipe.epochs + 1):
+            try:
+                self.history.append(self._epoch(number))
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ChildProcessError(
+                    f"a process that decodes images died in epoch {number}; epochs 1 to {number - 1} are kept in "
+                    f"{str(self.output)!r}"
+                ) from error
+            if self.accelerator.is_main_process:
+                self._save()
+            self.accelerator.log(_flat(self.history[-1]), step=number)
+        self.accelerator.end_training()
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        return self.history
+
+    def _loader(self) -> DataLoader:
+        split, recipe, world = self.data.train, self.recipe, self.accelerator.num_processes
+        sampler: Any = None
+        if not isinstance(split, IterableDataset):
+            place = {"num_replicas": world, "rank": self.accelerator.process_index}
+            if self.data.repeats > 1:
+                sampler = RepeatAugSampler(split, **place, num_repeats=self.data.repeats)
+            else:
+                sampler = DistributedSampler(split, **place, seed=recipe.seed, drop_last=True)
+        return DataLoader(
+            split,
+            recipe.batch_size,
+            sampler=sampler,
+            num_workers=self.data.workers,
+            collate_fn=filled,
+            drop_last=True,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _epoch(self, number: int) -> Epoch:
+        recipe, accelerator, device = self.recipe, self.accelerator, self.accelerator.device
+        start = time.perf_counter()
+        set_seed(recipe.seed + number, device_specific=True)  # all randomness of an epoch hangs on its number, so that
+        if hasattr(self.loader.sampler, "set_epoch"):  # resuming is exact
+            self.loader.sampler.set_epoch(number)
+        self.wrapped.train()
+        if self.teacher is not None:
+            self.teacher.eval()
+        tally = Tally(self.model)
+        bar = tqdm(
+            total=self.steps,
+            desc=f"{self.name} {number}/{recipe.epochs}",
+            disable=not accelerator.is_local_main_process,
+        )
+        first = (number - 1) * self.steps
+        for step, batch in enumerate(self.loader, start=first):
+            if step == first + self.steps:
+                break
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            update = step // recipe.accumulate
+            if step % recipe.accumulate == 0:
+                self.scheduler.step_update(update + 1)
+                if recipe.target is not None and update % recipe.steer_every == 0:
+                    self._steer(images, update)
+            with accelerator.accumulate(self.wrapped):
+                output, task = self._forward(images, labels)
+                loss = task + sum(output.terms.values())
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} at step {step + 1}, in epoch {number}: lower Recipe.learning_rate "
+                        f"({recipe.learning_rate:g}); epochs 1 to {number - 1} are kept in {self.output}"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and recipe.clip_grad is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.ema is not None and accelerator.sync_gradients:
+                self.ema.update(self.model)
+            self._report_unreadable(batch)
+            tally.add(output, labels, task, len(batch.unreadable))
+            bar.update()
             bar.set_postfix_str(tally.line())
-        history.append(tally.epoch(number, optimizer.param_groups[0]["lr"], time.perf_counter() - start, accelerator))
-        if accelerator.is_main_process:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "history": [asdict(epoch) for epoch in history],
-            }
-            with replacing(checkpoint) as partial:
-                torch.save(state, partial)
-            write_atomically(log, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in history))
-    return history
+        bar.close()
+        test = None
+        if recipe.evaluate_every and (number % recipe.evaluate_every == 0 or number == recipe.epochs):
+            test = self._evaluate()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        return tally.epoch(number, learning_rate, time.perf_counter() - start, accelerator, test)
+
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Output, Tensor]:
+        recipe, targets = self.recipe, labels
+        smoothing = recipe.label_smoothing
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+            smoothing = 0.0  # Mixup's targets are smooth already
+        output = self.wrapped(images)
+        logits = output.logits.float()
+        task = cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                lesson = self.teacher(images)
+            pupil = logits if output.distilled is None else output.distilled.float()
+            taught = distillation(pupil, lesson.float(), recipe.distillation, recipe.temperature)
+            task = (1 - recipe.distillation_weight) * task + recipe.distillation_weight * taught
+        return output, task
+
+    def _steer(self, images: Tensor, update: int) -> None:
+        """Move the knob so that these images, in evaluation, cost what the target is by now."""
+        recipe, model = self.recipe, self.model
+        assert recipe.target is not None
+        eased = recipe.ease_epochs * self.updates
+        progress = min(1.0, update / eased) if eased else 1.0
+        model.eval()
+        with self.accelerator.autocast():
+            config = meet_target(model.config, model.vit, images, 1 - (1 - recipe.target) * progress, tolerance=0.01)
+        model.train()
+        (model.config,) = broadcast_object_list([config])
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The test split through what the run would leave, on every process alike."""
+        model = self.model
+        if self.ema is not None:
+            model = self.ema.module
+            model.config = self.model.config
+        with self.accelerator.autocast():
+            return evaluate(model, self.data.test, batch_size=self.recipe.batch_size, workers=self.data.workers).figures
+
+    def _report_unreadable(self, batch: Batch) -> None:
+        for name, reason in batch.unreadable:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                warnings.warn(f"training image {name!r} cannot be read, another took its place: {reason}", stacklevel=2)
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }
+        with replacing(self.checkpoint) as partial:
+            torch.save(state, partial)
+        write_atomically(self.log, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in self.history))
+
+    def _restore(self) -> None:
+        saved = torch.load(self.checkpoint, map_location=self.accelerator.device)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history = [Epoch(**epoch) for epoch in saved["history"]]
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        knob = getattr(self.model.config, "knob", None)
+        if knob is not None and self.recipe.target is not None:
+            self.model.config = replace(self.model.config, **{knob.field: self.history[-1].knob})
+
+
+def freeze(vit: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Leave the parameters whose names match as they are.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or all are matched.
+    """
+    names = [name for name, _ in vit.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"Recipe.freeze has {pattern!r}, which no parameter matches; they are named like {names[0]!r}"
+            )
+    for name, parameter in vit.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in vit.parameters()):
+        raise ValueError(f"Recipe.freeze leaves nothing to train: {', '.join(patterns)}")
 
 
 def fingerprint(model: AdaptiveViT, data: Data, recipe: Recipe) -> str:
     """Eight hexadecimal digits of what decides a run: recipe, method, starting weights, data."""
-    digest = hashlib.sha256(repr((recipe, model.config, data.name)).encode())
+    digest = hashlib.sha256(repr((recipe, model.config, data.name, data.preparation)).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:8]
+
+
+def _flat(epoch: Epoch) -> dict[str, float]:
+    """An epoch's numbers under TensorBoard's kind of names."""
+    values = asdict(epoch)
+    groups = {"test": values.pop("test") or {}, "terms": values.pop("terms"), "train": values}
+    return {
+        f"{group}/{name}": value
+        for group, figures in groups.items()
+        for name, value in figures.items()
+        if value is not None
+    }
 
 
 class Tally:
@@ -183,11 +477,12 @@ class Tally:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.depths = (model.shape.depth, 0)
 
-    def add(self, output: Output, labels: Tensor, task: Tensor) -> None:
-        """Count a batch: its outputs, its (B,) labels and the mean loss of the task."""
+    def add(self, output: Output, labels: Tensor, task: Tensor, unreadable: int) -> None:
+        """Count a batch: its outputs, its (B,) labels, the mean loss of the task, images that could not be read."""
         usage, shape, images = output.usage, self.model.shape, len(labels)
         self.images += images
         self.sums["loss"] += images * task.item()
+        self.sums["unreadable"] += unreadable
         self.sums["accuracy"] += (output.logits.argmax(dim=1) == labels).sum().item()
         self.sums["macs"] += macs(usage, shape).sum().item() / dense_macs(shape, usage.grid)
         for name, term in output.terms.items():
@@ -203,13 +498,17 @@ class Tally:
         depth = f", depth {means['depth']:.2f}" if "depth" in means else ""
         return f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}, MACs {means['macs']:.1%}{depth}"
 
-    def epoch(self, number: int, learning_rate: float, seconds: float, accelerator: Accelerator) -> Epoch:
+    def epoch(
+        self, number: int, learning_rate: float, seconds: float, accelerator: Accelerator, test: dict[str, Any] | None
+    ) -> Epoch:
         """The means over the images of all processes."""
         sums = torch.tensor([self.images, *self.sums.values()], dtype=torch.float64, device=accelerator.device)
         images, *totals = accelerator.reduce(sums).tolist()
         depths = accelerator.gather(torch.tensor([self.depths], device=accelerator.device))
         means = {name: total / images for name, total in zip(self.sums, totals, strict=True)}
         tracked = "depth" in means
+        config = self.model.config
+        knob = getattr(config, "knob", None)
         return Epoch(
             epoch=number,
             loss=means["loss"],
@@ -220,5 +519,8 @@ class Tally:
             depth_min=int(depths[:, 0].min()) if tracked else None,
             depth_max=int(depths[:, 1].max()) if tracked else None,
             learning_rate=learning_rate,
+            knob=None if knob is None else getattr(config, knob.field),
+            unreadable=round(means["unreadable"] * images),
+            test=test,
             seconds=seconds,
         )

@@ -22,7 +22,7 @@ from adaptvit.tokens import Tokens
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
 MLP_ROWS = 1024
 """Tokens that go through an MLP at a time in evaluation on the CPU: few enough for the hidden features to stay in its
-caches, enough for full matrix products. At batch 32 the MLPs of DeiT-S take 0.77 of the time, and a fifth of the memory."""
+caches, enough for full matrix products. At batch 32 the MLPs of DeiT-S take 0.77 of the time, a fifth of the memory."""
 PREPROCESSING = (
     "input_size",
     "fixed_input_size",

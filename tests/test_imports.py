@@ -17,7 +17,8 @@ LAYERS: list[set[str]] = [
     {"methods"},
     {"names"},
     {"budget", "pictures", "checkpoints", "data"},
-    {"train", "evaluate", "bench", "report"},
+    {"evaluate", "bench", "report"},
+    {"train"},
     {"demo"},
     {"cli"},
 ]
