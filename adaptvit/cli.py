@@ -1,20 +1,30 @@
 """Vision transformers that spend compute where an image needs it."""
 
+import csv
+import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from accelerate import PartialState  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from adaptvit import demo
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.checkpoints import convert
-from adaptvit.files import replacing
+from adaptvit.data import Unreadable
+from adaptvit.draw import DrawConfig, draw
+from adaptvit.evaluate import EvaluateConfig, evaluate_model
+from adaptvit.files import replacing, write_atomically
+from adaptvit.predict import PredictConfig, predict
+from adaptvit.recipes import RECIPES
+from adaptvit.run import Run, calibrate, run
 
 Config = TypeVar("Config")
 
@@ -22,23 +32,143 @@ Config = TypeVar("Config")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one sentence and exit code 2."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
-    commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data that is already here")
-    commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed execution beside their MACs")
-    commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
+        parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
+        commands = parser.add_subcommands(dest="command")
+        commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
+        commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
+        commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
+        commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
+        commands.add_subcommand("calibrate", calibrate_parser(), help="fit A-ViT's gate to a ViT and a budget")
+        commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
+        commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
+        commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
+        arguments = parser.parse_args([_underscored(word) for word in words])
         with warnings.catch_warnings():
             warnings.showwarning = _say  # type: ignore[assignment]
-            COMMANDS[arguments.command](arguments[arguments.command])
+            return COMMANDS[arguments.command](arguments[arguments.command]) or 0
     except (ArgumentError, FloatingPointError, OSError, TypeError, ValueError) as error:
         print(f"adaptvit: {str(error).strip().splitlines()[-1].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"adaptvit: {stop or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
+
+
+def train_parser(words: Sequence[str]) -> ArgumentParser:
+    """`adaptvit train RECIPE`, its defaults those of the recipe that the command line's words name."""
+    parser = ArgumentParser(
+        description=f"Train a recipe, one of {', '.join(RECIPES)}; everything in it can be changed here or by YAML."
+    )
+    named = words[1] if len(words) > 1 and words[0] == "train" and not words[1].startswith("-") else "digits"
+    if named not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {named!r}")
+    recipe = RECIPES[named]()
+
+    def same(name: str) -> str:
+        if name != named:
+            raise ArgumentTypeError(f"the recipe comes before all options: adaptvit train {name} ...")
+        return name
+
+    parser.add_argument("recipe_name", nargs="?", type=same, default=named, help="Name of the recipe.")
+    parser.add_argument("--config", action="config", help="YAML file with what differs from the recipe.")
+    parser.add_argument(
+        "--resume", type=bool, nargs="?", const=True, default=False, help="Go on where the same run stopped."
+    )
+    parser.add_class_arguments(Run, skip={"method", "data", "recipe"})
+    for group in ("method", "data", "recipe"):
+        parser.add_class_arguments(type(getattr(recipe, group)), group)
+    values = {name: value for name, value in vars(recipe).items() if name not in ("method", "data", "recipe")}
+    for group in ("method", "data", "recipe"):
+        values |= {f"{group}.{name}": value for name, value in vars(getattr(recipe, group)).items()}
+    parser.set_defaults(values)
+    return parser
+
+
+def run_train(arguments: Namespace) -> None:
+    """Train, and print what came of it."""
+    recipe = RECIPES[arguments.recipe_name]()
+    parts: dict[str, Any] = {
+        group: _config(type(getattr(recipe, group)), arguments[group]) for group in ("method", "data", "recipe")
+    }
+    rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
+    outcome = run(Run(**rest, **parts), arguments.resume)
+    print(_listed(outcome.result.figures))
+    print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+
+
+def evaluate_parser() -> ArgumentParser:
+    """`adaptvit evaluate MODEL ROOT`."""
+    parser = ArgumentParser(description="Accuracy, GMACs, depth of tokens and speed of a model on a data set.")
+    parser.add_class_arguments(EvaluateConfig, as_positional=True)
+    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    parser.add_argument("--csv", type=Path, default=None, help="Also append them, a line a model, to this file.")
+    return parser
+
+
+def run_evaluate(arguments: Namespace) -> int:
+    """Print the figures, write them where asked; 1 where images could not be read."""
+    config = _config(EvaluateConfig, arguments)
+    for path in (arguments.json, arguments.csv):
+        if path and not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    result, figures = evaluate_model(config)
+    print(_listed(figures))
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+    if arguments.csv:
+        _append(arguments.csv, figures)
+    return _say_unreadable(result.unreadable)
+
+
+def predict_parser() -> ArgumentParser:
+    """`adaptvit predict MODEL FOLDER`."""
+    parser = ArgumentParser(description="Classes, GMACs and tokens left per block of every image in a folder.")
+    parser.add_class_arguments(PredictConfig, as_positional=True)
+    return parser
+
+
+def run_predict(arguments: Namespace) -> int:
+    """Write the file; 1 where images could not be read. Under torchrun the main process speaks for all."""
+    result = predict(_config(PredictConfig, arguments))
+    if not PartialState().is_main_process:
+        return 0
+    earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
+    print(f"{result.output}: {result.images} images{earlier}")
+    return _say_unreadable(result.unreadable)
+
+
+def draw_parser() -> ArgumentParser:
+    """`adaptvit draw MODEL FOLDER`."""
+    parser = ArgumentParser(description="Draw images beside the depth of their tokens.")
+    parser.add_class_arguments(DrawConfig, as_positional=True)
+    return parser
+
+
+def run_draw(arguments: Namespace) -> int:
+    """Say what was drawn; 1 where images could not be read."""
+    config = _config(DrawConfig, arguments)
+    drawing = draw(config)
+    print(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
+    if drawing.beyond_limit:
+        what = "classes" if config.per_class else "pictures"
+        print(f"{drawing.beyond_limit} more {what} are not drawn: --limit {config.limit} is the most")
+    return _say_unreadable(drawing.unreadable)
+
+
+def calibrate_parser() -> ArgumentParser:
+    """`adaptvit calibrate MODEL FOLDER TARGET`."""
+    parser = ArgumentParser(description="Fit A-ViT's gate to a ViT's channel 0 and to a share of the dense MACs.")
+    parser.add_function_arguments(calibrate, as_positional=True)
+    return parser
+
+
+def run_calibrate(arguments: Namespace) -> None:
+    """Print the gate and what it goes by."""
+    config, explained = calibrate(**arguments.as_dict())
+    print(f"channel 0 explains {explained:.0%} of how little the class token attends to a patch")
+    print(f"{arguments.output}: gate {config.gate_scale:g} / {config.gate_center:g}")
 
 
 def demo_parser() -> ArgumentParser:
@@ -98,7 +228,46 @@ def run_convert(arguments: Namespace) -> None:
     print(f"{arguments.target}: {arguments.model_name}, gate {config.gate_scale:g} / {config.gate_center:g}")
 
 
-COMMANDS = {"demo": run_demo, "bench": run_bench, "convert": run_convert}
+COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "draw": run_draw,
+    "calibrate": run_calibrate,
+    "demo": run_demo,
+    "bench": run_bench,
+    "convert": run_convert,
+}
+
+
+def _listed(figures: dict[str, Any]) -> str:
+    """A figure a line, names aligned."""
+    width = max(map(len, figures))
+    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in figures.items()}
+    return "\n".join(f"{name:>{width}}  {'-' if value is None else value}" for name, value in shown.items())
+
+
+def _append(path: Path, figures: dict[str, Any]) -> None:
+    """Add a line to a CSV file, and columns for figures that its earlier lines do not have."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    rows.append({name: "" if value is None else value for name, value in figures.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def _say_unreadable(unreadable: Sequence[Unreadable]) -> int:
+    """Name what could not be read; the exit code."""
+    for name, reason in unreadable:
+        print(f"adaptvit: cannot read {name}: {reason}", file=sys.stderr)
+    if unreadable:
+        print(f"adaptvit: {len(unreadable)} images could not be read and are left out", file=sys.stderr)
+    return 1 if unreadable else 0
 
 
 def _config(kind: type[Config], arguments: Namespace) -> Config:

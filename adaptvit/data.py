@@ -6,6 +6,7 @@ An item is (image, label), a normalised float32 tensor (channels, height, width)
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from tarfile import TarError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,8 @@ class Data:
     """What it is, in words that tell it from any other: runs and reports are known by it."""
     train: Dataset
     """Items change from visit to visit where training is augmented, by torch's, numpy's and Python's global state."""
+    calibration: Dataset
+    """The training split, prepared as the test split is."""
     test: Dataset
     """Items never change."""
     classes: tuple[str, ...]
@@ -200,20 +203,27 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
     """
     if config.root is None and not config.dataset:
         return digits()
-    train, test = (open_split(config, settings, training) for training in (True, False))
-    if isinstance(train, Samples) and isinstance(test, Samples) and train.reader.root == test.reader.root is not None:
-        names = f"{config.train_split!r} and {config.test_split!r}"
-        raise FileNotFoundError(f"{_where(config)} has no folders for its splits {names}")
-    classes = class_names(train)
+    train = open_split(config, settings, config.train_split, augment=True)
+    calibration = open_split(config, settings, config.train_split)
+    test = open_split(config, settings, config.test_split)
+    if not config.dataset:
+        found = {config.train_split: train, config.test_split: test}
+        missing = [name for name, split in found.items() if split.reader.root == str(config.root)]  # type: ignore[attr-defined]
+        if missing:
+            raise FileNotFoundError(f"{_where(config)} has no folder {' and none '.join(map(repr, missing))}")
+    classes = class_names(train, config.class_map)
+    if not classes:
+        raise ValueError(f"{_where(config)} does not name its classes: pass class_map")
     if len(classes) < 2:
-        raise ValueError(f"{_where(config)} has images of {len(classes)} class to train on; two are the least")
-    if class_names(test) != classes:
+        raise ValueError(f"{_where(config)} has images of the class {classes[0]!r} only to train on; two are the least")
+    if class_names(test, config.class_map) != classes:
         raise ValueError(f"{_where(config)} has other classes to test on than the {len(classes)} to train on")
     settings = _settings(config, settings)
     sizes = [len(split) if isinstance(split, Sized) else "streamed" for split in (train, test)]
     return Data(
         name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
         train=train,
+        calibration=calibration,
         test=test,
         classes=classes,
         channels=settings["input_size"][0],
@@ -226,14 +236,14 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
     )
 
 
-def open_split(config: DataConfig, settings: dict[str, Any], training: bool) -> Dataset:
-    """One split: its training images augmented, or its test images as the model expects them.
+def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment: bool = False) -> Dataset:
+    """One split, its images as the model expects them or augmented for training.
 
     A folder without one for the split is taken to be the split itself.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no images.
+        ValueError: it holds no images, or cannot be read with what is installed.
     """
     if not config.dataset and (config.root is None or not config.root.exists()):
         raise FileNotFoundError(f"{_where(config)} does not exist")
@@ -241,21 +251,27 @@ def open_split(config: DataConfig, settings: dict[str, Any], training: bool) -> 
     if config.class_map is not None:
         if not config.class_map.is_file():
             raise FileNotFoundError(f"class_map is {str(config.class_map)!r}, which is not a file")
-        extra["class_map"] = str(config.class_map.absolute())
+        if config.class_map.suffix != ".txt":
+            raise ValueError(
+                f"class_map must be a .txt file with a class name on each line, got {config.class_map.name!r}"
+            )
+        if not config.dataset.lower().startswith("wds/"):  # whose labels are numbers already
+            extra["class_map"] = str(config.class_map.absolute())
     settings = _settings(config, settings)
     channels = settings["input_size"][0]
-    split = config.train_split if training else config.test_split
     try:
         found = create_dataset(
             config.dataset,
             root=None if config.root is None else str(config.root),
             split=split,
-            is_training=training,
+            is_training=augment,
             input_img_mode="RGB" if channels == 3 else "L",
             **extra,
         )
-    except (RuntimeError, AssertionError) as error:  # how timm says that it found nothing
-        raise ValueError(f"{_where(config)} has no images: {str(error).splitlines()[0]}") from None
+    except ImportError as error:
+        raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
+    except (RuntimeError, AssertionError, ValueError, TarError) as error:  # how timm says that it found nothing
+        raise ValueError(f"{_where(config)} has no images that can be read: {_first_line(error)}") from error
     augmented = {
         "is_training": True,
         "scale": config.scale,
@@ -265,21 +281,21 @@ def open_split(config: DataConfig, settings: dict[str, Any], training: bool) -> 
         "re_prob": config.re_prob,
         "re_mode": "pixel",
     }
-    transform = create_transform(**settings, **(augmented if training else {}))
+    transform = create_transform(**settings, **(augmented if augment else {}))
     if isinstance(found, ImageDataset):
         return Samples(found.reader, channels, transform)
     found.transform = transform  # a stream, or one of torchvision's own
     return found
 
 
-def class_names(data: Dataset) -> tuple[str, ...]:
-    """Names of the labels 0, 1, ...; empty where the data set does not say."""
+def class_names(data: Dataset, class_map: Path | None = None) -> tuple[str, ...]:
+    """Names of the labels 0, 1, ...; where the data set does not say, those of `class_map`; else empty."""
     source = getattr(data, "reader", data)
     for attribute in ("class_to_idx", "class_name_to_idx"):
         numbers = getattr(source, attribute, None)
         if numbers:
             return tuple(PurePath(name).name for name in sorted(numbers, key=numbers.__getitem__))
-    return ()
+    return () if class_map is None else tuple(map(str.strip, class_map.read_text(encoding="utf-8").splitlines()))
 
 
 def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -288,6 +304,10 @@ def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
     wanted = ("input_size", "crop_mode", *names)
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return {name: settings[name] for name in wanted if name in settings} | given
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _where(config: DataConfig) -> str:
@@ -339,6 +359,7 @@ def digits(size: int = 32, margin: int = 4, seed: int = 0) -> Data:
     return Data(
         name=f"scikit-learn's digits ({size} pixels with {margin} of margin, {HELD_OUT} held out by seed {seed})",
         train=Images(images[train], labels[train], augment),
+        calibration=Images(images[train], labels[train]),
         test=Images(images[test], labels[test]),
         classes=tuple(str(name) for name in bunch.target_names),
         channels=1,

@@ -3,17 +3,22 @@
 Letters: B images, L blocks, N token slots.
 """
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from adaptvit.data import Unreadable, collate
+from adaptvit.checkpoints import open_model
+from adaptvit.data import DataConfig, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.timing import interleaved
@@ -145,6 +150,75 @@ def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: in
     rates = {name: len(images) / median(times) for name, times in seconds.items()}
     gain = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
     return Speed(**rates, gain=gain, ideal=ideal)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, on what."""
+
+    model: str
+    """An adaptvit file, or the name of a timm ViT with its own weights."""
+    root: Path
+    """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
+    dataset: str = ""
+    """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it."""
+    split: str = "validation"
+    """The split of it."""
+    class_map: Path | None = None
+    """File with the class names in the order of the labels, one on a line."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = 2
+    """Processes that decode."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+    rounds: int = 10
+    """Timed turns of dense, masked and packed execution of one batch; 0 measures no speed."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0), ("rounds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        check_device(self.device)
+
+
+def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
+    """Open model and images, evaluate, and time one batch; also everything as JSON-able figures.
+
+    Raises:
+        FileNotFoundError: no such model or folder.
+        ValueError: the model's classes are not those of the images, or no image can be read.
+    """
+    model = open_model(config.model).to(config.device)
+    settings = resolve_model_data_config(model)
+    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
+    data = open_split(source, settings, config.split)
+    classes = class_names(data)
+    if classes and config.class_map is None and len(classes) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {str(config.root)!r} has {len(classes)}; if they are some "
+            "of the model's, pass class_map"
+        )
+    result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)
+    figures: dict[str, Any] = {"model": config.model, "data": str(config.dataset or config.root), **result.figures}
+    if config.rounds:
+        loader = DataLoader(data, config.batch_size, collate_fn=collate)
+        batch = next(batch for batch in loader if len(batch.labels))
+        timing = speed(model.vit, model, batch.images.to(config.device), config.rounds)
+        figures |= {f"{name}_images_per_s": getattr(timing, name) for name in ("dense", "masked", "packed")}
+        figures |= {"ideal_speedup": timing.ideal, "realised_speedup": timing.gain, "ratio": timing.ratio}
+        figures |= {"load_average": os.getloadavg()[0], "timed_batch": len(batch.images)}
+    return result, figures
+
+
+def check_device(device: str) -> None:
+    """Refuse CUDA where there is none.
+
+    Raises:
+        ValueError: naming the device.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA here; use cpu")
 
 
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:

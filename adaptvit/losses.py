@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 
@@ -16,7 +16,7 @@ def mean_over_processes(t: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return t
-    return all_reduce(t) / dist.get_world_size()
+    return all_reduce(t, "sum", dist.group.WORLD) / dist.get_world_size()
 
 
 def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:

@@ -5,16 +5,21 @@ Letters: B images, L blocks, N token slots.
 
 import base64
 import io
+import warnings
+from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
+from matplotlib.colors import BoundaryNorm, Colormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from adaptvit.files import replacing
 from adaptvit.usage import Usage
 
 COLOURS = "viridis"
@@ -23,43 +28,85 @@ ACCENT = "#2a788e"
 
 
 def depth_maps(
-    images: Tensor, depth: Tensor, blocks: int, columns: int = 4, captions: list[str] | None = None
+    images: Tensor,
+    depth: Tensor,
+    blocks: int,
+    columns: int = 4,
+    captions: list[str] | None = None,
+    combined: bool = False,
+    panel: float = 1.45,
 ) -> Figure:
     """Several images, each beside the depth of its patches, on one colour scale from block 1 to `blocks`.
 
     Args:
         images: (B, channels, height, width), one channel or three, values in [0, 1].
         depth: (B, rows, columns) blocks each patch entered, `Usage.patch_depth`.
-        columns: pairs in a row.
-        captions: B lines, one above each pair.
+        columns: images in a row.
+        captions: B texts, one above each image; they may have several lines, and are not cut to fit.
+        combined: a third panel for each image, the map laid over it.
+        panel: width of a panel in inches.
     Raises:
         ValueError: the images have neither one nor three channels, or their number differs from the maps'.
     """
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images to draw must have 1 or 3 channels, got {images.shape[1]}")
-    if len(images) != len(depth):
-        raise ValueError(f"every image needs one depth map, got {len(images)} images and {len(depth)} maps")
+    _check(images, depth)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.9 * columns + 0.9, 1.62 * rows + 0.1), layout="constrained")
-    pairs = figure.subplots(rows, 2 * columns, squeeze=False)
-    norm = BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
-    palette = matplotlib.colormaps[COLOURS]
-    for axes in pairs.flat:
+    height, width = images.shape[2:]
+    panels = 2 + combined
+    lines = 0 if captions is None else 1 + max(caption.count("\n") for caption in captions)
+    tall = panel * height / width + 0.1 + 0.145 * lines
+    figure = Figure(figsize=((panel * panels + 0.1) * columns + 0.8, tall * rows + 0.1), layout="constrained")
+    widths = [*[1.0] * panels, 0.03] * columns  # a gap after each image's panels
+    axes_grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    palette, norm = _scale(blocks)
+    for axes in axes_grid.flat:
         axes.set_axis_off()
+    overlays = laid_over(images, depth, blocks) if combined else images
     for i in range(len(images)):
-        picture, shading = pairs[i // columns, 2 * (i % columns) :][:2]
-        height, width = images.shape[2:]
+        picture, shading, *third = axes_grid[i // columns, (panels + 1) * (i % columns) :][:panels]
         whole = (0, width, height, 0)
         _draw(picture, images[i])
         shading.imshow(depth[i].cpu().numpy(), cmap=palette, norm=norm, interpolation="nearest", extent=whole)
+        for axes in third:
+            _draw(axes, overlays[i])
         if captions is not None:
-            picture.set_title(captions[i], fontsize=8.5, color=INK, loc="left", pad=3)
-    bar = figure.colorbar(ScalarMappable(norm, palette), ax=pairs, ticks=_ticks(blocks), fraction=0.03, pad=0.01)
+            picture.set_title("\n".join(" " * lines), fontsize=8.5, loc="left", pad=3)  # the room, and then the words:
+            text = picture.annotate(captions[i], (0, 1), (0, 3), "axes fraction", "offset points", fontsize=8.5)
+            text.set(color=INK, parse_math=False, in_layout=False)  # they may be wider than the panel
+    high = min(5.0, figure.get_figheight())  # inches
+    bar = figure.colorbar(
+        ScalarMappable(norm, palette),
+        ax=axes_grid,
+        ticks=_ticks(blocks, most=min(12, int(high / 0.2))),
+        fraction=0.03,
+        pad=0.01,
+        shrink=high / figure.get_figheight(),
+        aspect=max(20, high / 0.2),
+        anchor=(0, 1),
+    )
+    bar.minorticks_off()
     bar.set_label("blocks entered", color=INK, fontsize=9)
     bar.ax.tick_params(length=0, labelsize=8.5)
     bar.outline.set_visible(False)
     return figure
+
+
+def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) -> Tensor:
+    """The depth maps' colours over the images turned grey: (B, 3, height, width), values in [0, 1], on the CPU.
+
+    Args:
+        images: (B, channels, height, width), one channel or three, values in [0, 1].
+        depth: (B, rows, columns); a patch covers height / rows by width / columns pixels.
+        opacity: of the colours, in [0, 1].
+    Raises:
+        ValueError: as `depth_maps`.
+    """
+    _check(images, depth)
+    palette, norm = _scale(blocks)
+    colours = torch.from_numpy(palette(norm(depth.cpu().numpy()))[..., :3]).permute(0, 3, 1, 2).float()
+    weights = torch.tensor([1.0] if images.shape[1] == 1 else [0.299, 0.587, 0.114])  # as Pillow turns RGB to grey
+    grey = (images.cpu() * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
+    return (1 - opacity) * grey + opacity * interpolate(colours, size=images.shape[2:], mode="nearest-exact")
 
 
 def tokens_per_block(usage: Usage) -> Figure:
@@ -110,6 +157,29 @@ def data_uri(figure: Figure, kind: str = "svg") -> str:
     return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
+def write_png(figure: Figure, path: Path | str) -> None:
+    """Write the figure to a file, whole or not at all.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a caption in a script that the font lacks shows boxes
+        figure.savefig(partial, format="png", dpi=160)
+
+
+def _check(images: Tensor, depth: Tensor) -> None:
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images to draw must have 1 or 3 channels, got {images.shape[1]}")
+    if len(images) != len(depth):
+        raise ValueError(f"every image needs one depth map, got {len(images)} images and {len(depth)} maps")
+
+
+def _scale(blocks: int) -> tuple[Colormap, BoundaryNorm]:
+    """One colour for each block from 1 to `blocks`."""
+    return matplotlib.colormaps[COLOURS], BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
+
+
 def _draw(axes: Axes, image: Tensor) -> None:
     pixels = image.cpu().permute(1, 2, 0).numpy()
     if pixels.shape[2] == 1:
@@ -129,7 +199,7 @@ def _plot(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _ticks(blocks: int) -> list[int]:
-    """Whole block numbers, at most a dozen, the last one among them."""
-    step = -(-blocks // 12)
+def _ticks(blocks: int, most: int = 12) -> list[int]:
+    """Whole block numbers, at most so many, the last one among them."""
+    step = -(-blocks // most)
     return list(range(blocks, 0, -step))[::-1]

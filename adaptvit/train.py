@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import broadcast_object_list, set_seed  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 from timm.data import Mixup
@@ -166,6 +167,7 @@ def train(
     name: str = "training",
     resume: bool = True,
     teacher: nn.Module | None = None,
+    key: str | None = None,
 ) -> list[Epoch]:
     """Train in place and return what happened, epoch by epoch; finished epochs of the same run are not repeated.
 
@@ -179,6 +181,7 @@ def train(
         name: what the progress bar calls it.
         resume: go on from a checkpoint of the same run; False refuses where there is one.
         teacher: a model to distil from, giving (B, classes) logits; it sees the same images.
+        key: what the run is known by; None is the `fingerprint` of model, data and recipe.
     Raises:
         ChildProcessError: a process that decodes images died.
         FileExistsError: another training is writing to `output`, or there is a checkpoint and `resume` is False.
@@ -186,7 +189,9 @@ def train(
         ValueError: the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
             recipe has a target and the method no knob.
     """
+    AcceleratorState._reset_state()  # accelerate has one precision a process otherwise
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # or processes of torchrun would not find each other
         mixed_precision=PRECISIONS[recipe.precision],
         gradient_accumulation_steps=recipe.accumulate,
         log_with="tensorboard" if recipe.tensorboard else None,
@@ -194,7 +199,7 @@ def train(
     )
     output.mkdir(parents=True, exist_ok=True)
     with _only_run(output) if accelerator.is_main_process else nullcontext():
-        return _Training(accelerator, model, data, recipe, output, name, teacher).run(resume)
+        return _Training(accelerator, model, data, recipe, output, name, teacher, key).run(resume)
 
 
 @contextmanager
@@ -222,10 +227,11 @@ class _Training:
         output: Path,
         name: str,
         teacher: nn.Module | None,
+        key: str | None,
     ) -> None:
         self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, name
         self.output = output
-        key = fingerprint(model, data, recipe)
+        key = key or fingerprint(model, data, recipe)
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
         if recipe.target is not None and getattr(model.config, "knob", None) is None:
             raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
@@ -447,9 +453,9 @@ def freeze(vit: nn.Module, patterns: tuple[str, ...]) -> None:
         raise ValueError(f"Recipe.freeze leaves nothing to train: {', '.join(patterns)}")
 
 
-def fingerprint(model: AdaptiveViT, data: Data, recipe: Recipe) -> str:
-    """Eight hexadecimal digits of what decides a run: recipe, method, starting weights, data."""
-    digest = hashlib.sha256(repr((recipe, model.config, data.name, data.preparation)).encode())
+def fingerprint(model: AdaptiveViT, data: Data, recipe: Recipe, more: object = None) -> str:
+    """Eight hexadecimal digits of what decides a run: recipe, method, starting weights, data, and `more`."""
+    digest = hashlib.sha256(repr((recipe, model.config, data.name, data.preparation, more)).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

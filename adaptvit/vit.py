@@ -179,6 +179,62 @@ def classify(vit: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return logits if isinstance(logits, tuple) else (logits, None)
 
 
+def class_attention(block: Block, x: Tensor) -> Tensor:
+    """Attention of the first slot to all, mean over heads: (B, N) from tokens (B, N, D) as the block receives them."""
+    attn = block.attn
+    q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
+    logits = (attn.q_norm(q[:, :1]) * attn.k_norm(k)).sum(dim=-1) * attn.scale
+    return logits.softmax(dim=1).mean(dim=2)
+
+
+def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
+    """Turn the residual stream, in place, so that channel 0 carries a direction of it; the ViT computes what it did.
+
+    A rotation that keeps the all-ones vector commutes with layer norm once its weights are folded into the linear maps
+    that follow, and every linear map can be turned to match. The rotation is the reflection that takes channel 0 to
+    mean(x) + sqrt(1 - 1/D) u.x, u being the direction without its mean, of unit length.
+
+    Args:
+        direction: (D,), not constant.
+    Raises:
+        TypeError: the ViT has a part that no rotation passes through: another norm than layer norm, a norm before the
+            blocks, an attention pool, gated attention, or a linear map without the bias that a norm's would go to.
+        ValueError: the direction is constant.
+    """
+    _check_rotatable(vit)
+    size = vit.embed_dim
+    u = direction.double() - direction.double().mean()
+    if not u.norm() > 0:
+        raise ValueError("the direction for channel 0 is constant over the channels, which layer norm cannot see")
+    first = torch.eye(size, dtype=torch.float64)[0]
+    v = first - (1 / size + (1 - 1 / size) ** 0.5 * u / u.norm())
+    rotation = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(v, v) / v.dot(v)
+    with torch.no_grad():
+        for norm, readers in _readers(vit):
+            for reader in readers:
+                if reader.bias is not None:
+                    _assign(reader.bias, reader.bias.double() + reader.weight.double() @ norm.bias.double())
+                _assign(reader.weight, (reader.weight.double() * norm.weight.double()) @ rotation)
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+        for block in vit.blocks:
+            for scale, writer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+                gain = scale.gamma.double() if isinstance(scale, LayerScale) else torch.ones(size, dtype=torch.float64)
+                _assign(writer.weight, rotation @ (gain[:, None] * writer.weight.double()))
+                if writer.bias is not None:
+                    _assign(writer.bias, rotation @ (gain * writer.bias.double()))
+                if isinstance(scale, LayerScale):
+                    scale.gamma.fill_(1)
+        stem = vit.patch_embed.proj
+        _assign(stem.weight, torch.einsum("de,ecpq->dcpq", rotation, stem.weight.double()))
+        if stem.bias is not None:
+            _assign(stem.bias, rotation @ stem.bias.double())
+        for name in ("pos_embed", "cls_token", "reg_token", "dist_token"):
+            table = getattr(vit, name, None)
+            if table is not None:
+                _assign(table, table.double() @ rotation)
+
+
 def shape_of(vit: VisionTransformer) -> Shape:
     """The sizes that MACs depend on."""
     block = vit.blocks[0]
@@ -269,6 +325,40 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()}
     vit.pretrained_cfg = {**timm_config(vit), **data}
     return vit
+
+
+def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]]]:
+    """Every norm of the residual stream, and the linear maps that read it."""
+    pairs = [(block.norm1, [block.attn.qkv]) for block in vit.blocks]
+    pairs += [(block.norm2, [block.mlp.fc1]) for block in vit.blocks]
+    heads = [head for head in (vit.head, getattr(vit, "head_dist", None)) if isinstance(head, nn.Linear)]
+    return [*pairs, (vit.norm if isinstance(vit.norm, nn.LayerNorm) else vit.fc_norm, heads)]
+
+
+def _check_rotatable(vit: VisionTransformer) -> None:
+    name = model_name(vit)
+    block, stem = vit.blocks[0], vit.patch_embed
+    for part, fault in (
+        ("norm_pre", not isinstance(vit.norm_pre, nn.Identity)),
+        ("attn_pool", vit.attn_pool is not None),
+        (
+            "patch_embed",
+            not isinstance(stem, PatchEmbed) or not isinstance(stem.norm, nn.Identity),
+        ),
+        ("blocks.0.attn.gate", block.attn.gate is not None),
+        ("blocks.0.mlp", type(block.mlp) is not Mlp),
+    ):
+        if fault:
+            raise TypeError(f"{name}.{part} is of a kind whose residual stream cannot be turned")
+    for norm, readers in _readers(vit):
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"{name} has {type(norm).__name__}; only with LayerNorm can the residual stream be turned")
+        if any(reader.bias is None and norm.bias.any() for reader in readers):
+            raise TypeError(f"{name} has a linear map without bias after a norm with one, which cannot be turned")
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value.to(parameter.dtype))
 
 
 def _through(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,7 +1,76 @@
+import io
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader
 
-from adaptvit.data import HELD_OUT, digits
+from adaptvit import data as data_module
+from adaptvit.data import (
+    HELD_OUT,
+    DataConfig,
+    Unreadable,
+    collate,
+    digits,
+    filled,
+    open_data,
+    open_split,
+)
+
+SETTINGS = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.25, 0.3),
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+PLAIN = DataConfig(workers=0)
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> Image.Image:
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def folder(root: Path, splits: tuple[str, ...] = ("train", "val"), classes: tuple[str, ...] = ("ant", "bee")) -> Path:
+    """Three noise PNGs for each split and class."""
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(3):
+                picture(10 * label + i + 100 * (split == "train")).save(root / split / name / f"{i}.png")
+    return root
+
+
+def config(root: Path | None, **changes: Any) -> DataConfig:
+    return DataConfig(**{"root": root, "workers": 0, **changes})
+
+
+def spoil(place: Path) -> dict[str, bytes]:
+    """Files that no decoder reads."""
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "JPEG")
+    spoiled = {
+        "truncated.jpg": buffer.getvalue()[: len(buffer.getvalue()) // 2],
+        "empty.png": b"",
+        "text.jpg": b"not an image",
+    }
+    for name, content in spoiled.items():
+        (place / name).write_bytes(content)
+    return spoiled
+
+
+def wide(grey: np.ndarray, path: Path) -> None:
+    """An 8-bit grey image as a 16-bit PNG."""
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    assert struct.unpack(">B", path.read_bytes()[24:25])[0] == 16
 
 
 def test_every_digit_is_in_one_split_and_every_class_in_both() -> None:
@@ -46,3 +115,261 @@ def test_augmentation_follows_the_global_seed() -> None:
 def test_a_margin_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match=r"margin must lie in \[0, 8\).*got 8"):
         digits(size=16, margin=8)
+
+
+def test_a_folder_has_the_labels_of_its_folders_names(tmp_path: Path) -> None:
+    data = open_data(config(folder(tmp_path, classes=("bee", "ant", "cow"))), SETTINGS)
+    assert data.classes == ("ant", "bee", "cow")
+    assert [label for _, label in data.test] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert (data.channels, data.size, data.mean, data.std) == (3, 32, SETTINGS["mean"], SETTINGS["std"])
+    assert data.name == f"{tmp_path.name} (9 training and 9 test images)"
+    assert data.test.name(3) == "bee/0.png"
+
+
+def test_a_class_map_numbers_the_classes(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("bee\nant\n")
+    data = open_data(config(folder(tmp_path / "images"), class_map=names), SETTINGS)
+    assert data.classes == ("bee", "ant")
+    assert {data.test.name(i).split("/")[0]: data.test[i][1] for i in range(6)} == {"bee": 0, "ant": 1}
+
+
+def test_images_are_prepared_as_timm_prepares_them(tmp_path: Path) -> None:
+    data = open_data(config(folder(tmp_path)), SETTINGS)
+    transform = create_transform(**SETTINGS)
+    for split, name in ((data.test, "val"), (data.calibration, "train")):
+        expected = transform(Image.open(tmp_path / name / "ant" / "1.png").convert("RGB"))
+        assert torch.equal(split[1][0], expected)
+
+
+def test_what_the_config_says_goes_before_what_the_model_wants(tmp_path: Path) -> None:
+    changed = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "crop_pct": 1.0}
+    data = open_data(config(folder(tmp_path), **changed), SETTINGS)
+    expected = create_transform(**SETTINGS | changed)(Image.open(tmp_path / "val" / "ant" / "0.png"))
+    assert torch.equal(data.test[0][0], expected)
+    assert (data.mean, data.std) == (changed["mean"], changed["std"])
+
+
+def test_one_channel_models_see_grey(tmp_path: Path) -> None:
+    grey = {**SETTINGS, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
+    image, _ = open_data(config(folder(tmp_path)), grey).test[0]
+    expected = create_transform(**grey)(Image.open(tmp_path / "val" / "ant" / "0.png").convert("L"))
+    assert torch.equal(image, expected)
+
+
+def test_only_training_images_are_augmented(tmp_path: Path) -> None:
+    data = open_data(config(folder(tmp_path)), SETTINGS)
+    torch.manual_seed(0)
+    assert not torch.equal(data.train[0][0], data.train[0][0])
+    for split in (data.calibration, data.test):
+        assert torch.equal(split[0][0], split[0][0])
+
+
+def test_augmentation_off_leaves_crops_whole(tmp_path: Path) -> None:
+    data = open_data(config(folder(tmp_path), scale=(1.0, 1.0), hflip=0.0, interpolation="bicubic"), SETTINGS)
+    assert data.train[0][0].shape == (3, 32, 32)
+    flipped = open_data(config(tmp_path, scale=(1.0, 1.0), hflip=1.0, interpolation="bicubic"), SETTINGS)
+    torch.manual_seed(0)
+    plain = data.train[0][0]
+    torch.manual_seed(0)
+    torch.testing.assert_close(flipped.train[0][0], plain.flip(-1), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_file_for_each_split(tmp_path: Path, workers: int) -> None:
+    folder(tmp_path / "loose")
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / "loose" / split, arcname="")
+    packed = open_data(config(tmp_path, train_split="train.tar", test_split="val.tar"), SETTINGS)
+    loose = open_data(config(tmp_path / "loose"), SETTINGS)
+    assert packed.classes == loose.classes
+    batches = [next(iter(DataLoader(d.test, 6, num_workers=workers, collate_fn=collate))) for d in (packed, loose)]
+    assert torch.equal(batches[0].images, batches[1].images)
+    assert torch.equal(batches[0].labels, batches[1].labels)
+    if not workers:
+        packed.test.reader.tar_state.tf.close()  # timm keeps it open
+
+
+def test_evaluation_names_counts_and_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
+    folder(tmp_path)
+    whole = [image for image, _ in open_data(config(tmp_path), SETTINGS).test]
+    spoiled = spoil(tmp_path / "val" / "ant")
+    split = open_split(config(tmp_path), SETTINGS, "validation")
+    batch = collate([split[i] for i in range(len(split))])
+    assert {name for name, _ in batch.unreadable} == {f"ant/{name}" for name in spoiled}
+    assert all(reason for _, reason in batch.unreadable)
+    assert torch.equal(batch.images, torch.stack(whole))
+    assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_batch_of_nothing_readable_is_empty() -> None:
+    batch = collate([Unreadable("a.png", "empty")])
+    assert (len(batch.images), len(batch.labels), batch.unreadable) == (0, 0, [Unreadable("a.png", "empty")])
+
+
+def test_training_fills_the_place_of_an_unreadable_image_from_its_batch(tmp_path: Path) -> None:
+    folder(tmp_path)
+    spoil(tmp_path / "train" / "ant")
+    data = open_data(config(tmp_path), SETTINGS)
+    loader = DataLoader(data.calibration, batch_size=9, collate_fn=filled)
+    (batch,) = loader
+    assert (batch.images.shape, len(batch.unreadable)) == ((9, 3, 32, 32), 3)
+    assert torch.equal(batch.images[6:], batch.images[:3])
+    assert torch.equal(batch.labels[6:], batch.labels[:3])
+
+
+def test_filling_turns_to_an_image_more_than_once_if_it_must() -> None:
+    batch = filled([(torch.ones(1, 2, 2), 4), Unreadable("a", "x"), Unreadable("b", "y"), Unreadable("c", "z")])
+    assert batch.labels.tolist() == [4, 4, 4, 4]
+
+
+def test_a_training_batch_of_nothing_readable_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"none of 2 images can be read, the first being 'a.png': empty"):
+        filled([Unreadable("a.png", "empty"), Unreadable("b.png", "text")])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_grey_looks_like_its_eight_bits(tmp_path: Path, channels: int) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    wide(grey, tmp_path / "wide.png")
+    with (tmp_path / "wide.png").open("rb") as file:
+        image = np.asarray(data_module.read_image(file, channels))
+    assert np.array_equal(image if channels == 1 else image[..., 0], grey)
+
+
+def odd(path: Path) -> None:
+    """One readable image for each of the modes that trip decoders, in the folder of a class."""
+    picture(0).convert("CMYK").save(path / "cmyk.jpg")
+    wide(np.asarray(picture(1, "L")), path / "wide.png")
+    palette = picture(2).convert("P")
+    palette.info["transparency"] = bytes(range(256))
+    palette.save(path / "palette.png", transparency=bytes(range(256)))
+    picture(3).convert("RGBA").save(path / "alpha.png")
+    picture(4, "L").convert("LA").save(path / "grey-alpha.png")
+    picture(5, "L").convert("1").save(path / "bits.png")
+    frames = [picture(i) for i in (6, 7)]
+    frames[0].save(path / "moving.png", save_all=True, append_images=frames[1:])
+    moving = io.BytesIO()
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    (path / "gif.jpg").write_bytes(moving.getvalue())
+
+
+def test_odd_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "val" / "odd").mkdir(parents=True)
+    odd(tmp_path / "val" / "odd")
+    split = open_split(config(tmp_path), SETTINGS, "val")
+    items = {split.name(i): split[i] for i in range(len(split))}
+    assert len(items) == 8
+    assert not [item for item in items.values() if isinstance(item, Unreadable)]
+    assert all(item[0].shape == (3, 32, 32) and item[0].std() > 0.1 for item in items.values())
+    first = create_transform(**SETTINGS)(picture(6))
+    assert torch.equal(items["odd/moving.png"][0], first)
+
+
+@pytest.mark.parametrize(
+    ("made", "changes", "error", "message"),
+    [
+        ([], {"root": "absent"}, FileNotFoundError, r"data folder '.*absent' does not exist"),
+        ([], {}, ValueError, r"has no images that can be read: Found 0 images"),
+        (["train/ant", "val/ant"], {}, ValueError, r"images of the class 'ant' only to train on; two"),
+        (["ant", "bee"], {}, FileNotFoundError, r"has no folder 'train' and none 'validation'"),
+        (["train/ant", "train/bee"], {}, FileNotFoundError, r"has no folder 'validation'"),
+        (["val/ant", "val/bee"], {}, FileNotFoundError, r"has no folder 'train'"),
+        (["train/ant", "train/bee", "val/ant", "val/cow"], {}, ValueError, r"other classes to test on than the 2"),
+        (["train/ant", "train/bee", "val/ant"], {}, ValueError, r"other classes to test on than the 2"),
+        (["train/ant"], {"class_map": "no.txt"}, FileNotFoundError, r"class_map is '.*no.txt', which is not a file"),
+        (["train/ant"], {"class_map": "map.csv"}, ValueError, r"class_map must be a .txt file.*'map.csv'"),
+        (["train/ant"], {"class_map": "other.txt"}, ValueError, r"no images that can be read"),
+        (["train/ant"], {"train_split": "empty.tar"}, ValueError, r"no images that can be read"),
+        (["train/ant"], {"train_split": "bad.tar"}, ValueError, r"no images that can be read"),
+    ],
+)
+def test_a_data_set_that_cannot_be_used_is_refused_in_one_sentence(
+    tmp_path: Path, made: list[str], changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    for name in made:
+        (tmp_path / name).mkdir(parents=True)
+        picture(0).save(tmp_path / name / "0.png")
+    (tmp_path / "map.csv").write_text("ant\n")
+    (tmp_path / "other.txt").write_text("zebra\n")
+    (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    paths = {name: value if name.endswith("split") else tmp_path / value for name, value in changes.items()}
+    with pytest.raises(error, match=message) as refusal:
+        open_data(config(**{"root": tmp_path, **paths}), SETTINGS)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("workers", -1), ("repeated_augmentation", -1), ("hflip", 1.5), ("re_prob", -0.1)]
+)
+def test_a_config_outside_its_range_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"DataConfig.{field} must .*, got {value}"):
+        DataConfig(**{field: value})
+
+
+def test_a_reader_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("No module named 'datasets'")
+
+    monkeypatch.setattr(data_module, "create_dataset", missing)
+    with pytest.raises(ValueError, match=r"'hfds/a/b' needs a package: .*'datasets'; pip install 'adaptvit\[data\]'"):
+        open_data(config(tmp_path, dataset="hfds/a/b"), SETTINGS)
+
+
+def test_no_folder_is_the_digits() -> None:
+    assert open_data(DataConfig(), {}).name == digits().name
+
+
+def test_a_data_set_in_the_format_of_the_hub(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    folder(tmp_path / "images", splits=("train", "validation"))
+    spoil(tmp_path / "images" / "validation" / "bee")
+    source = config(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'images'}")
+    data = open_data(source, SETTINGS)
+    assert data.classes == ("ant", "bee")
+    assert (len(data.train), len(data.test)) == (6, 9)
+    batch = collate([data.test[i] for i in range(9)])
+    assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(Path(name).name for name, _ in batch.unreadable) == ["empty.png", "text.jpg", "truncated.jpg"]
+    expected = create_transform(**SETTINGS)(Image.open(tmp_path / "images" / "validation" / "ant" / "0.png"))
+    assert torch.equal(data.test[0][0], expected)
+
+
+def shards(root: Path, names: tuple[str, ...] = ("train-0", "train-1", "val-0")) -> Path:
+    root.mkdir()
+    for number, name in enumerate(names):
+        with tarfile.open(root / f"{name}.tar", "w") as tar:
+            for i in range(4):
+                buffer = io.BytesIO()
+                picture(number * 4 + i).save(buffer, "PNG")
+                for ending, content in (("png", buffer.getvalue()), ("cls", str(i % 2).encode())):
+                    entry = tarfile.TarInfo(f"{number}{i}.{ending}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    return root
+
+
+def test_a_webdataset_streams(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="the extra `data` is not installed")
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\n")
+    source = config(
+        shards(tmp_path / "shards"),
+        dataset="wds/insects",
+        train_split="train-{0..1}.tar|8",
+        test_split="val-0.tar|4",
+        class_map=names,
+    )
+    data = open_data(source, SETTINGS)
+    assert data.classes == ("ant", "bee")
+    (batch,) = DataLoader(data.train, batch_size=8, collate_fn=filled)
+    assert sorted(batch.labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+    (batch,) = DataLoader(data.test, batch_size=4, collate_fn=collate)
+    assert batch.labels.tolist() == [0, 1, 0, 1]
+    assert torch.equal(batch.images[0], create_transform(**SETTINGS)(picture(8)))
+    nameless = config(source.root, dataset=source.dataset, train_split=source.train_split, test_split=source.test_split)
+    with pytest.raises(ValueError, match="does not name its classes: pass class_map"):
+        open_data(nameless, SETTINGS)

@@ -13,13 +13,14 @@ LAYERS: list[set[str]] = [
     {"vit"},
     {"model"},
     {"methods.avit_official"},
-    {"methods.avit", "methods.full"},
+    {"methods.avit", "methods.avit_gate", "methods.full"},
     {"methods"},
     {"names"},
     {"budget", "pictures", "checkpoints", "data"},
     {"evaluate", "bench", "report"},
-    {"train"},
-    {"demo"},
+    {"train", "predict", "draw"},
+    {"run", "demo"},
+    {"recipes"},
     {"cli"},
 ]
 """A module imports from the layers above its own only; `adaptvit` itself, the public names, may import all but cli."""

@@ -1,10 +1,12 @@
 import base64
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from models import METHODS, images, small_vit
 
-from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
+from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, laid_over, tokens_per_block, write_png
 from adaptvit.usage import Usage
 
 
@@ -55,3 +57,60 @@ def test_a_picture_encodes_the_same_way_twice(kind: str, start: bytes) -> None:
     one, two = (data_uri(cost_histogram(torch.tensor([1.0, 2.0]), dense=3.0), kind) for _ in range(2))
     assert one == two
     assert base64.b64decode(one.split(",")[1]).startswith(start)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 1), (2, 8)], ids=str)
+def test_the_combined_picture_has_each_depth_where_its_patch_is(grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    depth = torch.ones(1, *grid, dtype=torch.long)
+    depth[0, 1, 0] = 4
+    combined = laid_over(torch.zeros(1, 1, 32, 16), depth, blocks=4, opacity=1.0)[0]
+    shallow, deep = (torch.tensor(matplotlib.colormaps["viridis"](end)[:3]) for end in (0, 255))
+    for y in range(32):
+        for x in range(16):
+            there = (y * rows // 32, x * columns // 16) == (1, 0)
+            torch.testing.assert_close(combined[:, y, x], (deep if there else shallow).float())
+
+
+def test_the_image_shows_through_grey() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    depth = torch.randint(1, 5, (2, 2, 2))
+    bare, covered, half = (laid_over(images, depth, 4, opacity) for opacity in (0.0, 1.0, 0.5))
+    assert torch.equal(bare[:, 0], bare[:, 1])
+    torch.testing.assert_close(bare[:, 0], 0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])
+    torch.testing.assert_close(half, (bare + covered) / 2)
+
+
+def test_the_third_panel_is_the_combined_picture(usage: Usage) -> None:
+    images = torch.rand(5, 3, 64, 32)
+    figure = depth_maps(images, usage.patch_depth, blocks=4, columns=2, combined=True)
+    drawn = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert len(drawn) == 15
+    for third, expected in zip(drawn[2::3], laid_over(images, usage.patch_depth, blocks=4), strict=True):
+        assert torch.equal(torch.as_tensor(third), expected.permute(1, 2, 0))
+
+
+def test_long_captions_do_not_move_the_panels() -> None:
+    drawn = []
+    for caption in ("a\nb", "a very long name of a file, and a sum: $1\nb"):
+        figure = depth_maps(torch.rand(2, 3, 32, 32), torch.ones(2, 4, 4), 4, captions=[caption] * 2, combined=True)
+        figure.draw_without_rendering()
+        drawn.append([axes.get_position().bounds for axes in figure.axes])
+        words = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+        assert max(box.y1 for box in words) <= figure.bbox.y1
+    assert drawn[0] == drawn[1]
+
+
+def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = cost_histogram(torch.tensor([1.0, 2.0]), dense=3.0)
+    write_png(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+    def stopped(path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figure, "savefig", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_png(figure, tmp_path / "b.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

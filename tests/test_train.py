@@ -1,16 +1,24 @@
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from models import small_vit
 from torch import Tensor
 
 import adaptvit.train
 from adaptvit import AdaptiveViT, AViTConfig, FullConfig
-from adaptvit.data import Data, Images, digits
+from adaptvit.data import Data, Images, Unreadable, digits
+from adaptvit.evaluate import evaluate
 from adaptvit.train import Recipe, fingerprint, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, learning_rate=1e-3)
@@ -21,7 +29,8 @@ AVIT = AViTConfig(gate_scale=4.0, gate_center=2.0)
 def data() -> Data:
     whole = digits(size=16, margin=2)
     train = Images(whole.train.images[:48], whole.train.labels[:48], whole.train.augment)
-    return replace(whole, train=train, name="48 digits")
+    test = Images(whole.test.images[:40], whole.test.labels[:40])
+    return replace(whole, train=train, test=test, name="48 digits")
 
 
 def model(config: AViTConfig | FullConfig = AVIT) -> AdaptiveViT:
@@ -156,3 +165,204 @@ def test_wrong_settings_fail_when_the_recipe_is_made(field: str, value: float) -
 def test_a_batch_larger_than_the_data_is_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size is 64, more than the training images of 48 digits"):
         train(model(), data, replace(RECIPE, batch_size=64), tmp_path)
+
+
+def test_ema_is_what_is_evaluated_and_left(data: Data, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, ema_decay=0.5)
+    averaged = model(FullConfig())
+    history = train(averaged, data, recipe, tmp_path / "ema")
+    (checkpoint,) = (tmp_path / "ema").glob("checkpoint-*.pt")
+    saved = torch.load(checkpoint)
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in averaged.state_dict().items())
+    assert not all(torch.equal(value, saved["model"][name]) for name, value in averaged.state_dict().items())
+    assert history[-1].test["top1"] == evaluate(averaged, data.test, batch_size=recipe.batch_size).top1
+    assert history[-1].test["loss"] == pytest.approx(evaluate(averaged, data.test).loss, rel=1e-5)
+
+
+def test_an_averaged_run_resumes_exactly(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(
+        RECIPE, ema_decay=0.9, mixup=0.8, cutmix=1.0, accumulate=2, batch_size=8, target=0.7, ease_epochs=1
+    )
+    recipe = replace(recipe, steer_every=2)
+    whole, resumed = model(), model()
+    history = train(whole, data, recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs=2))
+        with pytest.raises(KeyboardInterrupt):
+            train(model(), data, recipe, tmp_path / "resumed")
+    again = train(resumed, data, recipe, tmp_path / "resumed")
+    assert same_weights(resumed, whole)
+    assert resumed.config == whole.config
+    assert [replace(epoch, seconds=0) for epoch in again] == [replace(epoch, seconds=0) for epoch in history]
+
+
+def test_accumulated_gradients_are_those_of_a_large_batch(data: Data, tmp_path: Path) -> None:
+    still = replace(data, train=Images(data.train.images, data.train.labels))
+    recipe = replace(RECIPE, optimizer="sgd", clip_grad=None, evaluate_every=0)
+
+    def build() -> AdaptiveViT:
+        return FullConfig().build(
+            small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)
+        )
+
+    double = Images(still.train.images.double(), still.train.labels)
+    still = replace(still, train=double, test=double)
+    large, small = build(), build()
+    train(large, still, recipe, tmp_path / "large")
+    train(small, still, replace(recipe, batch_size=8, accumulate=2), tmp_path / "small")
+    for one, other in zip(large.parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_frozen_parameters_stay(data: Data, tmp_path: Path) -> None:
+    before = model(FullConfig())
+    after = model(FullConfig())
+    train(after, data, replace(RECIPE, freeze=("patch_embed.*", "blocks.0.*")), tmp_path)
+    moved = {
+        name
+        for (name, one), other in zip(before.vit.named_parameters(), after.vit.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert not any(name.startswith(("patch_embed.", "blocks.0.")) for name in moved)
+    assert {"head.weight", "blocks.1.attn.qkv.weight", "pos_embed"} <= moved
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("blocks.9.*", "no parameter matches"), ("*", "nothing to train")])
+def test_patterns_that_freeze_nothing_or_all_are_refused(pattern: str, words: str, data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(model(), data, replace(RECIPE, freeze=(pattern,)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_teacher_is_followed(kind: str, data: Data, tmp_path: Path) -> None:
+    class Stubborn(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return 8 * torch.nn.functional.one_hot(torch.full((len(images),), 3), 10).float()
+
+    pupil = model(FullConfig())
+    recipe = replace(RECIPE, epochs=8, learning_rate=3e-3, distillation=kind, distillation_weight=1.0, evaluate_every=0)
+    train(pupil, data, recipe, tmp_path, teacher=Stubborn())
+    with torch.inference_mode():
+        answers = pupil.eval()(data.train.images).logits.argmax(dim=1)
+    assert (answers == 3).float().mean() > 0.9
+
+
+def test_the_knob_is_steered_to_the_target(data: Data, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, target=0.6, ease_epochs=2, steer_every=1, evaluate_every=1)
+    trained = model()
+    history = train(trained, data, recipe, tmp_path)
+    knobs = [epoch.knob for epoch in history]
+    assert knobs[0] > knobs[-1] == trained.config.gate_center
+    shares = [epoch.test["gmacs"] / epoch.test["gmacs_dense"] for epoch in history]
+    assert shares[0] > shares[-1]
+    assert shares[-1] == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_target_needs_a_knob(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="FullConfig has no knob"):
+        train(model(FullConfig()), data, replace(RECIPE, target=0.5), tmp_path)
+
+
+def test_half_precision_learns_like_full(data: Data, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        history = train(model(), data, replace(RECIPE, precision=precision, epochs=4), tmp_path / precision)
+        losses[precision] = history[-1].loss
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
+def test_a_checkpoint_is_not_gone_on_from_unasked(data: Data, tmp_path: Path) -> None:
+    train(model(), data, RECIPE, tmp_path)
+    with pytest.raises(FileExistsError, match="resume it, or choose another folder"):
+        train(model(), data, RECIPE, tmp_path, resume=False)
+
+
+def test_two_trainings_into_one_folder_are_refused(data: Data, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(FileExistsError, match="another training is writing"):
+        train(model(), data, RECIPE, tmp_path)
+
+
+def test_a_dead_worker_is_said(data: Data, tmp_path: Path) -> None:
+    class Deadly(Images):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    deadly = replace(data, train=Deadly(data.train.images, data.train.labels), workers=1)
+    with pytest.raises(ChildProcessError, match="a process that decodes images died in epoch 1"):
+        train(model(), deadly, RECIPE, tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs=1))
+        with pytest.raises(KeyboardInterrupt):
+            train(model(), data, RECIPE, tmp_path)
+    (checkpoint,) = tmp_path.glob("checkpoint-*.pt")
+    before = checkpoint.read_bytes()
+
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(model(), data, RECIPE, tmp_path)
+    assert checkpoint.read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_unreadable_training_images_are_counted_and_named(data: Data, tmp_path: Path) -> None:
+    class Holed(Images):
+        def __getitem__(self, index: int) -> Any:
+            return Unreadable("broken.jpg", "truncated") if index == 5 else super().__getitem__(index)
+
+    holed = replace(data, train=Holed(data.train.images, data.train.labels))
+    with pytest.warns(UserWarning, match=r"'broken.jpg' cannot be read, another took its place: truncated"):
+        history = train(model(), holed, RECIPE, tmp_path)
+    assert [epoch.unreadable for epoch in history] == [1, 1, 1]
+
+
+def test_tensorboard_gets_every_epoch(data: Data, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(model(), data, replace(RECIPE, tensorboard=True), tmp_path)
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+TWO_PROCESSES = """
+import sys, json, torch
+from dataclasses import asdict, replace
+from pathlib import Path
+from models import small_vit
+from adaptvit import AViTConfig
+from adaptvit.data import Images, digits
+from adaptvit.train import Recipe, train
+
+torch.set_num_threads(1)
+whole = digits(size=16, margin=2)
+small = Images(whole.train.images[:48].double(), whole.train.labels[:48])
+data = replace(whole, train=small, test=small)
+vit = small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)
+model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=0.5, ponder_weight=0.1).build(vit)
+recipe = Recipe(epochs=3, batch_size=int(sys.argv[2]), evaluate_every=0)
+history = train(model, data, recipe, Path(sys.argv[1]))
+Path(sys.argv[1], "losses.json").write_text(json.dumps([[epoch.loss, *epoch.terms.values()] for epoch in history]))
+"""
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    runs = {
+        "one": [sys.executable, str(script), str(tmp_path / "one"), "16"],
+        "two": [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(script), str(tmp_path / "two"), "8"),
+        ],
+    }
+    for command in runs.values():
+        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
+    one, two = (torch.tensor(json.loads((tmp_path / name / "losses.json").read_text())) for name in runs)
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)

@@ -1,0 +1,284 @@
+"""Pictures of where a model spends its compute: images beside the depth of their tokens, and the two combined.
+
+    a folder of pictures -> one PNG for each, and a grid of them
+    class folders        -> one PNG for each class, of its most varied image, and a grid of them
+
+Letters: B images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.utils import natural_key
+from torch import Tensor
+from tqdm import tqdm
+
+from adaptvit.checkpoints import open_model
+from adaptvit.data import DataConfig, Samples, Unreadable, class_names, open_split
+from adaptvit.macs import macs
+from adaptvit.methods.avit import AViT
+from adaptvit.model import AdaptiveViT
+from adaptvit.pictures import depth_maps, write_png
+from adaptvit.usage import Usage
+
+SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+"""Of picture files, readable or not; what has another suffix is passed over."""
+
+PAGE = 24
+"""Most images on a grid."""
+
+
+@dataclass(frozen=True)
+class DrawConfig:
+    """What to draw, and where to."""
+
+    model: str
+    """An adaptvit file, or timm's name of a ViT."""
+    folder: Path
+    """Pictures, not those in its subfolders; with `per_class`, a folder for each class, or train and val folders of
+    these, of which val is read."""
+    output: Path = Path("pictures")
+    """Folder to write to, made if it is not there. Files of the same names are replaced."""
+    per_class: bool = False
+    """Draw one image of each class: the one whose patches' depths have the largest standard deviation."""
+    limit: int = 24
+    """Most images drawn, or classes, in the order of their names."""
+    batch_size: int = 32
+    """Images per forward pass."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            raise ValueError(f"device must be cpu, cuda or cuda with a number, got {self.device!r}") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device!r}, but torch finds no CUDA here; use --device cpu")
+        folder, output = self.folder.resolve(), self.output.resolve()
+        if output == folder or (self.per_class and folder in output.parents):
+            raise ValueError(f"output must lie outside the folder that is read, {str(self.folder)!r}: name another")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What `draw` did."""
+
+    files: tuple[Path, ...]
+    """Written, the grid or its pages first."""
+    unreadable: tuple[Unreadable, ...]
+    """Pictures that could not be decoded and were left out."""
+    beyond_limit: int
+    """Pictures, or classes, that were not looked at."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image and what the model made of it."""
+
+    name: str
+    """Of the file, from the folder on."""
+    label: int
+    """Of its class; -1 without classes."""
+    image: Tensor
+    """(channels, height, width) as the model got it."""
+    depth: Tensor
+    """(rows, columns) blocks each patch entered."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the depth over the patches."""
+        return self.depth.double().std(correction=0).item()
+
+
+def draw(config: DrawConfig) -> Drawing:
+    """Draw what a model computes for pictures, each as the model saw it: resized, cropped.
+
+    Raises:
+        FileNotFoundError: there is no such model or folder.
+        KeyboardInterrupt: stopped by the user; the files written so far are whole.
+        ValueError: the folder has no pictures, or none that can be read, or the model's method has no depth map.
+    """
+    try:
+        return _draw(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; what was drawn so far is in {config.output}") from None
+
+
+def _draw(config: DrawConfig) -> Drawing:
+    if not config.folder.is_dir():
+        raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
+    model = open_model(config.model).to(config.device)
+    settings = resolve_model_data_config(model)
+    channels = settings["input_size"][0]
+    if channels not in (1, 3) or len(settings["mean"]) != channels:
+        means = len(settings["mean"])
+        raise ValueError(
+            f"model {config.model!r} takes {channels} channels and its record of the weights normalises {means}: "
+            "pictures can be drawn where both are 1 or both are 3"
+        )
+    if config.per_class:
+        samples = open_split(DataConfig(root=config.folder), settings, "validation")
+        assert isinstance(samples, Samples)
+        seen, unreadable, classes = _most_varied(model, samples, config)
+        names = [f"class-{classes[one.label]}" for one in seen]
+        titles = [f"{classes[one.label]}: {Path(one.name).name}" for one in seen]
+        beyond = max(0, len(classes) - config.limit)
+    else:
+        samples = Samples(Files(config.folder), channels, create_transform(**settings))
+        seen, unreadable = _first(model, samples, config)
+        names = titles = [one.name for one in seen]
+        beyond = len(samples) - len(seen) - len(unreadable)
+    if not seen:
+        first = unreadable[0]
+        raise ValueError(
+            f"none of {len(unreadable)} pictures in {str(config.folder)!r} can be read, "
+            f"the first being {first.name!r}: {' '.join(first.reason.split())}"
+        )
+    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    images = (torch.stack([one.image for one in seen]) * std + mean).clamp(0, 1)
+    depth = torch.stack([one.depth for one in seen])
+    captions = _captions(seen, titles, _gmacs(model, seen, config.batch_size), model.depth)
+
+    pages = [slice(start, start + PAGE) for start in range(0, len(seen), PAGE)]
+    grids = ["grid"] if len(pages) == 1 else [f"grid-{number}" for number in range(1, len(pages) + 1)]
+    singles = [slice(number, number + 1) for number in range(len(seen))]
+    config.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, part in tqdm(
+        [*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing", leave=False
+    ):
+        columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
+        figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel)
+        files.append(config.output / f"{name}.png")
+        write_png(figure, files[-1])
+    return Drawing(tuple(files), tuple(unreadable), beyond)
+
+
+class Files:
+    """The pictures of a folder, handed out as timm's readers do."""
+
+    def __init__(self, folder: Path) -> None:
+        """List them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        there = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        self.files = [path for path in there if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+        self.files.sort(key=lambda path: natural_key(path.name))
+        if not self.files:
+            hint = "; for folders of classes, pass --per-class true" if any(path.is_dir() for path in there) else ""
+            raise ValueError(f"folder {str(folder)!r} has no pictures ({', '.join(sorted(SUFFIXES))}){hint}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
+        return self.files[index].open("rb"), None
+
+    def filename(self, index: int) -> str:
+        """Without the folder."""
+        return self.files[index].name
+
+
+def full_usage(model: AdaptiveViT, images: Tensor) -> Usage:
+    """The record of a run that no image leaves early, so that every token's depth is its own."""
+    return (model(images, early_exit=False) if isinstance(model, AViT) else model(images)).usage
+
+
+def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
+    """The first readable images, up to the limit."""
+    seen: list[Seen] = []
+    unreadable: list[Unreadable] = []
+    for one in _look(model, samples, range(len(samples)), min(config.batch_size, config.limit)):
+        if isinstance(one, Unreadable):
+            unreadable.append(one)
+        else:
+            seen.append(one)
+        if len(seen) == config.limit:
+            break
+    return seen, unreadable
+
+
+def _most_varied(
+    model: AdaptiveViT, samples: Samples, config: DrawConfig
+) -> tuple[list[Seen], list[Unreadable], tuple[str, ...]]:
+    """Of each class up to the limit, the image whose patches' depths have the largest standard deviation.
+
+    Source: A-ViT's released code (`--demo`). Differs: the class token is not among the depths, and of images with equal
+    deviations the first is taken, not the last.
+    """
+    classes = class_names(samples)
+    labels = [label for _, label in samples.reader.samples]
+    if "" in classes:
+        loose = samples.name(labels.index(classes.index("")))
+        raise ValueError(f"per_class needs a folder for each class, but {str(config.folder)!r} itself holds {loose!r}")
+    best: dict[int, Seen] = {}
+    unreadable = []
+    wanted = [index for index, label in enumerate(labels) if label < config.limit]
+    for one in _look(model, samples, wanted, config.batch_size):
+        if isinstance(one, Unreadable):
+            unreadable.append(one)
+        elif one.label not in best or one.spread > best[one.label].spread:
+            best[one.label] = one
+    return [best[label] for label in sorted(best)], unreadable, classes
+
+
+@torch.inference_mode()
+def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[Seen | Unreadable]:
+    """Each image as it comes through the model, in order; what is not asked for is not decoded, but for its batch."""
+    like = next(model.parameters())
+    for start in tqdm(range(0, len(indices), batch_size), "looking", leave=False):
+        part = indices[start : start + batch_size]
+        items: list[Any] = [samples[index] for index in part]
+        good = [item[0] for item in items if not isinstance(item, Unreadable)]
+        if good:
+            usage = full_usage(model, torch.stack(good).to(like))
+            if usage.live is None:
+                method = model.config.method
+                raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
+            maps = iter(usage.patch_depth.cpu())
+        for index, item in zip(part, items, strict=True):
+            if isinstance(item, Unreadable):
+                yield item
+            else:
+                yield Seen(samples.name(index), item[1], item[0], next(maps))
+
+
+@torch.inference_mode()
+def _gmacs(model: AdaptiveViT, seen: list[Seen], batch_size: int) -> list[float]:
+    """What each image costs as the model is used, where images may leave early."""
+    like, found = next(model.parameters()), []
+    for start in range(0, len(seen), batch_size):
+        images = torch.stack([one.image for one in seen[start : start + batch_size]])
+        found += (macs(model(images.to(like)).usage, model.shape).double() / 1e9).tolist()
+    return found
+
+
+def _captions(seen: list[Seen], titles: list[str], gmacs: list[float], blocks: int) -> list[str]:
+    """Two lines for each image."""
+    lines = []
+    for one, title, cost in zip(seen, titles, gmacs, strict=True):
+        mean = one.depth.double().mean().item()
+        gmacs_text = f"{cost:#.3g}".rstrip(".")
+        lines.append(f"{shortened(title)}\ndepth {mean:.1f} ± {one.spread:.1f} of {blocks}, {gmacs_text} GMACs")
+    return lines
+
+
+def _columns(count: int) -> int:
+    """Of a grid: three, or two where these leave fewer places empty and the grid does not get long."""
+    return 3 if count > 12 else min((3, 2), key=lambda columns: -count % columns)
+
+
+def shortened(name: str, most: int = 48) -> str:
+    """A file name on one line of at most so many characters, cut in the middle."""
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-((most - 1) // 2) :]}"

@@ -1,0 +1,60 @@
+"""Fit A-ViT's gate to a pretrained ViT before any training: choose what channel 0 carries.
+
+A-ViT reads its halting score from channel 0 of the residual stream, which in a pretrained ViT means nothing in
+particular. But the stream can be turned without changing what the ViT computes (`adaptvit.vit.set_channel`), so that
+channel 0 becomes the direction in which it is best told, by linear regression, how little the class token attends to a
+patch over all blocks. Halting then begins with the patches that the ViT itself looks at least.
+"""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from adaptvit.tokens import Masked, Tokens
+from adaptvit.vit import class_attention, embed, prefix_tokens, read_slots, run_block, set_channel, shape_of
+
+BATCH = 32
+
+
+def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
+    """Turn the ViT's residual stream, in place, so that channel 0 tells the patches that matter little.
+
+    Args:
+        vit: in evaluation mode, with a class token.
+        images: (B, channels, height, width), as the model takes them; a few hundred will do.
+    Returns:
+        The gate scale with which patches' logits have a standard deviation of about 1, and the share of the variance of
+        the patches' importance that channel 0 explains, in [0, 1].
+    Raises:
+        TypeError: the ViT has a part that cannot be turned.
+        ValueError: it has no class token.
+    """
+    if read_slots(vit) is None:
+        raise ValueError("fit_gate needs a ViT with a class token, whose attention tells which patches matter")
+    prefix, size = prefix_tokens(vit), shape_of(vit).dim
+    device = images.device
+    gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)
+    moment = torch.zeros(size + 1, dtype=torch.float64, device=device)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for batch in images.split(BATCH):
+            tokens: Tokens = Masked.of(embed(vit, batch)[0])
+            seen, features = [], []
+            for block in vit.blocks:
+                seen.append(class_attention(block, tokens.x)[:, prefix:])
+                tokens = run_block(block, tokens)
+                features.append(tokens.x[:, prefix:].double())
+            matters = torch.stack(seen).double().mean(dim=0).log()  # (B, patches)
+            little = -(matters - matters.mean()) / matters.std()
+            for x in features[:-1]:
+                x = torch.cat([x - x.mean(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1)
+                y = little.flatten()
+                gram += x.T @ x
+                moment += x.T @ y
+                squares += y.square().sum()
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(size + 1, dtype=torch.float64, device=device)
+    solution = torch.linalg.solve(gram + ridge, moment)
+    explained = (2 * solution @ moment - solution @ gram @ solution) / squares
+    set_channel(vit, solution[:-1].cpu())
+    scale = (solution[:-1] - solution[:-1].mean()).norm() / (1 - 1 / size) ** 0.5
+    return scale.item(), explained.item()

@@ -1,0 +1,433 @@
+"""What a model says of every image in a folder and what each cost, a line an image: resumable, shared among processes.
+
+Beside the output stands `NAME.settings.json`, what its lines were made with; under torchrun, while it runs, also a
+`NAME.part-R-of-W` for each process.
+
+Letters: B images, L blocks, K classes told of each image.
+"""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from timm.data import create_transform, get_img_extensions, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from adaptvit.checkpoints import open_model
+from adaptvit.data import Unreadable, collate, read_image
+from adaptvit.files import replacing, write_atomically
+from adaptvit.macs import macs
+from adaptvit.model import AdaptiveViT
+
+MORE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+"""Of the files that count as images, besides timm's own."""
+PATIENCE = timedelta(days=7)
+"""How long a process that is done waits for the others."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Which images, through which model, to which file."""
+
+    model: str
+    """An adaptvit file, or the name of a timm ViT, whose weights are downloaded."""
+    folder: Path
+    """Folder whose images, at any depth, are classified."""
+    output: Path = Path("predictions.csv")
+    """File to write: .csv, or .jsonl for JSON lines. One that an interrupted run left is gone on with."""
+    top: int = 5
+    """Classes told of each image, the most probable first."""
+    batch_size: int = 32
+    """Images in a forward pass."""
+    workers: int = 2
+    """Processes that decode, for each that computes; 0 decodes there."""
+    device: str = "cpu"
+    """torch's name of it; under torchrun its kind only, each process taking one of its own."""
+    class_names: Path | None = None
+    """File with the name of a class on each line, in the order of the model's; None tells them by number."""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix not in FORMATS:
+            allowed = " or ".join(FORMATS)
+            raise ValueError(f"PredictConfig.output must end in {allowed}, got {str(self.output)!r}")
+        for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"PredictConfig.{name} must be {least} or more, got {getattr(self, name)}")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"PredictConfig.device must be cpu, cuda, cuda:1, ..., got {self.device!r}") from None
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"PredictConfig.device is {self.device!r}, but torch finds no CUDA here; use cpu")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is there once every image has had its turn."""
+
+    output: Path
+    """The file."""
+    images: int
+    """Its lines, one for each image that can be read."""
+    earlier: int
+    """Those of them that were there before."""
+    unreadable: tuple[Unreadable, ...]
+    """Files that cannot be decoded, in the order of their paths."""
+
+
+def predict(config: PredictConfig) -> Prediction:
+    """Run every image of a folder once; lines come in the natural order of the paths.
+
+    An interrupted run goes on where it stopped. Started by torchrun, the processes share the batches out. A batch is
+    made of the same images whoever runs it and whenever, so the lines do not depend on either.
+
+    Returns:
+        The same in every process.
+    Raises:
+        FileNotFoundError: the folder, the model, the class names or the folder of the output do not exist.
+        ValueError: there are no images, the model has fewer classes than `top` or another number than `class_names`, or
+            the output was made with other settings.
+        ChildProcessError: a process that decodes died.
+    """
+    names = find_images(config.folder)
+    if not config.output.parent.is_dir():
+        raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
+    device = torch.device(config.device)
+    state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
+    rank, world = state.process_index, state.num_processes
+    model = open_model(config.model).to(device if world == 1 else state.device)
+    classes = _classes(config, model.num_classes)
+    preparation = _preparation(config, model)
+    form = FORMATS[config.output.suffix](config.top, model.depth)
+    files = _Files(config.output, names, form, _settings(config, model, classes, preparation))
+
+    files.check()
+    state.wait_for_everyone()  # every process has seen the same files before one of them writes
+    if state.is_main_process:
+        files.mend()
+    state.wait_for_everyone()
+    done = files.lines()
+    state.wait_for_everyone()
+
+    images = FolderImages(config.folder, names, preparation)
+    batches, unreadable = _batches(images, config.batch_size, done, rank, world)
+    written = 0
+    try:
+        with open(files.target(rank, world), "a", **TEXT) as file:
+            if not file.tell():
+                file.write(form.header)
+            loader = DataLoader(
+                images, batch_sampler=batches, num_workers=min(config.workers, len(batches)), collate_fn=collate
+            )
+            for batch in tqdm(loader, desc="predicting", unit="batch", disable=not state.is_main_process):
+                unreadable += batch.unreadable
+                rows = zip(batch.labels.tolist(), _rows(model, batch.images, classes, config.top), strict=True)
+                lines = [form.line(names[index], row) for index, row in rows if index not in done]
+                file.write("".join(lines))
+                file.flush()
+                written += len(lines)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on with {str(config.output)!r}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a process that decodes images died; the same command goes on with {str(config.output)!r}"
+        ) from error
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        files.settle()
+    counts: list[int] = gather_object([written])  # waits for the main process too
+    found: list[Unreadable] = gather_object(unreadable)
+    order = {name: index for index, name in enumerate(names)}
+    return Prediction(
+        output=config.output,
+        images=len(done) + sum(counts),
+        earlier=len(done),
+        unreadable=tuple(sorted(found, key=lambda one: order[one.name])),
+    )
+
+
+def find_images(folder: Path) -> list[str]:
+    """Paths of the images in a folder, from there, with / between names: `a2.png` before `a10.png`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"PredictConfig.folder is {str(folder)!r}, which is not a folder")
+    extensions = (*get_img_extensions(), *MORE_EXTENSIONS)
+    found = [
+        Path(root, name).relative_to(folder).as_posix()
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(extensions)
+    ]
+    if not found:
+        raise ValueError(f"PredictConfig.folder is {str(folder)!r}, which holds no images ({' '.join(extensions)})")
+    return sorted(found, key=_natural)
+
+
+class FolderImages(Dataset):
+    """Images prepared as a model expects them; an item is (image, index) or `Unreadable`."""
+
+    def __init__(self, folder: Path, names: Sequence[str], preparation: dict[str, Any]) -> None:
+        """`preparation` is what `timm.data.resolve_model_data_config` says."""
+        self.folder, self.names = folder, names
+        self.channels, self.transform = preparation["input_size"][0], create_transform(**preparation)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        try:
+            with open(self.folder / self.names[index], "rb") as file:
+                image = read_image(file, self.channels)
+        except Exception as error:  # Pillow raises half a dozen kinds
+            return Unreadable(self.names[index], str(error) or type(error).__name__)
+        return self.transform(image), index
+
+
+class Row(NamedTuple):
+    """What is told of an image."""
+
+    classes: list[str] | list[int]
+    """(K,) the most probable first."""
+    probabilities: list[float]
+    """(K,)."""
+    gmacs: float
+    tokens: list[int]
+    """(L,) tokens that each block attended to."""
+
+
+class Csv:
+    """A table with a header. A number that is not whole has six decimals."""
+
+    def __init__(self, top: int, blocks: int) -> None:
+        told = [f"{name}_{place}" for place in range(1, top + 1) for name in ("class", "probability")]
+        self.header = self._joined(["file", *told, "gmacs", *(f"tokens_{block}" for block in range(1, blocks + 1))])
+
+    def line(self, name: str, row: Row) -> str:
+        """An image's line, with its end."""
+        told = [cell for pair in zip(row.classes, _decimals(row.probabilities), strict=True) for cell in pair]
+        return self._joined([name, *told, *_decimals([row.gmacs]), *row.tokens])
+
+    def name(self, line: str) -> str:
+        """The image of a line."""
+        return next(csv.reader([line]))[0]
+
+    def _joined(self, cells: Sequence[object]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+
+class JsonLines:
+    """An object on each line. A number that is not whole is rounded to six decimals."""
+
+    header = ""
+
+    def __init__(self, top: int, blocks: int) -> None:
+        pass
+
+    def line(self, name: str, row: Row) -> str:
+        """An image's line, with its end."""
+        told = [
+            {"class": kind, "probability": round(probability, 6)}
+            for kind, probability in zip(row.classes, row.probabilities, strict=True)
+        ]
+        return json.dumps({"file": name, "top": told, "gmacs": round(row.gmacs, 6), "tokens": row.tokens}) + "\n"
+
+    def name(self, line: str) -> str:
+        """The image of a line."""
+        return json.loads(line)["file"]
+
+
+FORMATS: dict[str, type[Csv] | type[JsonLines]] = {".csv": Csv, ".jsonl": JsonLines}
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+"""How files are opened: any name that a file system allows comes back as it was."""
+
+
+class _Files:
+    """The output, its parts, and the settings that they were made with."""
+
+    def __init__(self, output: Path, names: list[str], form: Csv | JsonLines, settings: dict[str, Any]) -> None:
+        self.output, self.form, self.settings = output, form, settings
+        self.record = output.with_name(f"{output.name}.settings.json")
+        self.index = {name: index for index, name in enumerate(names)}
+        if isinstance(form, Csv):
+            broken = next((name for name in names if "\n" in name or "\r" in name), None)
+            if broken is not None:
+                raise ValueError(f"the name of {broken!r} has a line break, which is for .jsonl to hold, not for .csv")
+
+    def target(self, rank: int, world: int) -> Path:
+        """The file that a process writes to."""
+        if world == 1:
+            return self.output
+        return self.output.with_name(f"{self.output.name}.part-{rank}-of-{world}")
+
+    def check(self) -> None:
+        """Look, and change nothing.
+
+        Raises:
+            ValueError: the files there were made with other settings, or are not ours.
+        """
+        if not self._written():
+            return
+        choose = "choose another output, or remove it"
+        if not self.record.is_file():
+            raise ValueError(f"{str(self.output)!r} is there without its {self.record.name!r}: {choose}")
+        try:
+            earlier = json.loads(self.record.read_text())
+        except ValueError:
+            earlier = {}
+        other = [name for name, value in self.settings.items() if earlier.get(name) != value]
+        if other:
+            raise ValueError(f"{str(self.output)!r} was made with another {' and '.join(other)}: {choose}")
+        try:
+            self.lines()
+        except (LookupError, StopIteration, TypeError, ValueError):
+            raise ValueError(f"{str(self.output)!r} has lines that predict did not write: {choose}") from None
+
+    def mend(self) -> None:
+        """Cut off a last line that is not whole, and keep the settings."""
+        for path in self._written():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        write_atomically(self.record, json.dumps(self.settings, indent=2) + "\n")
+
+    def lines(self) -> dict[int, str]:
+        """The whole lines by the index of their image, in the order in which they stand."""
+        found: dict[int, str] = {}
+        for path in self._written():
+            with open(path, **TEXT) as file:
+                lines = file.read().split("\n")[:-1]
+            if lines and self.form.header and lines.pop(0) + "\n" != self.form.header:
+                raise ValueError(f"{path} has another header")
+            found |= {self.index[self.form.name(line)]: line for line in lines}
+        return found
+
+    def settle(self) -> None:
+        """Put all lines into the output, in order, and remove the parts."""
+        lines, parts = self.lines(), self._parts()
+        if parts or list(lines) != sorted(lines):
+            with replacing(self.output) as partial, open(partial, "w", **TEXT) as file:
+                file.write(self.form.header)
+                file.writelines(lines[index] + "\n" for index in sorted(lines))
+        for part in parts:
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*-of-*"))
+
+    def _written(self) -> list[Path]:
+        return [path for path in (self.output, *self._parts()) if path.is_file() and path.stat().st_size]
+
+
+def _batches(
+    images: FolderImages, size: int, done: Container[int], rank: int, world: int
+) -> tuple[list[list[int]], list[Unreadable]]:
+    """Batches that this process is to run, and the images it need not run them for, as they are still unreadable.
+
+    A batch of which only a part was written is run again as a whole, so that it is the batch that it was.
+    """
+    whole = [list(range(start, min(start + size, len(images)))) for start in range(0, len(images), size)]
+    open_ones = [batch for batch in whole if any(index not in done for index in batch)]
+    run, unreadable = [], []
+    for batch in open_ones[rank::world]:
+        lacking = [index for index in batch if index not in done]
+        again: list[Unreadable] = []
+        if len(lacking) < len(batch):
+            for index in lacking:
+                item = images[index]
+                if not isinstance(item, Unreadable):
+                    break
+                again.append(item)
+        if len(again) == len(lacking):
+            unreadable += again
+        else:
+            run.append(batch)
+    return run, unreadable
+
+
+def _rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, top: int) -> list[Row]:
+    if not len(images):
+        return []
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        output = model(images.to(parameter.device, parameter.dtype))
+        best = output.logits.float().softmax(dim=1).topk(top, dim=1)
+        cost = macs(output.usage, model.shape).double() / 1e9
+    return [
+        Row([classes[index] for index in indices], *rest)
+        for indices, *rest in zip(
+            best.indices.tolist(), best.values.tolist(), cost.tolist(), output.usage.attended.tolist(), strict=True
+        )
+    ]
+
+
+def _classes(config: PredictConfig, count: int) -> Sequence[str] | range:
+    """Names of the classes, or their numbers."""
+    if config.top > count:
+        raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
+    if config.class_names is None:
+        return range(count)
+    if not config.class_names.is_file():
+        raise FileNotFoundError(f"PredictConfig.class_names is {str(config.class_names)!r}, which is not a file")
+    names = config.class_names.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if len(names) != count:
+        raise ValueError(f"{config.class_names} has {len(names)} lines, but {config.model} has {count} classes")
+    return names
+
+
+def _preparation(config: PredictConfig, model: AdaptiveViT) -> dict[str, Any]:
+    """What `create_transform` is to make of images."""
+    preparation = resolve_model_data_config(model)
+    channels, means = preparation["input_size"][0], len(preparation["mean"])
+    if channels not in (1, 3) or means not in (1, channels):
+        raise ValueError(
+            f"{config.model} takes images of {channels} channels and normalises {means}; images are grey (1) or RGB (3)"
+        )
+    return preparation
+
+
+def _settings(
+    config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, preparation: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the lines, as JSON holds it."""
+    digest = hashlib.sha256(repr((model.config, model.shape)).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "model": digest.hexdigest(),
+        "folder": str(config.folder.resolve()),
+        "top": config.top,
+        "class names": None if isinstance(classes, range) else list(classes),
+        "preparation": json.loads(json.dumps(preparation)),
+    }
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """A key that orders numbers in names by value; the name itself tells those that differ in nothing else."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def _decimals(values: Sequence[float]) -> list[str]:
+    return [f"{value:.6f}" for value in values]

@@ -1,0 +1,106 @@
+"""Recipes: functions that return a `Run`, to be changed on the command line, by YAML or with `dataclasses.replace`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from adaptvit.data import DataConfig
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.full import FullConfig
+from adaptvit.run import Run
+from adaptvit.train import Recipe
+
+
+def digits() -> Run:
+    """A small ViT with halting on the embedded digits, from scratch: a minute on two CPU cores."""
+    return Run(
+        model="vit_tiny_patch16_224",
+        model_args={"img_size": 32, "patch_size": 4, "in_chans": 1, "embed_dim": 96, "depth": 8, "num_heads": 3},
+        method=AViTConfig(gate_scale=0.15, prior_weight=0.0, ponder_weight=0.0),
+        data=DataConfig(),
+        recipe=Recipe(
+            epochs=12, batch_size=48, optimizer="muon", learning_rate=0.02, target=0.5, ease_epochs=8, steer_every=10
+        ),
+        output=Path("runs/digits"),
+    )
+
+
+def avit_tiny_imagenet() -> Run:
+    """A-ViT tiny as released, for ImageNet on 4 GPUs: `torchrun --nproc-per-node 4 -m adaptvit train ...`.
+
+    Differs from the released code, which follows DeiT with two slips: the warm-up rises every update rather than
+    staying at 1e-6 for two epochs, and the averaged weights are what is evaluated and kept. Mixed precision is
+    bfloat16 rather than float16.
+    """
+    return Run(
+        model="deit_tiny_patch16_224",
+        pretrained=True,
+        drop_path=0.1,
+        method=AViTConfig(gate_scale=10.0, gate_center=30.0, ponder_weight=5e-4, prior_weight=1e-3),
+        data=DataConfig(
+            root=Path("imagenet"),
+            interpolation="bicubic",
+            auto_augment="rand-m9-mstd0.5-inc1",
+            re_prob=0.25,
+            repeated_augmentation=3,
+            workers=10,
+        ),
+        recipe=Recipe(
+            epochs=100,
+            batch_size=128,
+            learning_rate=5e-4,
+            warmup_learning_rate=1e-6,
+            least_learning_rate=1e-5,
+            warmup_epochs=5,
+            mixup=0.8,
+            cutmix=1.0,
+            clip_grad=None,
+            ema_decay=0.99996,
+            precision="bfloat16",
+        ),
+        output=Path("runs/avit_tiny_imagenet"),
+    )
+
+
+def avit_small_imagenet() -> Run:
+    """A-ViT small as released; differs as `avit_tiny_imagenet` does."""
+    tiny = avit_tiny_imagenet()
+    return replace(
+        tiny,
+        model="deit_small_patch16_224",
+        method=AViTConfig(gate_scale=10.0, gate_center=75.0, ponder_weight=5e-4, prior_weight=1e-3),
+        recipe=replace(tiny.recipe, batch_size=96, learning_rate=2.25e-4),
+        output=Path("runs/avit_small_imagenet"),
+    )
+
+
+def imagenette_dense() -> Run:
+    """The plain ViT-Tiny fine-tuned on Imagenette at 128 pixels: what the adaptive ones are compared with."""
+    return Run(
+        model="vit_tiny_patch16_224",
+        img_size=128,
+        weights=Path("vit_tiny_patch16_224.safetensors"),
+        method=FullConfig(),
+        data=DataConfig(root=Path("imagenette160"), crop_pct=1.0, scale=(0.35, 1.0)),
+        recipe=Recipe(epochs=3, learning_rate=1e-4, warmup_epochs=0),
+        output=Path("runs/imagenette_dense"),
+    )
+
+
+def imagenette_avit() -> Run:
+    """A-ViT on the same images with the same recipe and epochs, at 65 % of the dense MACs."""
+    dense = imagenette_dense()
+    return replace(
+        dense,
+        method=AViTConfig(prior_weight=0.0, ponder_weight=0.0, class_token="stays"),
+        sharpness=6.0,
+        recipe=replace(dense.recipe, target=0.65, ease_epochs=1.0),
+        output=Path("runs/imagenette_avit"),
+    )
+
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    recipe.__name__: recipe
+    for recipe in (digits, avit_tiny_imagenet, avit_small_imagenet, imagenette_dense, imagenette_avit)
+}
+"""What `adaptvit train` knows by name."""

@@ -1,0 +1,206 @@
+"""A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config, resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from adaptvit.budget import meet_target
+from adaptvit.checkpoints import open_model, save, start_from
+from adaptvit.data import DataConfig, collate, open_data, open_split
+from adaptvit.evaluate import Result, evaluate
+from adaptvit.files import write_atomically
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.train import Epoch, Recipe, fingerprint, train
+from adaptvit.vit import check
+
+CALIBRATION = 256
+"""Training images that gate and knob are calibrated on, spread over the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Which model, which method, which images, how."""
+
+    model: str = "vit_tiny_patch16_224"
+    """Name of a timm ViT."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of `timm.create_model`."""
+    img_size: int | None = None
+    """Side of the input in pixels; None is the model's own."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth at the last block; it grows from 0 at the first."""
+    weights: Path | None = None
+    """File to start from; a head of other classes is left out. None starts afresh, or from `pretrained`."""
+    pretrained: bool = False
+    """Start from timm's own weights, downloaded from the Hub."""
+    teacher: str | None = None
+    """A timm name or an adaptvit file to distil from, of the same classes."""
+    method: MethodConfig
+    """The adaptive method."""
+    sharpness: float | None = None
+    """Fit A-ViT's gate to the weights before training (`fit_gate`), the logits of its scores spreading by this: 1 lets
+    patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
+    data: DataConfig
+    """The images."""
+    recipe: Recipe
+    """How to train."""
+    output: Path = Path("runs/train")
+    """Folder of the results."""
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.model):
+            raise ValueError(f"Run.model must be the name of a timm ViT, got {self.model!r}")
+        if self.weights is not None and self.pretrained:
+            raise ValueError(f"Run.weights is {str(self.weights)!r} and Run.pretrained is true: one of them")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"Run.drop_path must lie in [0, 1), got {self.drop_path}")
+        if self.sharpness is not None and not isinstance(self.method, AViTConfig):
+            raise ValueError(f"Run.sharpness is for A-ViT's gate, but the method is {self.method.method}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found and where it is."""
+
+    model: AdaptiveViT
+    """In evaluation mode, its knob set."""
+    history: list[Epoch]
+    """Epoch by epoch."""
+    result: Result
+    """Of the test split."""
+    file: Path
+    """The model."""
+
+
+def run(config: Run, resume: bool = False) -> Outcome:
+    """Train, and write `model.safetensors` and `result.json` beside the training's own files.
+
+    Where the recipe has a target, the knob is set once more after the last epoch, on training images prepared as test
+    images are.
+
+    Raises:
+        FileNotFoundError: no such data or weights.
+        TypeError: the model is not a ViT that this library reproduces.
+        ValueError: data, weights, teacher and recipe do not go together.
+        And what `adaptvit.train.train` raises.
+    """
+    size = {} if config.img_size is None else {"img_size": config.img_size}
+    arguments = {**config.model_args, **size}
+    settings = resolve_data_config(
+        {"img_size": config.img_size} if config.img_size else {}, pretrained_cfg=_pretrained_cfg(config.model)
+    )
+    data = open_data(config.data, settings)
+    torch.manual_seed(config.recipe.seed)
+    vit: VisionTransformer = timm.create_model(
+        config.model,
+        pretrained=config.pretrained,
+        num_classes=len(data.classes),
+        drop_path_rate=config.drop_path,
+        **arguments,
+    )
+    check(vit)
+    vit.pretrained_cfg = {
+        **vit.pretrained_cfg,
+        "mean": data.mean,
+        "std": data.std,
+        **_preparation(config.data, settings),
+    }
+    if config.weights is not None:
+        start_from(vit, config.weights)
+    teacher = None if config.teacher is None else open_model(config.teacher)
+    if teacher is not None and teacher.num_classes != len(data.classes):
+        raise ValueError(
+            f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
+        )
+    method: Any = config.method
+    key = fingerprint(method.build(vit), data, config.recipe, config.sharpness)
+    if config.sharpness is not None:
+        scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION))
+        print(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
+        method = replace(method, gate_scale=config.sharpness * scale)
+    model = method.build(vit.train())
+    history = train(
+        model,
+        data,
+        config.recipe,
+        config.output,
+        method.method,
+        resume,
+        None if teacher is None else teacher.logits_only,
+        key,
+    )
+    vit.eval()
+    if config.recipe.target is not None:
+        model = meet_target(model.config, vit, spread_over(data.calibration, CALIBRATION), config.recipe.target).build(
+            vit
+        )
+    model.eval()
+    result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
+    file = config.output / "model.safetensors"
+    save(model, file)
+    write_atomically(config.output / "result.json", json.dumps(result.figures, indent=2) + "\n")
+    return Outcome(model, history, result, file)
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    found = timm.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
+
+
+def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """What was overridden, for the model's own record."""
+    names = ("interpolation", "crop_pct")
+    return {name: getattr(config, name) or settings[name] for name in names if name in settings}
+
+
+def calibrate(
+    model: str, folder: Path, output: Path, target: float = 0.5, sharpness: float = 6.0
+) -> tuple[AViTConfig, float]:
+    """Make an A-ViT of a pretrained ViT without training it: fit its gate, and set it to a budget.
+
+    Args:
+        model: adaptvit file or timm name; a method that it has is left out.
+        folder: images of the kind it will see, in folders or not; 256 are looked at.
+        output: the file to write.
+        target: share of the dense MACs, in (0, 1].
+        sharpness: as in `Run.sharpness`.
+    Returns:
+        The config written, and the share of the patches' importance that channel 0 explains.
+    Raises:
+        FileNotFoundError: no such model, folder, or folder of `output`.
+        TypeError: the ViT's residual stream cannot be turned.
+        ValueError: no class token, no readable images, or a target that cannot be met.
+    """
+    if not sharpness > 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    opened = open_model(model)
+    split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
+    images = spread_over(split, CALIBRATION)
+    scale, explained = fit_gate(opened.vit, images)
+    config = AViTConfig(gate_scale=sharpness * scale, class_token="stays")
+    config = meet_target(config, opened.vit, images, target)
+    save(config.build(opened.vit), output)
+    return config, explained
+
+
+def spread_over(split: Dataset, count: int) -> Tensor:
+    """Up to `count` readable images, spread evenly over a split, as (B, channels, height, width).
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    size = len(split)  # type: ignore[arg-type]
+    batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
+    if not len(batch.images):
+        raise ValueError(f"none of the images looked at can be read, the first being {batch.unreadable[0].name!r}")
+    return batch.images

@@ -1,0 +1,223 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import METHODS, small_vit
+from PIL import Image
+
+import adaptvit
+from adaptvit import draw as module
+from adaptvit.data import read_image
+from adaptvit.draw import DrawConfig, draw, full_usage, shortened
+from adaptvit.usage import Output, Usage
+
+
+def noise(path: Path, seed: int, contrast: float = 1.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = 128 + contrast * (np.random.default_rng(seed).integers(0, 256, (40, 40, 3)) - 128)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "avit.safetensors"
+    adaptvit.save(METHODS["avit"].build(small_vit().eval()), path)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `depth_maps` is called with; nothing is rendered."""
+    calls: list[dict[str, Any]] = []
+    names = ("images", "depth", "blocks", "columns", "captions", "combined", "panel")
+    monkeypatch.setattr(module, "depth_maps", lambda *values: calls.append(dict(zip(names, values, strict=True))))
+    monkeypatch.setattr(module, "write_png", lambda figure, path: path.write_bytes(b"drawn"))
+    return calls
+
+
+@pytest.mark.parametrize("flavour", ["class token", "rectangular"])
+def test_a_folder_gives_a_picture_for_each_image_and_a_grid(flavour: str, tmp_path: Path) -> None:
+    adaptvit.save(METHODS["avit"].build(small_vit(flavour).eval()), tmp_path / "model.safetensors")
+    for number in (2, 10):
+        noise(tmp_path / "own" / f"a{number}.png", number)
+    drawing = draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "new" / "out"))
+    assert [file.name for file in drawing.files] == ["grid.png", "a2.png.png", "a10.png.png"]
+    assert sorted((tmp_path / "new" / "out").iterdir()) == sorted(drawing.files)
+    assert (drawing.unreadable, drawing.beyond_limit) == ((), 0)
+    for file in drawing.files:
+        assert np.asarray(read_image(file)).std() > 10
+
+
+def test_images_are_shown_as_the_model_saw_them(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    pixels = np.zeros((64, 32, 3), np.uint8)
+    pixels[16:32] = (255, 0, 0)  # the upper half of the middle that is cropped out
+    pixels[32:48] = (0, 0, 255)
+    (tmp_path / "own").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "own" / "a.png")
+    draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out"))
+    image = drawn[0]["images"][0]
+    assert image.shape == (3, 32, 32)
+    torch.testing.assert_close(image[:, 8, 16], torch.tensor([1.0, 0.0, 0.0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(image[:, 24, 16], torch.tensor([0.0, 0.0, 1.0]), atol=0.02, rtol=0)
+
+
+def test_depth_is_of_the_full_run_and_cost_of_the_usual_one(
+    model: Path, drawn: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for number in range(5):
+        noise(tmp_path / "own" / f"{number}.png", number)
+    seen = []
+    looked = module._look
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_look", lambda *values: (seen.append(one) or one for one in looked(*values)))
+        draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", batch_size=2))
+    images, loaded = torch.stack([one.image for one in seen]), adaptvit.load(model).eval()
+    with torch.inference_mode():
+        full, usual = loaded(images, early_exit=False).usage, loaded(images).usage
+    assert not torch.equal(full.patch_depth, usual.patch_depth)
+    assert torch.equal(drawn[0]["depth"], full.patch_depth)
+    for caption, depth, cost in zip(
+        drawn[0]["captions"], full.patch_depth, adaptvit.macs(usual, loaded.shape) / 1e9, strict=True
+    ):
+        assert f"depth {depth.double().mean():.1f} ± " in caption
+        assert caption.endswith(f"{cost:#.3g} GMACs")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_full_run(name: str) -> None:
+    model = METHODS[name].build(small_vit()).eval()
+    depth = full_usage(model, torch.randn(2, 3, 32, 32)).patch_depth
+    assert depth.shape == (2, 4, 4)
+
+
+def test_the_most_varied_image_of_each_class_is_drawn(
+    model: Path, drawn: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # depths of the upper and the lower half of the patches: deviations 0, 1, 1.5; and 0, 0.5
+    depths = {"ant": [(2, 2), (1, 3), (1, 4)], "bee": [(4, 4), (3, 4)]}
+    order = [pair for pairs in depths.values() for pair in pairs]
+    for kind, pairs in depths.items():
+        for number in range(len(pairs)):
+            noise(tmp_path / "own" / "val" / kind / f"{number}.png", number)
+    noise(tmp_path / "own" / "train" / "cat" / "0.png", 0)
+
+    def usage(_: object, images: torch.Tensor) -> Usage:
+        halves = torch.tensor([order.pop(0) for _ in images]).repeat_interleave(8, dim=1)  # (B, 16)
+        tokens = torch.cat([torch.tensor([[1], [4]])[: len(images)], halves], dim=1)  # class tokens, not to be counted
+        return Usage.of_depth(tokens, blocks=4, heads=4, grid=(4, 4), prefix=1)
+
+    monkeypatch.setattr(module, "full_usage", usage)
+    drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", per_class=True, batch_size=2))
+    assert [file.name for file in drawing.files] == ["grid.png", "class-ant.png", "class-bee.png"]
+    assert [caption.splitlines()[0] for caption in drawn[0]["captions"]] == ["ant: 2.png", "bee: 1.png"]
+    assert "depth 2.5 ± 1.5 of 4, " in drawn[0]["captions"][0]
+
+
+def test_only_so_many_classes_are_looked_at(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    for kind in "abc":
+        noise(tmp_path / "own" / kind / "0.png", 0)
+    (tmp_path / "own" / "c" / "0.png").write_text("not looked at")
+    drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", per_class=True, limit=2))
+    assert [file.name for file in drawing.files] == ["grid.png", "class-a.png", "class-b.png"]
+    assert (drawing.unreadable, drawing.beyond_limit) == ((), 1)
+
+
+def test_a_long_grid_has_pages(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    for number in range(28):
+        noise(tmp_path / "own" / f"{number}.png", number)
+    drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", limit=26))
+    assert [file.name for file in drawing.files[:3]] == ["grid-1.png", "grid-2.png", "0.png.png"]
+    assert [len(call["images"]) for call in drawn] == [24, 2, *[1] * 26]
+    assert drawing.beyond_limit == 2
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_unreadable_files_are_named_and_left_out(
+    per_class: bool, model: Path, drawn: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "own" / "kind"
+    for number in (1, 3):
+        noise(folder / f"{number}.png", number)
+    (folder / "0.jpg").write_text("not an image")
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:500])
+    (folder / "notes.txt").write_text("no picture")
+    drawing = draw(DrawConfig(str(model), folder.parent if per_class else folder, tmp_path / "out", per_class))
+    assert [Path(one.name).name for one in drawing.unreadable] == ["0.jpg", "2.png"]
+    assert all(one.reason for one in drawing.unreadable)
+    assert len(drawn[0]["images"]) == (1 if per_class else 2)
+
+
+def test_a_stopped_run_leaves_whole_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        noise(tmp_path / "own" / f"{number}.png", number)
+    written, write = [], module.write_png
+
+    def stopped(figure: Any, path: Path) -> None:
+        if written:
+            monkeypatch.setattr(figure, "savefig", lambda partial, **_: (partial.write_bytes(b"half"), 1 / 0))
+        written.append(path)
+        try:
+            write(figure, path)
+        except ZeroDivisionError:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(module, "write_png", stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"drawn so far is in .*out"):
+        draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("there", "settings", "error", "said"),
+    [
+        ([], {}, ValueError, "has no pictures"),
+        (["kind/a.png"], {}, ValueError, "--per-class true"),
+        (["a.png"], {"folder": "nowhere"}, FileNotFoundError, "nowhere.* does not exist"),
+        (["a.png"], {"per_class": True}, ValueError, "a folder for each class.*itself holds 'a.png'"),
+        ([], {"per_class": True}, ValueError, "has no images"),
+        (["broken.png"], {}, ValueError, "none of 1 pictures.*'broken.png': cannot identify"),
+        (["a.png"], {"model": "no_such_model"}, ValueError, "no_such_model"),
+        (["a.png"], {"limit": 0}, ValueError, "limit must be at least 1, got 0"),
+        (["a.png"], {"device": "abacus"}, ValueError, "device must be .*'abacus'"),
+        (["a.png"], {"output": "own"}, ValueError, "output must lie outside"),
+        (["k/a.png"], {"output": "own/out", "per_class": True}, ValueError, "output must lie outside"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused_and_nothing_written(
+    there: list[str], settings: dict[str, Any], error: type[Exception], said: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    for name in there:
+        if name == "broken.png":
+            (tmp_path / "own" / name).write_text("no")
+        else:
+            noise(tmp_path / "own" / name, 0)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {"model": str(model), "folder": "own", "output": "out"} | settings
+    arguments |= {name: tmp_path / arguments[name] for name in ("folder", "output")}
+    with pytest.raises(error, match=said):
+        draw(DrawConfig(**arguments))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_method_without_depth_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(tmp_path / "own" / "a.png", 0)
+
+    class Untracked(adaptvit.AdaptiveViT):
+        def forward(self, images: torch.Tensor, layout: Any = None) -> Output:
+            on = torch.ones(len(images), 4, dtype=torch.long)
+            return Output(on.float(), Usage(17 * on, 17 * on, 4 * on, on > 0, on > 0, (4, 4), 1))
+
+    monkeypatch.setattr(module, "open_model", lambda name: Untracked(small_vit().eval(), METHODS["full"]))
+    with pytest.raises(ValueError, match="'full' does not track token slots"):
+        draw(DrawConfig("other", tmp_path / "own", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_names_are_cut_in_the_middle() -> None:
+    assert shortened("cat.jpg") == "cat.jpg"
+    assert shortened("a\nb\udcff.jpg") == "a?b?.jpg"
+    assert shortened("0123456789", most=7) == "012…789"

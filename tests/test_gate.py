@@ -1,0 +1,111 @@
+"""What channel 0 can be made to carry, and that the ViT does not notice."""
+
+import pytest
+import timm
+import torch
+from models import small_vit
+from torch import Tensor
+
+from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.tokens import Masked
+from adaptvit.vit import class_attention, embed, run_block, set_channel
+
+FLAVOURS = {
+    "plain": {},
+    "layer scale, q-k norm": {"init_values": 0.3, "qk_norm": True},
+    "registers": {"reg_tokens": 3},
+    "no qkv bias, norms with": {"qkv_bias": False},
+    "averaged": {"class_token": False, "global_pool": "avg"},
+}
+
+
+def trained(**arguments: object) -> torch.nn.Module:
+    """A small ViT in float64 whose norms and layer scales are not those of a fresh one."""
+    torch.manual_seed(0)
+    vit = small_vit(**arguments).double().eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return vit
+
+
+def images(vit: torch.nn.Module, count: int = 6) -> Tensor:
+    size = vit.patch_embed.img_size
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, vit.in_chans, *size, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("flavour", [name for name in FLAVOURS if "bias" not in name])
+def test_turning_the_stream_changes_no_logit_and_puts_the_direction_in_channel_0(flavour: str) -> None:
+    vit = trained(**FLAVOURS[flavour])
+    x = images(vit)
+    direction = torch.randn(vit.embed_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        logits, tokens = vit(x), embed(vit, x)[0]
+    set_channel(vit, direction)
+    with torch.inference_mode():
+        torch.testing.assert_close(vit(x), logits)
+        turned = embed(vit, x)[0]
+    u = direction - direction.mean()
+    size = len(u)
+    expected = tokens.mean(dim=-1) + (1 - 1 / size) ** 0.5 * tokens @ (u / u.norm())
+    torch.testing.assert_close(turned[..., 0], expected)
+
+
+def test_what_cannot_be_turned_is_refused() -> None:
+    with pytest.raises(TypeError, match="without bias"):
+        set_channel(trained(qkv_bias=False), torch.arange(48.0))
+    with pytest.raises(TypeError, match="RmsNorm"):
+        set_channel(trained(norm_layer="rmsnorm"), torch.arange(48.0))
+    with pytest.raises(TypeError, match="norm_pre"):
+        set_channel(trained(pre_norm=True), torch.arange(48.0))
+    vit = trained()
+    with pytest.raises(ValueError, match="constant"):
+        set_channel(vit, torch.ones(vit.embed_dim))
+
+
+def test_class_attention_is_what_the_block_attends_by() -> None:
+    vit = trained(qk_norm=True)
+    block = vit.blocks[0]
+    x = embed(vit, images(vit))[0]
+    seen = {}
+    block.attn.fused_attn = False
+    block.attn.attn_drop.register_forward_hook(lambda module, given, out: seen.update(weights=out))
+    block(x)
+    torch.testing.assert_close(class_attention(block, x), seen["weights"][:, :, 0].mean(dim=1))
+
+
+def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> None:
+    vit = trained(depth=4)
+    x = images(vit, count=40)
+    scale, explained = fit_gate(vit, x)
+    assert 0 < explained <= 1
+    told, seen = [], []
+    with torch.inference_mode():
+        tokens = Masked.of(embed(vit, x)[0])
+        for block in vit.blocks:
+            seen.append(class_attention(block, tokens.x)[:, 1:])
+            tokens = run_block(block, tokens)
+            told.append(scale * tokens.x[:, 1:, 0])
+    little = -torch.stack(seen).mean(dim=0).log()
+    little = (little - little.mean()) / little.std()
+    told = torch.stack(told[:-1])
+    error = (told - told.mean() - little).square().mean()
+    assert error.item() == pytest.approx(1 - explained, abs=0.15)
+    assert torch.corrcoef(torch.stack([told.mean(dim=0).flatten(), little.flatten()]))[0, 1] > 0.5
+
+
+def test_a_vit_without_class_token_has_no_gate_to_fit() -> None:
+    with pytest.raises(ValueError, match="class token"):
+        fit_gate(trained(class_token=False, global_pool="avg"), torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_published_flavours_can_be_turned() -> None:
+    for name in ("deit3_small_patch16_224", "vit_small_patch14_dinov2", "deit_tiny_distilled_patch16_224"):
+        torch.manual_seed(0)
+        vit = timm.create_model(name, img_size=56, depth=2, num_classes=5).eval()
+        x = torch.randn(2, 3, 56, 56)
+        with torch.inference_mode():
+            logits = vit(x)
+            set_channel(vit, torch.randn(vit.embed_dim))
+            torch.testing.assert_close(vit(x), logits, atol=1e-5, rtol=1e-4)
