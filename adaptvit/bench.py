@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
+from adaptvit.data import IMAGE_SUFFIXES
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -24,7 +25,6 @@ from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import join
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False)
+        parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
         commands = parser.add_subcommands(dest="command")
         commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
         commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_parser(words: Sequence[str]) -> ArgumentParser:
     """`adaptvit train RECIPE`, its defaults those of the recipe that the command line's words name."""
     parser = ArgumentParser(
-        description=f"Train a recipe, one of {', '.join(RECIPES)}; everything in it can be changed here or by YAML."
+        allow_abbrev=False,
+        description=f"Train a recipe, one of {', '.join(RECIPES)}; everything in it can be changed here or by YAML.",
     )
     named = words[1] if len(words) > 1 and words[0] == "train" and not words[1].startswith("-") else "digits"
     if named not in RECIPES:
@@ -90,7 +91,7 @@ def run_train(arguments: Namespace) -> None:
     """Train, and print what came of it."""
     recipe = RECIPES[arguments.recipe_name]()
     parts: dict[str, Any] = {
-        group: _config(type(getattr(recipe, group)), arguments[group]) for group in ("method", "data", "recipe")
+        group: _config(type(getattr(recipe, group)), arguments.get(group, {})) for group in ("method", "data", "recipe")
     }
     rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
     outcome = run(Run(**rest, **parts), arguments.resume)
@@ -100,7 +101,9 @@ def run_train(arguments: Namespace) -> None:
 
 def evaluate_parser() -> ArgumentParser:
     """`adaptvit evaluate MODEL ROOT`."""
-    parser = ArgumentParser(description="Accuracy, GMACs, depth of tokens and speed of a model on a data set.")
+    parser = ArgumentParser(
+        allow_abbrev=False, description="Accuracy, GMACs, depth of tokens and speed of a model on a data set."
+    )
     parser.add_class_arguments(EvaluateConfig, as_positional=True)
     parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
     parser.add_argument("--csv", type=Path, default=None, help="Also append them, a line a model, to this file.")
@@ -159,7 +162,9 @@ def run_draw(arguments: Namespace) -> int:
 
 def calibrate_parser() -> ArgumentParser:
     """`adaptvit calibrate MODEL FOLDER TARGET`."""
-    parser = ArgumentParser(description="Fit A-ViT's gate to a ViT's channel 0 and to a share of the dense MACs.")
+    parser = ArgumentParser(
+        allow_abbrev=False, description="Fit A-ViT's gate to a ViT's channel 0 and to a share of the dense MACs."
+    )
     parser.add_function_arguments(calibrate, as_positional=True)
     return parser
 
@@ -174,7 +179,8 @@ def run_calibrate(arguments: Namespace) -> None:
 def demo_parser() -> ArgumentParser:
     """`adaptvit demo`."""
     parser = ArgumentParser(
-        description="Train a small ViT on scikit-learn's digits, make it adaptive, measure both and write a report."
+        allow_abbrev=False,
+        description="Train a small ViT on scikit-learn's digits, make it adaptive, measure both and write a report.",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder of the report and the weights.")
     return parser
@@ -188,7 +194,8 @@ def run_demo(arguments: Namespace) -> None:
 def bench_parser() -> ArgumentParser:
     """`adaptvit bench MODEL`."""
     parser = ArgumentParser(
-        description="Move a method's knob to a MACs target, then time dense, masked and packed runs."
+        allow_abbrev=False,
+        description="Move a method's knob to a MACs target, then time dense, masked and packed runs.",
     )
     parser.add_class_arguments(BenchConfig, as_positional=True)
     parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
@@ -217,7 +224,9 @@ def run_bench(arguments: Namespace) -> None:
 
 def convert_parser() -> ArgumentParser:
     """`adaptvit convert SOURCE TARGET MODEL_NAME`."""
-    parser = ArgumentParser(description="Turn published A-ViT, DeiT or timm weights into one safetensors file.")
+    parser = ArgumentParser(
+        allow_abbrev=False, description="Turn published A-ViT, DeiT or timm weights into one safetensors file."
+    )
     parser.add_function_arguments(convert, as_positional=True)
     return parser
 
@@ -270,7 +279,7 @@ def _say_unreadable(unreadable: Sequence[Unreadable]) -> int:
     return 1 if unreadable else 0
 
 
-def _config(kind: type[Config], arguments: Namespace) -> Config:
+def _config(kind: type[Config], arguments: Namespace | dict[str, Any]) -> Config:
     return kind(**{field.name: arguments[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 

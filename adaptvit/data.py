@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import ImageDataset, create_dataset, create_transform
@@ -20,6 +20,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif"),
+    *(".tiff", ".webp"),
+)
+"""Of the files that count as images in a folder without classes, readable or not."""
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
 
@@ -157,7 +162,10 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
     Raises:
         Exception: of several kinds, where Pillow cannot decode it.
     """
-    image: Image.Image = Image.open(file)
+    try:
+        image: Image.Image = Image.open(file)
+    except UnidentifiedImageError:
+        raise OSError("not an image, or of a kind that Pillow does not know") from None
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "P":

@@ -18,15 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
-from adaptvit.data import DataConfig, Samples, Unreadable, class_names, open_split
+from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, open_split
 from adaptvit.macs import macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import depth_maps, write_png
 from adaptvit.usage import Usage
-
-SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-"""Of picture files, readable or not; what has another suffix is passed over."""
 
 PAGE = 24
 """Most images on a grid."""
@@ -172,11 +169,11 @@ class Files:
             ValueError: there are none.
         """
         there = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        self.files = [path for path in there if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+        self.files = [path for path in there if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
         self.files.sort(key=lambda path: natural_key(path.name))
         if not self.files:
             hint = "; for folders of classes, pass --per-class true" if any(path.is_dir() for path in there) else ""
-            raise ValueError(f"folder {str(folder)!r} has no pictures ({', '.join(sorted(SUFFIXES))}){hint}")
+            raise ValueError(f"folder {str(folder)!r} has no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
 
     def __len__(self) -> int:
         return len(self.files)

@@ -16,7 +16,9 @@ def mean_over_processes(t: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return t
-    return all_reduce(t, "sum", dist.group.WORLD) / dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None  # once initialised
+    return all_reduce(t, "sum", group) / dist.get_world_size()
 
 
 def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:

@@ -84,6 +84,10 @@ class AdaptiveViT(nn.Module, ABC):
         """Classes of the head, where timm's tools look for it."""
         return class_count(self.vit)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers are to leave out: those that the ViT names."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
     @property
     def logits_only(self) -> "LogitsOnly":
         """This model as an ordinary module from images to logits, for other people's evaluation and serving loops."""

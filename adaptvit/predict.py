@@ -22,19 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from timm.data import create_transform, get_img_extensions, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
-from adaptvit.data import Unreadable, collate, read_image
+from adaptvit.data import IMAGE_SUFFIXES, Unreadable, collate, read_image
 from adaptvit.files import replacing, write_atomically
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 
-MORE_EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-"""Of the files that count as images, besides timm's own."""
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""
 
@@ -172,15 +170,14 @@ def find_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"PredictConfig.folder is {str(folder)!r}, which is not a folder")
-    extensions = (*get_img_extensions(), *MORE_EXTENSIONS)
     found = [
         Path(root, name).relative_to(folder).as_posix()
         for root, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if name.lower().endswith(extensions)
+        if name.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not found:
-        raise ValueError(f"PredictConfig.folder is {str(folder)!r}, which holds no images ({' '.join(extensions)})")
+        raise ValueError(f"PredictConfig.folder is {str(folder)!r}, which holds no images ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(found, key=_natural)
 
 

@@ -26,7 +26,7 @@ def digits() -> Run:
 
 
 def avit_tiny_imagenet() -> Run:
-    """A-ViT tiny as released, for ImageNet on 4 GPUs: `torchrun --nproc-per-node 4 -m adaptvit train ...`.
+    """A-ViT tiny as released, for ImageNet on 4 GPUs: `torchrun --nproc-per-node 4 --no-python adaptvit train ...`.
 
     Differs from the released code, which follows DeiT with two slips: the warm-up rises every update rather than
     staying at 1e-6 for two epochs, and the averaged weights are what is evaluated and kept. Mixed precision is

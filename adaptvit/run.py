@@ -10,7 +10,7 @@ import torch
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import open_model, save, start_from
@@ -96,10 +96,12 @@ def run(config: Run, resume: bool = False) -> Outcome:
     """
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
-    settings = resolve_data_config(
-        {"img_size": config.img_size} if config.img_size else {}, pretrained_cfg=_pretrained_cfg(config.model)
-    )
+    settings = _settings(config.model, arguments)
     data = open_data(config.data, settings)
+    if isinstance(data.train, IterableDataset) and (config.sharpness is not None or config.recipe.target is not None):
+        raise ValueError(
+            f"{data.name} is a stream, of which no calibration images can be picked: no sharpness, no target"
+        )
     torch.manual_seed(config.recipe.seed)
     vit: VisionTransformer = timm.create_model(
         config.model,
@@ -152,9 +154,16 @@ def run(config: Run, resume: bool = False) -> Outcome:
     return Outcome(model, history, result, file)
 
 
-def _pretrained_cfg(name: str) -> dict[str, Any]:
-    found = timm.get_pretrained_cfg(name)
-    return found.to_dict() if found else {}
+def _settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """How images of a timm model that is not built yet are prepared; grey ones by the mean of the colours' numbers."""
+    recorded = timm.get_pretrained_cfg(name)
+    wanted = {key: arguments[key] for key in ("img_size", "in_chans") if key in arguments}
+    settings = resolve_data_config(wanted, pretrained_cfg=recorded.to_dict() if recorded else {})
+    channels = settings["input_size"][0]
+    for key in ("mean", "std"):
+        if len(settings[key]) != channels:
+            settings[key] = (sum(settings[key]) / len(settings[key]),) * channels
+    return settings
 
 
 def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,23 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from models import METHODS, small_vit
+from PIL import Image
 
-from adaptvit import cli
+from adaptvit import cli, save
+from adaptvit.recipes import RECIPES
+from adaptvit.run import Run
 
 
 def said(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "bench", "convert"])
+@pytest.mark.parametrize("command", ["", "train", "train digits", "evaluate", "calibrate", "demo", "bench", "convert"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -66,3 +72,137 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         warnings.simplefilter("always")
         assert cli.main(["demo"]) == 0
     assert said(capsys) == "adaptvit: warning: the gate halts everything\n"
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Run, bool]]:
+    """What `adaptvit train` was about to run; nothing is trained."""
+    asked: list[tuple[Run, bool]] = []
+
+    def stop(config: Run, resume: bool) -> None:
+        asked.append((config, resume))
+        raise KeyboardInterrupt("not trained here")
+
+    monkeypatch.setattr(cli, "run", stop)
+    return asked
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_comes_through_the_command_line_as_it_is(name: str, runs: list[tuple[Run, bool]]) -> None:
+    assert cli.main(["train", name]) == 130
+    assert runs == [(RECIPES[name](), False)]
+
+
+def test_options_and_yaml_change_a_recipe(tmp_path: Path, runs: list[tuple[Run, bool]]) -> None:
+    changes = tmp_path / "changes.yaml"
+    changes.write_text("drop_path: 0.2\nrecipe:\n  epochs: 5\n  learning_rate: 1e-4\ndata:\n  workers: 0\n")
+    arguments = ["train", "digits", "--config", str(changes), "--recipe.epochs", "4", "--data.re-prob=0.1", "--resume"]
+    assert cli.main([*arguments, "--recipe.freeze", "[patch_embed.*]", "--data.root", str(tmp_path)]) == 130
+    ((asked, resume),) = runs
+    digits = RECIPES["digits"]()
+    assert (resume, asked.drop_path, asked.data.workers, asked.data.re_prob) == (True, 0.2, 0, 0.1)
+    assert (asked.recipe.epochs, asked.recipe.learning_rate) == (4, 1e-4)
+    assert (asked.recipe.freeze, asked.data.root) == (("patch_embed.*",), tmp_path)
+    assert (asked.recipe.batch_size, asked.method) == (digits.recipe.batch_size, digits.method)
+
+
+def test_a_printed_config_is_one_to_start_from(
+    tmp_path: Path, runs: list[tuple[Run, bool]], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "imagenette_avit", "--recipe.epochs", "7", "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["recipe"]["epochs"] == 7
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(printed)
+    cli.main(["train", "imagenette_avit", "--recipe.epochs", "7"])
+    cli.main(["train", "imagenette_avit", "--config", str(saved)])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], f"recipe must be one of {', '.join(RECIPES)}, got 'fly'"),
+        (["--recipe.epochs", "3", "imagenette_avit"], "comes before all options: adaptvit train imagenette_avit"),
+        (["digits", "--recipe.epoch", "3"], "epoch"),
+        (["digits", "--recipe.epochs", "0"], "Recipe.epochs must be at least 1, got 0"),
+        (["digits", "--recipe.epochs", "many"], "many"),
+        (["digits", "--model", "vit_of_nobody"], "Run.model must be the name of a timm ViT, got 'vit_of_nobody'"),
+        (["imagenette_dense", "--sharpness", "6"], "Run.sharpness is for A-ViT's gate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_word_is_refused_in_one_sentence(
+    arguments: list[str], message: str, runs: list[tuple[Run, bool]], capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["train", *arguments]) == 2
+    (line,) = said(capsys).splitlines()
+    assert line.startswith("adaptvit: ")
+    assert message in line
+    assert not runs
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes, two images each, in two splits."""
+    for split in ("train", "val"):
+        for number, name in enumerate(("ant", "bee")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(2):
+                noise = np.random.default_rng(2 * number + i).integers(0, 256, (32, 32), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / "images" / split / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+VIT = ["--img_size", "32", "--model_args", "{patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"]
+TINY = ["train", "digits", *VIT, "--data.workers", "0", "--recipe.batch_size", "2", "--recipe.epochs", "1"]
+
+
+@pytest.mark.parametrize("fault", ["folder", "one class", "split", "teacher", "weights"])
+def test_what_cannot_be_trained_on_leaves_no_files(
+    fault: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output, more, message = tmp_path / "run", [], ""
+    if fault == "folder":
+        more, message = ["--data.root", str(tmp_path / "absent")], "absent' does not exist"
+    if fault == "one class":
+        for split in ("train", "val"):
+            for path in (images / split / "bee").iterdir():
+                path.unlink()
+        message = "images of the class 'ant' only"
+    if fault == "split":
+        (images / "val").rename(tmp_path / "elsewhere")
+        message = "has no folder 'validation'"
+    if fault == "teacher":
+        save(METHODS["full"].build(small_vit()), tmp_path / "teacher.safetensors")
+        more, message = ["--teacher", str(tmp_path / "teacher.safetensors")], "has 7 classes, but images"
+    if fault == "weights":
+        more, message = ["--weights", str(tmp_path / "absent.safetensors")], "absent.safetensors does not exist"
+    warm = ["--recipe.warmup_epochs", "0", "--recipe.target", "null", "--output", str(output)]
+    assert cli.main([*TINY, *warm, "--data.root", str(images), *more]) == 2
+    (line,) = said(capsys).splitlines()
+    assert message in line
+    assert not output.exists()
+
+
+def test_train_says_where_the_model_is(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "run"
+    more = ["--recipe.warmup_epochs", "0", "--recipe.optimizer", "adamw", "--recipe.target", "null"]
+    assert cli.main([*TINY, *more, "--data.root", str(images), "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1].startswith(f"{output / 'model.safetensors'}: ")
+    assert {path.name.split("-")[0] for path in output.iterdir()} >= {"model.safetensors", "result.json", "checkpoint"}
+    evaluated = ["evaluate", str(output / "model.safetensors"), str(images), "--workers", "0", "--rounds", "0"]
+    assert cli.main(evaluated) == 0
+    assert f"top1  {float(shown.split('top1')[1].split()[0]):.4f}" in capsys.readouterr().out
+
+
+def test_calibrate_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = tmp_path / "vit.safetensors"
+    save(METHODS["full"].build(small_vit()), model)
+    output = tmp_path / "avit.safetensors"
+    assert cli.main(["calibrate", str(model), str(tmp_path / "absent"), str(output)]) == 2
+    assert "absent' does not exist" in said(capsys)
+    assert not output.exists()

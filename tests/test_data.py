@@ -1,3 +1,4 @@
+import gc
 import io
 import struct
 import tarfile
@@ -352,6 +353,7 @@ def shards(root: Path, names: tuple[str, ...] = ("train-0", "train-1", "val-0"))
     return root
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its shards open
 def test_a_webdataset_streams(tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="the extra `data` is not installed")
     names = tmp_path / "names.txt"
@@ -373,3 +375,5 @@ def test_a_webdataset_streams(tmp_path: Path) -> None:
     nameless = config(source.root, dataset=source.dataset, train_split=source.train_split, test_split=source.test_split)
     with pytest.raises(ValueError, match="does not name its classes: pass class_map"):
         open_data(nameless, SETTINGS)
+    del data
+    gc.collect()

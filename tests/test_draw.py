@@ -177,7 +177,7 @@ def test_a_stopped_run_leaves_whole_files(model: Path, tmp_path: Path, monkeypat
         (["a.png"], {"folder": "nowhere"}, FileNotFoundError, "nowhere.* does not exist"),
         (["a.png"], {"per_class": True}, ValueError, "a folder for each class.*itself holds 'a.png'"),
         ([], {"per_class": True}, ValueError, "has no images"),
-        (["broken.png"], {}, ValueError, "none of 1 pictures.*'broken.png': cannot identify"),
+        (["broken.png"], {}, ValueError, "none of 1 pictures.*'broken.png': not an image"),
         (["a.png"], {"model": "no_such_model"}, ValueError, "no_such_model"),
         (["a.png"], {"limit": 0}, ValueError, "limit must be at least 1, got 0"),
         (["a.png"], {"device": "abacus"}, ValueError, "device must be .*'abacus'"),
