@@ -1,0 +1,116 @@
+"""A whole training: from weights and images to a file that evaluate, predict and draw take."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from adaptvit import AViTConfig, FullConfig, load, save
+from adaptvit.checkpoints import open_model, start_from
+from adaptvit.data import DataConfig
+from adaptvit.recipes import RECIPES
+from adaptvit.run import Run, calibrate, run
+from adaptvit.train import Recipe
+
+SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright and dark noise, in two splits."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 6)):
+        for label, level in (("bright", 180), ("dark", 60)):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(level - 50, level + 50, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def small(folder: Path, tmp_path: Path) -> Run:
+    return Run(
+        model="vit_tiny_patch16_224",
+        model_args=SMALL,
+        img_size=32,
+        method=AViTConfig(class_token="stays"),
+        sharpness=2.0,
+        data=DataConfig(root=folder, scale=(0.5, 1.0), workers=0, mean=(0.4, 0.5, 0.6)),
+        recipe=Recipe(epochs=2, batch_size=8, target=0.6, ease_epochs=1.0, steer_every=2),
+        output=tmp_path / "run",
+    )
+
+
+def test_a_run_leaves_a_model_at_its_target_and_its_figures(small: Run) -> None:
+    outcome = run(small)
+    stored = load(outcome.file)
+    assert stored.config == outcome.model.config
+    assert stored.pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
+    assert stored.pretrained_cfg["input_size"] == (3, 32, 32)
+    figures = json.loads((small.output / "result.json").read_text())
+    assert figures == outcome.result.figures
+    assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.6, abs=0.1)
+    assert figures["images"] == 12
+    assert len(outcome.history) == 2
+
+
+def test_a_finished_run_is_refused_unless_resumed_and_then_the_same(small: Run) -> None:
+    run(small)
+    before = (small.output / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="resume it"):
+        run(small)
+    run(small, resume=True)
+    assert (small.output / "model.safetensors").read_bytes() == before
+
+
+def test_weights_are_started_from_and_their_head_left_out(small: Run, tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=5, **SMALL)
+    save(FullConfig().build(source), tmp_path / "weights.safetensors")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SMALL)
+    head = vit.head.weight.clone()
+    assert not start_from(vit, tmp_path / "weights.safetensors")
+    assert torch.equal(vit.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
+    assert torch.equal(vit.head.weight, head)
+    same = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=5, **SMALL)
+    assert start_from(same, tmp_path / "weights.safetensors")
+    assert torch.equal(same.head.weight, source.head.weight)
+    with pytest.raises(ValueError, match="does not fit"):
+        start_from(timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 5}), tmp_path / "weights.safetensors")
+
+
+def test_what_does_not_go_together_is_refused(small: Run) -> None:
+    with pytest.raises(ValueError, match=r"Run\.sharpness is for A-ViT"):
+        replace(small, method=FullConfig())
+    with pytest.raises(ValueError, match=r"Run\.model must be the name of a timm ViT, got 'vit_huge'"):
+        replace(small, model="vit_huge")
+    with pytest.raises(ValueError, match=r"Run\.weights .* one of them"):
+        replace(small, weights=Path("here"), pretrained=True)
+
+
+def test_digits_recipe_takes_images_of_its_own(folder: Path, tmp_path: Path) -> None:
+    digits = RECIPES["digits"]()
+    recipe = replace(digits.recipe, epochs=2, batch_size=8, ease_epochs=1, warmup_epochs=0)
+    outcome = run(replace(digits, data=DataConfig(root=folder, workers=0), recipe=recipe, output=tmp_path))
+    assert outcome.model.pretrained_cfg["input_size"] == (1, 32, 32)
+    assert outcome.model.pretrained_cfg["mean"] == pytest.approx((0.5,), abs=0.05)
+
+
+def test_calibrate_makes_an_avit_at_a_budget_without_training(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SMALL)
+    save(FullConfig().build(vit.eval()), tmp_path / "dense.safetensors")
+    config, explained = calibrate(str(tmp_path / "dense.safetensors"), folder, tmp_path / "avit.safetensors", 0.7)
+    made = open_model(tmp_path / "avit.safetensors")
+    assert made.config == config
+    assert 0 < explained <= 1
+    dense = open_model(tmp_path / "dense.safetensors")
+    images = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(made.vit(images), dense.vit(images), atol=1e-5, rtol=1e-4)
