@@ -94,7 +94,10 @@ def run_train(arguments: Namespace) -> None:
         group: _config(type(getattr(recipe, group)), arguments.get(group, {})) for group in ("method", "data", "recipe")
     }
     rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
-    outcome = run(Run(**rest, **parts), arguments.resume)
+    try:
+        outcome = run(Run(**rest, **parts), arguments.resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     print(_listed(outcome.result.figures))
     print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 

@@ -61,13 +61,15 @@ class Result:
     """The record of every image, in the order of the data set."""
     losses: Tensor
     """(images,) cross-entropy of each."""
+    correct: Tensor
+    """(images,) bool, whose label has the largest logit."""
     unreadable: tuple[Unreadable, ...]
     """Images that could not be decoded, and are not counted anywhere else."""
 
     @property
     def figures(self) -> dict[str, float | int | None]:
         """The numbers of the whole data set, JSON-able."""
-        parts = ("usage", "losses", "unreadable")
+        parts = ("usage", "losses", "correct", "unreadable")
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in parts}
         return whole | {"unreadable": len(self.unreadable)}
 
@@ -266,5 +268,6 @@ def _result(
         depth_spread_within=None if depth is None else depth.std(dim=1, correction=0).mean().item(),
         usage=usage,
         losses=losses,
+        correct=ranked[:, 0] == labels,
         unreadable=unreadable,
     )

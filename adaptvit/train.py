@@ -283,8 +283,7 @@ class _Training:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ChildProcessError(
-                    f"a process that decodes images died in epoch {number}; epochs 1 to {number - 1} are kept in "
-                    f"{str(self.output)!r}"
+                    f"a process that decodes images died in epoch {number}; {self._kept()}"
                 ) from error
             if self.accelerator.is_main_process:
                 self._save()
@@ -314,7 +313,7 @@ class _Training:
         )
 
     def _epoch(self, number: int) -> Epoch:
-        recipe, accelerator, device = self.recipe, self.accelerator, self.accelerator.device
+        recipe, accelerator = self.recipe, self.accelerator
         start = time.perf_counter()
         set_seed(recipe.seed + number, device_specific=True)  # all randomness of an epoch hangs on its number, so that
         if hasattr(self.loader.sampler, "set_epoch"):  # resuming is exact
@@ -323,46 +322,53 @@ class _Training:
         if self.teacher is not None:
             self.teacher.eval()
         tally = Tally(self.model)
-        bar = tqdm(
-            total=self.steps,
-            desc=f"{self.name} {number}/{recipe.epochs}",
-            disable=not accelerator.is_local_main_process,
-        )
+        title, quiet = f"{self.name} {number}/{recipe.epochs}", not accelerator.is_local_main_process
         first = (number - 1) * self.steps
-        for step, batch in enumerate(self.loader, start=first):
-            if step == first + self.steps:
-                break
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            update = step // recipe.accumulate
-            if step % recipe.accumulate == 0:
-                self.scheduler.step_update(update + 1)
-                if recipe.target is not None and update % recipe.steer_every == 0:
-                    self._steer(images, update)
-            with accelerator.accumulate(self.wrapped):
-                output, task = self._forward(images, labels)
-                loss = task + sum(output.terms.values())
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"the loss is {loss.item()} at step {step + 1}, in epoch {number}: lower Recipe.learning_rate "
-                        f"({recipe.learning_rate:g}); epochs 1 to {number - 1} are kept in {self.output}"
-                    )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and recipe.clip_grad is not None:
-                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if self.ema is not None and accelerator.sync_gradients:
-                self.ema.update(self.model)
-            self._report_unreadable(batch)
-            tally.add(output, labels, task, len(batch.unreadable))
-            bar.update()
-            bar.set_postfix_str(tally.line())
-        bar.close()
+        with tqdm(total=self.steps, desc=title, disable=quiet) as bar:
+            for step, batch in enumerate(self.loader, start=first):
+                if step == first + self.steps:
+                    break
+                output, task = self._step(step, batch, number)
+                tally.add(output, batch.labels, task, len(batch.unreadable))
+                bar.update()
+                bar.set_postfix_str(tally.line())
         test = None
         if recipe.evaluate_every and (number % recipe.evaluate_every == 0 or number == recipe.epochs):
             test = self._evaluate()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         return tally.epoch(number, learning_rate, time.perf_counter() - start, accelerator, test)
+
+    def _step(self, step: int, batch: Batch, number: int) -> tuple[Output, Tensor]:
+        """Forward, backward and, after every `Recipe.accumulate` steps, an update; steps count from 0 over the run."""
+        recipe, accelerator = self.recipe, self.accelerator
+        images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+        self._report_unreadable(batch)
+        update = step // recipe.accumulate
+        if step % recipe.accumulate == 0:
+            self.scheduler.step_update(update + 1)
+            if recipe.target is not None and update % recipe.steer_every == 0:
+                self._steer(images, update)
+        with accelerator.accumulate(self.wrapped):
+            output, task = self._forward(images, labels)
+            loss = task + sum(output.terms.values())
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step + 1}, in epoch {number}: lower Recipe.learning_rate "
+                    f"({recipe.learning_rate:g}); {self._kept()}"
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and recipe.clip_grad is not None:
+                accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.ema is not None and accelerator.sync_gradients:
+            self.ema.update(self.model)
+        return output, task
+
+    def _kept(self) -> str:
+        """What a run that stops now leaves, in words."""
+        epochs = len(self.history)
+        return f"{epochs} finished epoch{'s' * (epochs != 1)} kept in {str(self.output)!r}"
 
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Output, Tensor]:
         recipe, targets = self.recipe, labels
@@ -417,7 +423,13 @@ class _Training:
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
         with replacing(self.checkpoint) as partial:
-            torch.save(state, partial)
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # what torch makes of a full disk
+                fault = str(error).splitlines()[0]
+                raise OSError(
+                    f"{str(self.checkpoint)!r} cannot be written, the one before it stays: {fault}"
+                ) from error
         write_atomically(self.log, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in self.history))
 
     def _restore(self) -> None:
@@ -489,7 +501,7 @@ class Tally:
         self.images += images
         self.sums["loss"] += images * task.item()
         self.sums["unreadable"] += unreadable
-        self.sums["accuracy"] += (output.logits.argmax(dim=1) == labels).sum().item()
+        self.sums["accuracy"] += (output.logits.argmax(dim=1).cpu() == labels.cpu()).sum().item()
         self.sums["macs"] += macs(usage, shape).sum().item() / dense_macs(shape, usage.grid)
         for name, term in output.terms.items():
             self.sums[f"terms.{name}"] += images * term.item()
