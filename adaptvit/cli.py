@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
         commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
         commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
-        commands.add_subcommand("calibrate", calibrate_parser(), help="fit A-ViT's gate to a ViT and a budget")
+        commands.add_subcommand("calibrate", calibrate_parser(), help="set a model to a MACs budget without training")
         commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
         commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
         commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
@@ -98,8 +98,9 @@ def run_train(arguments: Namespace) -> None:
         outcome = run(Run(**rest, **parts), arguments.resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
-    print(_listed(outcome.result.figures))
-    print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+    if PartialState().is_main_process:
+        print(_listed(outcome.result.figures))
+        print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -166,7 +167,8 @@ def run_draw(arguments: Namespace) -> int:
 def calibrate_parser() -> ArgumentParser:
     """`adaptvit calibrate MODEL FOLDER TARGET`."""
     parser = ArgumentParser(
-        allow_abbrev=False, description="Fit A-ViT's gate to a ViT's channel 0 and to a share of the dense MACs."
+        allow_abbrev=False,
+        description="Set a model to a share of the dense MACs: a plain ViT becomes A-ViT, else the knob moves.",
     )
     parser.add_function_arguments(calibrate, as_positional=True)
     return parser
@@ -175,8 +177,10 @@ def calibrate_parser() -> ArgumentParser:
 def run_calibrate(arguments: Namespace) -> None:
     """Print the gate and what it goes by."""
     config, explained = calibrate(**arguments.as_dict())
-    print(f"channel 0 explains {explained:.0%} of how little the class token attends to a patch")
-    print(f"{arguments.output}: gate {config.gate_scale:g} / {config.gate_center:g}")
+    if explained is not None:
+        print(f"channel 0 explains {explained:.0%} of how little the class token attends to a patch")
+    assert config.knob is not None  # or there would have been nothing to move
+    print(f"{arguments.output}: {config.knob.field} {getattr(config, config.knob.field):g}")
 
 
 def demo_parser() -> ArgumentParser:

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -117,8 +118,8 @@ def run(config: Run, resume: bool = False) -> Outcome:
         "std": data.std,
         **_preparation(config.data, settings),
     }
-    if config.weights is not None:
-        start_from(vit, config.weights)
+    if config.weights is not None and not start_from(vit, config.weights):
+        _tell(f"the head in {config.weights} is left out: {data.name} has {len(data.classes)} classes of its own")
     teacher = None if config.teacher is None else open_model(config.teacher)
     if teacher is not None and teacher.num_classes != len(data.classes):
         raise ValueError(
@@ -128,7 +129,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
     key = fingerprint(method.build(vit), data, config.recipe, config.sharpness)
     if config.sharpness is not None:
         scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION))
-        print(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
+        _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
         method = replace(method, gate_scale=config.sharpness * scale)
     model = method.build(vit.train())
     history = train(
@@ -149,9 +150,20 @@ def run(config: Run, resume: bool = False) -> Outcome:
     model.eval()
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
-    save(model, file)
-    write_atomically(config.output / "result.json", json.dumps(result.figures, indent=2) + "\n")
+    if _is_main():
+        save(model, file)
+        write_atomically(config.output / "result.json", json.dumps(result.figures, indent=2) + "\n")
     return Outcome(model, history, result, file)
+
+
+def _is_main() -> bool:
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def _tell(words: str) -> None:
+    """Once, however many processes train."""
+    if _is_main():
+        print(words)
 
 
 def _settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -174,17 +186,17 @@ def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]
 
 def calibrate(
     model: str, folder: Path, output: Path, target: float = 0.5, sharpness: float = 6.0
-) -> tuple[AViTConfig, float]:
-    """Make an A-ViT of a pretrained ViT without training it: fit its gate, and set it to a budget.
+) -> tuple[AViTConfig, float | None]:
+    """Set a model to a budget without training it: a plain ViT becomes an A-ViT, an adaptive one has its knob moved.
 
     Args:
-        model: adaptvit file or timm name; a method that it has is left out.
+        model: adaptvit file or timm name.
         folder: images of the kind it will see, in folders or not; 256 are looked at.
         output: the file to write.
         target: share of the dense MACs, in (0, 1].
-        sharpness: as in `Run.sharpness`.
+        sharpness: as in `Run.sharpness`, for a plain ViT.
     Returns:
-        The config written, and the share of the patches' importance that channel 0 explains.
+        The config written and, for a plain ViT, the share of the patches' importance that channel 0 explains.
     Raises:
         FileNotFoundError: no such model, folder, or folder of `output`.
         TypeError: the ViT's residual stream cannot be turned.
@@ -195,8 +207,10 @@ def calibrate(
     opened = open_model(model)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
     images = spread_over(split, CALIBRATION)
-    scale, explained = fit_gate(opened.vit, images)
-    config = AViTConfig(gate_scale=sharpness * scale, class_token="stays")
+    config, explained = opened.config, None
+    if config.knob is None:
+        scale, explained = fit_gate(opened.vit, images)
+        config = AViTConfig(gate_scale=sharpness * scale, class_token="stays")
     config = meet_target(config, opened.vit, images, target)
     save(config.build(opened.vit), output)
     return config, explained

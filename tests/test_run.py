@@ -114,3 +114,7 @@ def test_calibrate_makes_an_avit_at_a_budget_without_training(folder: Path, tmp_
     images = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(made.vit(images), dense.vit(images), atol=1e-5, rtol=1e-4)
+    config, explained = calibrate(str(tmp_path / "avit.safetensors"), folder, tmp_path / "less.safetensors", 0.5)
+    assert explained is None
+    assert config.gate_scale == made.config.gate_scale
+    assert config.gate_center < made.config.gate_center
