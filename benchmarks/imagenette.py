@@ -1,4 +1,4 @@
-"""Fine-tuned models side by side: python benchmarks/imagenette.py DATA DENSE AVIT [AVIT ...] > imagenette.txt
+"""Fine-tuned models side by side: python benchmarks/imagenette.py DATA DENSE AVIT [AVIT ...] > imagenette.jsonl
 
 DATA is a folder with `val`; the others are model files of `adaptvit train`, the first the dense one. Accuracy with the
 paired difference from the dense model and its standard error, MACs, depth, what depth goes with, and speed in turns.
