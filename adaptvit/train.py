@@ -428,7 +428,7 @@ class _Training:
             except RuntimeError as error:  # what torch makes of a full disk
                 fault = str(error).splitlines()[0]
                 raise OSError(
-                    f"{str(self.checkpoint)!r} cannot be written, the one before it stays: {fault}"
+                    f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {fault}"
                 ) from error
         write_atomically(self.log, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in self.history))
 
