@@ -20,7 +20,7 @@ from adaptvit.budget import meet_target
 from adaptvit.data import IMAGE_SUFFIXES
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
-from adaptvit.model import AdaptiveViT
+from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import join
@@ -70,8 +70,7 @@ class BenchConfig:
             raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {self.target}")
         if self.images % self.batch_size:
             raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {self.device!r}, but torch finds no CUDA here; use --device cpu")
+        check_device(self.device)
         if not timm.is_model(self.model):
             near = timm.list_models(f"*{self.model.split('_')[0]}*")[:3]
             hint = f"; did you mean {', '.join(near)}?" if near else ""

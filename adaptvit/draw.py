@@ -21,7 +21,7 @@ from adaptvit.checkpoints import open_model
 from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, open_split
 from adaptvit.macs import macs
 from adaptvit.methods.avit import AViT
-from adaptvit.model import AdaptiveViT
+from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.pictures import depth_maps, write_png
 from adaptvit.usage import Usage
 
@@ -53,12 +53,7 @@ class DrawConfig:
         for name in ("limit", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            raise ValueError(f"device must be cpu, cuda or cuda with a number, got {self.device!r}") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {self.device!r}, but torch finds no CUDA here; use --device cpu")
+        check_device(self.device)
         folder, output = self.folder.resolve(), self.output.resolve()
         if output == folder or (self.per_class and folder in output.parents):
             raise ValueError(f"output must lie outside the folder that is read, {str(self.folder)!r}: name another")

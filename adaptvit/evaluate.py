@@ -20,7 +20,7 @@ from tqdm import tqdm
 from adaptvit.checkpoints import open_model
 from adaptvit.data import DataConfig, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
-from adaptvit.model import AdaptiveViT
+from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
@@ -211,16 +211,6 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         figures |= {"ideal_speedup": timing.ideal, "realised_speedup": timing.gain, "ratio": timing.ratio}
         figures |= {"load_average": os.getloadavg()[0], "timed_batch": len(batch.images)}
     return result, figures
-
-
-def check_device(device: str) -> None:
-    """Refuse CUDA where there is none.
-
-    Raises:
-        ValueError: naming the device.
-    """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no CUDA here; use cpu")
 
 
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -37,6 +38,20 @@ class MethodConfig(Protocol):
     def build(self, vit: VisionTransformer) -> "AdaptiveViT":
         """The adaptive model around `vit`, sharing its weights."""
         ...
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not one, and CUDA where there is none.
+
+    Raises:
+        ValueError: naming the device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda with a number, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA here; use --device cpu")
 
 
 class AdaptiveViT(nn.Module, ABC):

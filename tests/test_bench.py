@@ -107,3 +107,8 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 def test_a_folder_with_too_few_images_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 0 images, but the bench wants 8"):
         bench(BenchConfig("deit_tiny_patch16_224", data=tmp_path, **SMALL))
+
+
+def test_a_device_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda with a number, got 'fridge'"):
+        BenchConfig("test_vit", device="fridge")
