@@ -4,6 +4,7 @@ from adaptvit import names as names  # registers the A-ViT models with timm
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
+from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob
@@ -11,6 +12,7 @@ from adaptvit.tokens import Masked, Packed
 from adaptvit.usage import Output, Usage, join
 
 __all__ = [
+    "ATSConfig",
     "AViTConfig",
     "AdaptiveViT",
     "FullConfig",

@@ -40,7 +40,8 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
     """MACs executed for each image: (B,) int64.
 
     Queries, output projection and MLP cost by the tokens updated; keys and values by the tokens attended; the two
-    attention products by both; each scaled by the heads computed and nothing where a sub-layer was off.
+    attention products by both; each scaled by the heads computed and nothing where a sub-layer was off; what the
+    decision itself took is added.
     """
     width = usage.heads * shape.head_dim
     query_side = (2 + shape.gated) * usage.updated * shape.dim * width
@@ -50,7 +51,8 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
     mlp = usage.updated * shape.mlp_per_token * usage.mlp
     rows, columns = usage.grid
     fixed = rows * columns * (shape.stem_per_patch + shape.head_per_patch) + shape.head
-    return (attention + mlp).sum(dim=1) + fixed
+    deciding = 0 if usage.deciding is None else usage.deciding
+    return (attention + mlp + deciding).sum(dim=1) + fixed
 
 
 def dense_macs(shape: Shape, grid: tuple[int, int]) -> int:

@@ -82,6 +82,17 @@ class Tokens(ABC):
             features (..., H, d) of `queries`; what stands in dead slots has no meaning.
         """
 
+    @abstractmethod
+    def received(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention that each token receives from the image's first R slots: the mean of the softmax over live ones.
+
+        Args:
+            q: queries of these slots, (B, R, H, d).
+            k: features (..., H, d) of these tokens.
+        Returns:
+            (B, N, H) in float32 or wider, 0 where a slot is dead.
+        """
+
 
 @dataclass(frozen=True)
 class Masked(Tokens):
@@ -129,6 +140,9 @@ class Masked(Tokens):
             mask = visible[:, None, None, :]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+
+    def received(self, q: Tensor, k: Tensor) -> Tensor:
+        return _received(q, k, self.mask)
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,36 @@ class Packed(Tokens):
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
                 return _attend_dense(q, k, v, images, dropout)
         return ragged_kernel(q.device, q.dtype, dropout)(q, k, v, self, queries, dropout)
+
+    def received(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.full:
+            return _received(q, self.grid(k), None)
+        if self.x.device.type != "cpu":
+            return _received(q, self.grid(k), self.live)
+        rows = self.live[:, : q.shape[1]]
+        images = zip(q, rows, k.split(self.lengths), strict=True)
+        parts = [_received(queries[alive][None], keys[None], None)[0] for queries, alive, keys in images]
+        return self.grid(torch.cat(parts))
+
+
+ROWS = 64
+"""Rows of the attention matrix that `received` holds at a time."""
+
+
+def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
+    """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
+    total = torch.zeros((), device=q.device)
+    for start in range(0, q.shape[1], ROWS):
+        rows = slice(start, min(start + ROWS, q.shape[1]))
+        logits = torch.einsum("brhd,bnhd->bhrn", q[:, rows], k) * q.shape[-1] ** -0.5
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if live is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            weights = logits.masked_fill(~live[:, None, None], -torch.inf).softmax(dim=-1) * live[:, None, rows, None]
+        total = total + weights.sum(dim=2)
+    count = q.shape[1] if live is None else live[:, : q.shape[1]].sum(dim=1).view(-1, 1, 1)
+    return (total / count).transpose(1, 2)
 
 
 LAYOUTS: dict[str, type[Tokens]] = {"masked": Masked, "packed": Packed}

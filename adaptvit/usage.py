@@ -29,6 +29,22 @@ class Usage:
     """Tokens before the first patch token."""
     live: Tensor | None = None
     """(B, L, N) bool, the slots that held a token on entry to the block; None where a method does not track slots."""
+    deciding: Tensor | None = None
+    """(B, L) MACs spent on deciding what to compute; None where it takes none."""
+
+    @classmethod
+    def of_live(
+        cls, live: Tensor, heads: int, grid: tuple[int, int], prefix: int, deciding: Tensor | None = None
+    ) -> "Usage":
+        """The record of a method whose blocks attend to every token they get and update only those they hand on.
+
+        Args:
+            live: (B, L + 1, N) bool, the slots that held a token on entry to each block, and after the last.
+            heads: attention heads of each block.
+        """
+        attended, updated = live[:, :-1].sum(dim=2), live[:, 1:].sum(dim=2)
+        on = (attended > 0, updated > 0)
+        return cls(attended, updated, torch.full_like(attended, heads), *on, grid, prefix, live[:, :-1], deciding)
 
     @classmethod
     def of_depth(
@@ -89,14 +105,11 @@ def join(usages: list[Usage]) -> Usage:
         raise ValueError("join needs at least one Usage, got an empty list")
     if len({usage.grid for usage in usages}) > 1:
         raise ValueError(f"join needs one patch grid, got {sorted({usage.grid for usage in usages})}")
-    parts = {
+    parts: dict[str, Tensor | None] = {
         name: torch.cat([getattr(usage, name) for usage in usages])
         for name in ("attended", "updated", "heads", "attention", "mlp")
     }
-    live = [usage.live for usage in usages if usage.live is not None]
-    return Usage(
-        **parts,
-        grid=usages[0].grid,
-        prefix=usages[0].prefix,
-        live=torch.cat(live) if len(live) == len(usages) else None,
-    )
+    for name in ("live", "deciding"):
+        known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
+        parts[name] = torch.cat(known) if len(known) == len(usages) else None
+    return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]

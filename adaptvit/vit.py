@@ -119,37 +119,71 @@ def patch_grid(vit: VisionTransformer, images: Tensor) -> tuple[int, int]:
     return vit.patch_embed.dynamic_feat_size(images.shape[-2:])
 
 
-def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None) -> Tokens:
+def run_block(
+    block: Block, tokens: Tokens, chosen: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
+) -> Tokens:
     """One transformer block.
 
     Args:
         chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
+        keys_values: what the function of that name gave, where it was needed to choose.
     """
-    return add_mlp(block, add_attention(block, tokens, chosen))
+    return add_mlp(block, add_attention(block, tokens, chosen, keys_values))
 
 
-def add_attention(block: Block, tokens: Tokens, chosen: Tensor | None = None) -> Tokens:
-    """The attention sub-layer with its residual; `chosen` as in `run_block`."""
+def add_attention(
+    block: Block, tokens: Tokens, chosen: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
+) -> Tokens:
+    """The attention sub-layer with its residual; `chosen` and `keys_values` as in `run_block`."""
     attn = block.attn
-    normed = block.norm1(tokens.x)
     if chosen is None:
-        rows, seen = tokens, normed
-        q, k, v = attn.qkv(normed).view(*normed.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
+        rows, seen = tokens, block.norm1(tokens.x)
+        q, k, v = attn.qkv(seen).view(*seen.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
+        q, k = _through(attn.q_norm, q), _through(attn.k_norm, k)
     else:
+        k, v = keys_values or keys_and_values(block, tokens)
         rows = tokens.keep(chosen)
         seen = block.norm1(rows.x)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        split = (attn.attn_dim, 2 * attn.attn_dim)
-        q_weight, kv_weight = weight.split(split)
-        q_bias, kv_bias = (None, None) if bias is None else bias.split(split)
-        q = linear(seen, q_weight, q_bias).unflatten(-1, (attn.num_heads, attn.head_dim))
-        k, v = linear(normed, kv_weight, kv_bias).unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(-3)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    mixed = tokens.attend(_through(attn.q_norm, q), _through(attn.k_norm, k), v, rows, dropout)
+        q = _queries(block, seen)
+    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
     out = _through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(seen).sigmoid()
     return _residual(rows, _through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
+
+
+def keys_and_values(block: Block, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Keys, normalised as the ViT does, and values of the attention sub-layer: features (..., H, d) each."""
+    attn = block.attn
+    rows = slice(attn.attn_dim, None)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+    k, v = (
+        linear(block.norm1(tokens.x), attn.qkv.weight[rows], bias)
+        .unflatten(-1, (2, attn.num_heads, attn.head_dim))
+        .unbind(-3)
+    )
+    return _through(attn.k_norm, k), v
+
+
+def attention_received(block: Block, tokens: Tokens, keys: Tensor, slots: int | None) -> Tensor:
+    """Attention that each token receives, mean over queries, by head: (B, N, H), 0 where dead.
+
+    Args:
+        keys: what `keys_and_values` gave.
+        slots: the queries are those of the first so many slots; None takes all live tokens.
+    """
+    if slots is None:
+        return tokens.received(tokens.grid(_queries(block, block.norm1(tokens.x))), keys)
+    return tokens.received(_queries(block, block.norm1(tokens.first(tokens.x, slots))), keys)
+
+
+def _queries(block: Block, normed: Tensor) -> Tensor:
+    """Queries of the attention sub-layer, (..., H, d), from features (..., D) after its norm."""
+    attn = block.attn
+    rows = slice(attn.attn_dim)
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+    q = linear(normed, attn.qkv.weight[rows], bias)
+    return _through(attn.q_norm, q.unflatten(-1, (attn.num_heads, attn.head_dim)))
 
 
 def add_mlp(block: Block, tokens: Tokens) -> Tokens:
@@ -167,24 +201,33 @@ def _mlp(block: Block, x: Tensor) -> Tensor:
     return _through(block.ls2, block.mlp(block.norm2(x)))
 
 
-def classify(vit: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def classify(vit: VisionTransformer, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Final norm, pooling and head.
 
     Args:
         x: (B, n, D), the slots that `read_slots` names, or all.
+        live: (B, n) bool, the slots to pool; None pools all of `x`.
     Returns:
         logits (B, classes), and the distillation head's in timm's distilled training, else None.
     """
-    logits = vit.forward_head(vit.norm(x))
+    x = vit.norm(x)
+    if live is not None and vit.global_pool != "token":
+        return vit.head(vit.head_drop(vit.fc_norm(_pool(vit, x, live)))), None
+    logits = vit.forward_head(x)
     return logits if isinstance(logits, tuple) else (logits, None)
 
 
-def class_attention(block: Block, x: Tensor) -> Tensor:
-    """Attention of the first slot to all, mean over heads: (B, N) from tokens (B, N, D) as the block receives them."""
-    attn = block.attn
-    q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(-3)
-    logits = (attn.q_norm(q[:, :1]) * attn.k_norm(k)).sum(dim=-1) * attn.scale
-    return logits.softmax(dim=1).mean(dim=2)
+def _pool(vit: VisionTransformer, x: Tensor, live: Tensor) -> Tensor:
+    """timm's pooling of (B, N, D) over live slots only."""
+    if vit.attn_pool is not None:
+        start = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
+        return vit.attn_pool(x[:, start:], attn_mask=live[:, None, None, start:])
+    patches = slice(0 if vit.pool_include_prefix else vit.num_prefix_tokens, None)
+    alive = live[:, patches, None]
+    mean = (x[:, patches] * alive).sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True)
+    return vit.pool(
+        torch.where(live[..., None], x, mean)
+    )  # in dead slots the mean, which moves neither mean nor maximum
 
 
 def set_channel(vit: VisionTransformer, direction: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
-from adaptvit.vit import class_attention, embed, run_block, set_channel
+from adaptvit.vit import attention_received, embed, keys_and_values, run_block, set_channel
 
 FLAVOURS = {
     "plain": {},
@@ -64,17 +64,6 @@ def test_what_cannot_be_turned_is_refused() -> None:
         set_channel(vit, torch.ones(vit.embed_dim))
 
 
-def test_class_attention_is_what_the_block_attends_by() -> None:
-    vit = trained(qk_norm=True)
-    block = vit.blocks[0]
-    x = embed(vit, images(vit))[0]
-    seen = {}
-    block.attn.fused_attn = False
-    block.attn.attn_drop.register_forward_hook(lambda module, given, out: seen.update(weights=out))
-    block(x)
-    torch.testing.assert_close(class_attention(block, x), seen["weights"][:, :, 0].mean(dim=1))
-
-
 def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> None:
     vit = trained(depth=4)
     x = images(vit, count=40)
@@ -84,7 +73,8 @@ def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> No
     with torch.inference_mode():
         tokens = Masked.of(embed(vit, x)[0])
         for block in vit.blocks:
-            seen.append(class_attention(block, tokens.x)[:, 1:])
+            keys, _ = keys_and_values(block, tokens)
+            seen.append(attention_received(block, tokens, keys, 1).mean(dim=2)[:, 1:])
             tokens = run_block(block, tokens)
             told.append(scale * tokens.x[:, 1:, 0])
     little = -torch.stack(seen).mean(dim=0).log()

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 
-METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig)}
+METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig, ATSConfig)}
 """Config types by name, for checkpoints and the command line."""

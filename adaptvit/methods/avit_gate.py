@@ -11,7 +11,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.tokens import Masked, Tokens
-from adaptvit.vit import class_attention, embed, prefix_tokens, read_slots, run_block, set_channel, shape_of
+from adaptvit.vit import (
+    attention_received,
+    embed,
+    keys_and_values,
+    prefix_tokens,
+    read_slots,
+    run_block,
+    set_channel,
+    shape_of,
+)
 
 BATCH = 32
 
@@ -41,7 +50,8 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
             tokens: Tokens = Masked.of(embed(vit, batch)[0])
             seen, features = [], []
             for block in vit.blocks:
-                seen.append(class_attention(block, tokens.x)[:, prefix:])
+                keys, _ = keys_and_values(block, tokens)
+                seen.append(attention_received(block, tokens, keys, 1).mean(dim=2)[:, prefix:])
                 tokens = run_block(block, tokens)
                 features.append(tokens.x[:, prefix:].double())
             matters = torch.stack(seen).double().mean(dim=0).log()  # (B, patches)

@@ -1,0 +1,222 @@
+"""ATS: patches sampled by how much the class token attends to them; no parameters, and no training needed.
+
+Fayyaz, Abbasi Koohpayegani, Rezaei Jafari, Sengupta, Vaezi Joze, Sommerlade, Pirsiavash, Gall: Adaptive Token Sampling
+for Efficient Vision Transformers, ECCV 2022.
+
+Letters: B images, N token slots (prefix tokens first, then P patches), L blocks, H heads, K sampling points.
+Symbols of the paper: A attention, V values, S significance score.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from adaptvit.methods import ats_released
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import attention_received, classify, embed, keys_and_values, model_name, run_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATSConfig:
+    """Adaptive token sampling (Fayyaz et al., ECCV 2022).
+
+    A block that samples scores its patches by the attention they receive times the size of their values, and hands on
+    those that K sampling points of the scores' distribution fall on: few where few patches hold most of the score. All
+    patches are still attended to in that block. The kept ones stay in slot order, which is raster order.
+    """
+
+    method: ClassVar[str] = "ats"
+    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=4.0)
+
+    blocks: Sequence[int] | None = None
+    """The blocks that sample, 0-based; None is all but the first quarter, 3 to 11 of 12 as released."""
+    tokens: int | Sequence[int] | None = None
+    """K, the sampling points: a number for all these blocks, or one for each, not growing. None is the number of
+    patches, as released. An image keeps at most K patches."""
+    rate: float = 1.0
+    """K is taken times this: the one number by which a model is steered to a budget."""
+    sampler: Literal["inverse_transform", "released", "gumbel"] = "inverse_transform"
+    """`inverse_transform`: the K midpoint quantiles of the scores (the paper). `released`: the released code's grid,
+    from the least to the greatest cumulative score. `gumbel`: K draws with replacement in training, and where a
+    generator is given; otherwise the quantiles, so that evaluation repeats."""
+    mode: Literal["mask", "single", "prune"] = "mask"
+    """Of `released` only: where the least score counts as 0, and its patch is lost. `mask`: while an image has all its
+    patches, as the released code does with masks. `single`: in every block, as it does for an image by itself. `prune`:
+    where no image of the batch has more patches, as it does for a batch; the result then depends on the other images.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "tokens"):
+            if isinstance(getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        blocks, counts = self.blocks, [count for count in self.schedule(1) if count is not None]
+        if blocks is not None and (list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 0):
+            raise ValueError(f"ATSConfig.blocks must be block numbers from 0 on, at least one, ascending, got {blocks}")
+        if any(count < 1 for count in counts):
+            raise ValueError(f"ATSConfig.tokens must be 1 or more, got {self.tokens}")
+        if counts != sorted(counts, reverse=True):
+            raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {self.tokens}")
+        if not 0 <= self.rate < float("inf"):
+            raise ValueError(f"ATSConfig.rate must be 0 or more and finite, got {self.rate}")
+        for name, allowed in (
+            ("sampler", ("inverse_transform", "released", "gumbel")),
+            ("mode", ("mask", "single", "prune")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ATSConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.mode != "mask" and self.sampler != "released":
+            raise ValueError(f"ATSConfig.mode={self.mode!r} is for sampler='released', but sampler is {self.sampler!r}")
+
+    def schedule(self, blocks: int) -> tuple[int | None, ...]:
+        """K of each block that samples, of which there are `blocks` where `tokens` is not a schedule itself."""
+        return (self.tokens,) * blocks if self.tokens is None or isinstance(self.tokens, int) else tuple(self.tokens)
+
+    def build(self, vit: VisionTransformer) -> "ATS":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: `blocks` names a block that the ViT lacks, or `tokens` has another length than `blocks`.
+        """
+        return ATS(vit, self)
+
+
+class ATS(AdaptiveViT):
+    """A ViT whose blocks sample their patches.
+
+    Attributes:
+        points: K of each block that samples, by block number; None stands for the number of patches.
+    """
+
+    def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
+        super().__init__(vit, config)
+        blocks = tuple(range(self.depth // 4, self.depth)) if config.blocks is None else tuple(config.blocks)
+        beyond = [block for block in blocks if block >= self.depth]
+        if beyond:
+            name = model_name(vit)
+            raise ValueError(f"ATSConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}")
+        counts = config.schedule(len(blocks))
+        if len(counts) != len(blocks):
+            raise ValueError(f"ATSConfig.tokens has {len(counts)} numbers for {len(blocks)} blocks: {blocks}")
+        self.points: dict[int, int | None] = dict(zip(blocks, counts, strict=True))
+
+    def forward(
+        self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
+    ) -> Output:
+        """Classify images.
+
+        Args:
+            images: (B, channels, height, width).
+            layout: None packs.
+            generator: for the draws of `gumbel`; in training None is torch's own.
+        Raises:
+            ValueError: scores that are not finite.
+        """
+        x, grid = embed(self.vit, images)
+        tokens = (layout or Packed).of(x)
+        del x  # or it would stay to the end
+        live = [tokens.live]
+        deciding = torch.zeros(len(images), self.depth, dtype=torch.long, device=images.device)
+        reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
+        for number, block in enumerate(self.vit.blocks):
+            if self.read is not None and number == self.depth - 1:
+                tokens = run_block(block, tokens, reading)  # what else it would sample is never looked at
+            elif number in self.points:
+                keys, values = keys_and_values(block, tokens)
+                with torch.no_grad():
+                    score = self.score(block, tokens, keys, values)
+                    chosen = self.sample(score, live[-1], number, generator)
+                    deciding[:, number] = self.score_macs(live[-1])
+                tokens = run_block(block, tokens, chosen, (keys, values))
+            else:
+                tokens = run_block(block, tokens)
+            live.append(tokens.live)
+        x = tokens.first(tokens.x, self.read or tokens.shape[1])
+        logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
+        usage = Usage.of_live(torch.stack(live, dim=1), self.heads, grid, self.prefix, deciding)
+        return Output(logits, usage, distilled=distilled)
+
+    def score(self, block: Block, tokens: Tokens, keys: Tensor, values: Tensor) -> Tensor:
+        """S of the patches: (B, P), 0 where dead, each row summing to 1.
+
+        Source: ATS, equation 3. The queries are the tokens that the classifier reads, their mean where a distillation
+        token is another; of a ViT that pools its tokens they are all, so that S goes by the mean attention received.
+        """
+        attention = attention_received(block, tokens, keys, self.read)
+        size = tokens.grid(values.norm(dim=-1, dtype=attention.dtype))
+        of = ats_released.significance if self.config.sampler == "released" else significance
+        return normalise(of(attention, size)[:, self.prefix :], tokens.live[:, self.prefix :])
+
+    def sample(self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None) -> Tensor:
+        """The slots that block number `block` hands on: (B, N) bool."""
+        if not score.isfinite().all():
+            raise ValueError(f"ATS cannot score the patches in block {block}: its attention or values are not finite")
+        patches = live[:, self.prefix :]
+        points = max(1.0, self.config.rate * (self.points[block] or score.shape[1]))
+        match self.config.sampler:
+            case "released":
+                chosen = ats_released.sample(score, patches, round(points), self.config.mode)
+            case "gumbel" if self.training or generator is not None:
+                chosen = draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
+            case _:
+                chosen = inverse_transform(score, points)
+        return torch.cat([live[:, : self.prefix], chosen & patches], dim=1)
+
+    def score_macs(self, live: Tensor) -> Tensor:
+        """MACs of scoring each image's tokens: (B,), the queries and their products with the keys."""
+        attended = live.sum(dim=1)
+        queries = attended if self.read is None else self.read
+        return queries * self.shape.heads * self.shape.head_dim * (self.shape.dim + attended)
+
+
+def significance(attention: Tensor, size: Tensor) -> Tensor:
+    """S before it is normalised: attention received times the norm of the value, (B, N, H) each, summed over heads."""
+    return (attention * size).sum(dim=-1)
+
+
+def normalise(score: Tensor, live: Tensor) -> Tensor:
+    """Rows of (B, P) that sum to 1; all live patches alike where none has a score."""
+    score = torch.where(score.sum(dim=1, keepdim=True) > 0, score, live.to(score.dtype))
+    return score / score.sum(dim=1, keepdim=True)
+
+
+def inverse_transform(score: Tensor, points: float) -> Tensor:
+    """Mark the patches that evenly spaced quantiles of the scores fall on, each once.
+
+    A patch is marked for certain where its score is above 1 / `points`; of those below, about one in 1 / (score x
+    `points`), spread over the image because the scores are added up in slot order.
+
+    Args:
+        score: (B, P), each row non-negative and summing to 1; dead patches hold 0.
+        points: K, at least 1; quantiles are (i + 1/2) / K. Need not be whole.
+    Returns:
+        (B, P) bool, between 1 and K true per row.
+    Source: ATS, section 3.2.
+    """
+    below = (score.cumsum(dim=1) * points + 0.5).floor()  # how many quantiles the cumulative score has passed
+    return below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
+
+
+def draw(score: Tensor, noise: Tensor) -> Tensor:
+    """Mark the patches drawn from the scores, with replacement, by the Gumbel-max trick.
+
+    Args:
+        score: (B, P), each row non-negative and summing to 1; dead patches hold 0.
+        noise: (B, K, P) standard Gumbel.
+    Returns:
+        (B, P) bool, between 1 and K true per row.
+    """
+    logits = (score + 1e-6).log().masked_fill(score == 0, -torch.inf)
+    drawn = (logits[:, None] + noise).argmax(dim=2)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, drawn, True)
+
+
+def gumbel_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard Gumbel noise on the device and in the precision of `like`."""
+    return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
