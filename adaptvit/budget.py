@@ -1,8 +1,10 @@
-"""After training: find the value of a method's knob at which a model executes a given share of the dense MACs."""
+"""After training: steer a model to a budget by the one number that its method's config calls its knob."""
 
+import time
 import warnings
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,58 +17,104 @@ from adaptvit.usage import join
 MAX_STEPS = 40
 BATCH = 32
 
+Unit = Literal["share", "gmacs", "images_per_s"]
 Config = TypeVar("Config", bound=MethodConfig)
 
 
-def executed_share(config: MethodConfig, vit: VisionTransformer, images: Tensor) -> float:
-    """Executed MACs over dense MACs, averaged over `images`, of `config` around `vit` in its present mode.
+@dataclass(frozen=True)
+class Trial:
+    """What a model did on the calibration images with one value of its knob."""
+
+    knob: float | None
+    share: float
+    """Executed MACs over timm's own, mean over images."""
+    gmacs: float
+    """Executed, in 1e9 MACs, mean over images."""
+    images_per_s: float
+    """Measured here and now, in batches of 32."""
+    top1: float | None
+    """Share of the images that were classified rightly; None without labels."""
+
+
+def attempt(config: MethodConfig, vit: VisionTransformer, images: Tensor, labels: Tensor | None = None) -> Trial:
+    """Run `config` around `vit`, in its present mode, on calibration images.
 
     In training mode no image leaves its batch early, so that the same knob executes more.
     """
     model = config.build(vit)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
-        usage = join([model(batch).usage for batch in images.split(BATCH)])
-    return macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid)
+        start = time.perf_counter()
+        outputs = [model(batch) for batch in images.split(BATCH)]
+        top1 = None
+        if labels is not None:
+            predicted = torch.cat([output.logits for output in outputs]).argmax(dim=1)
+            top1 = (predicted == labels).double().mean().item()
+        usage = join([output.usage for output in outputs])
+        executed = macs(usage, model.shape).double().mean().item()  # an accelerator is waited for here
+        seconds = time.perf_counter() - start
+    knob = None if config.knob is None else getattr(config, config.knob.field)
+    return Trial(knob, executed / dense_macs(model.shape, usage.grid), executed / 1e9, len(images) / seconds, top1)
 
 
 def meet_target(
-    config: Config, vit: VisionTransformer, images: Tensor, target: float, tolerance: float = 0.005
+    config: Config,
+    vit: VisionTransformer,
+    images: Tensor,
+    target: float,
+    unit: Unit = "share",
+    tolerance: float = 0.01,
+    labels: Tensor | None = None,
+    tell: Callable[[Trial], object] | None = None,
 ) -> Config:
-    """The config with its knob moved so that `images` cost `target` of the dense MACs.
+    """The config with its knob moved, by bisection, so that `images` cost `target`.
 
     Args:
         config: a method's config that has a knob.
         images: calibration batch, as the model takes them; the more, the better the budget holds on others.
-        target: share of timm's own MACs, in (0, 1].
-        tolerance: how far from `target`, as a share of the dense MACs, is near enough.
+        target: in `unit`, above 0; a share is at most 1.
+        unit: `share` of timm's own MACs; `gmacs`, 1e9 MACs an image; `images_per_s`, measured on this machine.
+        tolerance: how far from `target`, relative to it, is near enough.
+        labels: classes of the images, for the accuracy of each trial.
+        tell: called with each trial.
     Returns:
-        A copy of `config`. Where the executed MACs jump over the target, the value just under it.
+        A copy of `config`. Where the cost jumps over the target, the value on the frugal side.
     Raises:
         ValueError: the method has no knob, or no value of it comes down to the target.
     """
     knob = getattr(config, "knob", None)
     if knob is None:
         raise ValueError(f"{type(config).__name__} has no knob to move: it always computes the same")
-    if not 0 < target <= 1:
+    if unit == "share" and not 0 < target <= 1:
         raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {target}")
+    if not 0 < target < float("inf"):
+        raise ValueError(f"target must be above 0 and finite, got {target}")
 
     def at(value: float) -> Any:
         return replace(config, **{knob.field: value})  # type: ignore[type-var]
 
+    def excess(value: float) -> float:
+        """Cost over target, less 1."""
+        trial = attempt(at(value), vit, images, labels)
+        if tell is not None:
+            tell(trial)
+        reached = getattr(trial, unit)
+        return (target / reached if unit == "images_per_s" else reached / target) - 1
+
     frugal, generous = (knob.lowest, knob.highest) if knob.sign > 0 else (knob.highest, knob.lowest)
-    if executed_share(at(generous), vit, images) <= target + tolerance:
+    if excess(generous) <= tolerance:
         return at(generous)
-    for step in range(MAX_STEPS):
-        middle = frugal if step == 0 else (frugal + generous) / 2
-        trial = at(middle)
-        share = executed_share(trial, vit, images)
-        if abs(share - target) <= tolerance:
-            return trial
-        if share <= target:
+    least = excess(frugal)
+    if least > tolerance:
+        reached = target / (1 + least) if unit == "images_per_s" else target * (1 + least)
+        raise ValueError(f"no {knob.field} comes down to {target:g} ({unit}): the least is {reached:.3g}")
+    for _ in range(MAX_STEPS):
+        middle = (frugal + generous) / 2
+        over = excess(middle)
+        if abs(over) <= tolerance:
+            return at(middle)
+        if over < 0:
             frugal = middle
-        elif step == 0:
-            raise ValueError(f"no {knob.field} comes down to target {target:g}: the least is {share:.3f} of dense MACs")
         else:
             generous = middle
     return at(frugal)

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from adaptvit import demo
 from adaptvit.bench import BenchConfig, bench
+from adaptvit.budget import Trial
 from adaptvit.checkpoints import convert
 from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
@@ -24,7 +25,7 @@ from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import replacing, write_atomically
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.recipes import RECIPES
-from adaptvit.run import Run, calibrate, run
+from adaptvit.run import Run, run, set_budget
 
 Config = TypeVar("Config")
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
         commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
         commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
-        commands.add_subcommand("calibrate", calibrate_parser(), help="set a model to a MACs budget without training")
+        commands.add_subcommand("budget", budget_parser(), help="make a model meet a MACs or speed budget, untrained")
         commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
         commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
         commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
@@ -164,21 +165,25 @@ def run_draw(arguments: Namespace) -> int:
     return _say_unreadable(drawing.unreadable)
 
 
-def calibrate_parser() -> ArgumentParser:
-    """`adaptvit calibrate MODEL FOLDER TARGET`."""
+def budget_parser() -> ArgumentParser:
+    """`adaptvit budget MODEL FOLDER OUTPUT`."""
     parser = ArgumentParser(
         allow_abbrev=False,
-        description="Set a model to a share of the dense MACs: a plain ViT becomes A-ViT, else the knob moves.",
+        description="Make a model meet a budget without training: a plain ViT becomes adaptive, else the knob moves.",
     )
-    parser.add_function_arguments(calibrate, as_positional=True)
+    parser.add_function_arguments(set_budget, as_positional=True, skip={"tell"})
     return parser
 
 
-def run_calibrate(arguments: Namespace) -> None:
-    """Print the gate and what it goes by."""
-    config, explained = calibrate(**arguments.as_dict())
-    if explained is not None:
-        print(f"channel 0 explains {explained:.0%} of how little the class token attends to a patch")
+def run_budget(arguments: Namespace) -> None:
+    """Print each trial, and what was written."""
+
+    def tell(trial: Trial) -> None:
+        top1 = "" if trial.top1 is None else f", top-1 {trial.top1:.1%}"
+        print(f"{trial.knob:10.4g}: {trial.share:.1%} of the MACs, {trial.gmacs:.3f} GMACs, ", end="")
+        print(f"{trial.images_per_s:.0f} images/s{top1}", flush=True)
+
+    config = set_budget(**arguments.as_dict(), tell=tell)
     assert config.knob is not None  # or there would have been nothing to move
     print(f"{arguments.output}: {config.knob.field} {getattr(config, config.knob.field):g}")
 
@@ -249,7 +254,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "evaluate": run_evaluate,
     "predict": run_predict,
     "draw": run_draw,
-    "calibrate": run_calibrate,
+    "budget": run_budget,
     "demo": run_demo,
     "bench": run_bench,
     "convert": run_convert,

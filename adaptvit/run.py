@@ -1,23 +1,24 @@
 """A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from adaptvit.budget import meet_target
+from adaptvit.budget import Trial, Unit, meet_target
 from adaptvit.checkpoints import open_model, save, start_from
-from adaptvit.data import DataConfig, collate, open_data, open_split
+from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import write_atomically
+from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.model import AdaptiveViT, MethodConfig
@@ -26,6 +27,8 @@ from adaptvit.vit import check
 
 CALIBRATION = 256
 """Training images that gate and knob are calibrated on, spread over the split."""
+SHARPNESS = 6.0
+"""`Run.sharpness` of a model that is not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
     method: Any = config.method
     key = fingerprint(method.build(vit), data, config.recipe, config.sharpness)
     if config.sharpness is not None:
-        scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION))
+        scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
         _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
         method = replace(method, gate_scale=config.sharpness * scale)
     model = method.build(vit.train())
@@ -144,9 +147,8 @@ def run(config: Run, resume: bool = False) -> Outcome:
     )
     vit.eval()
     if config.recipe.target is not None:
-        model = meet_target(model.config, vit, spread_over(data.calibration, CALIBRATION), config.recipe.target).build(
-            vit
-        )
+        images = spread_over(data.calibration, CALIBRATION).images
+        model = meet_target(model.config, vit, images, config.recipe.target).build(vit)
     model.eval()
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
@@ -184,40 +186,55 @@ def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]
     return {name: getattr(config, name) or settings[name] for name in names if name in settings}
 
 
-def calibrate(
-    model: str, folder: Path, output: Path, target: float = 0.5, sharpness: float = 6.0
-) -> tuple[AViTConfig, float | None]:
-    """Set a model to a budget without training it: a plain ViT becomes an A-ViT, an adaptive one has its knob moved.
+def set_budget(
+    model: str,
+    folder: Path,
+    output: Path,
+    target: float = 0.5,
+    unit: Unit = "share",
+    method: Literal["ats", "avit"] = "ats",
+    images: int = CALIBRATION,
+    tell: Callable[[Trial], object] | None = None,
+) -> MethodConfig:
+    """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
 
     Args:
         model: adaptvit file or timm name.
-        folder: images of the kind it will see, in folders or not; 256 are looked at.
+        folder: images of the kind it will see, in folders or not.
         output: the file to write.
-        target: share of the dense MACs, in (0, 1].
-        sharpness: as in `Run.sharpness`, for a plain ViT.
+        target: what an image may cost at most, in `unit`.
+        unit: `share` of the dense MACs, `gmacs`, or `images_per_s` on this machine.
+        method: what a plain ViT becomes; A-ViT's gate is fitted to it.
+        images: how many of them to look at.
+        tell: called with each trial; its accuracy is known where the folder's classes are the model's.
     Returns:
-        The config written and, for a plain ViT, the share of the patches' importance that channel 0 explains.
+        The config written.
     Raises:
         FileNotFoundError: no such model, folder, or folder of `output`.
-        TypeError: the ViT's residual stream cannot be turned.
-        ValueError: no class token, no readable images, or a target that cannot be met.
+        TypeError: A-ViT, and the ViT's residual stream cannot be turned.
+        ValueError: A-ViT without a class token, no readable images, or a target that cannot be met.
     """
-    if not sharpness > 0:
-        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    if images < 1:
+        raise ValueError(f"images must be at least 1, got {images}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {str(output)!r}: there is no folder {str(output.parent)!r}")
     opened = open_model(model)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
-    images = spread_over(split, CALIBRATION)
-    config, explained = opened.config, None
-    if config.knob is None:
-        scale, explained = fit_gate(opened.vit, images)
-        config = AViTConfig(gate_scale=sharpness * scale, class_token="stays")
-    config = meet_target(config, opened.vit, images, target)
+    batch = spread_over(split, images)
+    config: MethodConfig = opened.config
+    if config.knob is None and method == "avit":
+        scale, _ = fit_gate(opened.vit, batch.images)
+        config = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays")
+    elif config.knob is None:
+        config = ATSConfig()
+    labels = batch.labels if len(class_names(split)) == opened.num_classes else None
+    config = meet_target(config, opened.vit, batch.images, target, unit, labels=labels, tell=tell)
     save(config.build(opened.vit), output)
-    return config, explained
+    return config
 
 
-def spread_over(split: Dataset, count: int) -> Tensor:
-    """Up to `count` readable images, spread evenly over a split, as (B, channels, height, width).
+def spread_over(split: Dataset, count: int) -> Batch:
+    """Up to `count` readable images, spread evenly over a split.
 
     Raises:
         ValueError: none of them can be read.
@@ -226,4 +243,4 @@ def spread_over(split: Dataset, count: int) -> Tensor:
     batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
     if not len(batch.images):
         raise ValueError(f"none of the images looked at can be read, the first being {batch.unreadable[0].name!r}")
-    return batch.images
+    return batch

@@ -251,17 +251,19 @@ ROWS = 64
 
 def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
     """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
-    total = torch.zeros((), device=q.device)
+    total = k.new_zeros(len(k), k.shape[2], k.shape[1], dtype=torch.promote_types(k.dtype, torch.float32))
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[1]))
         logits = torch.einsum("brhd,bnhd->bhrn", q[:, rows], k) * q.shape[-1] ** -0.5
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(total.dtype)
         if live is None:
             weights = logits.softmax(dim=-1)
         else:
-            weights = logits.masked_fill(~live[:, None, None], -torch.inf).softmax(dim=-1) * live[:, None, rows, None]
+            hidden = ~live[:, None, None]
+            weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
+            weights = weights * live[:, None, rows, None]
         total = total + weights.sum(dim=2)
-    count = q.shape[1] if live is None else live[:, : q.shape[1]].sum(dim=1).view(-1, 1, 1)
+    count = max(1, q.shape[1]) if live is None else live[:, : q.shape[1]].sum(dim=1).clamp(min=1).view(-1, 1, 1)
     return (total / count).transpose(1, 2)
 
 

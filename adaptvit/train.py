@@ -395,7 +395,7 @@ class _Training:
         progress = min(1.0, update / eased) if eased else 1.0
         model.eval()
         with self.accelerator.autocast():
-            config = meet_target(model.config, model.vit, images, 1 - (1 - recipe.target) * progress, tolerance=0.01)
+            config = meet_target(model.config, model.vit, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
         model.train()
         (model.config,) = broadcast_object_list([config])
 

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adaptvit import AViTConfig, FullConfig
+from adaptvit import ATSConfig, AViTConfig, FullConfig
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "class token": {},
@@ -26,11 +26,14 @@ METHODS = {
     "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),
     "avit, class token stays": AViTConfig(gate_scale=4.0, gate_center=2.0, class_token="stays"),
     "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
+    "ats": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
+    "ats, released": ATSConfig(sampler="released"),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
     "avit, official": AViTConfig(gate_center=1e4, mode="official"),
+    "ats": ATSConfig(rate=1e6),
 }
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import AViTConfig, FullConfig, meet_target
-from adaptvit.budget import executed_share
+from adaptvit import ATSConfig, AViTConfig, FullConfig, budget, meet_target
+from adaptvit.budget import Trial, attempt
 
 
 @pytest.mark.parametrize("target", [0.45, 0.6, 0.75])
@@ -12,7 +12,7 @@ def test_the_knob_meets_the_target(target: float, training: bool) -> None:
     vit = small_vit().train(training)
     batch = images(vit, count=24)
     config = meet_target(AViTConfig(gate_scale=4.0), vit, batch, target)
-    assert executed_share(config, vit, batch) == pytest.approx(target, abs=0.02)
+    assert attempt(config, vit, batch).share == pytest.approx(target, abs=0.02)
     assert vit.training is training
     assert config.gate_scale == 4.0
 
@@ -30,7 +30,7 @@ def test_a_target_above_all_computes_everything() -> None:
         (FullConfig(), 0.5, "FullConfig has no knob"),
         (AViTConfig(), 0.0, r"target must lie in \(0, 1\].*got 0.0"),
         (AViTConfig(), 1.2, r"target must lie in \(0, 1\].*got 1.2"),
-        (AViTConfig(), 0.01, r"no gate_center comes down to target 0.01: the least is 0\.\d+ of dense MACs"),
+        (AViTConfig(), 0.01, r"no gate_center comes down to 0.01 \(share\): the least is 0\.\d+"),
     ],
     ids=str,
 )
@@ -38,3 +38,31 @@ def test_impossible_targets_are_refused(config: object, target: float, said: str
     vit = small_vit().eval()
     with pytest.raises(ValueError, match=said):
         meet_target(config, vit, images(vit), target)
+
+
+def test_a_budget_in_gmacs_is_met_and_each_trial_told() -> None:
+    vit = small_vit().eval()
+    batch = images(vit, count=24)
+    labels = vit(batch).argmax(dim=1)
+    dense = attempt(FullConfig(), vit, batch, labels)
+    assert (dense.knob, dense.top1) == (None, 1.0)
+    told: list[Trial] = []
+    config = meet_target(ATSConfig(), vit, batch, 0.7 * dense.gmacs, "gmacs", 0.02, labels, told.append)
+    assert told[-1].gmacs == pytest.approx(0.7 * dense.gmacs, rel=0.02)
+    assert told[-1].knob == config.rate
+    assert told[0].top1 == 1.0
+    assert all(0 <= trial.top1 <= 1 for trial in told)
+
+
+def test_a_budget_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = small_vit().eval()
+    batch = images(vit)
+
+    def clock(config: AViTConfig, *_: object) -> Trial:
+        return Trial(config.gate_center, 0.5, 0.1, images_per_s=1e5 / (config.gate_center + 1010), top1=None)
+
+    monkeypatch.setattr(budget, "attempt", clock)
+    config = meet_target(AViTConfig(), vit, batch, 200.0, "images_per_s")
+    assert 1e5 / (config.gate_center + 1010) == pytest.approx(200, rel=0.01)
+    with pytest.raises(ValueError, match=r"no gate_center comes down to 20000 \(images_per_s\): the least is 1e\+04"):
+        meet_target(AViTConfig(), vit, batch, 2e4, "images_per_s")

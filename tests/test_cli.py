@@ -17,7 +17,7 @@ def said(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "train digits", "evaluate", "calibrate", "demo", "bench", "convert"])
+@pytest.mark.parametrize("command", ["", "train", "train digits", "evaluate", "budget", "demo", "bench", "convert"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
@@ -199,10 +199,10 @@ def test_train_says_where_the_model_is(images: Path, tmp_path: Path, capsys: pyt
     assert f"top1  {float(shown.split('top1')[1].split()[0]):.4f}" in capsys.readouterr().out
 
 
-def test_calibrate_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_budget_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = tmp_path / "vit.safetensors"
     save(METHODS["full"].build(small_vit()), model)
     output = tmp_path / "avit.safetensors"
-    assert cli.main(["calibrate", str(model), str(tmp_path / "absent"), str(output)]) == 2
+    assert cli.main(["budget", str(model), str(tmp_path / "absent"), str(output)]) == 2
     assert "absent' does not exist" in said(capsys)
     assert not output.exists()

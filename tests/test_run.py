@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from adaptvit import AViTConfig, FullConfig, load, save
+from adaptvit.budget import Trial
 from adaptvit.checkpoints import open_model, start_from
 from adaptvit.data import DataConfig
 from adaptvit.recipes import RECIPES
-from adaptvit.run import Run, calibrate, run
+from adaptvit.run import Run, run, set_budget
 from adaptvit.train import Recipe
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
@@ -102,19 +103,22 @@ def test_digits_recipe_takes_images_of_its_own(folder: Path, tmp_path: Path) -> 
     assert outcome.model.pretrained_cfg["mean"] == pytest.approx((0.5,), abs=0.05)
 
 
-def test_calibrate_makes_an_avit_at_a_budget_without_training(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["ats", "avit"])
+def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SMALL)
     save(FullConfig().build(vit.eval()), tmp_path / "dense.safetensors")
-    config, explained = calibrate(str(tmp_path / "dense.safetensors"), folder, tmp_path / "avit.safetensors", 0.7)
-    made = open_model(tmp_path / "avit.safetensors")
+    told: list[Trial] = []
+    dense, at_70, at_50 = (tmp_path / name for name in ("dense.safetensors", "70.safetensors", "50.safetensors"))
+    config = set_budget(str(dense), folder, at_70, 0.7, method=method, tell=told.append)
+    made = open_model(at_70)
     assert made.config == config
-    assert 0 < explained <= 1
-    dense = open_model(tmp_path / "dense.safetensors")
+    assert config.method == method
+    assert told[-1].share == pytest.approx(0.7, rel=0.05)
+    assert all(0 <= trial.top1 <= 1 for trial in told)
     images = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(made.vit(images), dense.vit(images), atol=1e-5, rtol=1e-4)
-    config, explained = calibrate(str(tmp_path / "avit.safetensors"), folder, tmp_path / "less.safetensors", 0.5)
-    assert explained is None
-    assert config.gate_scale == made.config.gate_scale
-    assert config.gate_center < made.config.gate_center
+        torch.testing.assert_close(made.vit(images), open_model(dense).vit(images), atol=1e-5, rtol=1e-4)
+    steered = set_budget(str(at_70), folder, at_50, 0.5)
+    assert getattr(steered, config.knob.field) < getattr(config, config.knob.field)
+    assert replace(steered, **{config.knob.field: 1.0}) == replace(config, **{config.knob.field: 1.0})

@@ -7,6 +7,7 @@ Letters: B images, N token slots (prefix tokens first, then P patches), L blocks
 Symbols of the paper: A attention, V values, S significance score.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -32,7 +33,7 @@ class ATSConfig:
     """
 
     method: ClassVar[str] = "ats"
-    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=4.0)
+    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0)
 
     blocks: Sequence[int] | None = None
     """The blocks that sample, 0-based; None is all but the first quarter, 3 to 11 of 12 as released."""
@@ -52,16 +53,18 @@ class ATSConfig:
     """
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "tokens"):
-            if isinstance(getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        blocks, counts = self.blocks, [count for count in self.schedule(1) if count is not None]
-        if blocks is not None and (list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 0):
-            raise ValueError(f"ATSConfig.blocks must be block numbers from 0 on, at least one, ascending, got {blocks}")
-        if any(count < 1 for count in counts):
-            raise ValueError(f"ATSConfig.tokens must be 1 or more, got {self.tokens}")
-        if counts != sorted(counts, reverse=True):
-            raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {self.tokens}")
+        if self.blocks is not None:
+            blocks = _whole("blocks", self.blocks)
+            if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
+                raise ValueError(f"ATSConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
+            object.__setattr__(self, "blocks", blocks)
+        if self.tokens is not None:
+            counts = _whole("tokens", self.tokens)
+            if min(counts) < 1:
+                raise ValueError(f"ATSConfig.tokens must be 1 or more, got {self.tokens}")
+            if list(counts) != sorted(counts, reverse=True):
+                raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {counts}")
+            object.__setattr__(self, "tokens", counts if isinstance(self.tokens, Iterable) else counts[0])
         if not 0 <= self.rate < float("inf"):
             raise ValueError(f"ATSConfig.rate must be 0 or more and finite, got {self.rate}")
         for name, allowed in (
@@ -175,6 +178,13 @@ class ATS(AdaptiveViT):
         return queries * self.shape.heads * self.shape.head_dim * (self.shape.dim + attended)
 
 
+def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not numbers or not all(type(number) is int for number in numbers):
+        raise ValueError(f"ATSConfig.{name} must be whole numbers, at least one, got {value!r}")
+    return numbers
+
+
 def significance(attention: Tensor, size: Tensor) -> Tensor:
     """S before it is normalised: attention received times the norm of the value, (B, N, H) each, summed over heads."""
     return (attention * size).sum(dim=-1)
@@ -182,7 +192,7 @@ def significance(attention: Tensor, size: Tensor) -> Tensor:
 
 def normalise(score: Tensor, live: Tensor) -> Tensor:
     """Rows of (B, P) that sum to 1; all live patches alike where none has a score."""
-    score = torch.where(score.sum(dim=1, keepdim=True) > 0, score, live.to(score.dtype))
+    score = torch.where(score.sum(dim=1, keepdim=True) == 0, live.to(score.dtype), score)
     return score / score.sum(dim=1, keepdim=True)
 
 
@@ -196,10 +206,11 @@ def inverse_transform(score: Tensor, points: float) -> Tensor:
         score: (B, P), each row non-negative and summing to 1; dead patches hold 0.
         points: K, at least 1; quantiles are (i + 1/2) / K. Need not be whole.
     Returns:
-        (B, P) bool, between 1 and K true per row.
+        (B, P) bool, between 1 and K, rounded, true per row.
     Source: ATS, section 3.2.
     """
     below = (score.cumsum(dim=1) * points + 0.5).floor()  # how many quantiles the cumulative score has passed
+    below = below.clamp(max=math.ceil(points - 0.5))  # of which there are so many: rounding errors make no more
     return below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
 
 

@@ -34,12 +34,12 @@ def sample(score: Tensor, live: Tensor, points: int, mode: str) -> Tensor:
         case "single":
             loses_least = torch.ones_like(count, dtype=torch.bool)
         case _:
-            loses_least = count == count.max()
+            loses_least = count == (count.max() if len(count) else 0)
     least = cdf.gather(1, slots - count).masked_fill(~loses_least | (count == 1), 0)
     cdf = ((cdf - least) / (cdf[:, -1:] - least)).clamp(min=0)
-    cdf[:, : max(0, slots - points)] = 0  # left out of the list, when it is longer than the grid
     start = cdf.masked_fill(cdf == 0, torch.inf).amin(dim=1, keepdim=True)
-    steps = torch.linspace(0 if points > 1 else 1, 1, points, device=score.device, dtype=score.dtype)
+    cdf[:, : max(0, slots - points)] = -torch.inf  # cut off where the list is longer than the grid
+    steps = torch.linspace(0, 1, points, device=score.device, dtype=score.dtype)
     grid = start + (1 - start) * steps
     above = torch.searchsorted(cdf, grid).clamp(max=slots - 1)
     below = (above - 1).clamp(min=0)
