@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaptvit.data import DataConfig
+from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.run import Run
@@ -99,8 +100,19 @@ def imagenette_avit() -> Run:
     )
 
 
+def imagenette_ats() -> Run:
+    """Adaptive token sampling on the same images with the same recipe and epochs, at half the dense MACs."""
+    dense = imagenette_dense()
+    return replace(
+        dense,
+        method=ATSConfig(blocks=range(1, 12)),
+        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
+        output=Path("runs/imagenette_ats"),
+    )
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
-    for recipe in (digits, avit_tiny_imagenet, avit_small_imagenet, imagenette_dense, imagenette_avit)
+    for recipe in (digits, avit_tiny_imagenet, avit_small_imagenet, imagenette_dense, imagenette_avit, imagenette_ats)
 }
 """What `adaptvit train` knows by name."""
