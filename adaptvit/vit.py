@@ -1,7 +1,7 @@
 """The one door to timm: runs a timm ViT's own submodules on `Tokens`, and refuses, by name, what it does not reproduce.
 
 Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
-No other module of the package reads a timm model's attributes.
+No other module of the package reads a timm model's attributes, but for `adaptvit.flax.convert`.
 """
 
 from typing import Any

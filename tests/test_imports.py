@@ -15,6 +15,9 @@ LAYERS: list[set[str]] = [
     {"methods.avit_official", "methods.ats_released"},
     {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats"},
     {"methods"},
+    {"flax.samplers"},
+    {"flax.ats_vit"},
+    {"flax", "flax.convert"},
     {"names"},
     {"budget", "pictures", "checkpoints", "data"},
     {"evaluate", "bench", "report"},
@@ -30,6 +33,8 @@ FORBIDDEN = {
     "macs": ("adaptvit.methods", "adaptvit.vit", "timm"),
     "usage": ("timm",),
     "tokens": ("timm",),
+    "flax.ats_vit": ("torch", "timm", "adaptvit.tokens", "adaptvit.vit"),
+    "flax.samplers": ("torch", "timm"),
 }
 """What a module must not know of, whatever its layer."""
 
@@ -76,3 +81,10 @@ def test_imports_go_down_only(module: str) -> None:
 def test_what_a_module_must_not_know(module: str) -> None:
     for name in imported(modules()[module]):
         assert not name.startswith(FORBIDDEN[module]), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if not name.startswith("flax")])
+def test_only_the_flax_side_needs_jax(module: str) -> None:
+    roots = {name.split(".")[0] for name in imported(modules()[module])}
+    assert not roots & {"jax", "flax", "optax", "orbax"}
+    assert not any(name.startswith("adaptvit.flax") for name in imported(modules()[module]))
