@@ -67,7 +67,7 @@ def meet_target(
     labels: Tensor | None = None,
     tell: Callable[[Trial], object] | None = None,
 ) -> Config:
-    """The config with its knob moved, by bisection, so that `images` cost `target`.
+    """The config with its knob moved so that `images` cost `target`: outwards from where it stands, then by bisection.
 
     Args:
         config: a method's config that has a knob.
@@ -102,12 +102,25 @@ def meet_target(
         return (target / reached if unit == "images_per_s" else reached / target) - 1
 
     frugal, generous = (knob.lowest, knob.highest) if knob.sign > 0 else (knob.highest, knob.lowest)
-    if excess(generous) <= tolerance:
+    value = min(max(getattr(config, knob.field), knob.lowest), knob.highest)
+    over = excess(value)
+    if abs(over) <= tolerance:
+        return at(value)
+    if over < 0 and excess(generous) <= tolerance:
         return at(generous)
-    least = excess(frugal)
-    if least > tolerance:
-        reached = target / (1 + least) if unit == "images_per_s" else target * (1 + least)
-        raise ValueError(f"no {knob.field} comes down to {target:g} ({unit}): the least is {reached:.3g}")
+    end, step = (frugal, knob.step) if over > 0 else (generous, knob.step)
+    while True:  # away from where the config stands, in steps that double, until the target lies between
+        near, value = value, value + step if end > value else value - step
+        value, step = min(max(value, knob.lowest), knob.highest), 2 * step
+        there = excess(value)
+        if abs(there) <= tolerance:
+            return at(value)
+        if (there > 0) != (over > 0):
+            break
+        if value == end:
+            reached = target / (1 + there) if unit == "images_per_s" else target * (1 + there)
+            raise ValueError(f"no {knob.field} comes down to {target:g} ({unit}): the least is {reached:.3g}")
+    frugal, generous = (value, near) if over > 0 else (near, value)
     for _ in range(MAX_STEPS):
         middle = (frugal + generous) / 2
         over = excess(middle)

@@ -26,6 +26,8 @@ class Knob:
     """Smallest value worth trying."""
     highest: float
     """Largest value worth trying."""
+    step: float
+    """A small move, with which a search begins."""
 
 
 class MethodConfig(Protocol):

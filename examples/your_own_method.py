@@ -20,7 +20,7 @@ class NormConfig:
     """Keep patches whose norm, over the image's largest, is above a threshold."""
 
     method: ClassVar[str] = "norm"
-    knob: ClassVar[Knob] = Knob("threshold", sign=-1, lowest=0.0, highest=1.0)
+    knob: ClassVar[Knob] = Knob("threshold", sign=-1, lowest=0.0, highest=1.0, step=0.05)
 
     threshold: float = 0.9
     """Share of the image's largest norm, in [0, 1]."""

@@ -50,7 +50,6 @@ def test_a_budget_in_gmacs_is_met_and_each_trial_told() -> None:
     config = meet_target(ATSConfig(), vit, batch, 0.7 * dense.gmacs, "gmacs", 0.02, labels, told.append)
     assert told[-1].gmacs == pytest.approx(0.7 * dense.gmacs, rel=0.02)
     assert told[-1].knob == config.rate
-    assert told[0].top1 == 1.0
     assert all(0 <= trial.top1 <= 1 for trial in told)
 
 

@@ -33,7 +33,7 @@ class ATSConfig:
     """
 
     method: ClassVar[str] = "ats"
-    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0)
+    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0, step=0.05)
 
     blocks: Sequence[int] | None = None
     """The blocks that sample, 0-based; None is all but the first quarter, 3 to 11 of 12 as released."""

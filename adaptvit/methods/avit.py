@@ -39,7 +39,7 @@ class AViTConfig:
     """
 
     method: ClassVar[str] = "avit"
-    knob: ClassVar[Knob | None] = Knob("gate_center", sign=1, lowest=-1000.0, highest=1000.0)
+    knob: ClassVar[Knob | None] = Knob("gate_center", sign=1, lowest=-1000.0, highest=1000.0, step=0.5)
 
     gate_scale: float = 10.0
     """gamma: the halting score is sigmoid(gate_scale * t - gate_center), t being channel 0 of the token."""
