@@ -1,7 +1,7 @@
 """Measured speed beside the MACs that were saved: timm's own model, masked and packed execution, in turns."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,8 +36,10 @@ class BenchConfig:
     """Name of a timm ViT; its weights are random, which its speed does not depend on."""
     method: str = "avit"
     """Adaptive method: a key of `adaptvit.methods.METHODS`."""
-    target: float = 0.5
-    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; `full` has no knob and ignores it."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's config that are not to have their defaults."""
+    target: float | None = 0.5
+    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it, and `full` has none."""
     batch_size: int = 32
     """Images per forward pass."""
     images: int = 32
@@ -66,7 +68,11 @@ class BenchConfig:
         for name in ("batch_size", "images", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.target <= 1:
+        known = [field.name for field in fields(METHODS[self.method])]
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(f"settings of {self.method} must be some of {', '.join(known)}, got {name!r}")
+        if self.target is not None and not 0 < self.target <= 1:
             raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {self.target}")
         if self.images % self.batch_size:
             raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
@@ -96,8 +102,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     images = bench_images(config, vit).to(device, dtype)
     batches = images.split(config.batch_size)
 
-    method = METHODS[config.method]()
-    if method.knob is not None:
+    method = METHODS[config.method](**config.settings)
+    if method.knob is not None and config.target is not None:
         method = meet_target(method, vit, images, config.target)
     model = method.build(vit)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
@@ -118,6 +124,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "method": config.method,
+        "settings": config.settings,
         "knob": None if method.knob is None else {method.knob.field: getattr(method, method.knob.field)},
         "training_step": config.train,
         **per_second,

@@ -211,7 +211,7 @@ class Packed(Tokens):
         images, slots = self.shape
         if self.full or count == slots:
             return self.grid(t)[:, :count]
-        if images == 1 and self.slots.shape[0] >= count and self.slots[count - 1].item() == count - 1:
+        if images == 1 and self._all_live(count):
             return t[None, :count]
         if t.shape[0] == 0:
             t = torch.cat([t, t.new_zeros(1, *t.shape[1:])])  # something to point at when nothing is live
@@ -239,10 +239,16 @@ class Packed(Tokens):
             return _received(q, self.grid(k), None)
         if self.x.device.type != "cpu":
             return _received(q, self.grid(k), self.live)
+        if self.shape[0] == 1 and self._all_live(q.shape[1]):
+            return self.grid(_received(q, k[None], None)[0])
         rows = self.live[:, : q.shape[1]]
         images = zip(q, rows, k.split(self.lengths), strict=True)
         parts = [_received(queries[alive][None], keys[None], None)[0] for queries, alive, keys in images]
         return self.grid(torch.cat(parts))
+
+    def _all_live(self, count: int) -> bool:
+        """Whether the first `count` slots of the one image are."""
+        return self.slots.shape[0] >= count and self.slots[count - 1].item() == count - 1
 
 
 ROWS = 64
@@ -251,17 +257,17 @@ ROWS = 64
 
 def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
     """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
-    total = k.new_zeros(len(k), k.shape[2], k.shape[1], dtype=torch.promote_types(k.dtype, torch.float32))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    q = q * q.shape[-1] ** -0.5
+    total = k.new_zeros((), dtype=dtype).expand(len(k), k.shape[2], k.shape[1])
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[1]))
-        logits = torch.einsum("brhd,bnhd->bhrn", q[:, rows], k) * q.shape[-1] ** -0.5
-        logits = logits.to(total.dtype)
+        logits = torch.einsum("brhd,bnhd->bhrn", q[:, rows], k).to(dtype)
         if live is None:
             weights = logits.softmax(dim=-1)
         else:
             hidden = ~live[:, None, None]
-            weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(dim=-1)
-            weights = weights * live[:, None, rows, None]
+            weights = logits.masked_fill(hidden, torch.finfo(dtype).min).softmax(dim=-1) * live[:, None, rows, None]
         total = total + weights.sum(dim=2)
     count = max(1, q.shape[1]) if live is None else live[:, : q.shape[1]].sum(dim=1).clamp(min=1).view(-1, 1, 1)
     return (total / count).transpose(1, 2)

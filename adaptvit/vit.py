@@ -37,6 +37,10 @@ PREPROCESSING = (
 """What timm's `pretrained_cfg` says about the images."""
 
 
+Projected = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
+
+
 def check(vit: Any) -> None:
     """Refuse a model that `run_block` and `classify` would not reproduce.
 
@@ -119,71 +123,64 @@ def patch_grid(vit: VisionTransformer, images: Tensor) -> tuple[int, int]:
     return vit.patch_embed.dynamic_feat_size(images.shape[-2:])
 
 
-def run_block(
-    block: Block, tokens: Tokens, chosen: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
-) -> Tokens:
+def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None) -> Tokens:
     """One transformer block.
 
     Args:
         chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
-        keys_values: what the function of that name gave, where it was needed to choose.
+        projected: what `project` gave, where it was needed to choose.
     """
-    return add_mlp(block, add_attention(block, tokens, chosen, keys_values))
+    return add_mlp(block, add_attention(block, tokens, chosen, projected))
 
 
 def add_attention(
-    block: Block, tokens: Tokens, chosen: Tensor | None = None, keys_values: tuple[Tensor, Tensor] | None = None
+    block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None
 ) -> Tokens:
-    """The attention sub-layer with its residual; `chosen` and `keys_values` as in `run_block`."""
+    """The attention sub-layer with its residual; `chosen` and `projected` as in `run_block`."""
     attn = block.attn
+    rows = tokens
     if chosen is None:
-        rows, seen = tokens, block.norm1(tokens.x)
-        q, k, v = attn.qkv(seen).view(*seen.shape[:-1], 3, attn.num_heads, attn.head_dim).unbind(-3)
-        q, k = _through(attn.q_norm, q), _through(attn.k_norm, k)
+        q, k, v = projected or project(block, tokens)
+    elif projected is not None:
+        q, k, v = projected
+        rows, (q,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), q)
     else:
-        k, v = keys_values or keys_and_values(block, tokens)
         rows = tokens.keep(chosen)
-        seen = block.norm1(rows.x)
-        q = _queries(block, seen)
+        (q,) = _heads(block, block.norm1(rows.x), slice(attn.attn_dim))
+        k, v = _heads(block, block.norm1(tokens.x), slice(attn.attn_dim, None))
+        q, k = _through(attn.q_norm, q), _through(attn.k_norm, k)
     mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
     out = _through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
-        out = out * attn.gate(seen).sigmoid()
+        out = out * attn.gate(block.norm1(rows.x)).sigmoid()
     return _residual(rows, _through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
 
 
-def keys_and_values(block: Block, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Keys, normalised as the ViT does, and values of the attention sub-layer: features (..., H, d) each."""
+def project(block: Block, tokens: Tokens) -> Projected:
+    """Queries, keys and values of the attention sub-layer, normalised as the ViT does: features (..., H, d) each."""
     attn = block.attn
-    rows = slice(attn.attn_dim, None)
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
-    k, v = (
-        linear(block.norm1(tokens.x), attn.qkv.weight[rows], bias)
-        .unflatten(-1, (2, attn.num_heads, attn.head_dim))
-        .unbind(-3)
-    )
-    return _through(attn.k_norm, k), v
+    q, k, v = _heads(block, block.norm1(tokens.x), slice(None))
+    return _through(attn.q_norm, q), _through(attn.k_norm, k), v
 
 
-def attention_received(block: Block, tokens: Tokens, keys: Tensor, slots: int | None) -> Tensor:
+def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
+    """Those of queries, keys and values that stand in these rows of their common linear map, by head."""
+    attn = block.attn
+    weight = attn.qkv.weight[rows]
+    out = linear(normed, weight, None if attn.qkv.bias is None else attn.qkv.bias[rows])
+    parts = len(weight) // attn.attn_dim
+    return out.view(*normed.shape[:-1], parts, attn.num_heads, attn.head_dim).unbind(-3)
+
+
+def attention_received(tokens: Tokens, projected: Projected, slots: int | None) -> Tensor:
     """Attention that each token receives, mean over queries, by head: (B, N, H), 0 where dead.
 
     Args:
-        keys: what `keys_and_values` gave.
+        projected: what `project` gave.
         slots: the queries are those of the first so many slots; None takes all live tokens.
     """
-    if slots is None:
-        return tokens.received(tokens.grid(_queries(block, block.norm1(tokens.x))), keys)
-    return tokens.received(_queries(block, block.norm1(tokens.first(tokens.x, slots))), keys)
-
-
-def _queries(block: Block, normed: Tensor) -> Tensor:
-    """Queries of the attention sub-layer, (..., H, d), from features (..., D) after its norm."""
-    attn = block.attn
-    rows = slice(attn.attn_dim)
-    bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
-    q = linear(normed, attn.qkv.weight[rows], bias)
-    return _through(attn.q_norm, q.unflatten(-1, (attn.num_heads, attn.head_dim)))
+    q, k, _ = projected
+    return tokens.received(tokens.first(q, slots or tokens.shape[1]), k)
 
 
 def add_mlp(block: Block, tokens: Tokens) -> Tokens:

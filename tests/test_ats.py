@@ -15,7 +15,7 @@ from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
 from adaptvit.methods import ats_released
 from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise
 from adaptvit.tokens import ROWS
-from adaptvit.vit import attention_received, keys_and_values
+from adaptvit.vit import attention_received, project
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 SEEDS = st.integers(0, 10_000)
@@ -221,9 +221,9 @@ def test_attention_received_is_that_of_the_block_itself(flavour: str, layout: ty
         live[:, : max(1, prefix)] = True
         for alive in (live, torch.ones_like(live)):
             tokens = layout.of(x).keep(alive)
-            keys, _ = keys_and_values(block, tokens)
+            projected = project(block, tokens)
             for count in (prefix, None) if prefix else (None,):
-                received = attention_received(block, tokens, keys, count)
+                received = attention_received(tokens, projected, count)
                 assert not received[~alive].any()
                 for index, row in enumerate(alive):
                     matrix = watch(block, x[index : index + 1, row])[0]  # (H, n, n)
@@ -283,18 +283,23 @@ def test_only_the_tokens_kept_are_queries(name: str, monkeypatch: pytest.MonkeyP
 def test_what_scoring_costs_is_counted_where_it_is_done(layout: type) -> None:
     vit = small_vit().eval()
     usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout).usage
-    row = 64 * (64 + usage.attended)  # one query, and its products with the keys
-    assert torch.equal(usage.deciding, row * torch.tensor([1, 0, 1, 0]))  # nothing reads what the last block would keep
+    dropped = 64 * 64 * (usage.attended - usage.updated)  # queries that come to nothing
+    row = 64 * usage.attended  # products of one query with the keys
+    sampling = torch.tensor([1, 0, 1, 0])  # nothing reads what the last block would keep
+    assert torch.equal(usage.deciding, (dropped + row) * sampling)
 
     vit = small_vit("average pool, no class token").eval()
     usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout).usage
-    rows = 64 * (64 + usage.attended) * usage.attended
-    assert torch.equal(usage.deciding, rows * torch.tensor([1, 0, 1, 1]))
+    dropped = 64 * 64 * (usage.attended - usage.updated)
+    assert torch.equal(usage.deciding, (dropped + 64 * usage.attended**2) * torch.tensor([1, 0, 1, 1]))
 
 
 def test_by_default_all_but_the_first_quarter_of_the_blocks_sample_by_the_number_of_patches() -> None:
-    model = ATSConfig().build(small_vit(depth=12))
-    assert model.points == dict.fromkeys(range(3, 12))
+    assert ATSConfig().build(small_vit(depth=12)).points == dict.fromkeys(
+        range(3, 11)
+    )  # the last keeps the class token
+    pooled = small_vit("average pool, no class token", depth=12)
+    assert ATSConfig().build(pooled).points == dict.fromkeys(range(3, 12))
     vit = small_vit(dynamic_img_size=True).eval()
     for side, patches in ((32, 16), (48, 36)):
         batch = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))

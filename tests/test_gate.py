@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
-from adaptvit.vit import attention_received, embed, keys_and_values, run_block, set_channel
+from adaptvit.vit import attention_received, embed, project, run_block, set_channel
 
 FLAVOURS = {
     "plain": {},
@@ -73,8 +73,7 @@ def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> No
     with torch.inference_mode():
         tokens = Masked.of(embed(vit, x)[0])
         for block in vit.blocks:
-            keys, _ = keys_and_values(block, tokens)
-            seen.append(attention_received(block, tokens, keys, 1).mean(dim=2)[:, 1:])
+            seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, 1:])
             tokens = run_block(block, tokens)
             told.append(scale * tokens.x[:, 1:, 0])
     little = -torch.stack(seen).mean(dim=0).log()

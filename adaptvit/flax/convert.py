@@ -43,7 +43,7 @@ def from_timm(model: ATS) -> tuple[ViT, dict[str, Any]]:
     module = ViT(
         **settings,
         max_tokens_per_depth=tuple(counts[1:]),
-        blocks=tuple(block for block in points if block < depth - 1),  # nothing reads what the last block would keep
+        blocks=tuple(points),
         sampler=model.config.sampler,
     )
     state = {key: value.detach().cpu().float() for key, value in model.vit.state_dict().items()}

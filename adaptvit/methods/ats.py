@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.methods import ats_released
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import attention_received, classify, embed, keys_and_values, model_name, run_block
+from adaptvit.vit import Projected, attention_received, classify, embed, model_name, project, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class ATS(AdaptiveViT):
     """A ViT whose blocks sample their patches.
 
     Attributes:
-        points: K of each block that samples, by block number; None stands for the number of patches.
+        points: K of each block that samples, by block number; None stands for the number of patches. The last block of
+            a ViT whose classifier reads a class token is left out.
     """
 
     def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
@@ -108,6 +109,8 @@ class ATS(AdaptiveViT):
         if len(counts) != len(blocks):
             raise ValueError(f"ATSConfig.tokens has {len(counts)} numbers for {len(blocks)} blocks: {blocks}")
         self.points: dict[int, int | None] = dict(zip(blocks, counts, strict=True))
+        if self.read is not None:
+            self.points.pop(self.depth - 1, None)  # nothing would read what it keeps
 
     def forward(
         self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
@@ -125,36 +128,36 @@ class ATS(AdaptiveViT):
         tokens = (layout or Packed).of(x)
         del x  # or it would stay to the end
         live = [tokens.live]
-        deciding = torch.zeros(len(images), self.depth, dtype=torch.long, device=images.device)
         reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
         for number, block in enumerate(self.vit.blocks):
-            if self.read is not None and number == self.depth - 1:
-                tokens = run_block(block, tokens, reading)  # what else it would sample is never looked at
-            elif number in self.points:
-                keys, values = keys_and_values(block, tokens)
+            if number in self.points:
+                projected = project(block, tokens)
                 with torch.no_grad():
-                    score = self.score(block, tokens, keys, values)
-                    chosen = self.sample(score, live[-1], number, generator)
-                    deciding[:, number] = self.score_macs(live[-1])
-                tokens = run_block(block, tokens, chosen, (keys, values))
+                    score = self.score(tokens, projected, live[-1])
+                    live.append(self.sample(score, live[-1], number, generator))
+                tokens = run_block(block, tokens, live[-1], projected)
+            elif number == self.depth - 1 and self.read is not None:
+                live.append(reading.expand(tokens.shape))
+                tokens = run_block(block, tokens, reading)
             else:
+                live.append(live[-1])
                 tokens = run_block(block, tokens)
-            live.append(tokens.live)
         x = tokens.first(tokens.x, self.read or tokens.shape[1])
         logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
-        usage = Usage.of_live(torch.stack(live, dim=1), self.heads, grid, self.prefix, deciding)
+        held = torch.stack(live, dim=1)
+        usage = Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
         return Output(logits, usage, distilled=distilled)
 
-    def score(self, block: Block, tokens: Tokens, keys: Tensor, values: Tensor) -> Tensor:
+    def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.
 
         Source: ATS, equation 3. The queries are the tokens that the classifier reads, their mean where a distillation
         token is another; of a ViT that pools its tokens they are all, so that S goes by the mean attention received.
         """
-        attention = attention_received(block, tokens, keys, self.read)
-        size = tokens.grid(values.norm(dim=-1, dtype=attention.dtype))
+        attention = attention_received(tokens, projected, self.read)
+        size = tokens.grid(projected[2].norm(dim=-1, dtype=attention.dtype))
         of = ats_released.significance if self.config.sampler == "released" else significance
-        return normalise(of(attention, size)[:, self.prefix :], tokens.live[:, self.prefix :])
+        return normalise(of(attention, size)[:, self.prefix :], live[:, self.prefix :])
 
     def sample(self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None) -> Tensor:
         """The slots that block number `block` hands on: (B, N) bool."""
@@ -169,13 +172,14 @@ class ATS(AdaptiveViT):
                 chosen = draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
             case _:
                 chosen = inverse_transform(score, points)
-        return torch.cat([live[:, : self.prefix], chosen & patches], dim=1)
+        return torch.cat([live[:, : self.prefix], chosen], dim=1)
 
-    def score_macs(self, live: Tensor) -> Tensor:
-        """MACs of scoring each image's tokens: (B,), the queries and their products with the keys."""
-        attended = live.sum(dim=1)
-        queries = attended if self.read is None else self.read
-        return queries * self.shape.heads * self.shape.head_dim * (self.shape.dim + attended)
+    def deciding(self, held: Tensor) -> Tensor:
+        """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""
+        shape, before, after = self.shape, held[:, :-1], held[:, 1:]
+        scoring = before if self.read is None else self.read
+        cost = ((before - after) * shape.dim + scoring * before) * shape.heads * shape.head_dim
+        return cost * held.new_tensor([block in self.points for block in range(self.depth)])
 
 
 def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from adaptvit.tokens import Masked, Tokens
 from adaptvit.vit import (
     attention_received,
     embed,
-    keys_and_values,
     prefix_tokens,
+    project,
     read_slots,
     run_block,
     set_channel,
@@ -50,8 +50,7 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
             tokens: Tokens = Masked.of(embed(vit, batch)[0])
             seen, features = [], []
             for block in vit.blocks:
-                keys, _ = keys_and_values(block, tokens)
-                seen.append(attention_received(block, tokens, keys, 1).mean(dim=2)[:, prefix:])
+                seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, prefix:])
                 tokens = run_block(block, tokens)
                 features.append(tokens.x[:, prefix:].double())
             matters = torch.stack(seen).double().mean(dim=0).log()  # (B, patches)

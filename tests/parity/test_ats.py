@@ -22,7 +22,7 @@ from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
 from adaptvit.methods import ats, ats_released
 from adaptvit.methods.ats import ATS
 from adaptvit.usage import Usage
-from adaptvit.vit import add_attention, embed, keys_and_values, run_block
+from adaptvit.vit import add_attention, embed, project, run_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 MODES = pytest.mark.parametrize("mode", ["mask", "single", "prune"])
@@ -183,16 +183,16 @@ def test_the_released_gradients(request: pytest.FixtureRequest, layout: type) ->
 
 @pytest.mark.parametrize(("mode", "name"), [("single", "single_per_image"), ("prune", "prune_ideal_per_image")])
 def test_the_released_macs(official: Path, mode: str, name: str) -> None:
-    """Of a block that keeps m of its n tokens the released code makes n queries and n x n logits.
+    """Of a block that keeps m of its n tokens the released code makes n x n logits.
 
-    Here they are m and m x n, and one row more to score by; all else is equal.
+    Here they are m x n, and one row more to score by; all else is equal.
     """
     recorded, model = load(official), official_model(official, mode)
     with torch.inference_mode():
         usage = before_the_idle_block(model(images(recorded.case)).usage)
     blocks = recorded.case["config"]["ATS_BLOCKS"]
     n, m = usage.attended[:, blocks], usage.updated[:, blocks]
-    more = (n - m - 1) * model.shape.dim * (model.shape.dim + n)
+    more = (n - m - 1) * model.shape.dim * n
     assert (macs(usage, model.shape) + more.sum(dim=1)).tolist() == recorded.case["macs"][name]
     shape = replace(model.shape, depth=model.shape.depth - 1)
     assert dense_macs(shape, usage.grid) == recorded.case["macs"]["dense"]
@@ -213,10 +213,10 @@ def test_the_released_block(request: pytest.FixtureRequest, layout: type) -> Non
         model = ATSConfig(blocks=[0], tokens=call["n_ref_tokens"] - 1, sampler="released").build(vit).eval()
         with torch.inference_mode():
             tokens = layout.of(torch.from_numpy(x)).keep(live)
-            keys, values = keys_and_values(block, tokens)
-            score = model.score(block, tokens, keys, values)
+            projected = project(block, tokens)
+            score = model.score(tokens, projected, live)
             chosen = model.sample(score, live, 0, None)
-            tokens = run_block(block, tokens, chosen, (keys, values))
+            tokens = run_block(block, tokens, chosen, projected)
         expected = arrays[f"call{call['call']}_scores_sorted"]
         close(score.sort(dim=1).values, expected, atol=1e-6, rtol=1e-4)
         assert slots(tokens.live) == [sorted(positions) for positions in call["pos"]], f"call {call['call']}"

@@ -1,0 +1,148 @@
+"""ATS off the shelf: accuracy against GMACs and measured speed, over schedules and budgets, beside random patches.
+
+    python benchmarks/ats_imagenet.py WEIGHTS IMAGES OUTPUT
+
+WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders, OUTPUT a path without ending: the
+script writes .csv, .png and .json (the conditions). It takes a quarter of an hour on two quiet cores.
+"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from adaptvit import ATSConfig, FullConfig, Output, dense_macs, join, macs, meet_target
+from adaptvit.checkpoints import start_from
+from adaptvit.data import DataConfig, open_split
+from adaptvit.methods import ats
+from adaptvit.model import AdaptiveViT
+from adaptvit.run import spread_over
+from adaptvit.timing import interleaved
+
+BATCH, TIMED, ROUNDS, THREADS = 50, 64, 7, 2
+BUDGETS = (0.85, 0.75, 0.65, 0.55, 0.45)
+
+
+def falling(blocks: range, patches: int) -> ATSConfig:
+    """K from all patches in the first of these blocks to half of them in the last."""
+    steps = torch.linspace(patches, patches / 2, len(blocks))
+    return ATSConfig(blocks=blocks, tokens=[round(count) for count in steps.tolist()])
+
+
+def random_patches(score: Tensor, points: float) -> Tensor:
+    """As many patches as the scores would keep, but any."""
+    count = QUANTILES(score, points).sum(dim=1, keepdim=True)
+    order = torch.rand_like(score).masked_fill(score == 0, 2).argsort(dim=1).argsort(dim=1)
+    return order < count
+
+
+QUANTILES = ats.inverse_transform
+SAMPLERS = {"quantiles": QUANTILES, "random": random_patches}
+
+
+def run(model: AdaptiveViT, images: Tensor) -> Output:
+    """The outputs of all images as one."""
+    with torch.inference_mode():
+        outputs = [model(batch) for batch in images.split(BATCH)]
+    return Output(torch.cat([output.logits for output in outputs]), join([output.usage for output in outputs]))
+
+
+def main(weights: Path, folder: Path, output: Path) -> None:
+    """Measure, and write table, plot and conditions."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224").eval()
+    start_from(vit, weights)
+    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
+    split = open_split(DataConfig(root=folder), settings, "validation")
+    images, labels, _ = spread_over(split, len(split))
+    calibration, timed = images[::8], images[:: len(images) // TIMED][:TIMED]
+    patches = 196
+    schedules: dict[str, tuple[ATSConfig, str]] = {
+        "blocks 3-10, K even": (ATSConfig(blocks=range(3, 11)), "quantiles"),
+        "blocks 1-10, K even": (ATSConfig(blocks=range(1, 11)), "quantiles"),
+        "blocks 1-10, K falling": (falling(range(1, 11), patches), "quantiles"),
+        "blocks 2-10, K falling": (falling(range(2, 11), patches), "quantiles"),
+        "block 3 only": (ATSConfig(blocks=(3,)), "quantiles"),
+        "blocks 2-10, K falling, random patches": (falling(range(2, 11), patches), "random"),
+    }
+    entries: list[tuple[str, ATSConfig | FullConfig, str]] = [("dense", FullConfig(), "quantiles")]
+    for mode in ("mask", "single"):
+        entries.append((f"released, {mode}", ATSConfig(sampler="released", mode=mode), "quantiles"))
+    for name, (config, sampler) in schedules.items():
+        ats.inverse_transform = SAMPLERS[sampler]
+        for budget in BUDGETS:
+            try:
+                entries.append((name, meet_target(config, vit, calibration, budget), sampler))
+            except ValueError as error:
+                print(f"{name} at {budget}: {error}", file=sys.stderr)
+    rows: list[dict[str, Any]] = []
+    dense_right = None
+    for name, config, sampler in entries:
+        ats.inverse_transform = SAMPLERS[sampler]
+        model = config.build(vit)
+        result = run(model, images)
+        right = (result.logits.argmax(dim=1) == labels).double()
+        dense_right = right if dense_right is None else dense_right
+        cost = macs(result.usage, model.shape).double() / 1e9
+        with torch.inference_mode():
+            calls = {"dense": lambda: vit(timed), "packed": lambda model=model: model(timed)}
+            seconds = interleaved(calls, ROUNDS)
+            usage = model(timed).usage
+        timed_macs = macs(usage, model.shape).double().mean().item()
+        gain = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
+        ideal = dense_macs(model.shape, usage.grid) / timed_macs
+        row = {
+            "schedule": name,
+            "rate": getattr(config, "rate", ""),
+            "top1": round(right.mean().item(), 4),
+            "minus_dense": round((right - dense_right).mean().item(), 4),
+            "standard_error": round(((right - dense_right).std() / len(right) ** 0.5).item(), 4),
+            "gmacs": round(cost.mean().item(), 4),
+            "gmacs_p10": round(cost.quantile(0.1).item(), 4),
+            "gmacs_p90": round(cost.quantile(0.9).item(), 4),
+            "tokens_per_block": " ".join(f"{n:.0f}" for n in result.usage.attended.double().mean(dim=0)),
+            "packed_images_per_s": round(TIMED / median(seconds["packed"]), 1),
+            "dense_images_per_s": round(TIMED / median(seconds["dense"]), 1),
+            "ideal": round(ideal, 3),
+            "realised": round(gain, 3),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    conditions = {"threads": THREADS, "batch": TIMED, "rounds": ROUNDS, "torch": torch.__version__}
+    conditions |= {"timm": timm.__version__, "load_average": os.getloadavg()[0], "images": len(images)}
+    output.with_suffix(".json").write_text(json.dumps(conditions, indent=2) + "\n")
+    plot(rows, output.with_suffix(".png"))
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against GMACs and against images per second."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for name in dict.fromkeys(row["schedule"] for row in rows):
+        points = sorted((row for row in rows if row["schedule"] == name), key=lambda row: row["gmacs"])
+        style = {"marker": "o", "markersize": 4, "linestyle": ":" if "random" in name else "-"}
+        for axis, x in zip(axes, ("gmacs", "packed_images_per_s"), strict=True):
+            axis.plot([row[x] for row in points], [100 * row["top1"] for row in points], label=name, **style)
+    axes[0].set(xlabel="GMACs, mean over images", ylabel="top-1, %")
+    axes[1].set(xlabel="images per second, packed")
+    axes[0].legend(fontsize="small")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
