@@ -223,7 +223,7 @@ def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
     """Say so when the gate leaves nothing after the first block."""
     if not going.any():
         warnings.warn(
-            f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or calibrate the gate "
+            f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or find a gate "
             "with adaptvit.meet_target",
             stacklevel=3,
         )
