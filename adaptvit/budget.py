@@ -80,7 +80,7 @@ def meet_target(
     Returns:
         A copy of `config`. Where the cost jumps over the target, the value on the frugal side.
     Raises:
-        ValueError: the method has no knob, or no value of it comes down to the target.
+        ValueError: the method has no knob, or no value of it meets the target.
     """
     knob = getattr(config, "knob", None)
     if knob is None:
@@ -119,7 +119,7 @@ def meet_target(
             break
         if value == end:
             reached = target / (1 + there) if unit == "images_per_s" else target * (1 + there)
-            raise ValueError(f"no {knob.field} comes down to {target:g} ({unit}): the least is {reached:.3g}")
+            raise ValueError(f"no {knob.field} meets the target of {target:g} ({unit}): the nearest is {reached:.3g}")
     frugal, generous = (value, near) if over > 0 else (near, value)
     for _ in range(MAX_STEPS):
         middle = (frugal + generous) / 2

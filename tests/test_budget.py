@@ -30,7 +30,7 @@ def test_a_target_above_all_computes_everything() -> None:
         (FullConfig(), 0.5, "FullConfig has no knob"),
         (AViTConfig(), 0.0, r"target must lie in \(0, 1\].*got 0.0"),
         (AViTConfig(), 1.2, r"target must lie in \(0, 1\].*got 1.2"),
-        (AViTConfig(), 0.01, r"no gate_center comes down to 0.01 \(share\): the least is 0\.\d+"),
+        (AViTConfig(), 0.01, r"no gate_center meets the target of 0.01 \(share\): the nearest is 0\.\d+"),
     ],
     ids=str,
 )
@@ -63,5 +63,5 @@ def test_a_budget_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.M
     monkeypatch.setattr(budget, "attempt", clock)
     config = meet_target(AViTConfig(), vit, batch, 200.0, "images_per_s")
     assert 1e5 / (config.gate_center + 1010) == pytest.approx(200, rel=0.01)
-    with pytest.raises(ValueError, match=r"no gate_center comes down to 20000 \(images_per_s\): the least is 1e\+04"):
+    with pytest.raises(ValueError, match=r"no gate_center meets the target of 20000 \(images_per_s\): the nearest is 1e\+04"):
         meet_target(AViTConfig(), vit, batch, 2e4, "images_per_s")

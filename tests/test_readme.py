@@ -19,11 +19,11 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(blocks) == 2
     torch.manual_seed(0)
     exec("\n".join(blocks), {})
-    assert (tmp_path / "avit_tiny.safetensors").exists()
+    assert (tmp_path / "mine.safetensors").exists()
 
 
 def test_the_links_of_the_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
