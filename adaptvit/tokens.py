@@ -90,7 +90,7 @@ class Tokens(ABC):
             q: queries of these slots, (B, R, H, d).
             k: features (..., H, d) of these tokens.
         Returns:
-            (B, N, H) in float32 or wider, 0 where a slot is dead.
+            features (..., H) of these tokens, in float32 or wider.
         """
 
 
@@ -236,15 +236,15 @@ class Packed(Tokens):
 
     def received(self, q: Tensor, k: Tensor) -> Tensor:
         if self.full:
-            return _received(q, self.grid(k), None)
+            return _received(q, self.grid(k), None).flatten(0, 1)
         if self.x.device.type != "cpu":
-            return _received(q, self.grid(k), self.live)
+            return self.spread(_received(q, self.grid(k), self.live))
         if self.shape[0] == 1 and self._all_live(q.shape[1]):
-            return self.grid(_received(q, k[None], None)[0])
+            return _received(q, k[None], None)[0]
         rows = self.live[:, : q.shape[1]]
         images = zip(q, rows, k.split(self.lengths), strict=True)
         parts = [_received(queries[alive][None], keys[None], None)[0] for queries, alive, keys in images]
-        return self.grid(torch.cat(parts))
+        return torch.cat(parts)
 
     def _all_live(self, count: int) -> bool:
         """Whether the first `count` slots of the one image are."""
@@ -258,18 +258,18 @@ ROWS = 64
 def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
     """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
     dtype = torch.promote_types(k.dtype, torch.float32)
-    q = q * q.shape[-1] ** -0.5
+    q, keys = (q * q.shape[-1] ** -0.5).transpose(1, 2), k.permute(0, 2, 3, 1)
     total = k.new_zeros((), dtype=dtype).expand(len(k), k.shape[2], k.shape[1])
-    for start in range(0, q.shape[1], ROWS):
-        rows = slice(start, min(start + ROWS, q.shape[1]))
-        logits = torch.einsum("brhd,bnhd->bhrn", q[:, rows], k).to(dtype)
+    for start in range(0, q.shape[2], ROWS):
+        rows = slice(start, min(start + ROWS, q.shape[2]))
+        logits = (q[:, :, rows] @ keys).to(dtype)
         if live is None:
             weights = logits.softmax(dim=-1)
         else:
             hidden = ~live[:, None, None]
             weights = logits.masked_fill(hidden, torch.finfo(dtype).min).softmax(dim=-1) * live[:, None, rows, None]
         total = total + weights.sum(dim=2)
-    count = max(1, q.shape[1]) if live is None else live[:, : q.shape[1]].sum(dim=1).clamp(min=1).view(-1, 1, 1)
+    count = max(1, q.shape[2]) if live is None else live[:, : q.shape[2]].sum(dim=1).clamp(min=1).view(-1, 1, 1)
     return (total / count).transpose(1, 2)
 
 

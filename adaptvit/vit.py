@@ -173,7 +173,7 @@ def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
 
 
 def attention_received(tokens: Tokens, projected: Projected, slots: int | None) -> Tensor:
-    """Attention that each token receives, mean over queries, by head: (B, N, H), 0 where dead.
+    """Attention that each token receives, mean over queries, by head: features (..., H).
 
     Args:
         projected: what `project` gave.

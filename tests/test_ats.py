@@ -223,7 +223,7 @@ def test_attention_received_is_that_of_the_block_itself(flavour: str, layout: ty
             tokens = layout.of(x).keep(alive)
             projected = project(block, tokens)
             for count in (prefix, None) if prefix else (None,):
-                received = attention_received(tokens, projected, count)
+                received = tokens.grid(attention_received(tokens, projected, count))
                 assert not received[~alive].any()
                 for index, row in enumerate(alive):
                     matrix = watch(block, x[index : index + 1, row])[0]  # (H, n, n)

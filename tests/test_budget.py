@@ -63,5 +63,7 @@ def test_a_budget_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.M
     monkeypatch.setattr(budget, "attempt", clock)
     config = meet_target(AViTConfig(), vit, batch, 200.0, "images_per_s")
     assert 1e5 / (config.gate_center + 1010) == pytest.approx(200, rel=0.01)
-    with pytest.raises(ValueError, match=r"no gate_center meets the target of 20000 \(images_per_s\): the nearest is 1e\+04"):
+    with pytest.raises(
+        ValueError, match=r"no gate_center meets the target of 20000 \(images_per_s\): the nearest is 1e\+04"
+    ):
         meet_target(AViTConfig(), vit, batch, 2e4, "images_per_s")

@@ -155,9 +155,9 @@ class ATS(AdaptiveViT):
         token is another; of a ViT that pools its tokens they are all, so that S goes by the mean attention received.
         """
         attention = attention_received(tokens, projected, self.read)
-        size = tokens.grid(projected[2].norm(dim=-1, dtype=attention.dtype))
+        size = projected[2].norm(dim=-1, dtype=attention.dtype)
         of = ats_released.significance if self.config.sampler == "released" else significance
-        return normalise(of(attention, size)[:, self.prefix :], live[:, self.prefix :])
+        return normalise(tokens.grid(of(attention, size))[:, self.prefix :], live[:, self.prefix :])
 
     def sample(self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None) -> Tensor:
         """The slots that block number `block` hands on: (B, N) bool."""
@@ -190,7 +190,7 @@ def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def significance(attention: Tensor, size: Tensor) -> Tensor:
-    """S before it is normalised: attention received times the norm of the value, (B, N, H) each, summed over heads."""
+    """S before it is normalised: attention received times the norm of the value, (..., H) each, summed over heads."""
     return (attention * size).sum(dim=-1)
 
 
@@ -213,8 +213,8 @@ def inverse_transform(score: Tensor, points: float) -> Tensor:
         (B, P) bool, between 1 and K, rounded, true per row.
     Source: ATS, section 3.2.
     """
-    below = (score.cumsum(dim=1) * points + 0.5).floor()  # how many quantiles the cumulative score has passed
-    below = below.clamp(max=math.ceil(points - 0.5))  # of which there are so many: rounding errors make no more
+    below = (score.cumsum(dim=1) * points + 0.5).floor_()  # how many quantiles the cumulative score has passed
+    below.clamp_(max=math.ceil(points - 0.5))  # of which there are so many: rounding errors make no more
     return below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
 
 

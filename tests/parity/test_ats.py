@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
 from adaptvit.methods import ats, ats_released
 from adaptvit.methods.ats import ATS
+from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
 from adaptvit.vit import add_attention, embed, project, run_block
 
@@ -123,7 +124,13 @@ def test_the_released_scores_and_attention(official: Path, monkeypatch: pytest.M
     scores, received = [], []
     sample, attention = ats_released.sample, ats.attention_received
     monkeypatch.setattr(ats_released, "sample", lambda score, *others: scores.append(score) or sample(score, *others))
-    monkeypatch.setattr(ats, "attention_received", lambda *given: received.append(attention(*given)) or received[-1])
+
+    def recorded_attention(tokens: Tokens, *given: object) -> torch.Tensor:
+        seen = attention(tokens, *given)
+        received.append(tokens.grid(seen))
+        return seen
+
+    monkeypatch.setattr(ats, "attention_received", recorded_attention)
     with torch.inference_mode():
         model(images(recorded.case))
 
