@@ -1,6 +1,6 @@
 """The Flax ATS ViT against the same ViT without sampling, both compiled, in one run: ideal and realised gain.
 
-Run it: python benchmarks/flax_speed.py --json benchmarks/speed/flax_ats.json
+Run it: python benchmarks/flax_speed.py --json benchmarks/flax_ats.json
 The ViT is that of the published README; its layers sample down to 256, 128, 64, 32, 16 and 8 patches.
 """
 
