@@ -14,8 +14,9 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.model import MethodConfig
 from adaptvit.usage import join
 
-MAX_STEPS = 40
 BATCH = 32
+FINEST = 1e-3
+"""Of a knob's small move: values that lie nearer are not told apart."""
 
 Unit = Literal["share", "gmacs", "images_per_s"]
 Config = TypeVar("Config", bound=MethodConfig)
@@ -57,6 +58,18 @@ def attempt(config: MethodConfig, vit: VisionTransformer, images: Tensor, labels
     return Trial(knob, executed / dense_macs(model.shape, usage.grid), executed / 1e9, len(images) / seconds, top1)
 
 
+def check_target(target: float, unit: Unit) -> None:
+    """Refuse a target that is no amount of `unit`.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if unit == "share" and not 0 < target <= 1:
+        raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {target}; 60 % is 0.6")
+    if not 0 < target < float("inf"):
+        raise ValueError(f"target must be above 0 and finite, got {target} ({unit})")
+
+
 def meet_target(
     config: Config,
     vit: VisionTransformer,
@@ -78,17 +91,15 @@ def meet_target(
         labels: classes of the images, for the accuracy of each trial.
         tell: called with each trial.
     Returns:
-        A copy of `config`. Where the cost jumps over the target, the value on the frugal side.
+        A copy of `config`. Where the cost jumps over the target, the value on the frugal side; where everything the
+        method can compute costs less than the target, the value that computes it.
     Raises:
         ValueError: the method has no knob, or no value of it meets the target.
     """
+    check_target(target, unit)
     knob = getattr(config, "knob", None)
     if knob is None:
         raise ValueError(f"{type(config).__name__} has no knob to move: it always computes the same")
-    if unit == "share" and not 0 < target <= 1:
-        raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {target}")
-    if not 0 < target < float("inf"):
-        raise ValueError(f"target must be above 0 and finite, got {target}")
 
     def at(value: float) -> Any:
         return replace(config, **{knob.field: value})  # type: ignore[type-var]
@@ -103,6 +114,8 @@ def meet_target(
 
     frugal, generous = (knob.lowest, knob.highest) if knob.sign > 0 else (knob.highest, knob.lowest)
     value = min(max(getattr(config, knob.field), knob.lowest), knob.highest)
+    if unit == "images_per_s":
+        attempt(at(value), vit, images)  # the first pass is slower than those that follow
     over = excess(value)
     if abs(over) <= tolerance:
         return at(value)
@@ -119,9 +132,12 @@ def meet_target(
             break
         if value == end:
             reached = target / (1 + there) if unit == "images_per_s" else target * (1 + there)
-            raise ValueError(f"no {knob.field} meets the target of {target:g} ({unit}): the nearest is {reached:.3g}")
+            raise ValueError(
+                f"no {knob.field} meets the target of {target:g} ({unit}): the nearest is {reached:.3g}; set "
+                f"{type(config).__name__}'s other fields to spend less, or ask for less"
+            )
     frugal, generous = (value, near) if over > 0 else (near, value)
-    for _ in range(MAX_STEPS):
+    while abs(generous - frugal) > FINEST * knob.step:
         middle = (frugal + generous) / 2
         over = excess(middle)
         if abs(over) <= tolerance:

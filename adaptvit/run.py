@@ -1,6 +1,7 @@
 """A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset, IterableDataset
 
-from adaptvit.budget import Trial, Unit, meet_target
+from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.checkpoints import open_model, save, start_from
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
@@ -190,9 +191,9 @@ def set_budget(
     model: str,
     folder: Path,
     output: Path,
-    target: float = 0.5,
+    target: float | None = None,
     unit: Unit = "share",
-    method: Literal["ats", "avit"] = "ats",
+    method: Literal["ats", "avit"] | None = None,
     images: int = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
 ) -> MethodConfig:
@@ -202,26 +203,36 @@ def set_budget(
         model: adaptvit file or timm name.
         folder: images of the kind it will see, in folders or not.
         output: the file to write.
-        target: what an image may cost at most, in `unit`.
-        unit: `share` of the dense MACs, `gmacs`, or `images_per_s` on this machine.
-        method: what a plain ViT becomes; A-ViT's gate is fitted to it.
+        target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
+        unit: `share` of the dense MACs, `gmacs` an image, or `images_per_s` on this machine.
+        method: what a plain ViT becomes, `ats` by default; `avit` has its gate fitted.
         images: how many of them to look at.
-        tell: called with each trial; its accuracy is known where the folder's classes are the model's.
+        tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
     Returns:
         The config written.
     Raises:
         FileNotFoundError: no such model, folder, or folder of `output`.
         TypeError: A-ViT, and the ViT's residual stream cannot be turned.
-        ValueError: A-ViT without a class token, no readable images, or a target that cannot be met.
+        ValueError: A-ViT without a class token, a method for a model that has another, no readable images, or a target
+            that cannot be met.
     """
+    if target is None and unit != "share":
+        raise ValueError(f"unit {unit!r} needs a target")
+    target = 0.5 if target is None else target
+    check_target(target, unit)
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(output)!r}: there is no folder {str(output.parent)!r}")
     opened = open_model(model)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
-    batch = spread_over(split, images)
     config: MethodConfig = opened.config
+    if config.knob is not None and method not in (None, config.method):
+        raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
+    batch = spread_over(split, images)
+    if batch.unreadable:
+        first = batch.unreadable[0].name
+        warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
     if config.knob is None and method == "avit":
         scale, _ = fit_gate(opened.vit, batch.images)
         config = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays")

@@ -188,7 +188,7 @@ class Packed(Tokens):
         return type(self)(x, self.shape, self.slots)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        rows = chosen.nonzero().squeeze(1)  # the one host synchronisation
+        rows = chosen.nonzero().squeeze(1)  # waits for the device
         if rows.shape == self.slots.shape:
             return self, list(others)
         x, slots, *kept = (t.index_select(0, rows) for t in (self.x, self.slots, *others))
@@ -255,14 +255,16 @@ ROWS = 64
 """Rows of the attention matrix that `received` holds at a time."""
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
     """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
     dtype = torch.promote_types(k.dtype, torch.float32)
-    q, keys = (q * q.shape[-1] ** -0.5).transpose(1, 2), k.permute(0, 2, 3, 1)
+    q, keys = (q.to(dtype) * q.shape[-1] ** -0.5).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1)
     total = k.new_zeros((), dtype=dtype).expand(len(k), k.shape[2], k.shape[1])
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[2]))
-        logits = (q[:, :, rows] @ keys).to(dtype)
+        logits = q[:, :, rows] @ keys
         if live is None:
             weights = logits.softmax(dim=-1)
         else:

@@ -144,7 +144,7 @@ def add_attention(
     elif projected is not None:
         q, k, v = projected
         rows, (q,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), q)
-    else:
+    else:  # without the queries of the others
         rows = tokens.keep(chosen)
         (q,) = _heads(block, block.norm1(rows.x), slice(attn.attn_dim))
         k, v = _heads(block, block.norm1(tokens.x), slice(attn.attn_dim, None))
@@ -222,9 +222,8 @@ def _pool(vit: VisionTransformer, x: Tensor, live: Tensor) -> Tensor:
     patches = slice(0 if vit.pool_include_prefix else vit.num_prefix_tokens, None)
     alive = live[:, patches, None]
     mean = (x[:, patches] * alive).sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True)
-    return vit.pool(
-        torch.where(live[..., None], x, mean)
-    )  # in dead slots the mean, which moves neither mean nor maximum
+    # in dead slots the mean moves neither mean nor maximum
+    return vit.pool(torch.where(live[..., None], x, mean))
 
 
 def set_channel(vit: VisionTransformer, direction: Tensor) -> None:

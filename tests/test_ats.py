@@ -307,6 +307,11 @@ def test_by_default_all_but_the_first_quarter_of_the_blocks_sample_by_the_number
         assert torch.equal(by_default.logits, by_number.logits)
 
 
+def test_a_last_block_whose_tokens_nothing_reads_is_not_sampled_alone() -> None:
+    with pytest.raises(ValueError, match=r"ATSConfig.blocks=\(3,\) is the last block only"):
+        ATSConfig(blocks=(3,)).build(small_vit())
+
+
 def test_an_image_keeps_at_most_k_patches() -> None:
     vit = small_vit().eval()
     usage = ATSConfig(blocks=(0, 1, 2), tokens=(9, 5, 2)).build(vit)(images(vit, count=8)).usage
@@ -386,7 +391,8 @@ def test_a_batch_without_images_has_no_logits(name: str, layout: type) -> None:
         ({"tokens": 0}, r"tokens must be 1 or more, got 0"),
         ({"tokens": (4, 0)}, r"tokens must be 1 or more, got \(4, 0\)"),
         ({"tokens": (4, 8)}, r"tokens must not grow from block to block, got \(4, 8\)"),
-        ({"blocks": ()}, r"blocks must be whole numbers, at least one, got \(\)"),
+        ({"blocks": ()}, r"blocks must be a whole number or several, got \(\)"),
+        ({"tokens": 0.5}, "tokens must be a whole number or several, got 0.5; rate=0.5 takes half of them"),
         ({"blocks": (-1, 2)}, r"blocks must be .* got \(-1, 2\)"),
         ({"blocks": (2, 1)}, r"blocks must be .* ascending, got \(2, 1\)"),
         ({"blocks": (2, 2)}, r"blocks must be .* ascending, got \(2, 2\)"),

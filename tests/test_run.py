@@ -119,6 +119,10 @@ def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: P
     images = torch.randn(4, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(made.vit(images), open_model(dense).vit(images), atol=1e-5, rtol=1e-4)
-    steered = set_budget(str(at_70), folder, at_50, 0.5)
+    with pytest.raises(ValueError, match=f"is {method} already"):
+        set_budget(str(at_70), folder, at_50, 0.5, method="avit" if method == "ats" else "ats")
+    with pytest.raises(ValueError, match="unit 'gmacs' needs a target"):
+        set_budget(str(at_70), folder, at_50, unit="gmacs")
+    steered = set_budget(str(at_70), folder, at_50)
     assert getattr(steered, config.knob.field) < getattr(config, config.knob.field)
     assert replace(steered, **{config.knob.field: 1.0}) == replace(config, **{config.knob.field: 1.0})

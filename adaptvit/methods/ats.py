@@ -8,6 +8,7 @@ Symbols of the paper: A attention, V values, S significance score.
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -77,7 +78,7 @@ class ATSConfig:
             raise ValueError(f"ATSConfig.mode={self.mode!r} is for sampler='released', but sampler is {self.sampler!r}")
 
     def schedule(self, blocks: int) -> tuple[int | None, ...]:
-        """K of each block that samples, of which there are `blocks` where `tokens` is not a schedule itself."""
+        """K of so many sampling blocks; a schedule is returned as it is."""
         return (self.tokens,) * blocks if self.tokens is None or isinstance(self.tokens, int) else tuple(self.tokens)
 
     def build(self, vit: VisionTransformer) -> "ATS":
@@ -111,6 +112,8 @@ class ATS(AdaptiveViT):
         self.points: dict[int, int | None] = dict(zip(blocks, counts, strict=True))
         if self.read is not None:
             self.points.pop(self.depth - 1, None)  # nothing would read what it keeps
+        if not self.points:
+            raise ValueError(f"ATSConfig.blocks={blocks} is the last block only, of which just the class token is read")
 
     def forward(
         self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
@@ -127,13 +130,14 @@ class ATS(AdaptiveViT):
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
         del x  # or it would stay to the end
-        live = [tokens.live]
+        live, finite = [tokens.live], []
         reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
         for number, block in enumerate(self.vit.blocks):
             if number in self.points:
                 projected = project(block, tokens)
                 with torch.no_grad():
                     score = self.score(tokens, projected, live[-1])
+                    finite.append(score.isfinite().all())
                     live.append(self.sample(score, live[-1], number, generator))
                 tokens = run_block(block, tokens, live[-1], projected)
             elif number == self.depth - 1 and self.read is not None:
@@ -142,6 +146,9 @@ class ATS(AdaptiveViT):
             else:
                 live.append(live[-1])
                 tokens = run_block(block, tokens)
+        if not all(sound := torch.stack(finite).tolist()):
+            block = list(self.points)[sound.index(False)]
+            raise ValueError(f"ATS cannot score the patches in block {block}: its attention or values are not finite")
         x = tokens.first(tokens.x, self.read or tokens.shape[1])
         logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
         held = torch.stack(live, dim=1)
@@ -161,8 +168,6 @@ class ATS(AdaptiveViT):
 
     def sample(self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None) -> Tensor:
         """The slots that block number `block` hands on: (B, N) bool."""
-        if not score.isfinite().all():
-            raise ValueError(f"ATS cannot score the patches in block {block}: its attention or values are not finite")
         patches = live[:, self.prefix :]
         points = max(1.0, self.config.rate * (self.points[block] or score.shape[1]))
         match self.config.sampler:
@@ -183,9 +188,13 @@ class ATS(AdaptiveViT):
 
 
 def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    numbers = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not numbers or not all(type(number) is int for number in numbers):
-        raise ValueError(f"ATSConfig.{name} must be whole numbers, at least one, got {value!r}")
+    try:
+        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
+    except TypeError:
+        numbers = ()
+    if not numbers:
+        hint = "; rate=0.5 takes half of them" if name == "tokens" else ""
+        raise ValueError(f"ATSConfig.{name} must be a whole number or several, got {value!r}{hint}")
     return numbers
 
 
@@ -208,10 +217,11 @@ def inverse_transform(score: Tensor, points: float) -> Tensor:
 
     Args:
         score: (B, P), each row non-negative and summing to 1; dead patches hold 0.
-        points: K, at least 1; quantiles are (i + 1/2) / K. Need not be whole.
+        points: K, at least 1; quantiles are (i + 1/2) / K below 1. Need not be whole.
     Returns:
         (B, P) bool, between 1 and K, rounded, true per row.
-    Source: ATS, section 3.2.
+    Source: ATS, section 3.2. Differs: the patch that a quantile falls in; the released code takes, of the sorted ones,
+        that of the nearest cumulative score.
     """
     below = (score.cumsum(dim=1) * points + 0.5).floor_()  # how many quantiles the cumulative score has passed
     below.clamp_(max=math.ceil(points - 0.5))  # of which there are so many: rounding errors make no more

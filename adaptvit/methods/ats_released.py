@@ -3,6 +3,8 @@
 Letters: B images, P patches, K points.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def significance(attention: Tensor, size: Tensor) -> Tensor:
     return attention.sum(dim=-1) * size.norm(dim=-1)
 
 
-def sample(score: Tensor, live: Tensor, points: int, mode: str) -> Tensor:
+def sample(score: Tensor, live: Tensor, points: int, mode: Literal["mask", "single", "prune"]) -> Tensor:
     """Mark the patches nearest, by cumulative score, to evenly spaced values from the least positive one to 1.
 
     Args:
@@ -33,7 +35,7 @@ def sample(score: Tensor, live: Tensor, points: int, mode: str) -> Tensor:
             loses_least = count == slots
         case "single":
             loses_least = torch.ones_like(count, dtype=torch.bool)
-        case _:
+        case "prune":
             loses_least = count == (count.max() if len(count) else 0)
     least = cdf.gather(1, slots - count).masked_fill(~loses_least | (count == 1), 0)
     cdf = ((cdf - least) / (cdf[:, -1:] - least)).clamp(min=0)
