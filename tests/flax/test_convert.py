@@ -23,7 +23,7 @@ CONFIGS = {
     "every other": ATSConfig(blocks=(0, 2), tokens=9),
     "steered": ATSConfig(blocks=(1, 2), tokens=(12, 9), rate=0.55),
     "gumbel, not drawn": ATSConfig(blocks=(1,), tokens=6, sampler="gumbel"),
-    "last block only": ATSConfig(blocks=(3,), tokens=6),
+    "the last block too": ATSConfig(blocks=(2, 3), tokens=6),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "square": {"img_size": 64, "patch_size": 16},
