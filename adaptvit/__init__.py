@@ -4,6 +4,7 @@ from adaptvit import names as names  # registers the A-ViT models with timm
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
+from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
@@ -14,6 +15,7 @@ from adaptvit.usage import Output, Usage, join
 __all__ = [
     "ATSConfig",
     "AViTConfig",
+    "AdaViTConfig",
     "AdaptiveViT",
     "FullConfig",
     "Knob",

@@ -34,6 +34,8 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import default_cfgs
+from adaptvit.t2t import MODELS as T2T_MODELS
+from adaptvit.t2t import published_names
 from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
 
 KEY = "adaptvit"
@@ -145,11 +147,12 @@ def convert(
 
     A-ViT and DeiT weights have the same tensors; the released A-ViT files keep their gate in the file name. Each of its
     two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
-    training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too.
+    training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too. T2T-ViT
+    weights without a gate become a file of `FullConfig`.
 
     Args:
-        source: a released A-ViT or DeiT file, a training checkpoint with weights under `model` or `state_dict`, or a
-            bare state dict, as `.pth` or `.safetensors`. Nothing in it is executed.
+        source: a released A-ViT, DeiT or T2T-ViT file, a training checkpoint with weights under `state_dict_ema`,
+            `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing in it is executed.
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224`, or a timm ViT's own.
         num_classes: classes of the head in `source`.
@@ -172,6 +175,8 @@ def convert(
     size = {} if img_size is None else {"img_size": img_size}
     if model_name in default_cfgs:
         model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, **size, **gate)
+    elif model_name in T2T_MODELS and not gate:
+        model = FullConfig().build(timm.create_model(model_name, num_classes=num_classes, **size))
     else:
         model = AViTConfig(**gate).build(timm.create_model(model_name, num_classes=num_classes, **size))
     own = model.vit.state_dict()
@@ -221,16 +226,17 @@ def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], di
         tensors, metadata = _read_safetensors(path)
         if KEY in metadata and not ours:
             raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
-        return clean_state_dict(tensors), {}
+        return published_names(clean_state_dict(tensors)), {}
     content = _read_torch(path)
     weights, arguments = content, None
     if isinstance(content, dict):
-        weights, arguments = content.get("model", content.get("state_dict", content)), content.get("args")
+        held = [content[key] for key in ("state_dict_ema", "state_dict", "model") if content.get(key) is not None]
+        weights, arguments = held[0] if held else content, content.get("args")
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no state dict, neither bare nor under 'model' or 'state_dict'")
+        raise ValueError(f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict' or 'model'")
     trained_with = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}}
-    return clean_state_dict(weights), gate
+    return published_names(clean_state_dict(weights)), gate
 
 
 def _read_torch(path: Path) -> Any:

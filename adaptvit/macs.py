@@ -34,6 +34,10 @@ class Shape:
     """MACs of pooling and classifier for one image, beyond those of the next line."""
     head_per_patch: int
     """MACs of an attention pool for one patch; 0 where the ViT pools without one."""
+    stem: int = 0
+    """MACs of the patch embedding for one image, beyond those by its patches and pairs of patches."""
+    stem_per_pair: int = 0
+    """MACs of a patch embedding that has softmax attention for each two patches, ordered, one with itself included."""
 
 
 def macs(usage: Usage, shape: Shape) -> Tensor:
@@ -41,18 +45,23 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
 
     Queries, output projection and MLP cost by the tokens updated; keys and values by the tokens attended; the two
     attention products by both; each scaled by the heads computed and nothing where a sub-layer was off; what the
-    decision itself took is added.
+    decision itself took is added. A method that knows its blocks' MACs better has recorded them.
     """
+    blocks = _blocks(usage, shape) if usage.executed is None else usage.executed
+    deciding = 0 if usage.deciding is None else usage.deciding
+    patches = usage.grid[0] * usage.grid[1]
+    stem = shape.stem + patches * (shape.stem_per_patch + patches * shape.stem_per_pair)
+    return (blocks + deciding).sum(dim=1) + stem + patches * shape.head_per_patch + shape.head
+
+
+def _blocks(usage: Usage, shape: Shape) -> Tensor:
+    """MACs of every block for each image, (B, L), from the counts."""
     width = usage.heads * shape.head_dim
     query_side = (2 + shape.gated) * usage.updated * shape.dim * width
     key_side = 2 * usage.attended * shape.dim * width
     products = 2 * usage.updated * usage.attended * width
     attention = (query_side + key_side + products) * usage.attention
-    mlp = usage.updated * shape.mlp_per_token * usage.mlp
-    rows, columns = usage.grid
-    fixed = rows * columns * (shape.stem_per_patch + shape.head_per_patch) + shape.head
-    deciding = 0 if usage.deciding is None else usage.deciding
-    return (attention + mlp + deciding).sum(dim=1) + fixed
+    return attention + usage.updated * shape.mlp_per_token * usage.mlp
 
 
 def dense_macs(shape: Shape, grid: tuple[int, int]) -> int:

@@ -16,7 +16,7 @@ class Usage:
     attended: Tensor
     """(B, L) tokens that were attended to: they became keys and values. 0 where attention was off."""
     updated: Tensor
-    """(B, L) tokens that were updated: they were queries and went through the MLP."""
+    """(B, L) tokens that were updated: they were queries, or went through the MLP, or both."""
     heads: Tensor
     """(B, L) attention heads computed."""
     attention: Tensor
@@ -28,7 +28,10 @@ class Usage:
     prefix: int
     """Tokens before the first patch token."""
     live: Tensor | None = None
-    """(B, L, N) bool, the slots that held a token on entry to the block; None where a method does not track slots."""
+    """(B, L, N) bool, the slots whose token the block worked on: those that held one on entry to it or, where tokens stay
+    and are passed over, those that were not. None where a method does not track slots."""
+    executed: Tensor | None = None
+    """(B, L) MACs of the block's sub-layers, where they are not what the counts above make; None where they are."""
     deciding: Tensor | None = None
     """(B, L) MACs spent on deciding what to compute; None where it takes none."""
 
@@ -44,7 +47,8 @@ class Usage:
         """
         attended, updated = live[:, :-1].sum(dim=2), live[:, 1:].sum(dim=2)
         on = (attended > 0, updated > 0)
-        return cls(attended, updated, torch.full_like(attended, heads), *on, grid, prefix, live[:, :-1], deciding)
+        heads_on = torch.full_like(attended, heads)
+        return cls(attended, updated, heads_on, *on, grid, prefix, live[:, :-1], deciding=deciding)
 
     @classmethod
     def of_depth(
@@ -109,7 +113,7 @@ def join(usages: list[Usage]) -> Usage:
         name: torch.cat([getattr(usage, name) for usage in usages])
         for name in ("attended", "updated", "heads", "attention", "mlp")
     }
-    for name in ("live", "deciding"):
+    for name in ("live", "executed", "deciding"):
         known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
         parts[name] = torch.cat(known) if len(known) == len(usages) else None
     return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
 """The one door to timm: runs a timm ViT's own submodules on `Tokens`, and refuses, by name, what it does not reproduce.
 
 Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
-No other module of the package reads a timm model's attributes, but for `adaptvit.flax.convert`.
+No other module of the package reads a timm model's attributes, but for `adaptvit.t2t`, which makes some, and
+`adaptvit.flax.convert`.
 """
 
+import copy
 from typing import Any
 
 import timm
@@ -17,6 +19,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit.macs import Shape
+from adaptvit.t2t import PATCH, TokensToToken, t2t_vit
 from adaptvit.tokens import Tokens
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
@@ -55,7 +58,7 @@ def check(vit: Any) -> None:
         "attn": (Attention,),
         "qkv": (nn.Linear,),
         "mlp": (Mlp, GluMlp, SwiGLU),
-        "patch_embed": (PatchEmbed, HybridEmbed),
+        "patch_embed": (PatchEmbed, HybridEmbed, TokensToToken),
         "attn_pool": (type(None), AttentionPoolLatent),
     }
     parts: list[tuple[str, nn.Module | None]] = [("patch_embed", vit.patch_embed), ("attn_pool", vit.attn_pool)]
@@ -118,9 +121,21 @@ def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, in
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(x))), patch_grid(vit, images)
 
 
-def patch_grid(vit: VisionTransformer, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches that the images are cut into."""
-    return vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+def patch_grid(vit: VisionTransformer, images: Tensor | None = None) -> tuple[int, int]:
+    """Rows and columns of patches that the images are cut into; None: images of the ViT's own size."""
+    return vit.patch_embed.dynamic_feat_size(vit.patch_embed.img_size if images is None else images.shape[-2:])
+
+
+def attention_norm(vit: VisionTransformer, block: int, x: Tensor) -> Tensor:
+    """What the attention sub-layer of a block reads of features (..., D)."""
+    return vit.blocks[block].norm1(x)
+
+
+def like_norm(vit: VisionTransformer) -> nn.Module:
+    """A fresh norm of the kind and size that the blocks have."""
+    norm = copy.deepcopy(vit.blocks[0].norm1)
+    norm.reset_parameters()
+    return norm
 
 
 def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None) -> Tokens:
@@ -148,19 +163,24 @@ def add_attention(
         rows = tokens.keep(chosen)
         (q,) = _heads(block, block.norm1(rows.x), slice(attn.attn_dim))
         k, v = _heads(block, block.norm1(tokens.x), slice(attn.attn_dim, None))
-        q, k = _through(attn.q_norm, q), _through(attn.k_norm, k)
+        q, k = through(attn.q_norm, q), through(attn.k_norm, k)
     mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
-    out = _through(attn.norm, mixed.flatten(-2))
+    out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(block.norm1(rows.x)).sigmoid()
-    return _residual(rows, _through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
+    return add_branch(rows, through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
 
 
 def project(block: Block, tokens: Tokens) -> Projected:
     """Queries, keys and values of the attention sub-layer, normalised as the ViT does: features (..., H, d) each."""
+    return project_normed(block, block.norm1(tokens.x))
+
+
+def project_normed(block: Block, normed: Tensor) -> Projected:
+    """As `project`, of features that the block's first norm gave."""
     attn = block.attn
-    q, k, v = _heads(block, block.norm1(tokens.x), slice(None))
-    return _through(attn.q_norm, q), _through(attn.k_norm, k), v
+    q, k, v = _heads(block, normed, slice(None))
+    return through(attn.q_norm, q), through(attn.k_norm, k), v
 
 
 def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
@@ -187,7 +207,7 @@ def add_mlp(block: Block, tokens: Tokens) -> Tokens:
     """The MLP sub-layer with its residual; in evaluation on the CPU a part of the tokens at a time."""
     x = tokens.x
     if torch.is_grad_enabled() or block.training or x.device.type != "cpu" or x.shape[:-1].numel() <= MLP_ROWS:
-        return _residual(tokens, _mlp(block, x), block.drop_path2)
+        return add_branch(tokens, _mlp(block, x), block.drop_path2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for place, rows in zip(out.view(-1, x.shape[-1]).split(MLP_ROWS), x.flatten(0, -2).split(MLP_ROWS), strict=True):
         torch.add(rows, _mlp(block, rows), out=place)
@@ -195,7 +215,7 @@ def add_mlp(block: Block, tokens: Tokens) -> Tokens:
 
 
 def _mlp(block: Block, x: Tensor) -> Tensor:
-    return _through(block.ls2, block.mlp(block.norm2(x)))
+    return through(block.ls2, block.mlp(block.norm2(x)))
 
 
 def classify(vit: VisionTransformer, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -264,8 +284,8 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
                     _assign(writer.bias, rotation @ (gain * writer.bias.double()))
                 if isinstance(scale, LayerScale):
                     scale.gamma.fill_(1)
-        stem = vit.patch_embed.proj
-        _assign(stem.weight, torch.einsum("de,ecpq->dcpq", rotation, stem.weight.double()))
+        stem = vit.patch_embed.project if isinstance(vit.patch_embed, TokensToToken) else vit.patch_embed.proj
+        _assign(stem.weight, torch.tensordot(rotation, stem.weight.double(), dims=1))
         if stem.bias is not None:
             _assign(stem.bias, rotation @ stem.bias.double())
         for name in ("pos_embed", "cls_token", "reg_token", "dist_token"):
@@ -278,8 +298,11 @@ def shape_of(vit: VisionTransformer) -> Shape:
     """The sizes that MACs depend on."""
     block = vit.blocks[0]
     stem = vit.patch_embed
+    stem_fixed = stem_per_pair = 0
     if isinstance(stem, PatchEmbed):
         stem_per_patch = stem.proj.weight.numel()
+    elif isinstance(stem, TokensToToken):
+        stem_fixed, stem_per_patch, stem_per_pair = _t2t_macs(stem)
     else:
         stem_per_patch = _counted_macs(stem, vit) // stem.num_patches
     head = _linear_macs(vit.head) + (_linear_macs(vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else 0)
@@ -300,6 +323,8 @@ def shape_of(vit: VisionTransformer) -> Shape:
         prefix=vit.num_prefix_tokens,
         head=head,
         head_per_patch=head_per_patch,
+        stem=stem_fixed,
+        stem_per_pair=stem_per_pair,
     )
 
 
@@ -333,6 +358,9 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
     if type(vit) is VisionTransformer:
         arguments["class_token"] = vit.has_class_token
         arguments["pool_include_prefix"] = vit.pool_include_prefix
+    if isinstance(vit.patch_embed, TokensToToken):
+        arguments["tokens_type"] = vit.patch_embed.tokens_type
+        arguments["token_dim"] = vit.patch_embed.token_dim
     name, recorded = model_name(vit), timm_config(vit)
     data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
     description = {"architecture": name, "arguments": arguments, "data": data}
@@ -356,7 +384,7 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         arguments[size] = tuple(arguments[size])
     by_hand = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled)}
     if name in by_hand:
-        vit = by_hand[name](**arguments)
+        vit = (t2t_vit if "tokens_type" in arguments else by_hand[name])(**arguments)
     elif timm.is_model(name):
         vit = timm.create_model(name, pretrained=False, **arguments)
     else:
@@ -382,7 +410,8 @@ def _check_rotatable(vit: VisionTransformer) -> None:
         ("attn_pool", vit.attn_pool is not None),
         (
             "patch_embed",
-            not isinstance(stem, PatchEmbed) or not isinstance(stem.norm, nn.Identity),
+            not isinstance(stem, TokensToToken)
+            and (not isinstance(stem, PatchEmbed) or not isinstance(stem.norm, nn.Identity)),
         ),
         ("blocks.0.attn.gate", block.attn.gate is not None),
         ("blocks.0.mlp", type(block.mlp) is not Mlp),
@@ -400,12 +429,12 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value.to(parameter.dtype))
 
 
-def _through(module: nn.Module, x: Tensor) -> Tensor:
+def through(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), without the price of a call where there is nothing to do; at batch 1 those add up."""
     return x if type(module) is nn.Identity else module(x)
 
 
-def _residual(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
+def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
     if isinstance(drop_path, DropPath) and drop_path.training:
         branch = branch * tokens.spread(drop_path(branch.new_ones(tokens.shape[0], 1, 1)))
     return tokens.with_x(tokens.x + branch)
@@ -442,6 +471,19 @@ def _counted_macs(stem: Any, vit: VisionTransformer) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         stem(torch.zeros(1, vit.in_chans, *stem.img_size, device=weight.device, dtype=weight.dtype))
     return counter.get_total_flops() // 2
+
+
+def _t2t_macs(stem: TokensToToken) -> tuple[int, int, int]:
+    """MACs of a tokens-to-token stem: for one image, for each patch, for each ordered pair of patches.
+
+    In whole steps of a patch they are a polynomial in the patches without a constant; other sizes are never dynamic.
+    """
+    height, width = stem.img_size
+    if height % PATCH or width % PATCH:
+        return stem.macs(height, width), 0, 0
+    one, two = stem.macs(PATCH, PATCH), stem.macs(PATCH, 2 * PATCH)
+    per_pair = (two - 2 * one) // 2
+    return 0, one - per_pair, per_pair
 
 
 def _anatomy(vit: nn.Module) -> tuple[dict[str, torch.Size], list[str]]:

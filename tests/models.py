@@ -19,6 +19,13 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "attention pool": {"model_name": "test_vit3"},
     "CLIP": {"model_name": "vit_xsmall_patch16_clip_224", "embed_dim": 48, "num_heads": 3},
     "rectangular": {"img_size": (64, 32), "patch_size": (8, 16)},
+    "tokens to token": {
+        "model_name": "t2t_vit_7",
+        "img_size": (48, 80),
+        "patch_size": 16,
+        "embed_dim": 48,
+        "num_heads": 3,
+    },
 }
 
 METHODS = {

@@ -23,6 +23,7 @@ import adaptvit
 from adaptvit import AViTConfig, FullConfig, Knob
 from adaptvit.checkpoints import gate_in_name, resize_positions
 from adaptvit.methods.full import Full
+from adaptvit.t2t import t2t_vit
 
 TINY = "avit_tiny_patch16_224"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -40,6 +41,8 @@ VITS: dict[str, Callable[[], VisionTransformer]] = {
     "registers, LayerScale": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", **SIZES),
     "attention pool": lambda: timm.create_model("vit_base_patch16_siglip_224", **SIZES),
     "pools with its prefix": lambda: by_hand(global_pool="avg", reg_tokens=2, pool_include_prefix=True),
+    "tokens to token": lambda: timm.create_model("t2t_vit_t_14", **SIZES | {"patch_size": 16}, token_dim=8),
+    "tokens to token by hand": lambda: t2t_vit(**SIZES | {"patch_size": 16}, dynamic_img_size=True),
     "pads images": lambda: by_hand(dynamic_img_size=True, dynamic_img_pad=True),
 }
 
@@ -106,7 +109,7 @@ def test_a_saved_model_comes_back(vit: str, config: Any, path: Path, images: Ten
     assert type(loaded) is type(model)
     assert loaded.config == config
     assert torch.equal(loaded(images).logits, model(images).logits)
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert [part.requires_grad for part in loaded.parameters()] == [part.requires_grad for part in model.parameters()]
 
 
 def test_preprocessing_travels_with_the_weights(path: Path) -> None:

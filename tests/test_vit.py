@@ -46,6 +46,9 @@ NAMES = [
     "aimv2_large_patch14_224",
     "beit3_base_patch16_224",
     "vit_intern300m_patch14_448",
+    # tokens to token, with random features and with softmax
+    "t2t_vit_14",
+    "t2t_vit_t_14",
     # timm's own small test models
     "test_vit",
     "test_vit2",

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 
-METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig, ATSConfig)}
+METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig, ATSConfig, AdaViTConfig)}
 """Config types by name, for checkpoints and the command line."""

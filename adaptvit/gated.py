@@ -1,0 +1,397 @@
+"""A timm block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
+
+`Masked` computes everything and multiplies by the gates, which is the definition and passes their gradients. `Packed`
+computes what is on and nothing else. With `vit.py` this is the door to timm: no other module reads a block.
+
+Letters: B images, N token slots, T tokens of a part of the batch, D channels, H heads, d channels per head, F hidden
+channels of the MLP.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from adaptvit.macs import Shape
+from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.vit import MLP_ROWS, add_branch, model_name, project_normed, through
+
+Takes = Literal["input", "hidden", "identity"]
+"""What else a head that is off switches off: `input`, its channels of what the MLP reads; `hidden`, its share of the
+MLP's hidden channels. With `identity` its attention matrix becomes the identity and nothing else changes."""
+
+Runs = tuple[tuple[int, int], ...]
+"""Heads that are on, as ranges (first, one past the last)."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What of a block is on: 0 or 1, float with gradients where `Masked` runs, bool where `Packed` does; None is all."""
+
+    attention: Tensor | None = None
+    """(B,) the attention sub-layer."""
+    mlp: Tensor | None = None
+    """(B,) the MLP sub-layer."""
+    heads: Tensor | None = None
+    """(B, H)."""
+    attention_tokens: Tensor | None = None
+    """(B, N) tokens that are attended to and updated by attention."""
+    mlp_tokens: Tensor | None = None
+    """(B, N) tokens that are updated by the MLP."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Gates], Tensor]
+"""Queries, keys and values (B, N, H, d), and the gates -> (B, N, H, d)."""
+
+
+def check_gated(vit: VisionTransformer, takes: Takes) -> None:
+    """Refuse a ViT whose heads cannot be switched off in this way.
+
+    Raises:
+        TypeError: `hidden`, and the MLP is not fc1, activation of 0 at 0, fc2.
+        ValueError: the heads do not divide the channels that they take along.
+    """
+    attn, mlp, name = vit.blocks[0].attn, vit.blocks[0].mlp, model_name(vit)
+    if takes == "input" and vit.embed_dim != attn.attn_dim:
+        raise ValueError(
+            f"{name} has {vit.embed_dim} channels, but its heads span {attn.attn_dim}: "
+            "heads that take along the MLP's input need as many; choose 'hidden' or 'identity'"
+        )
+    if takes == "hidden":
+        if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or mlp.act(torch.zeros(1)).item() != 0:
+            raise TypeError(f"{name} has another MLP than fc1, activation, fc2: heads cannot take along hidden channels")
+        if mlp.fc1.out_features % attn.num_heads:
+            raise ValueError(
+                f"{name} has {mlp.fc1.out_features} hidden channels, which its {attn.num_heads} heads cannot share"
+            )
+
+
+def run_gated(
+    block: Block,
+    tokens: Tokens,
+    gates: Gates,
+    takes: Takes,
+    normed: Tensor | None = None,
+    read: int | None = None,
+    attend: Attend | None = None,
+    drop_path: bool = True,
+) -> Tokens:
+    """One transformer block under gates; a token or image that is off passes unchanged.
+
+    Args:
+        tokens: all live. `Packed` features are overwritten, and carry no gradients.
+        takes: what an off head takes along.
+        normed: what the block's first norm gives of `tokens`, where it is known.
+        read: `Packed`: leading slots that are all anyone will read of the result; None is every slot.
+        attend: `Masked`: attention under the gates; None attends to the tokens that are on.
+        drop_path: stochastic depth is as the block has it.
+    """
+    if isinstance(tokens, Packed):
+        return _skip(block, tokens, gates, takes, normed, read)
+    assert isinstance(tokens, Masked)
+    return _mask(block, tokens, gates, takes, normed, attend, drop_path)
+
+
+def _mask(
+    block: Block,
+    tokens: Masked,
+    gates: Gates,
+    takes: Takes,
+    normed: Tensor | None,
+    attend: Attend | None,
+    drop_path: bool,
+) -> Tokens:
+    attn = block.attn
+    normed = block.norm1(tokens.x) if normed is None else normed
+    q, k, v = project_normed(block, normed)
+    heads = None if gates.heads is None else gates.heads[:, None, :, None]
+    if heads is not None and takes != "identity":
+        q, k, v = q * heads, k * heads, v * heads
+    mixed = (attend or _attend_to_tokens_on)(q, k, v, gates)
+    if heads is not None and takes == "identity" and attend is None:
+        mixed = heads * mixed + (1 - heads) * v
+    out = through(attn.norm, mixed.flatten(-2))
+    if attn.gate is not None:
+        out = out * attn.gate(normed).sigmoid()
+    if heads is not None and takes != "identity":
+        out = (out.unflatten(-1, mixed.shape[-2:]) * heads).flatten(-2)
+    out = through(block.ls1, attn.proj_drop(attn.proj(out)))
+    tokens = _add(tokens, out, gates.attention_tokens, gates.attention, block.drop_path1, drop_path)
+    out = through(block.ls2, _masked_mlp(block, block.norm2(tokens.x), gates.heads, takes))
+    return _add(tokens, out, gates.mlp_tokens, gates.mlp, block.drop_path2, drop_path)
+
+
+def _attend_to_tokens_on(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+    on = gates.attention_tokens
+    tokens = Masked(q, None if on is None else on.detach() > 0)
+    return tokens.attend(q, k, v, tokens)
+
+
+def _masked_mlp(block: Block, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:
+    if heads is None or takes == "identity":
+        return block.mlp(x)
+    mlp = block.mlp
+    if takes == "input":
+        return mlp(x * _by_channel(heads, x.shape[-1]))
+    hidden = mlp.fc1(x)
+    return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(hidden * _by_channel(heads, hidden.shape[-1])))))
+
+
+def _by_channel(heads: Tensor, channels: int) -> Tensor:
+    """(B, H) -> (B, 1, channels): each head's gate for its consecutive channels."""
+    return heads.repeat_interleave(channels // heads.shape[1], dim=1)[:, None]
+
+
+def _add(
+    tokens: Masked, branch: Tensor, on: Tensor | None, images: Tensor | None, drop: nn.Module, drop_path: bool
+) -> Masked:
+    if on is not None:
+        branch = branch * on[..., None]
+    if images is not None:
+        branch = branch * images[:, None, None]
+    if not drop_path:
+        return tokens.with_x(tokens.x + branch)
+    added = add_branch(tokens, branch, drop)
+    assert isinstance(added, Masked)
+    return added
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of a batch with the same heads on, and which of their tokens run."""
+
+    runs: Runs | None
+    """Heads that are on; None is all."""
+    shape: tuple[int, int]
+    """Images of the part, and slots."""
+    slots: Tensor
+    """(T,) places in the part's own flattened grid, ascending."""
+    rows: Tensor | None
+    """(T,) rows of the batch's features; None is all of them, in order."""
+
+    def of(self, t: Tensor) -> Tensor:
+        """Rows of the batch's features."""
+        return t if self.rows is None else t.index_select(0, self.rows)
+
+    def add_to(self, x: Tensor, branch: Tensor) -> None:
+        """Add to rows of the batch's features, in place."""
+        if self.rows is None:
+            x.add_(branch)
+        else:
+            x.index_add_(0, self.rows, branch.expand(len(self.rows), -1))
+
+    def first(self, count: int) -> tuple["_Part", Tensor]:
+        """The part's tokens in its first `count` slots, and where they stand among its tokens."""
+        inside = (self.slots % self.shape[1] < count).nonzero().squeeze(1)
+        rows = inside if self.rows is None else self.rows[inside]
+        return _Part(self.runs, self.shape, self.slots[inside], rows), inside
+
+
+@torch.no_grad()
+def _skip(
+    block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None
+) -> Tokens:
+    assert tokens.full
+    x, heads = tokens.x, gates.heads
+    if gates.attention is None or gates.attention.any():
+        normed = block.norm1(x) if normed is None else normed
+        for part in _parts(tokens, gates.attention, gates.attention_tokens, heads):
+            _attend_part(block, x, normed, part, takes, read)
+    del normed
+    if gates.mlp is None or gates.mlp.any():
+        chosen = gates.mlp_tokens
+        if read is not None:
+            reading = (torch.arange(tokens.shape[1], device=x.device) < read).expand(tokens.shape)
+            chosen = reading if chosen is None else chosen & reading
+        for part in _parts(tokens, gates.mlp, chosen, None if takes == "identity" else heads):
+            _mlp_part(block, x, part, takes)
+    return tokens.with_x(x)
+
+
+def _parts(
+    tokens: Packed, images: Tensor | None, chosen: Tensor | None, heads: Tensor | None
+) -> Iterator[_Part]:
+    """The batch in parts of equal heads: matrix products as large as they come without computing a head that is off."""
+    count, slots = tokens.shape
+    members = range(count) if images is None else images.nonzero().squeeze(1).tolist()
+    patterns: dict[tuple[bool, ...], list[int]] = defaultdict(list)
+    if heads is None or bool(heads.all()):
+        patterns[()] = list(members)
+    else:
+        rows = heads.tolist()
+        for image in members:
+            patterns[() if all(rows[image]) else tuple(rows[image])].append(image)
+    for pattern, group in patterns.items():
+        runs = _runs(pattern) if pattern else None
+        everyone = len(group) == count
+        if everyone and chosen is None:
+            yield _Part(runs, tokens.shape, tokens.slots, None)
+            continue
+        index = torch.tensor(group, device=tokens.x.device)
+        if chosen is None:
+            inner = torch.arange(len(group) * slots, device=tokens.x.device)
+        else:
+            inner = (chosen if everyone else chosen.index_select(0, index)).flatten().nonzero().squeeze(1)
+        rows_of = inner if everyone else inner + ((index - torch.arange(len(group), device=index.device)) * slots)[
+            inner // slots
+        ]
+        yield _Part(runs, (len(group), slots), inner, rows_of)
+
+
+def _runs(pattern: tuple[bool, ...]) -> Runs:
+    """The heads that are on, as ranges."""
+    edges = [place for place, (left, right) in enumerate(pairwise((False, *pattern, False))) if left != right]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _attend_part(block: Block, x: Tensor, normed: Tensor, part: _Part, takes: Takes, read: int | None) -> None:
+    attn = block.attn
+    if part.runs == () and takes != "identity":
+        target = part if read is None else part.first(read)[0]
+        if attn.proj.bias is not None:
+            target.add_to(x, through(block.ls1, attn.proj.bias[None]))
+        return
+    every = ((0, attn.num_heads),)
+    rows = part.of(normed)
+    keys = Packed(rows, part.shape, part.slots)
+    target, inside = (part, None) if read is None else part.first(read)
+    queries = keys if inside is None else Packed(rows[inside], part.shape, target.slots)
+    if part.runs is None and inside is None:
+        q, k, v = project_normed(block, rows)
+        out = keys.attend(q, k, v, keys)
+    else:
+        out = _attend_runs(block, keys, queries, every if part.runs is None else part.runs, inside, takes)
+    out = through(attn.norm, out.flatten(-2))
+    runs = every if part.runs is None or takes == "identity" else part.runs
+    if attn.gate is not None:
+        for channels in _channels(runs, attn.head_dim):
+            out[:, channels] *= _rows(attn.gate, queries.x, channels).sigmoid()
+    target.add_to(x, through(block.ls1, _columns(attn.proj, out, _channels(runs, attn.head_dim))))
+
+
+def _attend_runs(
+    block: Block, keys: Packed, queries: Packed, runs: Runs, inside: Tensor | None, takes: Takes
+) -> Tensor:
+    """Attention of these heads: (T, H, d) of the queries; heads that are off give 0, or their values if `identity`."""
+    attn = block.attn
+    size, width = attn.head_dim, attn.attn_dim
+    if takes == "identity":
+        values = _rows(attn.qkv, keys.x, slice(2 * width, None)).unflatten(-1, (-1, size))
+        out = values.clone() if inside is None else values[inside]
+    else:
+        out = queries.x.new_zeros(len(queries.x), attn.num_heads, size)
+    for run, channels in zip(runs, _channels(runs, size), strict=True):
+        first, last = channels.start, channels.stop
+        q = _rows(attn.qkv, queries.x, slice(first, last)).unflatten(-1, (-1, size))
+        k = _rows(attn.qkv, keys.x, slice(width + first, width + last)).unflatten(-1, (-1, size))
+        if takes == "identity":
+            v = values[:, slice(*run)]
+        else:
+            v = _rows(attn.qkv, keys.x, slice(2 * width + first, 2 * width + last)).unflatten(-1, (-1, size))
+        out[:, slice(*run)] = keys.attend(through(attn.q_norm, q), through(attn.k_norm, k), v, queries)
+    return out
+
+
+def _mlp_part(block: Block, x: Tensor, part: _Part, takes: Takes) -> None:
+    mlp = block.mlp
+    if part.runs == () and (takes == "hidden" or type(mlp) is Mlp):
+        part.add_to(x, through(block.ls2, _mlp_of_nothing(block, x, takes)))
+        return
+    rows = part.of(x)
+    out = torch.empty_like(rows)
+    for place, some in zip(out.split(MLP_ROWS), rows.split(MLP_ROWS), strict=True):
+        place.copy_(through(block.ls2, _mlp_of_runs(block, block.norm2(some), part.runs, takes)))
+    part.add_to(x, out)
+
+
+def _mlp_of_runs(block: Block, x: Tensor, runs: Runs | None, takes: Takes) -> Tensor:
+    """The MLP of what these heads leave of its input or hidden channels."""
+    mlp, heads = block.mlp, block.attn.num_heads
+    if runs is None:
+        return mlp(x)
+    if takes == "hidden":
+        shares = _channels(runs, mlp.fc1.out_features // heads)
+        hidden = x.new_zeros(len(x), mlp.fc1.out_features)
+        for share in shares:
+            hidden[:, share] = mlp.act(_rows(mlp.fc1, x, share))
+        return _columns(mlp.fc2, hidden, shares)
+    channels = _channels(runs, x.shape[1] // heads)
+    if type(mlp) is Mlp:
+        return mlp.fc2(through(mlp.norm, mlp.act(_columns(mlp.fc1, x, channels))))
+    kept = torch.zeros_like(x)
+    for some in channels:
+        kept[:, some] = x[:, some]
+    return mlp(kept)
+
+
+def _mlp_of_nothing(block: Block, x: Tensor, takes: Takes) -> Tensor:
+    """What the MLP gives when every head is off, the same for all tokens: (1, D)."""
+    mlp = block.mlp
+    if takes == "hidden":
+        return x.new_zeros(1, x.shape[1]) if mlp.fc2.bias is None else mlp.fc2.bias[None]
+    hidden = x.new_zeros(1, mlp.fc1.out_features) if mlp.fc1.bias is None else mlp.fc1.bias[None]
+    return mlp.fc2(through(mlp.norm, mlp.act(hidden)))
+
+
+def _channels(runs: Runs, size: int) -> list[slice]:
+    return [slice(first * size, last * size) for first, last in runs]
+
+
+def _rows(layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+    """Some output channels of a linear map."""
+    return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+
+
+def _columns(layer: nn.Linear, x: Tensor, columns: list[slice]) -> Tensor:
+    """A linear map of some input channels, at least one range of them."""
+    first, *others = columns
+    out = linear(x[:, first], layer.weight[:, first], layer.bias)
+    for some in others:
+        out.addmm_(x[:, some], layer.weight[:, some].t())
+    return out
+
+
+def gated_macs(
+    shape: Shape,
+    takes: Takes,
+    plain_mlp: bool,
+    attention: Tensor,
+    mlp: Tensor,
+    heads: Tensor,
+    keys: Tensor,
+    queries: Tensor,
+    mlp_tokens: Tensor,
+) -> Tensor:
+    """MACs of blocks under gates, as `Packed` runs them, by image and block; integer, or with the gates' gradients.
+
+    Args:
+        plain_mlp: what `has_plain_mlp` says.
+        attention, mlp: 0 or 1.
+        heads: heads on.
+        keys, queries: tokens attended to, and tokens updated by attention.
+        mlp_tokens: tokens that go through the MLP.
+    """
+    width, whole = heads * shape.head_dim, shape.heads * shape.head_dim
+    valued = whole if takes == "identity" else width
+    query_side = queries * shape.dim * (width + (1 + shape.gated) * valued)
+    key_side = keys * shape.dim * (width + valued)
+    attending = attention * (query_side + key_side + 2 * queries * keys * width)
+    if takes == "hidden":
+        return attending + mlp * mlp_tokens * (shape.mlp_per_token // shape.heads) * heads
+    if takes == "input" and plain_mlp:
+        hidden = shape.mlp_per_token // (2 * shape.dim)
+        some = mlp_tokens * hidden * (heads * (shape.dim // shape.heads) + shape.dim)
+        return attending + mlp * torch.where(heads > 0, some, hidden * shape.dim)  # no head: the same for all tokens
+    return attending + mlp * mlp_tokens * shape.mlp_per_token
+
+
+def has_plain_mlp(vit: VisionTransformer) -> bool:
+    """Whether the MLPs are fc1, activation, fc2, so that fewer input channels take fewer MACs."""
+    return type(vit.blocks[0].mlp) is Mlp

@@ -1,0 +1,163 @@
+"""What the released AdaViT code does differently; imported by `adavit.py` for `mode="official"`, and to compare MACs.
+
+Kept to reproduce its decisions in training, its losses and gradients, and the MACs that its tables count.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from adaptvit.gated import Gates
+from adaptvit.gates import entropy, straight_through
+
+if TYPE_CHECKING:
+    from adaptvit.methods.adavit import AdaViTConfig, Policies
+
+POLICIES = {
+    "token_select.mlp_head": "patch_policy",
+    "head_select.mlp_head": "head_policy",
+    "layer_select.mlp_head": "sublayer_policy",
+    "norm_policy": "policy_norm",
+}
+"""The released names of the policies' parameters, and ours."""
+
+
+def gate(logits: Tensor, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
+    """The released gate: the temperature divides what is compared with the threshold, in training alone."""
+    soft = torch.sigmoid(logits if noise is None else (logits + noise) / temperature)
+    return straight_through(soft > threshold, soft)
+
+
+def training(config: "AdaViTConfig", block: int) -> dict[str, Any]:
+    """What `run_gated` is told in training; nothing in the clean mode."""
+    if config.mode == "clean":
+        return {}
+    decides = "sublayers" in config.policies and block >= config.first_block
+    return {"attend": partial(attend, config), "drop_path": not decides}
+
+
+def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+    """The released attention in training: a patch that is off attends to itself alone."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    tokens, identity = gates.attention_tokens, torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
+    weights = logits.softmax(dim=-1)
+    if config.heads_take == "identity" and gates.heads is not None:
+        heads = gates.heads[:, :, None, None]
+        weights = heads * weights + (1 - heads) * identity
+    if tokens is not None:
+        pairs = (tokens[:, :, None] * tokens[:, None, :])[:, None]
+        if config.attention_mask != "keys with gradient":
+            pairs = pairs.detach()
+        if config.attention_mask == "after softmax":
+            weights = normalize(weights * pairs, p=1.0, dim=-1)
+        else:
+            hidden = (pairs == 0) & (identity == 0)
+            weights = (logits * pairs).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def usage_terms(policies: "Policies", config: "AdaViTConfig", first: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The released usage losses, not weighted; arguments as the clean ones take."""
+    patches, heads, sublayers = (
+        t[:, start:] for t, start in zip((policies.patches, policies.heads, policies.sublayers), first, strict=True)
+    )
+    wanted_patches, wanted_heads, wanted_sublayers = config.usage_targets
+    least_patches, least_heads, least_sublayers = config.minimums
+    weigh_patches, weigh_heads, weigh_sublayers = config.minimum_weights
+    extra = (config.diversity_weight, config.entropy_weight)
+    terms = {}
+    if "patches" in config.policies:
+        classes = torch.ones_like(patches[..., :1])
+        terms["patches"] = token_loss(torch.cat([classes, patches], 2), wanted_patches, least_patches, weigh_patches)
+    if "heads" in config.policies:
+        on = sublayers if "sublayers" in config.policies else torch.ones_like(sublayers)
+        assert policies.head_logits is not None
+        terms["heads"] = head_loss(
+            heads, on, policies.head_logits, wanted_heads, *extra, least_heads, weigh_heads
+        )
+    if "sublayers" in config.policies:
+        assert policies.sublayer_logits is not None
+        terms["sublayers"] = layer_loss(
+            sublayers, policies.sublayer_logits, wanted_sublayers, *extra, least_sublayers, weigh_sublayers
+        )
+    return terms
+
+
+def token_loss(tokens: Tensor, target: float, least: float, weight: float) -> Tensor:
+    """Of decisions over tokens (B, L, N), the class token's included."""
+    own = tokens.mean(dim=2)
+    return (tokens.mean() - target) ** 2 + weight * (least - own).clamp(min=0).sum()
+
+
+def head_loss(
+    heads: Tensor,
+    sublayers: Tensor,
+    logits: Tensor,
+    target: float,
+    diversity: float,
+    entropy_weight: float,
+    least: float,
+    weight: float,
+) -> Tensor:
+    """Of decisions over heads (B, L, H), counted where a sub-layer of (B, L, 2) is on."""
+    active = (sublayers.detach().sum(dim=2, keepdim=True) > 0).to(heads.dtype).expand_as(heads)
+    own = (heads * active).sum(dim=0) / (active.sum(dim=0) + 1e-6)
+    used = (heads * active).sum() / (active.sum() + 1e-6)
+    loss = (used - target).abs() + diversity * (own - target).abs().mean()
+    return loss - entropy_weight * entropy(logits) + weight * (least - own).clamp(min=0).sum()
+
+
+def layer_loss(
+    sublayers: Tensor, logits: Tensor, target: float, diversity: float, entropy_weight: float, least: float, weight: float
+) -> Tensor:
+    """Of decisions over sub-layers (B, L, 2)."""
+    spread = (sublayers.mean(dim=(0, 2)) - target).abs().mean()
+    loss = (sublayers.mean() - target).abs() + diversity * spread
+    return loss - entropy_weight * entropy(logits) + weight * (least - sublayers.mean(dim=0)).clamp(min=0).sum()
+
+
+def published_gmacs(policies: "Policies", dim: int, mlp_ratio: float, base: float) -> Tensor:
+    """GMACs an image by the tables that the released code counts with, (B,): for comparison with the paper alone.
+
+    They are for 197 tokens and heads of 64 channels. Beside what any count leaves out they leave out the policies and a
+    part of the attention's output projection, take a block without heads as free, and count 5 for each element that
+    layer norm reads.
+
+    Args:
+        policies: decisions on 196 patches.
+        base: GMACs of stem, head and final norm: 0.06 for DeiT, 0.33 for T2T-ViT.
+    """
+    tokens = (policies.patches.sum(dim=2) + 1).double()
+    kept = (tokens.float() / 197 * 197).trunc().double()  # the rounding is the table's
+    width = 64.0 * policies.heads.sum(dim=2)
+    attention, mlp = policies.sublayers.double().unbind(dim=2)
+    norm, hidden = 5.0 * 197 * dim, dim * mlp_ratio
+    products = 3 * kept * dim * width + 2 * kept**2 * width + kept * width**2
+    blocks = norm + attention * (norm + products) + mlp * kept * (width * hidden + hidden * dim)
+    return base + (blocks * (width > 0) * (tokens > 0)).sum(dim=1) / 1e9
+
+
+def state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The released state dict under the names of `AdaViT`: of a model's own, or a T2T-ViT's, backbone and policies."""
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        part = re.fullmatch(r"(blocks\.\d+\.attn)\.(query|key|value)\.(weight|bias)", key)
+        policy = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.)?(\w+_select\.mlp_head|norm_policy)\.(weight|bias)", key)
+        if part:
+            parts[f"vit.{part[1]}.qkv.{part[3]}"][part[2]] = value
+        elif policy and policy[2] in POLICIES:
+            renamed[f"{POLICIES[policy[2]]}.{policy[1]}.{policy[3]}"] = value
+        else:
+            renamed[f"vit.{key}"] = value
+    for key, found in parts.items():
+        if len(found) == 3:
+            renamed[key] = torch.cat([found[name] for name in ("query", "key", "value")])
+    return renamed

@@ -1,0 +1,218 @@
+"""AdaViT against numbers recorded from the released code; tolerances as the fixtures' README gives them."""
+
+import json
+import re
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import weights
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from adaptvit import AdaViTConfig, FullConfig, Masked, Packed
+from adaptvit.methods import adavit, adavit_official
+from adaptvit.methods.adavit import AdaViT, Policies
+from adaptvit.t2t import published_names, t2t_vit
+
+KINDS = {"token": "patches", "head": "heads", "layer": "sublayers"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a parameter `evaluated` runs once for every recorded model in evaluation, one with `trained` ..."""
+    folder = metafunc.config.getoption("--fixtures") / "adavit"
+    for name, kind in (("evaluated", "eval"), ("trained", "train")):
+        if name in metafunc.fixturenames:
+            found = [path for path in sorted(folder.glob("*.json")) if load(path).case.get("kind") == kind]
+            metafunc.parametrize(name, found, ids=[path.stem for path in found])
+
+
+@cache
+def load(path: Path) -> SimpleNamespace:
+    arrays = path.with_suffix(".npz")
+    return SimpleNamespace(
+        case=json.loads(path.read_text()), arrays=dict(np.load(arrays)) if arrays.exists() else {}
+    )
+
+
+def find(request: pytest.FixtureRequest, name: str) -> SimpleNamespace:
+    path = request.config.getoption("--fixtures") / "adavit" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return load(path)
+
+
+def state(case: dict) -> dict[str, Tensor]:
+    filled = weights.fill(case["manifest"], case["weights"]["seed"], case["weights"]["scale"])
+    for change in case["weights"]["overrides"]:
+        for key in filled:
+            if key.endswith(change["match"]):
+                value = np.float32(change["value"])
+                filled[key] = filled[key] * value if change["op"] == "mul" else filled[key] + value
+    return {key: torch.from_numpy(value) for key, value in filled.items()}
+
+
+def build(case: dict, **changes: object) -> torch.nn.Module:
+    given = case["config"]
+    settings = {
+        "img_size": given["img_size"],
+        "patch_size": given.get("patch_size", 16),
+        "embed_dim": given["embed_dim"],
+        "depth": given["depth"],
+        "num_heads": given["num_heads"],
+        "mlp_ratio": given["mlp_ratio"],
+        "qkv_bias": given["qkv_bias"],
+        "num_classes": given["num_classes"],
+        "norm_layer": partial(LayerNorm, eps=given["ln_eps"]),
+    }
+    vit = t2t_vit(given["tokens_type"], **settings) if given["use_t2t"] else VisionTransformer(**settings)
+    policies = tuple(kind for name, kind in KINDS.items() if given.get(f"ada_{name}"))
+    config = FullConfig()
+    if policies:
+        losses = case.get("loss_config", {})
+        config = AdaViTConfig(
+            **{
+                "policies": policies,
+                "first_block": given.get("keep_layers", 1),
+                "first_patch_block": given.get("ada_token_start_layer", 0),
+                "patches_skip": "attention and mlp" if given.get("ada_token_with_mlp") else "attention",
+                "heads_take": "hidden" if given.get("ada_head_v2") else "identity" if given.get("ada_head_attn") else "input",
+                "norm_policies": given.get("norm_policy", False),
+                "attention_mask": "after softmax"
+                if not given.get("ada_token_pre_softmax", True)
+                else "keys"
+                if given.get("ada_token_detach_attn", True)
+                else "keys with gradient",
+                "mlp_gradient": not given.get("ada_token_detach_attn_at_mlp", False),
+                "usage_weight": losses.get("head_loss_ratio", 0.0),
+                "usage_targets": tuple(losses.get(f"{kind}_target_ratio", 0.5) for kind in KINDS),
+                "diversity_weight": losses.get("head_diverse_ratio", 0.0),
+                "entropy_weight": losses.get("head_entropy_weight", 0.0),
+                "minimums": tuple(losses.get(f"{kind}_minimal", 0.0) for kind in KINDS),
+                "minimum_weights": tuple(losses.get(f"{kind}_minimal_weight", 0.0) for kind in KINDS),
+                "macs_target": None,
+                "mode": "official",
+                **changes,
+            }
+        )
+    model = config.build(vit)
+    model.load_state_dict(adavit_official.state_dict(published_names(state(case))))
+    return model.train(case["kind"] == "train")
+
+
+def images(case: dict) -> Tensor:
+    return torch.from_numpy(weights.images(**case["input"]))
+
+
+def decisions(policies: Policies, model: AdaViT) -> dict[str, Tensor]:
+    """Under the recorded names, of the blocks that decide."""
+    patches = policies.patches[:, model.config.first_patch_block :]
+    found = {
+        "head": policies.heads[:, model.config.first_block :],
+        "layer": policies.sublayers[:, model.config.first_block :],
+        "token": torch.cat([torch.ones_like(patches[..., :1]), patches], dim=2),
+    }
+    return {name: t.detach().float() for name, t in found.items() if KINDS[name] in model.config.policies}
+
+
+def close(actual: Tensor, expected: np.ndarray | float, atol: float, rtol: float = 0.0) -> None:
+    torch.testing.assert_close(actual.detach(), torch.as_tensor(expected), atol=atol, rtol=rtol, check_dtype=False)
+
+
+@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+def test_evaluation_gives_the_recorded_logits_decisions_and_states(
+    evaluated: Path, layout: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, arrays = load(evaluated).case, load(evaluated).arrays
+    model, states = build(case).eval(), []
+    original = adavit.run_gated
+
+    def noted(*arguments: object) -> object:
+        tokens = original(*arguments)
+        states.append(tokens.first(tokens.x, 1)[:, 0].clone())
+        return tokens
+
+    monkeypatch.setattr(adavit, "run_gated", noted)
+    with torch.inference_mode():
+        close(model(images(case), layout).logits, arrays["logits"], atol=2e-5)
+        if "hidden_cls" in arrays and states:
+            recorded = arrays["hidden_cls"]
+            close(torch.stack(states, dim=1)[..., : recorded.shape[2]], recorded, atol=5e-5)
+        if not isinstance(model, AdaViT):
+            return
+        _, policies, _ = model.run(images(case), layout)
+    active = policies.sublayers.any(dim=2) if layout is Packed else torch.ones(policies.sublayers.shape[:2], dtype=bool)
+    for name, found in decisions(policies, model).items():
+        expected = torch.from_numpy(arrays[f"{name}_select"]).float()
+        if name == "token" and not active.all():  # a block that is off in both sub-layers does not score its patches
+            on = active[:, model.config.first_patch_block :]
+            found, expected = found[on], expected[on]
+        assert torch.equal(found, expected), name
+    for name in ("head", "layer"):
+        if f"{name}_logits" in arrays:
+            logits = policies.head_logits if name == "head" else policies.sublayer_logits
+            close(logits, arrays[f"{name}_logits"], atol=5e-5)
+
+
+def test_training_gives_the_recorded_losses_and_gradients(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, arrays = load(trained).case, load(trained).arrays
+    model = build(case)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    taken = {name: 0 for name in KINDS}
+    shapes = {2: "layer", model.heads: "head"}
+
+    def recorded_noise(logits: Tensor) -> Tensor:
+        name = shapes.get(logits.shape[1], "token")
+        place, taken[name] = taken[name], taken[name] + 1
+        if f"{name}_gumbel1" not in arrays:
+            return torch.zeros_like(logits)
+        first, second = (torch.from_numpy(arrays[f"{name}_gumbel{which}"][:, place]) for which in (1, 2))
+        return first - second
+
+    monkeypatch.setattr(adavit, "gumbel_difference", recorded_noise)
+    output = model(images(case))
+    close(output.logits, arrays["logits"], atol=2e-5)
+    taken = dict.fromkeys(taken, 0)
+    with torch.no_grad():
+        _, policies, _ = model.run(images(case), Masked)
+    for name, found in decisions(policies, model).items():
+        assert torch.equal(found, torch.from_numpy(arrays[f"{name}_select"]).float()), name
+
+    labels, losses, weight = torch.tensor(case["labels"]), case["losses"], model.config.usage_weight
+    task = cross_entropy(output.logits, labels, label_smoothing=case["label_smoothing"])
+    close(task, losses["base_loss"], atol=1e-5)
+    for name, kind in KINDS.items():
+        if kind in output.terms:
+            close(output.terms[kind] / weight, losses[f"{name}_loss"], atol=1e-5)
+    total = task + sum(output.terms.values())
+    close(total, losses["total"], atol=3e-5)
+    total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    compared = 0
+    for key, value in case["grad_norms"].items():
+        gradient = gradient_of(gradients, key)
+        assert (gradient is None) == (value is None), key
+        if value is not None:
+            close(gradient.double().norm(), value, atol=1e-6, rtol=1e-4)
+            compared += 1
+    for key, value in arrays.items():
+        if key.startswith("grad/"):
+            close(gradient_of(gradients, key.removeprefix("grad/")).flatten()[:256], value, atol=1e-5, rtol=1e-4)
+    assert compared > 20
+
+
+def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:
+    """Of a parameter under its recorded name; the queries', keys' and values' are thirds of one of ours."""
+    found = re.fullmatch(r"(.+)\.(query|key|value)\.(\w+)", key)
+    if found:
+        whole = gradients[f"vit.{found[1]}.qkv.{found[3]}"]
+        return None if whole is None else whole.chunk(3)[("query", "key", "value").index(found[2])]
+    (name,) = adavit_official.state_dict(published_names({key: torch.zeros(1)}))
+    return gradients[name]
