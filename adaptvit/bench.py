@@ -103,9 +103,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     batches = images.split(config.batch_size)
 
     method = METHODS[config.method](**config.settings)
-    if method.knob is not None and config.target is not None:
-        method = meet_target(method, vit, images, config.target)
     model = method.build(vit)
+    if method.knob is not None and config.target is not None:
+        meet_target(model, images, config.target)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
         usage = join([model(batch).usage for batch in batches])

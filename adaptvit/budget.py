@@ -4,14 +4,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.macs import dense_macs, macs
-from adaptvit.model import MethodConfig
+from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.usage import join
 
 BATCH = 32
@@ -19,7 +18,6 @@ FINEST = 1e-3
 """Of a knob's small move: values that lie nearer are not told apart."""
 
 Unit = Literal["share", "gmacs", "images_per_s"]
-Config = TypeVar("Config", bound=MethodConfig)
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ class Trial:
     """Share of the images that were classified rightly; None without labels."""
 
 
-def attempt(config: MethodConfig, vit: VisionTransformer, images: Tensor, labels: Tensor | None = None) -> Trial:
-    """Run `config` around `vit`, in its present mode, on calibration images.
+def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) -> Trial:
+    """Run a model, in its present mode, on calibration images.
 
     In training mode no image leaves its batch early, so that the same knob executes more.
     """
-    model = config.build(vit)
+    config = model.config
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
         start = time.perf_counter()
@@ -71,19 +69,18 @@ def check_target(target: float, unit: Unit) -> None:
 
 
 def meet_target(
-    config: Config,
-    vit: VisionTransformer,
+    model: AdaptiveViT,
     images: Tensor,
     target: float,
     unit: Unit = "share",
     tolerance: float = 0.01,
     labels: Tensor | None = None,
     tell: Callable[[Trial], object] | None = None,
-) -> Config:
-    """The config with its knob moved so that `images` cost `target`: outwards from where it stands, then by bisection.
+) -> Any:
+    """Move a model's knob so that `images` cost `target`: outwards from where it stands, then by bisection.
 
     Args:
-        config: a method's config that has a knob.
+        model: of a method that has a knob, in the mode that it is to be measured in; its `config` is replaced.
         images: calibration batch, as the model takes them; the more, the better the budget holds on others.
         target: in `unit`, above 0; a share is at most 1.
         unit: `share` of timm's own MACs; `gmacs`, 1e9 MACs an image; `images_per_s`, measured on this machine.
@@ -91,22 +88,43 @@ def meet_target(
         labels: classes of the images, for the accuracy of each trial.
         tell: called with each trial.
     Returns:
-        A copy of `config`. Where the cost jumps over the target, the value on the frugal side; where everything the
+        The model's new config. Where the cost jumps over the target, the value on the frugal side; where everything the
         method can compute costs less than the target, the value that computes it.
     Raises:
-        ValueError: the method has no knob, or no value of it meets the target.
+        ValueError: the method has no knob, or no value of it meets the target; the model is as it was.
     """
     check_target(target, unit)
+    config = model.config
     knob = getattr(config, "knob", None)
     if knob is None:
         raise ValueError(f"{type(config).__name__} has no knob to move: it always computes the same")
 
-    def at(value: float) -> Any:
-        return replace(config, **{knob.field: value})  # type: ignore[type-var]
+    try:
+        value = _search(model, knob, images, target, unit, tolerance, labels, tell)
+    except BaseException:
+        model.config = config
+        raise
+    model.config = replace(config, **{knob.field: value})
+    return model.config
+
+
+def _search(
+    model: AdaptiveViT,
+    knob: Knob,
+    images: Tensor,
+    target: float,
+    unit: Unit,
+    tolerance: float,
+    labels: Tensor | None,
+    tell: Callable[[Trial], object] | None,
+) -> float:
+    """The knob's value; the model's config is left wherever the search ends."""
+    config = model.config
 
     def excess(value: float) -> float:
         """Cost over target, less 1."""
-        trial = attempt(at(value), vit, images, labels)
+        model.config = replace(config, **{knob.field: value})
+        trial = attempt(model, images, labels)
         if tell is not None:
             tell(trial)
         reached = getattr(trial, unit)
@@ -115,19 +133,19 @@ def meet_target(
     frugal, generous = (knob.lowest, knob.highest) if knob.sign > 0 else (knob.highest, knob.lowest)
     value = min(max(getattr(config, knob.field), knob.lowest), knob.highest)
     if unit == "images_per_s":
-        attempt(at(value), vit, images)  # the first pass is slower than those that follow
+        attempt(model, images)  # the first pass is slower than those that follow
     over = excess(value)
     if abs(over) <= tolerance:
-        return at(value)
+        return value
     if over < 0 and excess(generous) <= tolerance:
-        return at(generous)
+        return generous
     end, step = (frugal, knob.step) if over > 0 else (generous, knob.step)
     while True:  # away from where the config stands, in steps that double, until the target lies between
         near, value = value, value + step if end > value else value - step
         value, step = min(max(value, knob.lowest), knob.highest), 2 * step
         there = excess(value)
         if abs(there) <= tolerance:
-            return at(value)
+            return value
         if (there > 0) != (over > 0):
             break
         if value == end:
@@ -141,9 +159,9 @@ def meet_target(
         middle = (frugal + generous) / 2
         over = excess(middle)
         if abs(over) <= tolerance:
-            return at(middle)
+            return middle
         if over < 0:
             frugal = middle
         else:
             generous = middle
-    return at(frugal)
+    return frugal

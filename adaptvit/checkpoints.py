@@ -1,7 +1,7 @@
 """One safetensors file per model: the ViT's weights under timm's own names, and the configuration that goes with them.
 
     save, load    our files; an A-ViT's holds exactly the tensors of its DeiT
-    convert       published A-ViT, DeiT and timm weights -> our files
+    convert       published A-ViT, AdaViT, DeiT, T2T-ViT and timm weights -> our files
     start_from    any of these -> a ViT to fine-tune
     open_model    a file, or timm's name of a model, as a command line gives it
 
@@ -29,11 +29,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.files import replacing
-from adaptvit.methods import METHODS
+from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
-from adaptvit.names import default_cfgs
+from adaptvit.names import ADAVIT, AVIT
 from adaptvit.t2t import MODELS as T2T_MODELS
 from adaptvit.t2t import published_names
 from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
@@ -148,13 +148,15 @@ def convert(
     A-ViT and DeiT weights have the same tensors; the released A-ViT files keep their gate in the file name. Each of its
     two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
     training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too. T2T-ViT
-    weights without a gate become a file of `FullConfig`.
+    weights without a gate become a file of `FullConfig`. AdaViT weights bring their policies, and have no gate.
 
     Args:
-        source: a released A-ViT, DeiT or T2T-ViT file, a training checkpoint with weights under `state_dict_ema`,
-            `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing in it is executed.
+        source: a released A-ViT, AdaViT, DeiT or T2T-ViT file, a training checkpoint with weights under
+            `state_dict_ema`, `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing in it
+            is executed.
         target: the file to write; replaced where it exists.
-        model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224`, or a timm ViT's own.
+        model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
+            `ada_step_deit_small_patch16_224`, or a timm ViT's own.
         num_classes: classes of the head in `source`.
         img_size: pixels per side of the converted model, None for that of `model_name`. A position table of another
             size is resized, as the released code does to fine-tune.
@@ -162,34 +164,42 @@ def convert(
         The model as written; `config` says which gate it has.
     Raises:
         FileNotFoundError: no `source`, or no folder for `target`.
-        ValueError: `source` is damaged, needs code to be read, or does not fit `model_name` and `num_classes`.
+        ValueError: a gate is given for AdaViT, which has none; `source` is damaged, needs code to be read, or does not
+            fit `model_name` and `num_classes`.
     """
     if not timm.is_model(model_name):
-        raise ValueError(f"model_name must be a timm ViT or one of {', '.join(default_cfgs)}, got {model_name!r}")
+        names = ", ".join(AVIT | ADAVIT)
+        raise ValueError(f"model_name must be a timm ViT or one of {names}, got {model_name!r}")
+    chosen = {"gate_scale": gate_scale, "gate_center": gate_center}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if given and model_name in ADAVIT:
+        raise ValueError(f"{model_name} is an AdaViT, which has no gate: leave out {' and '.join(given)}")
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
-    given = {"gate_scale": gate_scale, "gate_center": gate_center}
-    gate: dict[str, Any] = (
-        trained_with | gate_in_name(source) | {name: value for name, value in given.items() if value is not None}
-    )
-    size = {} if img_size is None else {"img_size": img_size}
-    if model_name in default_cfgs:
-        model: AdaptiveViT = timm.create_model(model_name, num_classes=num_classes, **size, **gate)
-    elif model_name in T2T_MODELS and not gate:
-        model = FullConfig().build(timm.create_model(model_name, num_classes=num_classes, **size))
-    else:
-        model = AViTConfig(**gate).build(timm.create_model(model_name, num_classes=num_classes, **size))
-    own = model.vit.state_dict()
+    settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
+    model = _untrained(model_name, trained_with | gate_in_name(source) | given, settings)
+    own = model.state_dict()
+    wanted = {_stored_name(key): own[key] for key in own}
     if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
         classes = len(tensors["head.weight"])
         raise ValueError(f"{source} has a head of {classes} classes, not {num_classes}: pass num_classes={classes}")
-    if tensors.keys() == own.keys():
-        slots = own["pos_embed"].shape[1]
+    if tensors.keys() == wanted.keys():
+        slots = wanted["pos_embed"].shape[1]
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], math.isqrt(slots - model.prefix), model.prefix)
-    _check_fit(f"{source} does not fit {model_name}", tensors, own)
-    model.vit.load_state_dict(tensors)
+    _check_fit(f"{source} does not fit {model_name}", tensors, wanted)
+    model.load_state_dict({key: tensors[_stored_name(key)] for key in own})
     save(model, target)
     return model
+
+
+def _untrained(model_name: str, gate: dict[str, Any], settings: dict[str, Any]) -> AdaptiveViT:
+    """The model that `convert` fills: a name's own method; else A-ViT, but around a T2T-ViT only with a gate."""
+    if model_name in AVIT:
+        return timm.create_model(model_name, **settings, **gate)
+    made = timm.create_model(model_name, **settings)
+    if model_name in ADAVIT:
+        return made
+    return FullConfig().build(made) if model_name in T2T_MODELS and not gate else AViTConfig(**gate).build(made)
 
 
 def resize_positions(table: Tensor, side: int, prefix: int) -> Tensor:
@@ -226,7 +236,7 @@ def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], di
         tensors, metadata = _read_safetensors(path)
         if KEY in metadata and not ours:
             raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
-        return published_names(clean_state_dict(tensors)), {}
+        return _under_our_names(tensors), {}
     content = _read_torch(path)
     weights, arguments = content, None
     if isinstance(content, dict):
@@ -236,7 +246,13 @@ def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], di
         raise ValueError(f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict' or 'model'")
     trained_with = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}}
-    return published_names(clean_state_dict(weights)), gate
+    return _under_our_names(weights), gate
+
+
+def _under_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights as our files spell them: T2T-ViT's stem, AdaViT's queries, keys, values and policies."""
+    renamed = adavit_official.state_dict(published_names(clean_state_dict(tensors)))
+    return {_stored_name(key): value for key, value in renamed.items()}
 
 
 def _read_torch(path: Path) -> Any:

@@ -23,6 +23,7 @@ from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import replacing, write_atomically
+from adaptvit.methods.avit import AViTConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.recipes import RECIPES
 from adaptvit.run import Run, run, set_budget
@@ -149,7 +150,9 @@ def run_predict(arguments: Namespace) -> int:
 
 def draw_parser() -> ArgumentParser:
     """`adaptvit draw MODEL FOLDER`."""
-    parser = ArgumentParser(description="Draw images beside the depth of their tokens.")
+    parser = ArgumentParser(
+        description="Draw images beside the depth of their tokens, or what many images use and cost."
+    )
     parser.add_class_arguments(DrawConfig, as_positional=True)
     return parser
 
@@ -161,7 +164,10 @@ def run_draw(arguments: Namespace) -> int:
     print(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
     if drawing.beyond_limit:
         what = "classes" if config.per_class else "pictures"
-        print(f"{drawing.beyond_limit} more {what} are not drawn: --limit {config.limit} is the most")
+        done = "looked at" if config.summary else "drawn"
+        print(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
+    if drawing.finding:
+        print(drawing.finding)
     return _say_unreadable(drawing.unreadable)
 
 
@@ -237,16 +243,17 @@ def run_bench(arguments: Namespace) -> None:
 def convert_parser() -> ArgumentParser:
     """`adaptvit convert SOURCE TARGET MODEL_NAME`."""
     parser = ArgumentParser(
-        allow_abbrev=False, description="Turn published A-ViT, DeiT or timm weights into one safetensors file."
+        allow_abbrev=False, description="Turn published A-ViT, AdaViT, DeiT, T2T-ViT or timm weights into one file."
     )
     parser.add_function_arguments(convert, as_positional=True)
     return parser
 
 
 def run_convert(arguments: Namespace) -> None:
-    """Write the file and say which gate it has."""
+    """Write the file and say which gate it has, if any."""
     config = convert(**arguments.as_dict()).config
-    print(f"{arguments.target}: {arguments.model_name}, gate {config.gate_scale:g} / {config.gate_center:g}")
+    gate = f", gate {config.gate_scale:g} / {config.gate_center:g}" if isinstance(config, AViTConfig) else ""
+    print(f"{arguments.target}: {arguments.model_name}{gate}")
 
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {

@@ -108,9 +108,10 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
     adaptive_vit = small_vit(config, data)
     adaptive_vit.load_state_dict(vit.state_dict())
     calibration = _first(data.train, config.calibration)
-    started = meet_target(config.method, adaptive_vit.eval(), calibration, config.target).build(adaptive_vit)
-    adapted = train(started, data, config.adaptive, output / "avit", "fine-tuning with A-ViT")
-    model = meet_target(started.config, adaptive_vit.eval(), calibration, config.target).build(adaptive_vit)
+    model = config.method.build(adaptive_vit).eval()
+    meet_target(model, calibration, config.target)
+    adapted = train(model, data, config.adaptive, output / "avit", "fine-tuning with A-ViT")
+    meet_target(model.eval(), calibration, config.target)
     save(model, output / "avit.safetensors")
 
     masked, packed = (evaluate(model, data.test, layout) for layout in (Masked, Packed))

@@ -2,31 +2,36 @@
 
     a folder of pictures -> one PNG for each, and a grid of them
     class folders        -> one PNG for each class, of its most varied image, and a grid of them
+    either, summarised   -> what all images use and cost, and the cheapest, dearest, easiest and hardest of them
 
 Letters: B images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from matplotlib.figure import Figure
 from timm.data import create_transform, resolve_model_data_config
 from timm.utils import natural_key
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
-from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, open_split
-from adaptvit.macs import macs
+from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, collate, open_split
+from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT, check_device
-from adaptvit.pictures import depth_maps, write_png
-from adaptvit.usage import Usage
+from adaptvit.pictures import cost_histogram, depth_maps, usage_per_block, write_png
+from adaptvit.usage import Usage, join
 
 PAGE = 24
 """Most images on a grid."""
+EXTREMES = 8
+"""Most images on each grid of a summary."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,37 @@ class DrawConfig:
     """An adaptvit file, or timm's name of a ViT."""
     folder: Path
     """Pictures, not those in its subfolders; with `per_class`, a folder for each class, or train and val folders of
-    these, of which val is read."""
+    these, of which val is read; with `summary`, the one or the other."""
     output: Path = Path("pictures")
     """Folder to write to, made if it is not there. Files of the same names are replaced."""
     per_class: bool = False
     """Draw one image of each class: the one whose patches' depths have the largest standard deviation."""
-    limit: int = 24
-    """Most images drawn, or classes, in the order of their names."""
+    summary: bool = False
+    """Look at all images, with their class folders or without: draw what the blocks use, what images cost, and the
+    cheapest, dearest, easiest and hardest images."""
+    limit: int | None = None
+    """Most images drawn, or classes, in the order of their names: 24 unless told. With `summary`, most images looked
+    at, evenly spread over all: 1000 unless told."""
     batch_size: int = 32
     """Images per forward pass."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.summary and self.per_class:
+            raise ValueError("summary and per_class are two kinds of drawing: choose one")
+        for name, value in (("limit", self.most), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         check_device(self.device)
         folder, output = self.folder.resolve(), self.output.resolve()
-        if output == folder or (self.per_class and folder in output.parents):
+        if output == folder or ((self.per_class or self.summary) and folder in output.parents):
             raise ValueError(f"output must lie outside the folder that is read, {str(self.folder)!r}: name another")
+
+    @property
+    def most(self) -> int:
+        """The limit, or what it is unless told."""
+        return (1000 if self.summary else 24) if self.limit is None else self.limit
 
 
 @dataclass(frozen=True)
@@ -64,11 +80,13 @@ class Drawing:
     """What `draw` did."""
 
     files: tuple[Path, ...]
-    """Written, the grid or its pages first."""
+    """Written, the one to open first being first."""
     unreadable: tuple[Unreadable, ...]
     """Pictures that could not be decoded and were left out."""
     beyond_limit: int
     """Pictures, or classes, that were not looked at."""
+    finding: str = ""
+    """Of a summary: whether images that are harder cost more, in one line."""
 
 
 @dataclass(frozen=True)
@@ -116,26 +134,25 @@ def _draw(config: DrawConfig) -> Drawing:
             f"model {config.model!r} takes {channels} channels and its record of the weights normalises {means}: "
             "pictures can be drawn where both are 1 or both are 3"
         )
-    if config.per_class:
+    if config.per_class or (config.summary and not _pictures(config.folder)):
         samples = open_split(DataConfig(root=config.folder), settings, "validation")
-        assert isinstance(samples, Samples)
+    else:
+        samples = Samples(Files(config.folder), channels, create_transform(**settings))
+    assert isinstance(samples, Samples)
+    if config.summary:
+        return _summary(model, samples, settings, config)
+    if config.per_class:
         seen, unreadable, classes = _most_varied(model, samples, config)
         names = [f"class-{classes[one.label]}" for one in seen]
         titles = [f"{classes[one.label]}: {Path(one.name).name}" for one in seen]
-        beyond = max(0, len(classes) - config.limit)
+        beyond = max(0, len(classes) - config.most)
     else:
-        samples = Samples(Files(config.folder), channels, create_transform(**settings))
         seen, unreadable = _first(model, samples, config)
         names = titles = [one.name for one in seen]
         beyond = len(samples) - len(seen) - len(unreadable)
     if not seen:
-        first = unreadable[0]
-        raise ValueError(
-            f"none of {len(unreadable)} pictures in {str(config.folder)!r} can be read, "
-            f"the first being {first.name!r}: {' '.join(first.reason.split())}"
-        )
-    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    images = (torch.stack([one.image for one in seen]) * std + mean).clamp(0, 1)
+        raise _none_readable(unreadable, config.folder)
+    images = _pixels(torch.stack([one.image for one in seen]), settings)
     depth = torch.stack([one.depth for one in seen])
     captions = _captions(seen, titles, _gmacs(model, seen, config.batch_size), model.depth)
 
@@ -154,6 +171,138 @@ def _draw(config: DrawConfig) -> Drawing:
     return Drawing(tuple(files), tuple(unreadable), beyond)
 
 
+def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], config: DrawConfig) -> Drawing:
+    labelled = 0 < len(class_names(samples)) == model.num_classes
+    record = _measure(model, samples, config, labelled)
+    gmacs = macs(record.usage, model.shape).double().cpu() / 1e9
+
+    def extremes(values: Tensor, highest: bool) -> Figure:
+        rows = values.argsort(stable=True, descending=highest)[:EXTREMES]
+        seen = _again(model, samples, record, rows)
+        captions = _captions(seen, [one.name for one in seen], gmacs[rows].tolist(), model.depth)
+        for place, row in enumerate(rows.tolist()):
+            which = "right class" if labelled else f"class {record.classes[row]}"
+            captions[place] += f", {which} {(-record.difficulty[row]).exp():.1%}"
+        images = _pixels(torch.stack([one.image for one in seen]), settings)
+        depth = torch.stack([one.depth for one in seen])
+        return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45)
+
+    figures: dict[str, Callable[[], Figure]] = {
+        "usage": lambda: usage_per_block(record.usage, model.heads),
+        "gmacs": lambda: cost_histogram(gmacs, dense_macs(model.shape, record.usage.grid) / 1e9),
+        "cheapest": lambda: extremes(gmacs, highest=False),
+        "dearest": lambda: extremes(gmacs, highest=True),
+        "easiest": lambda: extremes(record.difficulty, highest=False),
+        "hardest": lambda: extremes(record.difficulty, highest=True),
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    files = [config.output / f"{name}.png" for name in figures]
+    for file, figure in zip(files, tqdm(figures.values(), "drawing", leave=False), strict=True):
+        write_png(figure(), file)
+    beyond = len(samples) - len(gmacs) - len(record.unreadable)
+    return Drawing(tuple(files), tuple(record.unreadable), beyond, _finding(gmacs, record.difficulty, labelled))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the images of a summary used, and what the model made of them; B of them could be read."""
+
+    indices: list[int]
+    """(B,) their numbers in the data set."""
+    usage: Usage
+    classes: Tensor
+    """(B,) the right class where it is known, else the one that the model names."""
+    difficulty: Tensor
+    """(B,) cross-entropy of that class, in nats: minus the logarithm of its probability."""
+    unreadable: list[Unreadable]
+
+
+@torch.inference_mode()
+def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled: bool) -> Record:
+    """Run images evenly spread over the data set, up to the limit; the images themselves are not kept.
+
+    Raises:
+        ValueError: none can be read, or the model's method has no depth map.
+    """
+    count, like = min(config.most, len(samples)), next(model.parameters())
+    indices = [place * len(samples) // count for place in range(count)]
+    readable, usages, classes, difficulty, unreadable = [], [], [], [], []
+    for start in tqdm(range(0, count, config.batch_size), "looking", leave=False):
+        part = indices[start : start + config.batch_size]
+        items = [samples[index] for index in part]
+        batch = collate(items)
+        unreadable += batch.unreadable
+        readable += [index for index, item in zip(part, items, strict=True) if not isinstance(item, Unreadable)]
+        if len(batch.labels):
+            output = model(batch.images.to(like))
+            _check_tracked(model, output.usage)
+            logits = output.logits.double().cpu()
+            usages.append(output.usage)
+            classes.append(batch.labels if labelled else logits.argmax(dim=1))
+            difficulty.append(cross_entropy(logits, classes[-1], reduction="none"))
+    if not readable:
+        raise _none_readable(unreadable, config.folder)
+    return Record(readable, join(usages), torch.cat(classes), torch.cat(difficulty), unreadable)
+
+
+@torch.inference_mode()
+def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -> list[Seen]:
+    """Some images of the record, decoded again, with the depths that they had."""
+    indices = [record.indices[row] for row in rows.tolist()]
+    items: list[Any] = [samples[index] for index in indices]
+    depth = record.usage.patch_depth[rows]
+    if isinstance(model, AViT):
+        images = torch.stack([image for image, _ in items])
+        depth = full_usage(model, images.to(next(model.parameters()))).patch_depth
+    return [
+        Seen(samples.name(index), label, image, own)
+        for index, (image, label), own in zip(indices, items, depth.cpu(), strict=True)
+    ]
+
+
+def _finding(gmacs: Tensor, difficulty: Tensor, labelled: bool) -> str:
+    count, of = f"{len(gmacs)} images", "right class" if labelled else "class that the model names"
+    if any((values == values[0]).all() for values in (gmacs, difficulty)):
+        return f"GMACs against difficulty: no correlation, as one of them is the same for all {count}"
+    rank = spearman(gmacs, difficulty)
+    return f"GMACs against difficulty, the cross-entropy of the {of}: Spearman {rank:.2f} over {count}"
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation of two (B,) tensors; equal values share the mean of their ranks. NaN where one is constant."""
+    ranks = []
+    for values in (one, other):
+        _, place, count = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(dim=0) - (count - 1) / 2)[place])
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def _pixels(images: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Normalised images as they are looked at: values in [0, 1]."""
+    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (images * std + mean).clamp(0, 1)
+
+
+def _none_readable(unreadable: list[Unreadable], folder: Path) -> ValueError:
+    first = unreadable[0]
+    return ValueError(
+        f"none of {len(unreadable)} pictures in {str(folder)!r} can be read, "
+        f"the first being {first.name!r}: {' '.join(first.reason.split())}"
+    )
+
+
+def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:
+    if usage.live is None:
+        method = model.config.method
+        raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """In the folder itself, in the natural order of their names."""
+    there = [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+    return sorted((p for p in there if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: natural_key(path.name))
+
+
 class Files:
     """The pictures of a folder, handed out as timm's readers do."""
 
@@ -163,11 +312,10 @@ class Files:
         Raises:
             ValueError: there are none.
         """
-        there = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        self.files = [path for path in there if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
-        self.files.sort(key=lambda path: natural_key(path.name))
+        self.files = _pictures(folder)
         if not self.files:
-            hint = "; for folders of classes, pass --per-class true" if any(path.is_dir() for path in there) else ""
+            folders = any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+            hint = "; for folders of classes, pass --per-class true" if folders else ""
             raise ValueError(f"folder {str(folder)!r} has no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
 
     def __len__(self) -> int:
@@ -190,12 +338,12 @@ def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[li
     """The first readable images, up to the limit."""
     seen: list[Seen] = []
     unreadable: list[Unreadable] = []
-    for one in _look(model, samples, range(len(samples)), min(config.batch_size, config.limit)):
+    for one in _look(model, samples, range(len(samples)), min(config.batch_size, config.most)):
         if isinstance(one, Unreadable):
             unreadable.append(one)
         else:
             seen.append(one)
-        if len(seen) == config.limit:
+        if len(seen) == config.most:
             break
     return seen, unreadable
 
@@ -215,7 +363,7 @@ def _most_varied(
         raise ValueError(f"per_class needs a folder for each class, but {str(config.folder)!r} itself holds {loose!r}")
     best: dict[int, Seen] = {}
     unreadable = []
-    wanted = [index for index, label in enumerate(labels) if label < config.limit]
+    wanted = [index for index, label in enumerate(labels) if label < config.most]
     for one in _look(model, samples, wanted, config.batch_size):
         if isinstance(one, Unreadable):
             unreadable.append(one)
@@ -234,9 +382,7 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
         good = [item[0] for item in items if not isinstance(item, Unreadable)]
         if good:
             usage = full_usage(model, torch.stack(good).to(like))
-            if usage.live is None:
-                method = model.config.method
-                raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
+            _check_tracked(model, usage)
             maps = iter(usage.patch_depth.cpu())
         for index, item in zip(part, items, strict=True):
             if isinstance(item, Unreadable):

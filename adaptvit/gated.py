@@ -9,7 +9,7 @@ channels of the MLP.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Literal
 
@@ -33,7 +33,7 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Gates:
-    """What of a block is on: 0 or 1, float with gradients where `Masked` runs, bool where `Packed` does; None is all."""
+    """What of a block is on: 0 or 1, with gradients, where `Masked` runs; bool where `Packed` does; None is all."""
 
     attention: Tensor | None = None
     """(B,) the attention sub-layer."""
@@ -45,6 +45,11 @@ class Gates:
     """(B, N) tokens that are attended to and updated by attention."""
     mlp_tokens: Tensor | None = None
     """(B, N) tokens that are updated by the MLP."""
+
+    def like(self, x: Tensor) -> "Gates":
+        """These gates in the precision of `x`, which does not change a 0 or a 1."""
+        found = (getattr(self, field.name) for field in fields(self))
+        return Gates(*(None if gate is None else gate.to(x.dtype) for gate in found))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Gates], Tensor]
@@ -66,7 +71,7 @@ def check_gated(vit: VisionTransformer, takes: Takes) -> None:
         )
     if takes == "hidden":
         if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or mlp.act(torch.zeros(1)).item() != 0:
-            raise TypeError(f"{name} has another MLP than fc1, activation, fc2: heads cannot take along hidden channels")
+            raise TypeError(f"{name} has another MLP than fc1, activation, fc2: heads cannot take hidden ones along")
         if mlp.fc1.out_features % attn.num_heads:
             raise ValueError(
                 f"{name} has {mlp.fc1.out_features} hidden channels, which its {attn.num_heads} heads cannot share"
@@ -96,7 +101,7 @@ def run_gated(
     if isinstance(tokens, Packed):
         return _skip(block, tokens, gates, takes, normed, read)
     assert isinstance(tokens, Masked)
-    return _mask(block, tokens, gates, takes, normed, attend, drop_path)
+    return _mask(block, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
 
 
 def _mask(
@@ -185,7 +190,7 @@ class _Part:
         if self.rows is None:
             x.add_(branch)
         else:
-            x.index_add_(0, self.rows, branch.expand(len(self.rows), -1))
+            x.index_add_(0, self.rows, branch.to(x.dtype).expand(len(self.rows), -1))
 
     def first(self, count: int) -> tuple["_Part", Tensor]:
         """The part's tokens in its first `count` slots, and where they stand among its tokens."""
@@ -195,9 +200,7 @@ class _Part:
 
 
 @torch.no_grad()
-def _skip(
-    block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None
-) -> Tokens:
+def _skip(block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None) -> Tokens:
     assert tokens.full
     x, heads = tokens.x, gates.heads
     if gates.attention is None or gates.attention.any():
@@ -215,9 +218,7 @@ def _skip(
     return tokens.with_x(x)
 
 
-def _parts(
-    tokens: Packed, images: Tensor | None, chosen: Tensor | None, heads: Tensor | None
-) -> Iterator[_Part]:
+def _parts(tokens: Packed, images: Tensor | None, chosen: Tensor | None, heads: Tensor | None) -> Iterator[_Part]:
     """The batch in parts of equal heads: matrix products as large as they come without computing a head that is off."""
     count, slots = tokens.shape
     members = range(count) if images is None else images.nonzero().squeeze(1).tolist()
@@ -239,9 +240,11 @@ def _parts(
             inner = torch.arange(len(group) * slots, device=tokens.x.device)
         else:
             inner = (chosen if everyone else chosen.index_select(0, index)).flatten().nonzero().squeeze(1)
-        rows_of = inner if everyone else inner + ((index - torch.arange(len(group), device=index.device)) * slots)[
-            inner // slots
-        ]
+        rows_of = (
+            inner
+            if everyone
+            else inner + ((index - torch.arange(len(group), device=index.device)) * slots)[inner // slots]
+        )
         yield _Part(runs, (len(group), slots), inner, rows_of)
 
 
@@ -354,7 +357,10 @@ def _columns(layer: nn.Linear, x: Tensor, columns: list[slice]) -> Tensor:
     first, *others = columns
     out = linear(x[:, first], layer.weight[:, first], layer.bias)
     for some in others:
-        out.addmm_(x[:, some], layer.weight[:, some].t())
+        if torch.is_autocast_enabled(x.device.type):  # it does not reach operations in place
+            out = out + linear(x[:, some], layer.weight[:, some])
+        else:
+            torch.addmm(out, x[:, some], layer.weight[:, some].t(), out=out)  # addmm_ is one that torch does not count
     return out
 
 

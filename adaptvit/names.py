@@ -1,8 +1,13 @@
 """Names registered with timm: once adaptvit is imported, `timm.create_model("avit_tiny_patch16_224")` makes an A-ViT.
 
-Each is A-ViT around the DeiT of the same size and takes the arguments of both: fields of `AViTConfig` (among them
-`class_token`, a word that timm has too), anything else as timm takes it. `pretrained=True` loads DeiT's weights, which
-have not learnt to halt: fine-tune them, or find a gate for them with `adaptvit.meet_target`.
+    avit_*        A-ViT around the DeiT of the same size, with fields of `AViTConfig` (among them `class_token`, a word
+                  that timm has too)
+    ada_step_*    AdaViT around a DeiT or T2T-ViT, as its authors named them, with fields of `AdaViTConfig`
+
+They take the arguments of both: fields of the config, anything else as timm takes it. timm drops arguments that are
+None: a config with a None that is not its default has to build around a plain model. `pretrained=True` loads DeiT's
+weights, which have not learnt to decide: fine-tune them, or find a gate for A-ViT with `adaptvit.meet_target`. T2T-ViT
+has none to download.
 """
 
 from dataclasses import fields
@@ -11,15 +16,22 @@ from typing import Any
 import timm
 from timm.models import generate_default_cfgs, register_model
 
+from adaptvit.methods.adavit import AdaViT, AdaViTConfig
 from adaptvit.methods.avit import AViT, AViTConfig
+from adaptvit.model import MethodConfig
 
 SIZES = ("tiny", "small", "base", "tiny_distilled", "small_distilled")
+AVIT = {f"avit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in SIZES}
+"""A-ViT's names, and the models inside."""
+ADAVIT = {f"ada_step_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
+ADAVIT |= {f"ada_step_t2t_vit_{depth}_lnorm": f"t2t_vit_{depth}" for depth in (14, 19)}
+"""AdaViT's names, and the models inside."""
 
 default_cfgs = generate_default_cfgs(  # timm looks for this name in the module of a registered function
     {
-        f"avit_{size}_patch16_224.{config.tag}": config
-        for size in SIZES
-        for config in timm.models.get_arch_pretrained_cfgs(f"deit_{size}_patch16_224").values()
+        f"{name}.{config.tag}" if config.tag else name: config
+        for name, inside in (AVIT | ADAVIT).items()
+        for config in timm.models.get_arch_pretrained_cfgs(inside).values()
     }
 )
 
@@ -27,42 +39,73 @@ default_cfgs = generate_default_cfgs(  # timm looks for this name in the module 
 @register_model
 def avit_tiny_patch16_224(**options: Any) -> AViT:
     """DeiT-tiny (192 channels, 12 blocks, 3 heads) with the gate of the released weights, 10 / 30."""
-    return around("deit_tiny_patch16_224", options, gate_scale=10.0, gate_center=30.0)
+    return around(AViTConfig, "deit_tiny_patch16_224", options, gate_scale=10.0, gate_center=30.0)
 
 
 @register_model
 def avit_small_patch16_224(**options: Any) -> AViT:
     """DeiT-small (384 channels, 12 blocks, 6 heads) with the gate of the released weights, 10 / 75."""
-    return around("deit_small_patch16_224", options, gate_scale=10.0, gate_center=75.0)
+    return around(AViTConfig, "deit_small_patch16_224", options, gate_scale=10.0, gate_center=75.0)
 
 
 @register_model
 def avit_base_patch16_224(**options: Any) -> AViT:
     """DeiT-base (768 channels, 12 blocks, 12 heads). Nobody has published a gate for it: this is small's, 10 / 75."""
-    return around("deit_base_patch16_224", options, gate_scale=10.0, gate_center=75.0)
+    return around(AViTConfig, "deit_base_patch16_224", options, gate_scale=10.0, gate_center=75.0)
 
 
 @register_model
 def avit_tiny_distilled_patch16_224(**options: Any) -> AViT:
     """DeiT-tiny with a distillation token. Nobody has published a gate for it: this is tiny's, 10 / 30."""
-    return around("deit_tiny_distilled_patch16_224", options, gate_scale=10.0, gate_center=30.0)
+    return around(AViTConfig, "deit_tiny_distilled_patch16_224", options, gate_scale=10.0, gate_center=30.0)
 
 
 @register_model
 def avit_small_distilled_patch16_224(**options: Any) -> AViT:
     """DeiT-small with a distillation token. Nobody has published a gate for it: this is small's, 10 / 75."""
-    return around("deit_small_distilled_patch16_224", options, gate_scale=10.0, gate_center=75.0)
+    return around(AViTConfig, "deit_small_distilled_patch16_224", options, gate_scale=10.0, gate_center=75.0)
 
 
-def around(deit: str, options: dict[str, Any], **gate: float) -> AViT:
-    """A-ViT around timm's model `deit`.
+@register_model
+def ada_step_deit_tiny_patch16_224(**options: Any) -> AdaViT:
+    """DeiT-tiny (192 channels, 12 blocks, 3 heads) with policies."""
+    return around(AdaViTConfig, "deit_tiny_patch16_224", options)
+
+
+@register_model
+def ada_step_deit_small_patch16_224(**options: Any) -> AdaViT:
+    """DeiT-small (384 channels, 12 blocks, 6 heads) with policies: published with weights."""
+    return around(AdaViTConfig, "deit_small_patch16_224", options)
+
+
+@register_model
+def ada_step_deit_base_patch16_224(**options: Any) -> AdaViT:
+    """DeiT-base (768 channels, 12 blocks, 12 heads) with policies."""
+    return around(AdaViTConfig, "deit_base_patch16_224", options)
+
+
+@register_model
+def ada_step_t2t_vit_14_lnorm(**options: Any) -> AdaViT:
+    """T2T-ViT-14 (384 channels, 14 blocks, 6 heads) with policies."""
+    return around(AdaViTConfig, "t2t_vit_14", options)
+
+
+@register_model
+def ada_step_t2t_vit_19_lnorm(**options: Any) -> AdaViT:
+    """T2T-ViT-19 (448 channels, 19 blocks, 7 heads) with policies: published with weights."""
+    return around(AdaViTConfig, "t2t_vit_19", options)
+
+
+def around(kind: type[MethodConfig], inside: str, options: dict[str, Any], **defaults: float) -> Any:
+    """A method around timm's model `inside`.
 
     Args:
+        kind: the method's config.
         options: what `timm.create_model` was called with.
-        gate: defaults of this size; `options` win.
+        defaults: fields of the config for this size; `options` win.
     """
-    names = {field.name for field in fields(AViTConfig)}
-    config = AViTConfig(**{**gate, **{name: options[name] for name in options.keys() & names}})
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    config = kind(**{**defaults, **{name: options[name] for name in options.keys() & names}})
     rest = {name: options[name] for name in options.keys() - names}
-    overlay = {**(rest.pop("pretrained_cfg_overlay", None) or {}), "architecture": deit}
-    return config.build(timm.create_model(deit, pretrained_cfg_overlay=overlay, **rest))
+    overlay = {**(rest.pop("pretrained_cfg_overlay", None) or {}), "architecture": inside}
+    return config.build(timm.create_model(inside, pretrained_cfg_overlay=overlay, **rest))

@@ -1,4 +1,4 @@
-"""What a model computed, drawn: images beside the depth of their tokens, and tokens per block. Reads `Usage`, no model.
+"""What a model computed, drawn: images beside the depth of their tokens, and shares per block. Reads `Usage`, no model.
 
 Letters: B images, L blocks, N token slots.
 """
@@ -40,7 +40,7 @@ def depth_maps(
 
     Args:
         images: (B, channels, height, width), one channel or three, values in [0, 1].
-        depth: (B, rows, columns) blocks each patch entered, `Usage.patch_depth`.
+        depth: (B, rows, columns) blocks each patch entered, `Usage.patch_depth`; a patch of depth 0 is black.
         columns: images in a row.
         captions: B texts, one above each image; they may have several lines, and are not cut to fit.
         combined: a third panel for each image, the map laid over it.
@@ -83,9 +83,10 @@ def depth_maps(
         shrink=high / figure.get_figheight(),
         aspect=max(20, high / 0.2),
         anchor=(0, 1),
+        extend="min" if (depth < 1).any() else "neither",
     )
     bar.minorticks_off()
-    bar.set_label("blocks entered", color=INK, fontsize=9)
+    bar.set_label("blocks that worked on the patch", color=INK, fontsize=9)
     bar.ax.tick_params(length=0, labelsize=8.5)
     bar.outline.set_visible(False)
     return figure
@@ -123,13 +124,47 @@ def tokens_per_block(usage: Usage) -> Figure:
     return figure
 
 
+def usage_per_block(usage: Usage, heads: int) -> Figure:
+    """Shares of the patches, heads and sub-layers that each block computed; what no image left out is not drawn.
+
+    Bars are the mean image, whiskers the range of the middle 80 % of images; a sub-layer is on or off, so has none.
+
+    Args:
+        heads: attention heads of a block.
+    """
+    shares = {"attention": usage.attention.double(), "MLP": usage.mlp.double()}
+    if (usage.heads < heads).any():
+        shares = {"heads": (usage.heads * usage.attention).double() / heads} | shares
+    if usage.live is not None:
+        shares = {"patches": usage.live[:, :, usage.prefix :].double().mean(dim=2)} | shares
+    varied = [name for name in shares if (shares[name] < 1).any()] or [*shares][:1]
+    figure = Figure(figsize=(4.6, 0.7 + 1.25 * len(varied)), layout="constrained")
+    rows = figure.subplots(len(varied), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(rows, varied, strict=True):
+        share = shares[name].cpu().numpy()
+        blocks = np.arange(1, share.shape[1] + 1)
+        _dress(axes, "block" if axes is rows[-1] else "", name)
+        axes.bar(blocks, share.mean(axis=0), color=ACCENT, width=0.72, label="mean image")
+        if name in ("patches", "heads"):
+            low, high = np.quantile(share, (0.1, 0.9), axis=0)
+            axes.vlines(blocks, low, high, color=INK, linewidth=1.6, label="10th to 90th percentile")
+        axes.set_xticks(_ticks(len(blocks)))
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    handles, labels = rows[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
     """How many images cost how much: (B,) GMACs of a set of images, beside the `dense` GMACs of any of them."""
     figure, axes = _plot("GMACs of an image", "images")
-    axes.hist(gmacs.cpu().numpy(), bins=30, color=ACCENT)
+    most = max(dense, gmacs.max().item())
+    axes.hist(gmacs.cpu().numpy(), bins=60, range=(0, most), color=ACCENT)
     axes.axvline(dense, color=INK, linewidth=0.9, linestyle=":")
-    axes.annotate("dense", (dense, 0.93), (-4, 0), ("data", "axes fraction"), "offset points", ha="right", fontsize=8)
-    axes.set_xlim(0, dense * 1.04)
+    axes.annotate("dense", (dense, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", fontsize=8)
+    axes.set_xlim(0, most * 1.04)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -176,8 +211,9 @@ def _check(images: Tensor, depth: Tensor) -> None:
 
 
 def _scale(blocks: int) -> tuple[Colormap, BoundaryNorm]:
-    """One colour for each block from 1 to `blocks`."""
-    return matplotlib.colormaps[COLOURS], BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
+    """One colour for each block from 1 to `blocks`, and black for patches that none works on."""
+    palette = matplotlib.colormaps[COLOURS].with_extremes(under="black")
+    return palette, BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
 
 
 def _draw(axes: Axes, image: Tensor) -> None:
@@ -191,12 +227,16 @@ def _draw(axes: Axes, image: Tensor) -> None:
 def _plot(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, 2.7), layout="constrained")
     axes = figure.subplots()
+    _dress(axes, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, colors=INK, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa5b1")
-    return figure, axes
 
 
 def _ticks(blocks: int, most: int = 12) -> list[int]:

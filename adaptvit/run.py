@@ -19,6 +19,8 @@ from adaptvit.checkpoints import open_model, save, start_from
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import write_atomically
+from adaptvit.methods.adavit import AdaViTConfig
+from adaptvit.methods.adavit_fit import fit_policies
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
@@ -55,6 +57,8 @@ class Run:
     sharpness: float | None = None
     """Fit A-ViT's gate to the weights before training (`fit_gate`), the logits of its scores spreading by this: 1 lets
     patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
+    fit_policies: bool = False
+    """Fit AdaViT's policies over patches to the weights before training (`fit_policies`)."""
     data: DataConfig
     """The images."""
     recipe: Recipe
@@ -69,6 +73,8 @@ class Run:
             raise ValueError(f"Run.weights is {str(self.weights)!r} and Run.pretrained is true: one of them")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"Run.drop_path must lie in [0, 1), got {self.drop_path}")
+        if self.fit_policies and not isinstance(self.method, AdaViTConfig):
+            raise ValueError(f"Run.fit_policies is for AdaViT, but the method is {self.method.method}")
         if self.sharpness is not None and not isinstance(self.method, AViTConfig):
             raise ValueError(f"Run.sharpness is for A-ViT's gate, but the method is {self.method.method}")
 
@@ -103,9 +109,11 @@ def run(config: Run, resume: bool = False) -> Outcome:
     arguments = {**config.model_args, **size}
     settings = _settings(config.model, arguments)
     data = open_data(config.data, settings)
-    if isinstance(data.train, IterableDataset) and (config.sharpness is not None or config.recipe.target is not None):
+    if isinstance(data.train, IterableDataset) and (
+        config.sharpness is not None or config.fit_policies or config.recipe.target is not None
+    ):
         raise ValueError(
-            f"{data.name} is a stream, of which no calibration images can be picked: no sharpness, no target"
+            f"{data.name} is a stream, of which no calibration images can be picked: no fitting and no target"
         )
     torch.manual_seed(config.recipe.seed)
     vit: VisionTransformer = timm.create_model(
@@ -130,12 +138,15 @@ def run(config: Run, resume: bool = False) -> Outcome:
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
         )
     method: Any = config.method
-    key = fingerprint(method.build(vit), data, config.recipe, config.sharpness)
+    key = fingerprint(method.build(vit), data, config.recipe, (config.sharpness, config.fit_policies))
     if config.sharpness is not None:
         scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
         _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
         method = replace(method, gate_scale=config.sharpness * scale)
     model = method.build(vit.train())
+    if config.fit_policies:
+        explained = fit_policies(model, spread_over(data.calibration, CALIBRATION).images)
+        _tell(f"policies fitted: they explain {explained:.0%} of how much the class token attends to a patch")
     history = train(
         model,
         data,
@@ -149,7 +160,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
     vit.eval()
     if config.recipe.target is not None:
         images = spread_over(data.calibration, CALIBRATION).images
-        model = meet_target(model.config, vit, images, config.recipe.target).build(vit)
+        meet_target(model, images, config.recipe.target)
     model.eval()
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
@@ -233,15 +244,16 @@ def set_budget(
     if batch.unreadable:
         first = batch.unreadable[0].name
         warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
+    adaptive = opened
     if config.knob is None and method == "avit":
         scale, _ = fit_gate(opened.vit, batch.images)
-        config = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays")
+        adaptive = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(opened.vit)
     elif config.knob is None:
-        config = ATSConfig()
+        adaptive = ATSConfig().build(opened.vit)
     labels = batch.labels if len(class_names(split)) == opened.num_classes else None
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
-    config = meet_target(config, opened.vit, batch.images, target, unit, tolerance, labels, tell)
-    save(config.build(opened.vit), output)
+    config = meet_target(adaptive, batch.images, target, unit, tolerance, labels, tell)
+    save(adaptive, output)
     return config
 
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from accelerate.utils import broadcast_object_list, set_seed  # type: ignore[imp
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class Recipe:
     """A name of `timm.optim.list_optimizers()`."""
     learning_rate: float = 1e-3
     """Peak of the learning rate, after the warm-up; from there it falls along a cosine."""
+    method_learning_rate: float = 1.0
+    """Of the method's own parameters, over that of the ViT's."""
     warmup_learning_rate: float = 0.0
     """Where the warm-up begins."""
     least_learning_rate: float | None = None
@@ -103,7 +106,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "accumulate", "steer_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Recipe.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_grad", "temperature"):
+        for name in ("learning_rate", "method_learning_rate", "clip_grad", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Recipe.{name} must be positive, got {value}")
@@ -249,7 +252,11 @@ class _Training:
                 recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=len(data.classes)
             )
         optimizer = create_optimizer_v2(
-            model, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            model,
+            recipe.optimizer,
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            param_group_fn=None if recipe.method_learning_rate == 1 else partial(parameter_groups, recipe=recipe),
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         least = recipe.learning_rate / 100 if recipe.least_learning_rate is None else recipe.least_learning_rate
@@ -395,7 +402,7 @@ class _Training:
         progress = min(1.0, update / eased) if eased else 1.0
         model.eval()
         with self.accelerator.autocast():
-            config = meet_target(model.config, model.vit, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
+            config = meet_target(model, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
         model.train()
         (model.config,) = broadcast_object_list([config])
 
@@ -444,6 +451,18 @@ class _Training:
         knob = getattr(self.model.config, "knob", None)
         if knob is not None and self.recipe.target is not None:
             self.model.config = replace(self.model.config, **{knob.field: self.history[-1].knob})
+
+
+def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]:
+    """timm's groups with and without weight decay, the method's own parameters apart, at a learning rate of theirs."""
+    own = {id(parameter) for name, parameter in model.named_parameters() if not name.startswith("vit.")}
+    groups = []
+    for group in param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()):
+        for is_own, scale in ((False, 1.0), (True, recipe.method_learning_rate)):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in own) is is_own]
+            if parameters:
+                groups.append({**group, "params": parameters, "lr_scale": scale})
+    return groups
 
 
 def freeze(vit: nn.Module, patterns: tuple[str, ...]) -> None:

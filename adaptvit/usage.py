@@ -28,8 +28,8 @@ class Usage:
     prefix: int
     """Tokens before the first patch token."""
     live: Tensor | None = None
-    """(B, L, N) bool, the slots whose token the block worked on: those that held one on entry to it or, where tokens stay
-    and are passed over, those that were not. None where a method does not track slots."""
+    """(B, L, N) bool, the slots whose token the block worked on: all that held one on entry to it or, where tokens that
+    are passed over stay, those that were not. None where a method does not track slots."""
     executed: Tensor | None = None
     """(B, L) MACs of the block's sub-layers, where they are not what the counts above make; None where they are."""
     deciding: Tensor | None = None

@@ -87,7 +87,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         ats.inverse_transform = SAMPLERS[sampler]
         for budget in BUDGETS:
             try:
-                entries.append((name, meet_target(config, vit, calibration, budget), sampler))
+                entries.append((name, meet_target(config.build(vit), calibration, budget), sampler))
             except ValueError as error:
                 print(f"{name} at {budget}: {error}", file=sys.stderr)
     rows: list[dict[str, Any]] = []

@@ -55,9 +55,9 @@ def main() -> None:
     torch.manual_seed(0)
     vit = timm.create_model("deit_tiny_patch16_224", img_size=112).eval()
     images = torch.randn(8, 3, 112, 112)
+    model = NormConfig().build(vit)
     for target in (0.9, 0.7, 0.5):
-        config = adaptvit.meet_target(NormConfig(), vit, images, target)
-        model = config.build(vit)
+        config = adaptvit.meet_target(model, images, target)
         with torch.inference_mode():
             usage = model(images).usage
         share = adaptvit.macs(usage, model.shape) / adaptvit.dense_macs(model.shape, usage.grid)

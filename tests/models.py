@@ -6,7 +6,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adaptvit import ATSConfig, AViTConfig, FullConfig
+from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked
+from adaptvit.methods.adavit import AdaViT
+from adaptvit.model import AdaptiveViT
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "class token": {},
@@ -35,12 +37,24 @@ METHODS = {
     "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
     "ats": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
     "ats, released": ATSConfig(sampler="released"),
+    "adavit": AdaViTConfig(macs_target=None),
+    "adavit, heads hidden": AdaViTConfig(heads_take="hidden", norm_policies=True, macs_target=None),
+    "adavit, heads identity": AdaViTConfig(heads_take="identity", macs_target=None),
+    "adavit, patches": AdaViTConfig(policies=("patches",), macs_target=None),
+    "adavit, patches only in attention": AdaViTConfig(
+        policies=("patches", "heads"), patches_skip="attention", macs_target=None
+    ),
+    "adavit, heads": AdaViTConfig(policies=("heads",), macs_target=None),
+    "adavit, sublayers": AdaViTConfig(policies=("sublayers",), macs_target=None),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
     "avit, official": AViTConfig(gate_center=1e4, mode="official"),
     "ats": ATSConfig(rate=1e6),
+    "adavit": AdaViTConfig(macs_target=None, lean=30.0),
+    "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
+    "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
 
 
@@ -55,6 +69,43 @@ def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, 
         else:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return vit.to(dtype)
+
+
+def vary(model: AdaptiveViT) -> AdaptiveViT:
+    """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too."""
+    if not isinstance(model, AdaViT):
+        return model
+    generator, training = torch.Generator().manual_seed(0), model.training
+    batch, seen = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype), {}
+    for number, block in enumerate(model.vit.blocks):  # one after the other: what a block reads depends on those before
+        hook = block.norm1.register_forward_hook(lambda norm, given, out: seen.update(x=given[0], normed=out))
+        with torch.no_grad():
+            model.eval()(batch, Masked)
+        hook.remove()
+        key = str(number)
+        state = model.state(Masked.of(seen["x"]))
+        if key in model.policy_norm:
+            state = model.policy_norm[key](state)
+        for maps, read in (
+            (model.head_policy, state),
+            (model.sublayer_policy, state),
+            (model.patch_policy, seen["normed"][:, model.prefix :].flatten(0, 1)),
+        ):
+            if key in maps:
+                _calibrate(maps[key], read.detach().double(), generator)
+        if key in model.patch_policy and number == 2:
+            model.patch_policy[key].bias.data -= 4.0
+    return model.train(training)
+
+
+def _calibrate(policy: nn.Linear, read: Tensor, generator: torch.Generator) -> None:
+    """Random logits of `read` (n, D) with mean 0 and deviation 2."""
+    own, shared = (torch.randn(policy.weight.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = own / 2 + shared[:1]
+    logits = read @ weight.T
+    weight = weight * 2 / logits.std(dim=0)[:, None]
+    policy.weight.data.copy_(weight)
+    policy.bias.data.copy_(-(read @ weight.T).mean(dim=0))
 
 
 def images(vit: nn.Module, count: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -466,7 +466,7 @@ def test_a_saved_model_comes_back_with_its_settings(config: ATSConfig, tmp_path:
 def test_the_rate_meets_a_budget(target: float, name: str) -> None:
     vit = small_vit(img_size=64).eval()
     batch = images(vit, count=16)
-    config = meet_target(CONFIGS[name], vit, batch, target)
+    config = meet_target(CONFIGS[name].build(vit), batch, target)
     model = config.build(vit)
     usage = model(batch).usage
     executed = macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid)

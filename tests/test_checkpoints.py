@@ -20,8 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import adaptvit
-from adaptvit import AViTConfig, FullConfig, Knob
-from adaptvit.checkpoints import gate_in_name, resize_positions
+from adaptvit import AdaViTConfig, AViTConfig, FullConfig, Knob
+from adaptvit.checkpoints import gate_in_name, resize_positions, start_from
 from adaptvit.methods.full import Full
 from adaptvit.t2t import t2t_vit
 
@@ -408,6 +408,130 @@ def test_weights_of_another_model_are_refused(
     with pytest.raises(ValueError, match=f"in.pth does not fit {model_name}: {fault}"):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", model_name)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+# ---- convert AdaViT
+
+ADA = "ada_step_deit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def published(pytestconfig: pytest.Config) -> dict[str, Tensor]:
+    """AdaViT around DeiT-tiny in the published layout: that of the published DeiT-small, half as wide."""
+    recorded = pytestconfig.getoption("--fixtures") / "adavit" / "eval_full_deit_small.json"
+    half = {384: 192, 1536: 768, 6: 3}
+    manifest = json.loads(recorded.read_text())["manifest"]
+    filled = weights.fill({key: [half.get(size, size) for size in shape] for key, shape in manifest.items()}, seed=0)
+    return {key: torch.from_numpy(value) for key, value in filled.items()}
+
+
+def test_every_wrapping_of_an_adavit_converts_alike(published: dict[str, Tensor], tmp_path: Path) -> None:
+    parallel, other = {f"module.{key}": value for key, value in published.items()}, {"head.weight": torch.zeros(1, 1)}
+    wrappings = {
+        "averaged": {"state_dict_ema": parallel, "state_dict": other, "model": other},
+        "trained-10-30": {"state_dict": parallel, "model": other, "args": argparse.Namespace(gate_scale=1.0)},
+        "model": {"model": published},
+        "bare": published,
+    }
+    for name, content in wrappings.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    save_file(published, tmp_path / "timm.safetensors")
+    target = tmp_path / "out.safetensors"
+    for source in [*(tmp_path / f"{name}.pth" for name in wrappings), tmp_path / "timm.safetensors"]:
+        adaptvit.convert(source, target, ADA)
+        assert adaptvit.load(target).config == AdaViTConfig()
+        found = load_file(target)
+        own, method = "blocks.11.attn.", "method."
+        joined = torch.cat([published[f"{own}{part}.weight"] for part in ("query", "key", "value")])
+        assert torch.equal(found[own + "qkv.weight"], joined)
+        for key, name in (
+            (own + "token_select.mlp_head", "patch_policy.11"),
+            ("blocks.11.head_select.mlp_head", "head_policy.11"),
+            ("blocks.11.layer_select.mlp_head", "sublayer_policy.11"),
+        ):
+            assert torch.equal(found[f"{method}{name}.weight"], published[f"{key}.weight"])
+            assert torch.equal(found[f"{method}{name}.bias"], published[f"{key}.bias"])
+        kept = {key for key in found if "qkv" not in key and not key.startswith(method)}
+        assert kept < published.keys()
+        assert all(torch.equal(found[key], published[key]) for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("taken", "given", "fault"),
+    [
+        ("blocks.3.head_select.mlp_head.bias", {}, "missing method.head_policy.3.bias"),
+        ("blocks.3.norm2.bias", {}, "missing blocks.3.norm2.bias"),
+        (
+            "blocks.3.attn.query.bias",
+            {},
+            "missing blocks.3.attn.qkv.bias; unexpected blocks.3.attn.key.bias, blocks.3.attn.value.bias",
+        ),
+        (None, {"blocks.0.head_select.mlp_head.bias": torch.zeros(3)}, "unexpected method.head_policy.0.bias"),
+        (None, {"blocks.0.norm3.bias": torch.zeros(3)}, "unexpected blocks.0.norm3.bias"),
+        (
+            None,
+            {"blocks.1.layer_select.mlp_head.bias": torch.zeros(3)},
+            r"misshaped method.sublayer_policy.1.bias (3,) instead of (2,)",
+        ),
+    ],
+)
+def test_an_adavit_with_a_tensor_too_few_or_too_many_is_refused(
+    taken: str | None, given: dict[str, Tensor], fault: str, published: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({key: value for key, value in published.items() if key != taken} | given, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match="does not fit") as error:
+        adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", ADA)
+    assert message(error) == f"{tmp_path / 'in.pth'} does not fit {ADA}: {fault}"
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_of_another_kind_of_model_is_refused(
+    published: dict[str, Tensor], deit: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(published, tmp_path / "ada.pth")
+    torch.save(deit, tmp_path / "deit.pth")
+    for source, name, fault in (
+        ("deit", ADA, r"does not fit.*: missing method\.patch_policy\.0\.weight, .* and 65 more$"),
+        ("ada", "ada_step_deit_small_patch16_224", r"misshaped cls_token \(1, 1, 192\) instead of \(1, 1, 384\), "),
+        ("ada", "ada_step_t2t_vit_14_lnorm", r"missing patch_embed\.attention1\.w, .*; unexpected patch_embed\.proj"),
+        ("ada", TINY, r"unexpected method\.patch_policy\.0\.weight, .* and 65 more$"),
+        ("ada", "deit_tiny_patch16_224", r"unexpected method\.patch_policy\.0\.weight, .* and 65 more$"),
+    ):
+        with pytest.raises(ValueError, match=fault) as error:
+            adaptvit.convert(tmp_path / f"{source}.pth", tmp_path / "out.safetensors", name)
+        message(error)
+    with pytest.raises(ValueError, match=f"^{ADA} is an AdaViT, which has no gate: leave out gate_scale$"):
+        adaptvit.convert(tmp_path / "ada.pth", tmp_path / "out.safetensors", ADA, gate_scale=1.0)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_vit_can_start_from_a_published_adavit(published: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"state_dict": published}, tmp_path / "ada.pth")
+    vit = timm.create_model("deit_tiny_patch16_224")
+    assert start_from(vit, tmp_path / "ada.pth")
+    values = [published[f"blocks.2.attn.{part}.bias"] for part in ("query", "key", "value")]
+    assert torch.equal(vit.blocks[2].attn.qkv.bias, torch.cat(values))
+
+
+def test_a_saved_adavit_keeps_its_policies(path: Path, images: Tensor) -> None:
+    config = AdaViTConfig(first_block=0, norm_policies=True, heads_take="hidden", macs_target=None)
+    model = config.build(by_hand()).eval()
+    for name, parameter in model.named_parameters():
+        if "policy" in name:
+            nn.init.normal_(parameter)
+    adaptvit.save(model, path)
+    expected = {
+        f"method.{kind}_policy.{block}.{part}"
+        for kind in ("patch", "head", "sublayer")
+        for block in (0, 1)
+        for part in ("weight", "bias")
+    }
+    expected |= {f"method.policy_norm.{block}.{part}" for block in (0, 1) for part in ("weight", "bias")}
+    assert {key for key in load_file(path) if key.startswith("method.")} == expected
+    loaded = adaptvit.load(path).eval()
+    assert loaded.config == config
+    assert torch.equal(loaded(images).logits, model(images).logits)
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 # ---- positions

@@ -66,6 +66,36 @@ def test_convert_says_which_gate_it_wrote(tmp_path: Path, capsys: pytest.Capture
     assert "10 classes, not 12" in said(capsys)
 
 
+def test_convert_says_no_gate_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import timm
+
+    source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    plain = timm.create_model("t2t_vit_7", num_classes=10).state_dict()
+    adaptive = timm.create_model("ada_step_deit_tiny_patch16_224", num_classes=10).state_dict()
+    policies = {
+        "patch_policy": "attn.token_select.mlp_head",
+        "head_policy": "head_select.mlp_head",
+        "sublayer_policy": "layer_select.mlp_head",
+    }
+    published = {}
+    for key, value in adaptive.items():
+        kind, block, *rest = key.split(".")
+        if kind in policies:
+            published[f"blocks.{block}.{policies[kind]}.{rest[0]}"] = value
+        elif ".qkv." in key:
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                published[key.removeprefix("vit.").replace("qkv", part)] = third.clone()
+        else:
+            published[key.removeprefix("vit.")] = value
+    for name, tensors in (("t2t_vit_7", plain), ("ada_step_deit_tiny_patch16_224", published)):
+        torch.save({"state_dict": tensors}, source)
+        assert cli.main(["convert", str(source), str(target), name, "--num-classes", "10"]) == 0
+        assert capsys.readouterr().out == f"{target}: {name}\n"
+    given = ["--num-classes", "10", "--gate-scale", "1"]
+    assert cli.main(["convert", str(source), str(target), "ada_step_deit_tiny_patch16_224", *given]) == 2
+    assert "is an AdaViT, which has no gate: leave out gate_scale" in said(capsys)
+
+
 def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(cli.demo, "run", lambda folder: warnings.warn("the gate halts everything", stacklevel=2))
     with warnings.catch_warnings():

@@ -4,13 +4,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import METHODS, small_vit
+from models import METHODS, small_vit, vary
 from PIL import Image
+from scipy.stats import spearmanr
+from timm.data import create_transform, resolve_model_data_config
 
 import adaptvit
 from adaptvit import draw as module
+from adaptvit.cli import main
 from adaptvit.data import read_image
-from adaptvit.draw import DrawConfig, draw, full_usage, shortened
+from adaptvit.draw import DrawConfig, draw, full_usage, shortened, spearman
 from adaptvit.usage import Output, Usage
 
 
@@ -169,6 +172,111 @@ def test_a_stopped_run_leaves_whole_files(model: Path, tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["grid.png"]
 
 
+SUMMARY = ["usage.png", "gmacs.png", "cheapest.png", "dearest.png", "easiest.png", "hardest.png"]
+
+
+def names(call: dict[str, Any]) -> list[str]:
+    return [caption.splitlines()[0] for caption in call["captions"]]
+
+
+@pytest.mark.parametrize("name", ["full", "avit", "ats", "adavit"])
+def test_a_summary_shows_the_extremes(name: str, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    model = vary(METHODS[name].build(small_vit()).eval())
+    adaptvit.save(model, tmp_path / "model.safetensors")
+    for number in range(11):
+        noise(tmp_path / "own" / f"{number}.png", number, contrast=1 - number / 12)
+    drawing = draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out", summary=True))
+    assert [file.name for file in drawing.files] == SUMMARY
+    assert (drawing.unreadable, drawing.beyond_limit) == ((), 0)
+
+    images = looked_at(model, [tmp_path / "own" / f"{number}.png" for number in range(11)])
+    with torch.inference_mode():
+        output = model(images)
+        depth = full_usage(model, images).patch_depth
+    gmacs = (adaptvit.macs(output.usage, model.shape) / 1e9).tolist()
+    sure = output.logits.softmax(dim=1).amax(dim=1).tolist()
+    orders = [sorted(range(11), key=key.__getitem__, reverse=up)[:8] for key, up in [(gmacs, False), (gmacs, True)]]
+    orders += [sorted(range(11), key=sure.__getitem__, reverse=up)[:8] for up in (True, False)]
+    for call, order in zip(drawn, orders, strict=True):
+        assert names(call) == [f"{number}.png" for number in order]
+        assert torch.equal(call["depth"], depth[order])
+        for caption, number in zip(call["captions"], order, strict=True):
+            assert f" {gmacs[number]:#.3g} GMACs, " in caption
+            assert caption.endswith(f", class {output.logits[number].argmax()} {sure[number]:.1%}")
+    if name == "full":
+        assert drawing.finding.endswith("the same for all 11 images")
+    else:
+        assert f"class that the model names: Spearman {rank_correlation(gmacs, sure):.2f} over 11" in drawing.finding
+
+
+def looked_at(model: adaptvit.AdaptiveViT, files: list[Path]) -> torch.Tensor:
+    transform = create_transform(**resolve_model_data_config(model))
+    return torch.stack([transform(Image.open(file)) for file in files])
+
+
+def rank_correlation(one: list[float], sure: list[float]) -> float:
+    first, second = (np.argsort(np.argsort(values)) for values in (one, [-value for value in sure]))
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+@pytest.mark.parametrize("classes", [7, 6])
+def test_class_folders_tell_what_is_hard_where_they_are_the_models(
+    classes: int, drawn: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model = METHODS["ats"].build(small_vit().eval())
+    adaptvit.save(model, tmp_path / "model.safetensors")
+    files = [tmp_path / "own" / "val" / f"k{kind}" / f"{number}.png" for kind in range(classes) for number in (1, 2)]
+    for number, file in enumerate(files):
+        noise(file, number)
+    noise(tmp_path / "own" / "train" / "k0" / "0.png", 0)
+    drawing = draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out", summary=True))
+    with torch.inference_mode():
+        probabilities = model(looked_at(model, files)).logits.softmax(dim=1)
+    given = [own[place // 2 if classes == 7 else own.argmax()].item() for place, own in enumerate(probabilities)]
+    for call, up in zip(drawn[2:], (True, False), strict=True):
+        order = sorted(range(len(files)), key=given.__getitem__, reverse=up)[:8]
+        assert names(call) == [f"{files[place].parent.name}/{files[place].name}" for place in order]
+        for caption, place in zip(call["captions"], order, strict=True):
+            which = "right class" if classes == 7 else f"class {probabilities[place].argmax()}"
+            assert caption.endswith(f", {which} {given[place]:.1%}")
+    assert ("the cross-entropy of the right class" in drawing.finding) == (classes == 7)
+
+
+def test_a_bounded_summary_spreads_over_all_images(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    for kind in "abc":
+        for number in range(4):
+            noise(tmp_path / "own" / kind / f"{number}.png", number)
+    drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", summary=True, limit=3, batch_size=2))
+    for call in drawn:
+        assert sorted(names(call)) == ["a/0.png", "b/0.png", "c/0.png"]
+    assert drawing.beyond_limit == 9
+
+
+def test_the_command_names_what_a_summary_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 2, 3, 5):
+        noise(tmp_path / "own" / f"{number}.png", number)
+    (tmp_path / "own" / "4.png").write_text("not an image")
+    (tmp_path / "own" / "kind").mkdir()
+    noise(tmp_path / "own" / "kind" / "6.png", 6)
+    command = ["draw", str(model), str(tmp_path / "own"), "--summary", "true", "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "over 4 images\n" in said.out
+    assert "4.png" in said.err
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(SUMMARY)
+    for file in (tmp_path / "out").iterdir():
+        assert np.asarray(read_image(file)).std() > 10
+
+
+def test_rank_correlation_is_that_of_scipy() -> None:
+    for ties in (3, 1000):
+        one, other = torch.randint(ties, (2, 40), generator=torch.Generator().manual_seed(ties))
+        assert spearman(one, one + other) == pytest.approx(spearmanr(one, one + other).statistic)
+    assert spearman(torch.arange(5), -torch.arange(5)) == pytest.approx(-1)
+
+
 @pytest.mark.parametrize(
     ("there", "settings", "error", "said"),
     [
@@ -183,6 +291,11 @@ def test_a_stopped_run_leaves_whole_files(model: Path, tmp_path: Path, monkeypat
         (["a.png"], {"device": "abacus"}, ValueError, "device must be .*'abacus'"),
         (["a.png"], {"output": "own"}, ValueError, "output must lie outside"),
         (["k/a.png"], {"output": "own/out", "per_class": True}, ValueError, "output must lie outside"),
+        (["k/a.png"], {"output": "own/out", "summary": True}, ValueError, "output must lie outside"),
+        (["k/a.png"], {"summary": True, "per_class": True}, ValueError, "choose one"),
+        (["broken.png"], {"summary": True}, ValueError, "none of 1 pictures.*'broken.png': not an image"),
+        ([], {"summary": True}, ValueError, "has no images"),
+        (["a.png"], {"summary": True, "limit": 0}, ValueError, "limit must be at least 1, got 0"),
     ],
     ids=str,
 )
@@ -203,7 +316,8 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_method_without_depth_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("summary", [False, True])
+def test_a_method_without_depth_is_refused(summary: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise(tmp_path / "own" / "a.png", 0)
 
     class Untracked(adaptvit.AdaptiveViT):
@@ -213,7 +327,7 @@ def test_a_method_without_depth_is_refused(model: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(module, "open_model", lambda name: Untracked(small_vit().eval(), METHODS["full"]))
     with pytest.raises(ValueError, match="'full' does not track token slots"):
-        draw(DrawConfig("other", tmp_path / "own", tmp_path / "out"))
+        draw(DrawConfig("other", tmp_path / "own", tmp_path / "out", summary=summary))
     assert not (tmp_path / "out").exists()
 
 

@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "adaptvit"
 
 LAYERS: list[set[str]] = [
-    {"files", "timing", "usage", "tokens", "priors", "losses", "t2t"},
+    {"files", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs"},
     {"vit"},
-    {"model"},
-    {"methods.avit_official", "methods.ats_released"},
-    {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats"},
+    {"model", "gated"},
+    {"methods.avit_official", "methods.ats_released", "methods.adavit_official"},
+    {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats", "methods.adavit"},
+    {"methods.adavit_fit"},
     {"methods"},
     {"flax.samplers"},
     {"flax.ats_vit"},

@@ -1,25 +1,30 @@
 """Facts that every method obeys, on every flavour of ViT."""
 
+import copy
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from models import DROP_NOTHING, FLAVOURS, METHODS, images, small_vit
+from models import DROP_NOTHING, FLAVOURS, METHODS, images, small_vit, vary
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
-from adaptvit.model import AdaptiveViT
+from adaptvit.model import AdaptiveViT, MethodConfig
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
 
 def build(method: str, flavour: str, configs: dict = METHODS, **settings: object) -> AdaptiveViT:
-    if flavour not in FLAVOURS:
-        raise KeyError(flavour)
     if "stays" in method and ("average" in flavour or "attention pool" in flavour):
         pytest.skip("without a class token nothing stays")
-    return configs[method].build(small_vit(flavour, **settings))
+    return copy.deepcopy(_built(configs[method], flavour, **settings))
+
+
+@cache
+def _built(config: MethodConfig, flavour: str, **settings: object) -> AdaptiveViT:
+    return vary(config.build(small_vit(flavour, **settings)))
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -63,13 +68,32 @@ def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: typ
             assert torch.equal(alone.usage.live[0], together.usage.live[index])
 
 
-@pytest.mark.parametrize("method", ["avit", "avit, class token stays", "ats", "ats, released"])
+@pytest.mark.parametrize(
+    "method", ["avit", "avit, class token stays", "ats", "ats, released", "adavit", "adavit, patches"]
+)
 def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
     model = build(method, "class token").eval()
     with torch.inference_mode():
         usage = model(images(model.vit, count=8)).usage
     assert 0.2 < usage.live.float().mean() < 0.9
     assert len({tuple(row) for row in usage.attended.tolist()}) > 4
+
+
+@pytest.mark.parametrize("method", ["adavit", "adavit, heads hidden", "adavit, heads identity"])
+def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, flavour: str) -> None:
+    model = build(method, flavour).eval()
+    batch = images(model.vit, count=32)
+    with torch.inference_mode():
+        usage = model(batch, Masked).usage
+    attention, mlp, heads, prefix = usage.attention, usage.mlp, usage.heads, usage.prefix
+    for some in (attention & mlp, attention & ~mlp, mlp & ~attention, ~mlp & ~attention):
+        assert some.any()
+    for some in (heads == 0, (heads > 0) & (heads < model.heads), heads == model.heads):
+        assert (some & attention).any()
+        assert (some & mlp).any()
+    assert (usage.attended[attention] == prefix).any()
+    assert (usage.attended[attention] > prefix + 1).any()
+    assert len({tuple(row) for row in torch.cat([heads, attention, mlp], dim=1).tolist()}) > 8
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,7 +114,7 @@ def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
     assert 2 * dense_macs(model.shape, model(batch).usage.grid) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("adavit")])
 def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
     model = build(method, flavour).eval()
     live = model(images(model.vit)).usage.live
@@ -132,7 +156,8 @@ def test_logits_only_is_a_plain_module(method: str) -> None:
     model = build(method, "class token").eval()
     batch = images(model.vit)
     assert torch.equal(model.logits_only(batch), model(batch).logits)
-    assert len(list(model.logits_only.parameters())) == len(list(model.vit.parameters()))
+    assert len(list(model.logits_only.parameters())) == len(list(model.parameters()))
+    assert {id(part) for part in model.vit.parameters()} <= {id(part) for part in model.logits_only.parameters()}
 
 
 def test_a_reset_classifier_counts() -> None:

@@ -2,9 +2,10 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
 import adaptvit
+from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
 from adaptvit.names import default_cfgs
 
@@ -16,6 +17,14 @@ NAMES = {
     "avit_small_distilled_patch16_224": (10.0, 75.0),
 }
 """Gates: released for tiny and small, lent to the others."""
+ADA_NAMES = {
+    "ada_step_deit_tiny_patch16_224": "deit_tiny_patch16_224",
+    "ada_step_deit_small_patch16_224": "deit_small_patch16_224",
+    "ada_step_deit_base_patch16_224": "deit_base_patch16_224",
+    "ada_step_t2t_vit_14_lnorm": "t2t_vit_14",
+    "ada_step_t2t_vit_19_lnorm": "t2t_vit_19",
+}
+"""AdaViT's names, and the models inside."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,8 +38,37 @@ def test_a_registered_name_is_avit_around_its_deit(name: str) -> None:
     assert shapes == {key: value.shape for key, value in deit.state_dict().items()}
 
 
+@pytest.mark.parametrize("name", ADA_NAMES)
+def test_a_registered_name_is_adavit_around_its_backbone(name: str) -> None:
+    model = timm.create_model(name, img_size=32, macs_target=1.0)
+    with torch.device("meta"):
+        inside = timm.create_model(ADA_NAMES[name], img_size=32)
+    assert isinstance(model, AdaViT)
+    assert model.config == adaptvit.AdaViTConfig(policies=("patches", "heads", "sublayers"), macs_target=1.0)
+    shapes = {key: value.shape for key, value in model.vit.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in inside.state_dict().items()}
+    epsilon = 1e-5 if "t2t" in name else 1e-6
+    assert {part.eps for part in model.vit.blocks.modules() if isinstance(part, nn.LayerNorm)} == {epsilon}
+    assert model.vit.norm.eps == epsilon
+
+
+@pytest.mark.parametrize("name", ADA_NAMES)
+def test_adavit_is_evaluated_as_published(name: str) -> None:
+    settings = resolve_model_data_config(timm.create_model(name, depth=2))
+    assert settings == {
+        "input_size": (3, 224, 224),
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
+
+
 def test_timm_lists_the_names() -> None:
-    assert set(timm.list_models("avit*")) == set(NAMES) == set(default_cfgs)
+    assert set(timm.list_models("avit*")) == set(NAMES)
+    assert set(timm.list_models("ada_step*")) == set(ADA_NAMES)
+    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES)
 
 
 def test_arguments_go_to_the_config_or_to_timm() -> None:
@@ -38,6 +76,15 @@ def test_arguments_go_to_the_config_or_to_timm() -> None:
         "avit_tiny_patch16_224", num_classes=10, img_size=64, depth=2, gate_center=20.0, class_token="stays"
     )
     assert model.config == adaptvit.AViTConfig(gate_scale=10.0, gate_center=20.0, class_token="stays")
+    assert (model.num_classes, model.shape.depth) == (10, 2)
+    assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 10)
+
+
+def test_arguments_of_adavit_go_to_the_config_or_to_timm() -> None:
+    model = timm.create_model(
+        "ada_step_t2t_vit_14_lnorm", num_classes=10, img_size=64, depth=2, policies=("heads",), macs_target=1.0
+    )
+    assert model.config == adaptvit.AdaViTConfig(policies=("heads",), macs_target=1.0)
     assert (model.num_classes, model.shape.depth) == (10, 2)
     assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 10)
 
@@ -60,9 +107,15 @@ def test_timms_scripts_can_resolve_the_names_first() -> None:
     assert model.vit.pretrained_cfg["architecture"] == "deit_tiny_patch16_224"  # what adaptvit.save rebuilds
 
 
-def test_pretrained_loads_deits_weights() -> None:
+@pytest.mark.parametrize("name", ["avit_tiny_patch16_224", "ada_step_deit_tiny_patch16_224"])
+def test_pretrained_loads_deits_weights(name: str) -> None:
     deit = timm.create_model("deit_tiny_patch16_224", depth=2)
     overlay = {"state_dict": deit.state_dict()}  # stands for the download
-    model = timm.create_model("avit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, depth=2)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, depth=2)
     loaded: dict[str, Tensor] = model.vit.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in deit.state_dict().items())
+
+
+def test_t2t_vit_has_no_weights_to_download() -> None:
+    with pytest.raises(ValueError, match=r"t2t_vit_14 has no weights to download.*adaptvit\.convert"):
+        timm.create_model("ada_step_t2t_vit_14_lnorm", pretrained=True)

@@ -4,9 +4,18 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from models import METHODS, images, small_vit
+from models import METHODS, images, small_vit, vary
 
-from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, laid_over, tokens_per_block, write_png
+from adaptvit.pictures import (
+    cost_histogram,
+    curves,
+    data_uri,
+    depth_maps,
+    laid_over,
+    tokens_per_block,
+    usage_per_block,
+    write_png,
+)
 from adaptvit.usage import Usage
 
 
@@ -45,6 +54,73 @@ def test_what_cannot_be_drawn_is_refused(usage: Usage, channels: int, count: int
 def test_tokens_per_block_draws_the_means(usage: Usage) -> None:
     bars = tokens_per_block(usage).axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx(usage.attended.double().mean(dim=0).tolist())
+
+
+def test_usage_per_block_draws_the_means() -> None:
+    vit = small_vit()
+    model = vary(METHODS["adavit"].build(vit)).eval()
+    usage = model(images(vit, count=8)).usage
+    rows = usage_per_block(usage, model.heads).axes
+    drawn = {axes.get_ylabel(): torch.tensor([bar.get_height() for bar in axes.patches]) for axes in rows}
+    assert list(drawn) == ["patches", "heads", "attention", "MLP"]
+    for block in range(model.depth):
+        patches = [own[block, usage.prefix :].tolist() for own in usage.live]
+        assert drawn["patches"][block] == pytest.approx(sum(map(sum, patches)) / (8 * 16))
+        computed = usage.heads[usage.attention[:, block], block].sum() / (8 * model.heads)
+        assert drawn["heads"][block] == pytest.approx(computed.item())
+        assert drawn["attention"][block] == pytest.approx(usage.attention[:, block].sum().item() / 8)
+        assert drawn["MLP"][block] == pytest.approx(usage.mlp[:, block].sum().item() / 8)
+    assert 0 < drawn["heads"].min() < drawn["heads"].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("full", ["patches"]),
+        ("ats", ["patches"]),
+        ("avit", ["patches", "attention", "MLP"]),
+        ("avit, class token stays", ["patches"]),
+        ("adavit, patches", ["patches"]),
+        ("adavit, heads", ["heads"]),
+        ("adavit, sublayers", ["patches", "attention", "MLP"]),
+    ],
+)
+def test_what_no_image_left_out_is_not_drawn(name: str, rows: list[str]) -> None:
+    vit = small_vit()
+    model = vary(METHODS[name].build(vit)).eval()
+    axes = usage_per_block(model(images(vit, count=8)).usage, model.heads).axes
+    assert [one.get_ylabel() for one in axes] == rows
+
+
+def test_whiskers_span_the_middle_of_the_images() -> None:
+    live = torch.ones(11, 1, 11, dtype=torch.bool)
+    for image in range(11):
+        live[image, 0, 1 : 1 + image] = False  # 10 - image of ten patches are on
+    on = torch.ones(11, 1, dtype=torch.long)
+    usage = Usage(on, on, on, on > 0, on > 0, grid=(2, 5), prefix=1, live=live)
+    (axes,) = usage_per_block(usage, heads=1).axes
+    (whisker,) = axes.collections[0].get_segments()
+    assert whisker[:, 1].tolist() == pytest.approx([0.1, 0.9])
+
+
+@pytest.mark.parametrize(("gmacs", "right"), [([1.0, 2.0, 2.0], 3.0), ([1.0, 2.0, 4.0], 4.0)], ids=["below", "beyond"])
+def test_the_histogram_counts_every_image(gmacs: list[float], right: float) -> None:
+    (axes,) = cost_histogram(torch.tensor(gmacs), dense=3.0).axes
+    assert sum(bar.get_height() for bar in axes.patches) == 3
+    assert axes.get_xlim() == pytest.approx((0, 1.04 * right))
+    assert list(axes.lines[0].get_xdata()) == [3.0, 3.0]
+    for bar in axes.patches:
+        inside = [cost for cost in gmacs if bar.get_x() - 1e-9 <= cost <= bar.get_x() + bar.get_width() + 1e-9]
+        assert len(inside) >= bar.get_height()
+
+
+def test_a_patch_that_no_block_worked_on_is_black() -> None:
+    depth = torch.tensor([[[0, 1]]])
+    black, dark = laid_over(torch.zeros(1, 1, 1, 2), depth, blocks=4, opacity=1.0)[0, :, 0].T
+    assert black.tolist() == [0, 0, 0]
+    assert dark.tolist() == pytest.approx(matplotlib.colormaps["viridis"](0)[:3])
+    ends = [depth_maps(torch.zeros(1, 1, 1, 2), own, blocks=4).axes[-1]._colorbar.extend for own in (depth, depth + 1)]
+    assert ends == ["min", "neither"]
 
 
 def test_runs_follow_one_another_along_the_epochs() -> None:

@@ -6,6 +6,7 @@ Letters: B images, N token slots (class token first), P patches, L blocks, D cha
 Symbols of the paper: m decision, tau temperature of the gates.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -56,8 +57,8 @@ class AdaViTConfig:
     patches_skip: Literal["attention and mlp", "attention"] = "attention and mlp"
     """The sub-layers that a patch which is off is left out of."""
     heads_take: Takes = "input"
-    """What an off head switches off beside its attention: its channels of the MLP's input, its share of the MLP's hidden
-    channels ("hidden", released as head_v2), or nothing, its attention matrix becoming the identity (head_attn)."""
+    """What an off head switches off beside its attention: its channels of the MLP's input; "hidden", its share of the
+    MLP's hidden channels (released as head_v2); "identity", nothing: its attention becomes the identity (head_attn)."""
     norm_policies: bool = False
     """The policies over heads and sub-layers read a normalised token, by a layer norm of their own."""
     patch_threshold: float = 0.6
@@ -66,8 +67,15 @@ class AdaViTConfig:
     """The same for heads and sub-layers."""
     temperature: float = 5.0
     """tau of the Gumbel gates."""
+    noise: float = 1.0
+    """Scale of the Gumbel noise in training; 0 decides as evaluation does, which leaves pretrained features whole."""
+    initial_bias: float = 0.0
+    """Of the policies' maps before they are trained; 3 leaves nearly everything on, so that pretrained features are not
+    wrecked at the first step."""
     lean: float = 0.0
     """Added to every logit: steers a trained model to other budgets."""
+    random: bool = False
+    """Draw every decision anew instead, each on with the probability of a logit of `lean`: the control."""
     macs_target: float | None = 0.5
     """Share of the dense MACs to train for; None trains without that loss."""
     macs_weight: float = 4.0
@@ -93,6 +101,8 @@ class AdaViTConfig:
     """`official` reproduces the released code's training; evaluation is the same in both."""
 
     def __post_init__(self) -> None:
+        for name in ("policies", "usage_targets", "minimums", "minimum_weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         unknown = [kind for kind in self.policies if kind not in KINDS]
         if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
             raise ValueError(f"AdaViTConfig.policies must be some of {KINDS}, each once, got {self.policies}")
@@ -113,7 +123,7 @@ class AdaViTConfig:
             least = "(0" if name == "usage_targets" else "[0"
             if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (least == "(0" and 0 in values):
                 raise ValueError(f"AdaViTConfig.{name} must be three shares in {least}, 1], got {values}")
-        for name in ("macs_weight", "usage_weight", "diversity_weight", "entropy_weight"):
+        for name in ("noise", "macs_weight", "usage_weight", "diversity_weight", "entropy_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"AdaViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
         for name, allowed in (
@@ -175,13 +185,13 @@ class AdaViT(AdaptiveViT):
         if "heads" in config.policies:
             check_gated(vit, config.heads_take)
         self.plain_mlp = has_plain_mlp(vit)
-        self.patch_policy = _maps("patches" in config.policies, config.first_patch_block, size, dim, 1)
-        self.head_policy = _maps("heads" in config.policies, config.first_block, size, dim, self.heads)
-        self.sublayer_policy = _maps("sublayers" in config.policies, config.first_block, size, dim, 2)
+        later, bias = range(config.first_block, size), config.initial_bias
+        patched = range(config.first_patch_block, size)
+        self.patch_policy = _maps(patched if "patches" in config.policies else (), dim, 1, bias)
+        self.head_policy = _maps(later if "heads" in config.policies else (), dim, self.heads, bias)
+        self.sublayer_policy = _maps(later if "sublayers" in config.policies else (), dim, 2, bias)
         normed = config.norm_policies and bool(self.head_policy or self.sublayer_policy)
-        self.policy_norm = nn.ModuleDict(
-            {str(block): like_norm(vit) for block in range(config.first_block, size) if normed}
-        )
+        self.policy_norm = nn.ModuleDict({str(block): like_norm(vit) for block in later if normed})
         self.to(next(vit.parameters()))
         self.train(vit.training)
         if config.macs_target is not None:
@@ -225,7 +235,8 @@ class AdaViT(AdaptiveViT):
         state = self.state(tokens)
         if key in self.policy_norm:
             state = self.policy_norm[key](state)
-        on = torch.ones((), dtype=state.dtype if masked else torch.bool, device=state.device)
+        wide = torch.promote_types(state.dtype, torch.float32)
+        on = torch.ones((), dtype=wide if masked else torch.bool, device=state.device)
         sublayers, sublayer_logits = on.expand(count, 2), None
         heads, head_logits = on.expand(count, self.heads), None
         chosen, normed = on.expand(count, patches), None
@@ -242,33 +253,41 @@ class AdaViT(AdaptiveViT):
         return Policies(chosen, heads, sublayers, head_logits, sublayer_logits), normed
 
     def state(self, tokens: Tokens) -> Tensor:
-        """What the policies over heads and sub-layers read: (B, D), the class token or, where there is none, the mean."""
+        """What the policies over heads and sub-layers read: (B, D), the class token or else the mean of all tokens."""
         if self.read is not None:
             return tokens.first(tokens.x, 1)[:, 0]
         return tokens.grid(tokens.x).mean(dim=1)
 
     def gate(self, logits: Tensor, threshold: float, masked: bool) -> Tensor:
         """m: 0 or 1 for every logit; float with the gradient of a soft decision where `masked`, else bool."""
+        if self.config.random:
+            logits = logits * 0
         logits = logits + self.config.lean
+        noise = None
+        if self.config.random:
+            noise = gumbel_difference(logits)
+        elif self.training and self.config.noise:
+            noise = self.config.noise * gumbel_difference(logits)
         if not masked:
-            return logits > log_odds(threshold)
-        noise = gumbel_difference(logits) if self.training else None
-        of = adavit_official.gate if self.config.mode == "official" else gate
+            return (logits if noise is None else logits + noise) > log_odds(threshold)
+        of = adavit_official.gate if self.config.mode == "official" and not self.config.random else gate
         return of(logits, threshold, self.config.temperature, noise)
 
     def gates(self, policies: Policies) -> Gates:
         """One block's decisions as its gates; what is not decided at all is None."""
-        on, off = self.config.policies, None
+        on = self.config.policies
         tokens = None
         if "patches" in on:
             tokens = torch.cat([torch.ones_like(policies.patches[:, :1]).expand(-1, self.prefix), policies.patches], 1)
-        sublayers = policies.sublayers.unbind(1) if "sublayers" in on else (None, None)
-        detached = tokens if tokens is None or self.config.mlp_gradient else tokens.detach()
+        mlp_tokens = tokens if self.config.patches_skip == "attention and mlp" else None
+        if mlp_tokens is not None and not self.config.mlp_gradient:
+            mlp_tokens = mlp_tokens.detach()
         return Gates(
-            *sublayers,
-            policies.heads if "heads" in on else off,
-            tokens,
-            detached if self.config.patches_skip == "attention and mlp" else off,
+            attention=policies.sublayers[:, 0] if "sublayers" in on else None,
+            mlp=policies.sublayers[:, 1] if "sublayers" in on else None,
+            heads=policies.heads if "heads" in on else None,
+            attention_tokens=tokens,
+            mlp_tokens=mlp_tokens,
         )
 
     def block_macs(self, policies: Policies) -> tuple[Tensor, Tensor]:
@@ -325,7 +344,8 @@ class AdaViT(AdaptiveViT):
 
     def terms(self, policies: Policies, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Loss terms of the decisions, weighted; none in evaluation."""
-        config, terms = self.config, {}
+        config = self.config
+        terms: dict[str, Tensor] = {}
         if not self.training:
             return terms
         if config.macs_target is not None:
@@ -340,8 +360,8 @@ class AdaViT(AdaptiveViT):
     def share(self, policies: Policies, grid: tuple[int, int]) -> Tensor:
         """Executed over dense MACs, mean over the batch, with the gradients of the gates."""
         executed, deciding = self.block_macs(policies)
-        dense = dense_macs(self.shape, grid)
-        return (executed + deciding).sum(dim=1).mean() / dense + self._fixed_macs(grid) / dense
+        blocks = (executed + deciding).sum(dim=1)
+        return ((blocks + self._fixed_macs(grid)) / dense_macs(self.shape, grid)).mean()
 
     def _fixed_macs(self, grid: tuple[int, int]) -> int:
         """MACs of stem and head, which no policy saves."""
@@ -361,8 +381,8 @@ class AdaViT(AdaptiveViT):
         least = self.share(Policies(**off), grid).item()
         if target < least:
             raise ValueError(
-                f"AdaViTConfig.macs_target is {target:g}, but what these policies cannot leave out takes {least:.3g} of "
-                f"the MACs of {model_name(self.vit)}"
+                f"AdaViTConfig.macs_target is {target:g}, but what these policies cannot leave out of "
+                f"{model_name(self.vit)} takes {least:.3g} of its MACs"
             )
 
 
@@ -385,22 +405,27 @@ def usage_terms(policies: Policies, config: AdaViTConfig, first: tuple[int, int,
         if kind != "patches":
             loss = loss + config.diversity_weight * ((own - target) ** 2).mean()
         loss = loss + config.minimum_weights[place] * (least - own).clamp(min=0).mean()
-        if config.entropy_weight and kind in logits:
-            loss = loss - config.entropy_weight * entropy(logits[kind])
+        decided = logits.get(kind)
+        if config.entropy_weight and decided is not None:
+            loss = loss - config.entropy_weight * entropy(decided)
         terms[kind] = loss
     return terms
 
 
-def _maps(wanted: bool, first: int, blocks: int, dim: int, out: int) -> nn.ModuleDict:
-    maps = nn.ModuleDict({str(block): nn.Linear(dim, out) for block in range(first, blocks) if wanted})
-    for linear_map in maps.values():
-        nn.init.trunc_normal_(linear_map.weight, std=0.02)
-        nn.init.zeros_(linear_map.bias)
-    return maps
+def _maps(blocks: Iterable[int], dim: int, out: int, bias: float) -> nn.ModuleDict:
+    return nn.ModuleDict({str(block): _linear(dim, out, bias) for block in blocks})
 
 
-def _score(policy: nn.Linear, x: Tensor) -> Tensor:
+def _linear(dim: int, out: int, bias: float) -> nn.Linear:
+    policy = nn.Linear(dim, out)
+    nn.init.trunc_normal_(policy.weight, std=0.02)
+    nn.init.constant_(policy.bias, bias)
+    return policy
+
+
+def _score(policy: nn.Module, x: Tensor) -> Tensor:
     """Logits in float32 or wider, whatever the features."""
+    assert isinstance(policy, nn.Linear)
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(wide), policy.weight.to(wide), policy.bias.to(wide))
@@ -410,7 +435,9 @@ def _stack(blocks: list[Policies]) -> Policies:
     head_logits = [block.head_logits for block in blocks if block.head_logits is not None]
     sublayer_logits = [block.sublayer_logits for block in blocks if block.sublayer_logits is not None]
     return Policies(
-        *(torch.stack([getattr(block, kind) for block in blocks], dim=1) for kind in KINDS),
-        torch.stack(head_logits, dim=1) if head_logits else None,
-        torch.stack(sublayer_logits, dim=1) if sublayer_logits else None,
+        patches=torch.stack([block.patches for block in blocks], dim=1),
+        heads=torch.stack([block.heads for block in blocks], dim=1),
+        sublayers=torch.stack([block.sublayers for block in blocks], dim=1),
+        head_logits=torch.stack(head_logits, dim=1) if head_logits else None,
+        sublayer_logits=torch.stack(sublayer_logits, dim=1) if sublayer_logits else None,
     )

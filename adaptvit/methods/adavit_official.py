@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from adaptvit.gated import Gates
 from adaptvit.gates import entropy, straight_through
@@ -79,9 +79,7 @@ def usage_terms(policies: "Policies", config: "AdaViTConfig", first: tuple[int, 
     if "heads" in config.policies:
         on = sublayers if "sublayers" in config.policies else torch.ones_like(sublayers)
         assert policies.head_logits is not None
-        terms["heads"] = head_loss(
-            heads, on, policies.head_logits, wanted_heads, *extra, least_heads, weigh_heads
-        )
+        terms["heads"] = head_loss(heads, on, policies.head_logits, wanted_heads, *extra, least_heads, weigh_heads)
     if "sublayers" in config.policies:
         assert policies.sublayer_logits is not None
         terms["sublayers"] = layer_loss(
@@ -115,12 +113,44 @@ def head_loss(
 
 
 def layer_loss(
-    sublayers: Tensor, logits: Tensor, target: float, diversity: float, entropy_weight: float, least: float, weight: float
+    sublayers: Tensor,
+    logits: Tensor,
+    target: float,
+    diversity: float,
+    entropy_weight: float,
+    least: float,
+    weight: float,
 ) -> Tensor:
     """Of decisions over sub-layers (B, L, 2)."""
     spread = (sublayers.mean(dim=(0, 2)) - target).abs().mean()
     loss = (sublayers.mean() - target).abs() + diversity * spread
     return loss - entropy_weight * entropy(logits) + weight * (least - sublayers.mean(dim=0)).clamp(min=0).sum()
+
+
+def distillation(
+    attention: tuple[Tensor, Tensor],
+    hidden: tuple[Tensor, Tensor],
+    logits: tuple[Tensor, Tensor],
+    policies: "Policies",
+    temperature: float = 5.0,
+) -> dict[str, Tensor]:
+    """Losses towards a teacher, not weighted. Nothing in the released code reaches them; adaptvit has `Recipe.teacher`.
+
+    Args:
+        attention, hidden, logits: the student's and the teacher's: weights (B, L, H, N, N), of which the class token's
+            row counts; tokens after each block (B, L, N, D), of which the class token counts; (B, classes).
+        policies: the student's. What is off counts nothing.
+        temperature: divides both logits.
+    """
+    attending, mlp = policies.sublayers.unbind(dim=2)
+    rows, classes = ((student - teacher)[..., 0, :] for student, teacher in (attention, hidden))
+    moved = rows.abs().sum(dim=-1) * policies.heads * attending[..., None]  # (B, L, H)
+    student, teacher = (t / temperature for t in logits)
+    return {
+        "attention": moved.mean(dim=(0, 2)).sum(),
+        "hidden": (classes.square() * mlp[..., None]).mean(dim=(0, 2)).sum(),
+        "prediction": cross_entropy(student, teacher.softmax(dim=-1)),
+    }
 
 
 def published_gmacs(policies: "Policies", dim: int, mlp_ratio: float, base: float) -> Tensor:
@@ -160,4 +190,6 @@ def state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, found in parts.items():
         if len(found) == 3:
             renamed[key] = torch.cat([found[name] for name in ("query", "key", "value")])
+        else:  # stay as they are, for whoever compares names to find
+            renamed |= {key.replace(".qkv.", f".{name}."): value for name, value in found.items()}
     return renamed

@@ -1,5 +1,6 @@
 """AdaViT against numbers recorded from the released code; tolerances as the fixtures' README gives them."""
 
+import argparse
 import json
 import re
 from functools import cache, partial
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import adaptvit
 from adaptvit import AdaViTConfig, FullConfig, Masked, Packed
 from adaptvit.methods import adavit, adavit_official
 from adaptvit.methods.adavit import AdaViT, Policies
@@ -35,9 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @cache
 def load(path: Path) -> SimpleNamespace:
     arrays = path.with_suffix(".npz")
-    return SimpleNamespace(
-        case=json.loads(path.read_text()), arrays=dict(np.load(arrays)) if arrays.exists() else {}
-    )
+    return SimpleNamespace(case=json.loads(path.read_text()), arrays=dict(np.load(arrays)) if arrays.exists() else {})
 
 
 def find(request: pytest.FixtureRequest, name: str) -> SimpleNamespace:
@@ -81,7 +81,11 @@ def build(case: dict, **changes: object) -> torch.nn.Module:
                 "first_block": given.get("keep_layers", 1),
                 "first_patch_block": given.get("ada_token_start_layer", 0),
                 "patches_skip": "attention and mlp" if given.get("ada_token_with_mlp") else "attention",
-                "heads_take": "hidden" if given.get("ada_head_v2") else "identity" if given.get("ada_head_attn") else "input",
+                "heads_take": "hidden"
+                if given.get("ada_head_v2")
+                else "identity"
+                if given.get("ada_head_attn")
+                else "input",
                 "norm_policies": given.get("norm_policy", False),
                 "attention_mask": "after softmax"
                 if not given.get("ada_token_pre_softmax", True)
@@ -153,6 +157,10 @@ def test_evaluation_gives_the_recorded_logits_decisions_and_states(
             on = active[:, model.config.first_patch_block :]
             found, expected = found[on], expected[on]
         assert torch.equal(found, expected), name
+    if "macs" in case:
+        sizes = case["config"]["embed_dim"], case["config"]["mlp_ratio"]
+        found = summed_gmacs(policies, *sizes, case["macs"]["base_gmacs"])
+        assert torch.equal(found, torch.tensor(case["macs"]["gmacs_per_image"]))
     for name in ("head", "layer"):
         if f"{name}_logits" in arrays:
             logits = policies.head_logits if name == "head" else policies.sublayer_logits
@@ -165,7 +173,7 @@ def test_training_gives_the_recorded_losses_and_gradients(trained: Path, monkeyp
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    taken = {name: 0 for name in KINDS}
+    taken = dict.fromkeys(KINDS, 0)
     shapes = {2: "layer", model.heads: "head"}
 
     def recorded_noise(logits: Tensor) -> Tensor:
@@ -206,6 +214,159 @@ def test_training_gives_the_recorded_losses_and_gradients(trained: Path, monkeyp
         if key.startswith("grad/"):
             close(gradient_of(gradients, key.removeprefix("grad/")).flatten()[:256], value, atol=1e-5, rtol=1e-4)
     assert compared > 20
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Loss functions on given arrays."""
+    return find(request, "losses")
+
+
+def leaves(recorded: SimpleNamespace) -> dict[str, Tensor]:
+    """The arrays of `losses`, those that losses are differentiated by as leaves."""
+    found = {name: torch.from_numpy(array.copy()) for name, array in recorded.arrays.items()}
+    for name in ("attn", "attn_teacher", "hidden", "hidden_teacher"):
+        found[name] = found[name].transpose(0, 1)  # recorded as a list of blocks
+    for name in ("logits", "head_select", "layer_select", "token_select", "head_logits", "layer_logits"):
+        found[name].requires_grad_()
+    return found
+
+
+def losses_of(given: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
+    """The released losses of one case, under their recorded names and not weighted."""
+    settings = case["loss_config"]
+
+    def options(kind: str) -> list[float]:
+        names = ("target_ratio", "diverse_ratio", "entropy_weight", "minimal", "minimal_weight")
+        return [settings[f"{kind}_{name}"] for name in names if f"{kind}_{name}" in settings]
+
+    layers = given["layer_select"] if case["layer"] else torch.ones_like(given["layer_select"])
+    found = {
+        "base_loss": cross_entropy(given["logits"], given["labels" if case.get("hard_labels") else "targets"]),
+        **{f"{kind}_loss": torch.zeros(()) for kind in KINDS},
+    }
+    if case["token"]:
+        found["token_loss"] = adavit_official.token_loss(given["token_select"], *options("token"))
+    if case["head"]:
+        heads = given["head_select"], layers, given["head_logits"]
+        found["head_loss"] = adavit_official.head_loss(*heads, *options("head"))
+    if case["layer"]:
+        found["layer_loss"] = adavit_official.layer_loss(layers, given["layer_logits"], *options("layer"))
+    if "teacher" in case:
+        first = case["teacher"]["keep_layers"]
+        ones = {
+            kind: torch.ones_like(given[f"{kind}_select"][:, :1]).expand(-1, first, -1) for kind in ("head", "layer")
+        }
+        heads = given["head_select"] if case["head"] else torch.ones_like(given["head_select"])
+        policies = Policies(
+            given["token_select"][..., 1:], torch.cat([ones["head"], heads], 1), torch.cat([ones["layer"], layers], 1)
+        )
+        pairs = ((given[name], given[f"{name}_teacher"]) for name in ("attn", "hidden", "logits"))
+        taught = adavit_official.distillation(*pairs, policies, case["teacher"]["tau"])
+        for name, ours in (("attn", "attention"), ("hidden", "hidden"), ("pred", "prediction")):
+            used = case["teacher"][f"{name}_ratio"] > 0  # the recorded code leaves out what has no weight
+            found[f"{name}_loss"] = taught[ours] if used else torch.zeros(())
+    return found
+
+
+def test_the_released_losses_and_their_gradients_are_the_recorded_ones(recorded: SimpleNamespace) -> None:
+    for case in recorded.case["cases"]:
+        given = leaves(recorded)
+        found, total = losses_of(given, case), torch.zeros(())
+        ratios = case["loss_config"] | {f"{name}_loss_ratio": of for name, of in weights_of(case).items()}
+        for name, value in found.items():
+            close(value, case["losses"][name], atol=1e-5)
+            total = total + ratios.get(f"{name}_ratio", 1.0) * value
+        close(total, case["losses"]["total"], atol=3e-5)
+        total.backward()
+        for name, value in case.get("grad_norms", {}).items():
+            gradient = given[name].grad
+            if value is None:
+                assert gradient is None or not gradient.any(), (case["name"], name)
+            else:
+                close(gradient.double().norm(), value, atol=1e-7, rtol=1e-4)
+
+
+def weights_of(case: dict) -> dict[str, float]:
+    """Of the losses towards a teacher, by the recorded names."""
+    teacher = case.get("teacher", {})
+    return {name: teacher.get(f"{name}_ratio", 0.0) for name in ("attn", "hidden", "pred")}
+
+
+BACKBONES = {"deit": (384, 6, 4.0), "t2t": (448, 7, 3.0)}
+"""Channels, heads and MLP ratio of the two published models."""
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("flops_dict_deit_small", "deit"), ("flops_dict_t2t_vit_19", "t2t")], ids=["deit", "t2t"]
+)
+def test_every_entry_of_the_released_tables_of_macs(name: str, model: str, request: pytest.FixtureRequest) -> None:
+    table = torch.tensor(find(request, name).case["values"], dtype=torch.float64)  # (heads + 1, tokens + 1, 2, 2)
+    dim, heads, ratio = BACKBONES[model]
+    assert table.shape == (heads + 1, 198, 2, 2)
+    assert not table[:, 0].any()  # the class token is never off: no policy reaches these
+    index = torch.cartesian_prod(torch.arange(heads + 1), torch.arange(1, 198), torch.arange(2), torch.arange(2))
+    policies = Policies(
+        (torch.arange(196) < index[:, 1:2] - 1).long()[:, None],
+        (torch.arange(heads) < index[:, :1]).long()[:, None],
+        index[:, 2:].contiguous()[:, None],
+    )
+    computed = adavit_official.published_gmacs(policies, dim, ratio, base=0.0)
+    assert torch.equal(computed.float(), table[:, 1:].flatten().float())
+
+
+@pytest.mark.parametrize("model", BACKBONES)
+def test_macs_of_given_policies_by_the_released_tables(model: str, request: pytest.FixtureRequest) -> None:
+    recorded, (dim, heads, ratio) = find(request, "macs"), BACKBONES[model]
+    constants = recorded.case["constants"][model]
+    cases = [case for case in recorded.case["cases"] if case["model"] == model]
+    assert len(cases) == 6
+    for case in cases:
+        count, depth = len(case["gmacs_per_image"]), constants["block_num"]
+        policies = {"head": torch.ones(count, depth, heads), "layer": torch.ones(count, depth, 2)}
+        policies["token"] = torch.ones(count, depth, 197)
+        for kind in case["arrays"]:
+            array = recorded.arrays[f"{model}_{case['name']}_{kind}_select"]
+            if kind == "token":
+                array = np.unpackbits(array, axis=-1)[..., :197]
+            policies[kind][:, depth - array.shape[1] :] = torch.from_numpy(array).float()
+        assert policies["token"][..., 0].all()
+        decided = Policies(policies["token"][..., 1:], policies["head"], policies["layer"])
+        found = summed_gmacs(decided, dim, ratio, constants["base_flops"])
+        assert torch.equal(found, torch.tensor(case["gmacs_per_image"])), case["name"]
+
+
+def summed_gmacs(policies: Policies, dim: int, ratio: float, base: float) -> Tensor:
+    """`published_gmacs`, block after block in float32 as the recorded code sums them."""
+    total = torch.full((len(policies.patches),), base)
+    for block in range(policies.patches.shape[1]):
+        kinds = (t[:, block : block + 1] for t in (policies.patches, policies.heads, policies.sublayers))
+        total += adavit_official.published_gmacs(Policies(*kinds), dim, ratio, base=0.0).float()
+    close(total, adavit_official.published_gmacs(policies, dim, ratio, base), atol=2e-6)  # which sums exactly
+    return total
+
+
+@pytest.mark.parametrize("name", ["eval_full_deit_small", "eval_full_t2t_vit_19"])
+def test_a_file_in_the_published_layout_converts_to_the_recorded_logits(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    recorded = find(request, name)
+    case, published = recorded.case, state(recorded.case)
+    content = {
+        "epoch": 9,
+        "arch": case["registry_name"],
+        "state_dict": {"head.weight": torch.zeros(1, 1)},
+        "state_dict_ema": {f"module.{key}": value for key, value in published.items()},
+        "optimizer": {"state": {}},
+        "version": 2,
+        "args": argparse.Namespace(lr=5e-4),
+    }
+    torch.save(content, tmp_path / "checkpoint.pth.tar")
+    adaptvit.convert(tmp_path / "checkpoint.pth.tar", tmp_path / "out.safetensors", case["registry_name"])
+    model = adaptvit.load(tmp_path / "out.safetensors").eval()
+    assert model.config == AdaViTConfig()
+    with torch.inference_mode():
+        close(model(images(case)).logits, recorded.arrays["logits"], atol=2e-5)
 
 
 def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:

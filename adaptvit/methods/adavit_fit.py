@@ -1,0 +1,73 @@
+"""Fit AdaViT's policies over patches to a pretrained ViT before any training.
+
+Policies that start at random wreck what the ViT knows, and a short training does not recover it. So each block's map is
+fitted, by linear regression, to how much the class token attends to a patch in this block and all that follow: patches
+begin to go with those that the ViT itself looks at least, and later blocks work on fewer than earlier ones, without
+which little is left of its accuracy. Policies over heads and sub-layers are left as they are.
+"""
+
+import torch
+from torch import Tensor
+
+from adaptvit.methods.adavit import AdaViT
+from adaptvit.tokens import Masked, Tokens
+from adaptvit.vit import attention_norm, attention_received, embed, project, run_block
+
+BATCH = 32
+SPREAD = 2.0
+"""Standard deviation of the fitted logits of a block."""
+FALL = 6.0
+"""By how much their mean falls from the first block to the last."""
+
+
+def fit_policies(model: AdaViT, images: Tensor) -> float:
+    """Set the maps of the patches' policies, in place, from what the ViT does with calibration images.
+
+    Args:
+        model: with policies over patches, around a ViT with a class token.
+        images: (B, channels, height, width), as the model takes them; a few hundred will do.
+    Returns:
+        The share of the variance of the patches' logarithmic attention that the maps explain, mean over blocks.
+    Raises:
+        ValueError: no policy over patches, or no class token.
+    """
+    if not model.patch_policy:
+        raise ValueError(
+            f"fit_policies needs policies over patches, but AdaViTConfig.policies is {model.config.policies}"
+        )
+    if model.read is None:
+        raise ValueError("fit_policies needs a ViT with a class token, whose attention tells which patches matter")
+    vit, blocks = model.vit, [int(block) for block in model.patch_policy]
+    size = model.shape.dim + 1
+    gram = torch.zeros(model.depth, size, size, dtype=torch.float64, device=images.device)
+    moment = torch.zeros(model.depth, size, dtype=torch.float64, device=images.device)
+    squares = torch.zeros(model.depth, dtype=torch.float64, device=images.device)
+    training = vit.training
+    vit.eval()
+    with torch.inference_mode():
+        for batch in images.split(BATCH):
+            tokens: Tokens = Masked.of(embed(vit, batch)[0])
+            seen, features = [], []
+            for number, block in enumerate(vit.blocks):
+                normed = attention_norm(vit, number, tokens.x)[:, model.prefix :].double()
+                features.append(torch.cat([normed, torch.ones_like(normed[..., :1])], dim=2).flatten(0, 1))
+                seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, model.prefix :])
+                tokens = run_block(block, tokens)
+            for number in blocks:
+                matters = torch.stack(seen[number:]).double().mean(dim=0).log()
+                y = ((matters - matters.mean()) / matters.std()).flatten()
+                gram[number] += features[number].T @ features[number]
+                moment[number] += features[number].T @ y
+                squares[number] += y.square().sum()
+    vit.train(training)
+    explained = []
+    for number in blocks:
+        ridge = 1e-4 * gram[number].diagonal().mean() * torch.eye(size, dtype=torch.float64, device=images.device)
+        solution = torch.linalg.solve(gram[number] + ridge, moment[number])
+        explained.append((2 * solution @ moment[number] - solution @ gram[number] @ solution) / squares[number])
+        policy = model.patch_policy[str(number)]
+        assert isinstance(policy, torch.nn.Linear)
+        with torch.no_grad():
+            policy.weight.copy_(SPREAD * solution[None, :-1])
+            policy.bias.copy_(SPREAD * solution[-1:] + FALL * (0.5 - number / model.depth))
+    return torch.stack(explained).mean().item()
