@@ -182,7 +182,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
         captions = _captions(seen, [one.name for one in seen], gmacs[rows].tolist(), model.depth)
         for place, row in enumerate(rows.tolist()):
             which = "right class" if labelled else f"class {record.classes[row]}"
-            captions[place] += f", {which} {(-record.difficulty[row]).exp():.1%}"
+            captions[place] += f", {which} at {(-record.difficulty[row]).exp():.1%}"
         images = _pixels(torch.stack([one.image for one in seen]), settings)
         depth = torch.stack([one.depth for one in seen])
         return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45)
