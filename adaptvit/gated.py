@@ -8,8 +8,8 @@ channels of the MLP.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -170,10 +170,12 @@ def _add(
 
 @dataclass(frozen=True)
 class _Part:
-    """Images of a batch with the same heads on, and which of their tokens run."""
+    """Images of a batch that use the same heads and sub-layers, and which of their tokens run."""
 
     runs: Runs | None
     """Heads that are on; None is all."""
+    attention: bool
+    mlp: bool
     shape: tuple[int, int]
     """Images of the part, and slots."""
     slots: Tensor
@@ -182,92 +184,89 @@ class _Part:
     """(T,) rows of the batch's features; None is all of them, in order."""
 
     def of(self, t: Tensor) -> Tensor:
-        """Rows of the batch's features."""
+        """Rows of the batch's features: a copy, or the features themselves where they are all."""
         return t if self.rows is None else t.index_select(0, self.rows)
 
-    def add_to(self, x: Tensor, branch: Tensor) -> None:
-        """Add to rows of the batch's features, in place."""
-        if self.rows is None:
-            x.add_(branch)
-        else:
-            x.index_add_(0, self.rows, branch.to(x.dtype).expand(len(self.rows), -1))
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Write rows back to the batch's features."""
+        if self.rows is not None:
+            x.index_copy_(0, self.rows, rows)
 
     def first(self, count: int) -> tuple["_Part", Tensor]:
         """The part's tokens in its first `count` slots, and where they stand among its tokens."""
         inside = (self.slots % self.shape[1] < count).nonzero().squeeze(1)
         rows = inside if self.rows is None else self.rows[inside]
-        return _Part(self.runs, self.shape, self.slots[inside], rows), inside
+        return replace(self, slots=self.slots[inside], rows=rows), inside
 
 
 @torch.no_grad()
 def _skip(block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None) -> Tokens:
     assert tokens.full
-    x, heads = tokens.x, gates.heads
-    if gates.attention is None or gates.attention.any():
-        normed = block.norm1(x) if normed is None else normed
-        for part in _parts(tokens, gates.attention, gates.attention_tokens, heads):
-            _attend_part(block, x, normed, part, takes, read)
-    del normed
-    if gates.mlp is None or gates.mlp.any():
-        chosen = gates.mlp_tokens
-        if read is not None:
-            reading = (torch.arange(tokens.shape[1], device=x.device) < read).expand(tokens.shape)
-            chosen = reading if chosen is None else chosen & reading
-        for part in _parts(tokens, gates.mlp, chosen, None if takes == "identity" else heads):
-            _mlp_part(block, x, part, takes)
+    x = tokens.x
+    on = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
+    attention = on if gates.attention is None else gates.attention
+    mlp = on if gates.mlp is None else gates.mlp
+    if gates.attention_tokens is gates.mlp_tokens:
+        passes = [(attention, mlp, gates.mlp_tokens)]
+    else:
+        passes = [(attention, ~on, gates.attention_tokens), (~on, mlp, gates.mlp_tokens)]
+    for attending, through_mlp, chosen in passes:
+        for part in _parts(tokens, attending, through_mlp, chosen, gates.heads):
+            target, inside = (part, None) if read is None else part.first(read)
+            rows = target.of(x)
+            if part.attention:
+                normed = block.norm1(x) if normed is None else normed
+                rows += _attention(block, part.of(normed), part, target, inside, takes)
+            if part.mlp:
+                for some in rows.split(MLP_ROWS):
+                    some += through(block.ls2, _mlp(block, block.norm2(some), part.runs, takes))
+            target.put(x, rows)
     return tokens.with_x(x)
 
 
-def _parts(tokens: Packed, images: Tensor | None, chosen: Tensor | None, heads: Tensor | None) -> Iterator[_Part]:
-    """The batch in parts of equal heads: matrix products as large as they come without computing a head that is off."""
+def _parts(
+    tokens: Packed, attention: Tensor, mlp: Tensor, chosen: Tensor | None, heads: Tensor | None
+) -> Iterator[_Part]:
+    """The batch in parts of equal use: matrix products as large as they come without computing a head that is off."""
     count, slots = tokens.shape
-    members = range(count) if images is None else images.nonzero().squeeze(1).tolist()
-    patterns: dict[tuple[bool, ...], list[int]] = defaultdict(list)
-    if heads is None or bool(heads.all()):
-        patterns[()] = list(members)
-    else:
-        rows = heads.tolist()
-        for image in members:
-            patterns[() if all(rows[image]) else tuple(rows[image])].append(image)
-    for pattern, group in patterns.items():
+    used: dict[tuple[bool, ...], list[int]] = defaultdict(list)
+    patterns = [()] * count if heads is None else heads.tolist()
+    for image, (*sublayers, pattern) in enumerate(zip(attention.tolist(), mlp.tolist(), patterns, strict=True)):
+        if any(sublayers):
+            used[*sublayers, *(() if all(pattern) else pattern)].append(image)
+    for (attending, through_mlp, *pattern), group in used.items():
         runs = _runs(pattern) if pattern else None
-        everyone = len(group) == count
-        if everyone and chosen is None:
-            yield _Part(runs, tokens.shape, tokens.slots, None)
+        if len(group) == count:
+            inner = tokens.slots if chosen is None else chosen.flatten().nonzero().squeeze(1)
+            rows = None if len(inner) == count * slots else inner
+            yield _Part(runs, attending, through_mlp, tokens.shape, inner, rows)
             continue
         index = torch.tensor(group, device=tokens.x.device)
+        places = torch.arange(len(group), device=tokens.x.device)
         if chosen is None:
             inner = torch.arange(len(group) * slots, device=tokens.x.device)
         else:
-            inner = (chosen if everyone else chosen.index_select(0, index)).flatten().nonzero().squeeze(1)
-        rows_of = (
-            inner
-            if everyone
-            else inner + ((index - torch.arange(len(group), device=index.device)) * slots)[inner // slots]
-        )
-        yield _Part(runs, (len(group), slots), inner, rows_of)
+            inner = chosen.index_select(0, index).flatten().nonzero().squeeze(1)
+        rows = inner + ((index - places) * slots)[inner // slots]
+        yield _Part(runs, attending, through_mlp, (len(group), slots), inner, rows)
 
 
-def _runs(pattern: tuple[bool, ...]) -> Runs:
+def _runs(pattern: Sequence[bool]) -> Runs:
     """The heads that are on, as ranges."""
     edges = [place for place, (left, right) in enumerate(pairwise((False, *pattern, False))) if left != right]
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _attend_part(block: Block, x: Tensor, normed: Tensor, part: _Part, takes: Takes, read: int | None) -> None:
+def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside: Tensor | None, takes: Takes) -> Tensor:
+    """What the attention sub-layer adds to the rows of `target`, which stand at `inside` in the part."""
     attn = block.attn
     if part.runs == () and takes != "identity":
-        target = part if read is None else part.first(read)[0]
-        if attn.proj.bias is not None:
-            target.add_to(x, through(block.ls1, attn.proj.bias[None]))
-        return
+        return through(block.ls1, normed.new_zeros(1, 1) if attn.proj.bias is None else attn.proj.bias[None])
     every = ((0, attn.num_heads),)
-    rows = part.of(normed)
-    keys = Packed(rows, part.shape, part.slots)
-    target, inside = (part, None) if read is None else part.first(read)
-    queries = keys if inside is None else Packed(rows[inside], part.shape, target.slots)
+    keys = Packed(normed, part.shape, part.slots)
+    queries = keys if inside is None else Packed(normed[inside], part.shape, target.slots)
     if part.runs is None and inside is None:
-        q, k, v = project_normed(block, rows)
+        q, k, v = project_normed(block, normed)
         out = keys.attend(q, k, v, keys)
     else:
         out = _attend_runs(block, keys, queries, every if part.runs is None else part.runs, inside, takes)
@@ -276,7 +275,7 @@ def _attend_part(block: Block, x: Tensor, normed: Tensor, part: _Part, takes: Ta
     if attn.gate is not None:
         for channels in _channels(runs, attn.head_dim):
             out[:, channels] *= _rows(attn.gate, queries.x, channels).sigmoid()
-    target.add_to(x, through(block.ls1, _columns(attn.proj, out, _channels(runs, attn.head_dim))))
+    return through(block.ls1, _columns(attn.proj, out, _channels(runs, attn.head_dim)))
 
 
 def _attend_runs(
@@ -302,23 +301,13 @@ def _attend_runs(
     return out
 
 
-def _mlp_part(block: Block, x: Tensor, part: _Part, takes: Takes) -> None:
-    mlp = block.mlp
-    if part.runs == () and (takes == "hidden" or type(mlp) is Mlp):
-        part.add_to(x, through(block.ls2, _mlp_of_nothing(block, x, takes)))
-        return
-    rows = part.of(x)
-    out = torch.empty_like(rows)
-    for place, some in zip(out.split(MLP_ROWS), rows.split(MLP_ROWS), strict=True):
-        place.copy_(through(block.ls2, _mlp_of_runs(block, block.norm2(some), part.runs, takes)))
-    part.add_to(x, out)
-
-
-def _mlp_of_runs(block: Block, x: Tensor, runs: Runs | None, takes: Takes) -> Tensor:
+def _mlp(block: Block, x: Tensor, runs: Runs | None, takes: Takes) -> Tensor:
     """The MLP of what these heads leave of its input or hidden channels."""
     mlp, heads = block.mlp, block.attn.num_heads
-    if runs is None:
+    if runs is None or takes == "identity":
         return mlp(x)
+    if runs == () and (takes == "hidden" or type(mlp) is Mlp):
+        return _mlp_of_nothing(block, x, takes)
     if takes == "hidden":
         shares = _channels(runs, mlp.fc1.out_features // heads)
         hidden = x.new_zeros(len(x), mlp.fc1.out_features)

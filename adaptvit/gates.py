@@ -49,6 +49,11 @@ def log_odds(threshold: float) -> float:
     return math.log(threshold / (1 - threshold))
 
 
+def probability(logit: float) -> float:
+    """The sigmoid of one number."""
+    return 1 / (1 + math.exp(-logit))
+
+
 def annealed(start: float, end: float, progress: float) -> float:
     """A temperature on its way from `start` to `end`, both above 0, by equal factors; `progress` is in [0, 1]."""
     return start * (end / start) ** progress

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from adaptvit.gated import Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
-from adaptvit.gates import entropy, gate, gumbel_difference, log_odds
+from adaptvit.gates import entropy, gate, gumbel_difference, log_odds, probability
 from adaptvit.losses import mean_over_processes
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import adavit_official
@@ -260,18 +260,15 @@ class AdaViT(AdaptiveViT):
 
     def gate(self, logits: Tensor, threshold: float, masked: bool) -> Tensor:
         """m: 0 or 1 for every logit; float with the gradient of a soft decision where `masked`, else bool."""
-        if self.config.random:
-            logits = logits * 0
-        logits = logits + self.config.lean
-        noise = None
-        if self.config.random:
-            noise = gumbel_difference(logits)
-        elif self.training and self.config.noise:
-            noise = self.config.noise * gumbel_difference(logits)
+        config = self.config
+        if config.random:
+            drawn = torch.rand_like(logits) < probability(config.lean - log_odds(threshold))
+            return drawn.to(logits.dtype) + 0 * logits if masked else drawn  # every parameter stays in the graph
         if not masked:
-            return (logits if noise is None else logits + noise) > log_odds(threshold)
-        of = adavit_official.gate if self.config.mode == "official" and not self.config.random else gate
-        return of(logits, threshold, self.config.temperature, noise)
+            return logits > log_odds(threshold) - config.lean
+        noise = config.noise * gumbel_difference(logits) if self.training and config.noise else None
+        of = adavit_official.gate if config.mode == "official" else gate
+        return of(logits + config.lean, threshold, config.temperature, noise)
 
     def gates(self, policies: Policies) -> Gates:
         """One block's decisions as its gates; what is not decided at all is None."""
@@ -426,6 +423,10 @@ def _linear(dim: int, out: int, bias: float) -> nn.Linear:
 def _score(policy: nn.Module, x: Tensor) -> Tensor:
     """Logits in float32 or wider, whatever the features."""
     assert isinstance(policy, nn.Linear)
+    if x.dtype == policy.weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
+        x.device.type
+    ):
+        return policy(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(wide), policy.weight.to(wide), policy.bias.to(wide))
