@@ -3,7 +3,7 @@
     python benchmarks/ats_imagenet.py WEIGHTS IMAGES OUTPUT
 
 WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders, OUTPUT a path without ending: the
-script writes .csv, .png and .json (the conditions). It takes a quarter of an hour on two quiet cores.
+script writes .csv, .png and .json (the conditions). It takes half an hour on one core.
 """
 
 import csv
@@ -28,7 +28,7 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
 from adaptvit.timing import interleaved
 
-BATCH, TIMED, ROUNDS, THREADS = 50, 32, 7, 2
+BATCH, TIMED, ROUNDS, THREADS = 50, 32, 5, 1
 BUDGETS = (0.8, 0.65, 0.55, 0.45)
 
 
