@@ -36,6 +36,7 @@ from adaptvit.budget import meet_target
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import replacing, write_atomically
+from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
@@ -89,6 +90,8 @@ class Recipe:
     """Of soft distillation."""
     freeze: tuple[str, ...] = ()
     """Parameters of the ViT to leave as they are, by patterns of their names: patch_embed.*, blocks.0.*, pos_embed."""
+    final_gate_temperature: float | None = None
+    """Temperature of the method's gates at the end; it falls to that by equal factors. None keeps the method's."""
     target: float | None = None
     """Share of the dense MACs in (0, 1] that the method's knob is steered to while training; None leaves the knob."""
     ease_epochs: float = 0.0
@@ -106,7 +109,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "accumulate", "steer_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Recipe.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "method_learning_rate", "clip_grad", "temperature"):
+        for name in ("learning_rate", "method_learning_rate", "clip_grad", "temperature", "final_gate_temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Recipe.{name} must be positive, got {value}")
@@ -238,6 +241,12 @@ class _Training:
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
         if recipe.target is not None and getattr(model.config, "knob", None) is None:
             raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
+        self.first_temperature = getattr(model.config, "temperature", None)
+        if recipe.final_gate_temperature is not None and self.first_temperature is None:
+            raise ValueError(
+                f"Recipe.final_gate_temperature is {recipe.final_gate_temperature}, but {type(model.config).__name__} "
+                "has no temperature"
+            )
         freeze(model.vit, recipe.freeze)
         self.loader = self._loader()
         self.steps = len(self.loader) // recipe.accumulate * recipe.accumulate
@@ -355,6 +364,8 @@ class _Training:
             self.scheduler.step_update(update + 1)
             if recipe.target is not None and update % recipe.steer_every == 0:
                 self._steer(images, update)
+            if recipe.final_gate_temperature is not None:
+                self._cool(update / (recipe.epochs * self.updates))
         with accelerator.accumulate(self.wrapped):
             output, task = self._forward(images, labels)
             loss = task + sum(output.terms.values())
@@ -405,6 +416,13 @@ class _Training:
             config = meet_target(model, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
         model.train()
         (model.config,) = broadcast_object_list([config])
+
+    def _cool(self, progress: float) -> None:
+        """Set the temperature of the gates to what it is by now."""
+        assert self.first_temperature is not None
+        assert self.recipe.final_gate_temperature is not None
+        temperature = annealed(self.first_temperature, self.recipe.final_gate_temperature, progress)
+        self.model.config = replace(self.model.config, temperature=temperature)
 
     def _evaluate(self) -> dict[str, Any]:
         """The test split through what the run would leave, on every process alike."""

@@ -16,7 +16,7 @@ from models import small_vit
 from torch import Tensor
 
 import adaptvit.train
-from adaptvit import AdaptiveViT, AViTConfig, FullConfig
+from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, FullConfig
 from adaptvit.data import Data, Images, Unreadable, digits
 from adaptvit.evaluate import evaluate
 from adaptvit.train import Recipe, fingerprint, train
@@ -261,6 +261,40 @@ def test_the_knob_is_steered_to_the_target(data: Data, tmp_path: Path) -> None:
 def test_a_target_needs_a_knob(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="FullConfig has no knob"):
         train(model(FullConfig()), data, replace(RECIPE, target=0.5), tmp_path)
+
+
+def test_gates_cool_to_their_last_temperature_and_so_after_a_resume(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AdaViTConfig(temperature=8.0, macs_target=None)
+    recipe = replace(RECIPE, final_gate_temperature=1.0)
+    whole = model(config)
+    train(whole, data, recipe, tmp_path / "whole")
+    assert whole.config.temperature == pytest.approx(8 ** (1 / 9))  # the last of nine updates
+    resumed = model(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptvit.train, "write_atomically", stopping_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            train(resumed, data, recipe, tmp_path / "resumed")
+    resumed = model(config)
+    train(resumed, data, recipe, tmp_path / "resumed")
+    assert resumed.config == whole.config
+    assert same_weights(resumed, whole)
+    with pytest.raises(ValueError, match="AViTConfig has no temperature"):
+        train(model(AVIT), data, recipe, tmp_path / "avit")
+
+
+def test_the_methods_own_parameters_learn_at_a_rate_of_their_own(data: Data, tmp_path: Path) -> None:
+    config = AdaViTConfig(macs_target=None)
+    still, moved = model(config), model(config)
+    before = {name: value.clone() for name, value in still.named_parameters()}
+    for adaptive, scale in ((still, 1e-9), (moved, 5.0)):
+        train(adaptive, data, replace(RECIPE, epochs=2, method_learning_rate=scale), tmp_path / str(scale))
+    for name, value in still.named_parameters():
+        unchanged = torch.allclose(value, before[name], atol=1e-7, rtol=0)
+        assert unchanged == (not name.startswith("vit.")), name
+    own = [name for name in before if name.startswith("sublayer_policy")]
+    assert not any(torch.allclose(dict(moved.named_parameters())[name], before[name], atol=1e-4) for name in own)
 
 
 def test_half_precision_learns_like_full(data: Data, tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ def fit_policies(model: AdaViT, images: Tensor) -> float:
         ValueError: no policy over patches, or no class token.
     """
     if not model.patch_policy:
-        raise ValueError(
-            f"fit_policies needs policies over patches, but AdaViTConfig.policies is {model.config.policies}"
-        )
+        raise ValueError(f"fit_policies needs policies over patches, but the model decides {model.config.policies}")
     if model.read is None:
         raise ValueError("fit_policies needs a ViT with a class token, whose attention tells which patches matter")
     vit, blocks = model.vit, [int(block) for block in model.patch_policy]
