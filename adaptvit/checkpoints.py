@@ -177,7 +177,7 @@ def convert(
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
-    model = _untrained(model_name, trained_with | gate_in_name(source) | given, settings)
+    model = _untrained(model_name, trained_with, gate_in_name(source) | given, settings)
     own = model.state_dict()
     wanted = {_stored_name(key): own[key] for key in own}
     if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
@@ -192,13 +192,16 @@ def convert(
     return model
 
 
-def _untrained(model_name: str, gate: dict[str, Any], settings: dict[str, Any]) -> AdaptiveViT:
+def _untrained(
+    model_name: str, trained_with: dict[str, Any], gate: dict[str, Any], settings: dict[str, Any]
+) -> AdaptiveViT:
     """The model that `convert` fills: a name's own method; else A-ViT, but around a T2T-ViT only with a gate."""
+    if model_name in ADAVIT:
+        return timm.create_model(model_name, **settings, **adavit_official.settings(trained_with))
+    gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}} | gate
     if model_name in AVIT:
         return timm.create_model(model_name, **settings, **gate)
     made = timm.create_model(model_name, **settings)
-    if model_name in ADAVIT:
-        return made
     return FullConfig().build(made) if model_name in T2T_MODELS and not gate else AViTConfig(**gate).build(made)
 
 
@@ -230,8 +233,8 @@ def gate_in_name(path: Path | str) -> dict[str, float]:
     return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
 
 
-def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The state dict of somebody else's file, and the gate among its training arguments, if any."""
+def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of somebody else's file, and its training arguments, if any."""
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         if KEY in metadata and not ours:
@@ -244,9 +247,7 @@ def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], di
         weights, arguments = held[0] if held else content, content.get("args")
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict' or 'model'")
-    trained_with = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}}
-    return _under_our_names(weights), gate
+    return _under_our_names(weights), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def _under_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,8 +52,8 @@ class Gates:
         return Gates(*(None if gate is None else gate.to(x.dtype) for gate in found))
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Gates], Tensor]
-"""Queries, keys and values (B, N, H, d), and the gates -> (B, N, H, d)."""
+Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
+"""Queries, keys and values (B, N, H, d), the gates, and the dropout of attention -> (B, N, H, d)."""
 
 
 def check_gated(vit: VisionTransformer, takes: Takes) -> None:
@@ -119,7 +119,7 @@ def _mask(
     heads = None if gates.heads is None else gates.heads[:, None, :, None]
     if heads is not None and takes != "identity":
         q, k, v = q * heads, k * heads, v * heads
-    mixed = (attend or _attend_to_tokens_on)(q, k, v, gates)
+    mixed = (attend or _attend_to_tokens_on)(q, k, v, gates, attn.attn_drop.p if attn.training else 0.0)
     if heads is not None and takes == "identity" and attend is None:
         mixed = heads * mixed + (1 - heads) * v
     out = through(attn.norm, mixed.flatten(-2))
@@ -133,10 +133,10 @@ def _mask(
     return _add(tokens, out, gates.mlp_tokens, gates.mlp, block.drop_path2, drop_path)
 
 
-def _attend_to_tokens_on(q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+def _attend_to_tokens_on(q: Tensor, k: Tensor, v: Tensor, gates: Gates, dropout: float) -> Tensor:
     on = gates.attention_tokens
     tokens = Masked(q, None if on is None else on.detach() > 0)
-    return tokens.attend(q, k, v, tokens)
+    return tokens.attend(q, k, v, tokens, dropout)
 
 
 def _masked_mlp(block: Block, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:

@@ -157,11 +157,10 @@ def run(config: Run, resume: bool = False) -> Outcome:
         None if teacher is None else teacher.logits_only,
         key,
     )
-    vit.eval()
+    model.eval()
     if config.recipe.target is not None:
         images = spread_over(data.calibration, CALIBRATION).images
-        meet_target(model, images, config.recipe.target)
-    model.eval()
+        meet_target(model, images.to(next(model.parameters()).device), config.recipe.target)
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
     if _is_main():

@@ -305,6 +305,8 @@ class _Training:
                 self._save()
             self.accelerator.log(_flat(self.history[-1]), step=number)
         self.accelerator.end_training()
+        if self.recipe.final_gate_temperature is not None:
+            self._cool(1.0)  # a finished run that is read back has taken no step
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         return self.history
@@ -365,7 +367,7 @@ class _Training:
             if recipe.target is not None and update % recipe.steer_every == 0:
                 self._steer(images, update)
             if recipe.final_gate_temperature is not None:
-                self._cool(update / (recipe.epochs * self.updates))
+                self._cool((update + 1) / (recipe.epochs * self.updates))
         with accelerator.accumulate(self.wrapped):
             output, task = self._forward(images, labels)
             loss = task + sum(output.terms.values())

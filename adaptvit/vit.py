@@ -135,7 +135,7 @@ def like_norm(vit: VisionTransformer) -> nn.Module:
     """A fresh norm of the kind and size that the blocks have."""
     norm = copy.deepcopy(vit.blocks[0].norm1)
     norm.reset_parameters()
-    return norm
+    return norm.requires_grad_(True)
 
 
 def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None) -> Tokens:
@@ -467,9 +467,11 @@ def _linear_macs(module: nn.Module | None) -> int:
 
 def _counted_macs(stem: Any, vit: VisionTransformer) -> int:
     """MACs of a stem that is not one convolution (a ResNet), counted by running it once."""
-    weight = next(vit.parameters())
+    weight, training = next(vit.parameters()), stem.training
+    stem.eval()  # or its batch norms would learn from this
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         stem(torch.zeros(1, vit.in_chans, *stem.img_size, device=weight.device, dtype=weight.dtype))
+    stem.train(training)
     return counter.get_total_flops() // 2
 
 

@@ -38,6 +38,9 @@ def constant(config: AdaViTConfig, logit: float, **settings: Any) -> AdaViT:
     [
         ({"policies": ("patches", "layers")}, r"policies must be some of .*'sublayers'.*, got \('patches', 'layers'\)"),
         ({"policies": ()}, "policies must be some of"),
+        ({"policies": "heads"}, "policies must be some of .* in a tuple, got 'heads'"),
+        ({"minimum_weights": (-1.0,)}, "minimum_weights must be three numbers, 0 or more"),
+        ({"entropy_weight": 0.1}, "usage_weight is 0, so that no other usage loss has an effect"),
         ({"policies": ("heads", "heads")}, "policies must be some of .* each once"),
         ({"first_block": -1}, "first_block must be 0 or more, got -1"),
         ({"first_patch_block": -1}, "first_patch_block must be 0 or more, got -1"),
@@ -266,6 +269,19 @@ def test_the_term_on_macs_is_that_of_the_usage_and_reaches_every_policy(policies
                 assert (policy.bias.grad * sign > 0).all(), (name, block)  # over the target every logit is to fall
 
 
+def test_packed_logits_have_no_gradients_and_say_so() -> None:
+    model = AdaViTConfig(macs_target=None).build(small_vit()).eval()
+    batch = images(model.vit)
+    assert model(batch, Masked).logits.requires_grad
+    assert not model(batch, Packed).logits.requires_grad
+
+
+def test_attention_is_dropped_out_in_training() -> None:
+    model = AdaViTConfig(macs_target=None, lean=30.0).build(small_vit(attn_drop_rate=0.5)).train()
+    batch = images(model.vit)
+    assert not torch.equal(model(batch).logits, model(batch).logits)
+
+
 def test_evaluation_has_no_loss_terms() -> None:
     model = AdaViTConfig(usage_weight=1.0).build(small_vit()).eval()
     assert model(images(model.vit), Masked).terms == {}
@@ -278,6 +294,7 @@ def test_usage_losses_by_hand() -> None:
     )
     logits = [torch.randn(5, 2, 2, dtype=torch.float64, generator=generator) for _ in range(2)]
     config = AdaViTConfig(
+        usage_weight=1.0,
         usage_targets=(0.3, 0.6, 0.7),
         diversity_weight=0.2,
         entropy_weight=0.1,

@@ -456,6 +456,21 @@ def test_every_wrapping_of_an_adavit_converts_alike(published: dict[str, Tensor]
         assert all(torch.equal(found[key], published[key]) for key in kept)
 
 
+def test_an_adavit_is_what_its_training_arguments_say(published: dict[str, Tensor], tmp_path: Path) -> None:
+    arguments = {"ada_head": True, "ada_head_v2": True, "ada_token": True, "ada_layer": True, "keep_layers": 1}
+    given = argparse.Namespace(**arguments, ada_token_with_mlp=False, norm_policy=False, ada_token_start_layer=0)
+    torch.save({"state_dict": published, "args": given}, tmp_path / "all.pth")
+    model = adaptvit.convert(tmp_path / "all.pth", tmp_path / "all.safetensors", ADA)
+    assert model.config == AdaViTConfig(heads_take="hidden", patches_skip="attention")
+
+    some = {key: value for key, value in published.items() if "token_select" not in key and "blocks.1.head" not in key}
+    some = {key: value for key, value in some.items() if "blocks.1.layer" not in key}
+    given = argparse.Namespace(ada_head=True, ada_layer=True, ada_token=False, keep_layers=2)
+    torch.save({"state_dict": some, "args": given}, tmp_path / "some.pth")
+    model = adaptvit.convert(tmp_path / "some.pth", tmp_path / "some.safetensors", ADA)
+    assert model.config == AdaViTConfig(policies=("heads", "sublayers"), first_block=2)
+
+
 @pytest.mark.parametrize(
     ("taken", "given", "fault"),
     [

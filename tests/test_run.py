@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from adaptvit import AViTConfig, FullConfig, load, save
+from adaptvit import AdaViTConfig, AViTConfig, FullConfig, load, save
 from adaptvit.budget import Trial
 from adaptvit.checkpoints import open_model, start_from
 from adaptvit.data import DataConfig
@@ -60,6 +60,15 @@ def test_a_run_leaves_a_model_at_its_target_and_its_figures(small: Run) -> None:
     assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.6, abs=0.1)
     assert figures["images"] == 12
     assert len(outcome.history) == 2
+
+
+def test_noisy_gates_are_set_to_the_target_as_evaluation_decides(small: Run) -> None:
+    config = AdaViTConfig(macs_target=None, patch_threshold=0.5)
+    recipe = replace(small.recipe, target=0.7)
+    figures = run(replace(small, method=config, sharpness=None, fit_policies=True, recipe=recipe)).result.figures
+    assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.7, abs=0.1)
+    with pytest.raises(ValueError, match="fit_policies is for AdaViT, but the method is avit"):
+        replace(small, fit_policies=True)
 
 
 def test_a_finished_run_is_refused_unless_resumed_and_then_the_same(small: Run) -> None:

@@ -7,6 +7,7 @@ Symbols of the paper: m decision, tau temperature of the gates.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -101,9 +102,11 @@ class AdaViTConfig:
     """`official` reproduces the released code's training; evaluation is the same in both."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.policies, str):
+            raise ValueError(f"AdaViTConfig.policies must be some of {KINDS} in a tuple, got {self.policies!r}")
+        unknown = [kind for kind in self.policies if kind not in KINDS]
         for name in ("policies", "usage_targets", "minimums", "minimum_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        unknown = [kind for kind in self.policies if kind not in KINDS]
         if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
             raise ValueError(f"AdaViTConfig.policies must be some of {KINDS}, each once, got {self.policies}")
         for name in ("first_block", "first_patch_block"):
@@ -123,6 +126,14 @@ class AdaViTConfig:
             least = "(0" if name == "usage_targets" else "[0"
             if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (least == "(0" and 0 in values):
                 raise ValueError(f"AdaViTConfig.{name} must be three shares in {least}, 1], got {values}")
+        if len(self.minimum_weights) != 3 or not all(weight >= 0 for weight in self.minimum_weights):
+            raise ValueError(
+                f"AdaViTConfig.minimum_weights must be three numbers, 0 or more, got {self.minimum_weights}"
+            )
+        if not self.usage_weight and (self.diversity_weight or self.entropy_weight or any(self.minimum_weights)):
+            raise ValueError(
+                "AdaViTConfig.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
+            )
         for name in ("noise", "macs_weight", "usage_weight", "diversity_weight", "entropy_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"AdaViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
@@ -135,7 +146,10 @@ class AdaViTConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"AdaViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.mode == "official" and self.macs_target is not None:
-            raise ValueError("AdaViTConfig.mode='official' has no loss on MACs: set macs_target=None")
+            raise ValueError(
+                "AdaViTConfig.mode='official' has no loss on MACs: set macs_target=None, in AdaViTConfig itself, "
+                "since timm.create_model leaves out arguments that are None"
+            )
         if self.mode == "clean" and (self.attention_mask != "keys" or not self.mlp_gradient):
             raise ValueError("AdaViTConfig.attention_mask and mlp_gradient are for mode='official'")
 
@@ -207,8 +221,10 @@ class AdaViT(AdaptiveViT):
         Raises:
             ValueError: `Packed` in training.
         """
-        tokens, policies, grid = self.run(images, layout or (Masked if self.training else Packed))
-        logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read or tokens.shape[1]))
+        layout = layout or (Masked if self.training else Packed)
+        with torch.no_grad() if layout is Packed else nullcontext():
+            tokens, policies, grid = self.run(images, layout)
+            logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read or tokens.shape[1]))
         return Output(logits, self.usage(policies, grid), self.terms(policies, grid), distilled)
 
     def run(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, int]]:
@@ -266,8 +282,9 @@ class AdaViT(AdaptiveViT):
             return drawn.to(logits.dtype) + 0 * logits if masked else drawn  # every parameter stays in the graph
         if not masked:
             return logits > log_odds(threshold) - config.lean
-        noise = config.noise * gumbel_difference(logits) if self.training and config.noise else None
-        of = adavit_official.gate if config.mode == "official" else gate
+        official = config.mode == "official"  # whose temperature acts without noise too
+        noise = config.noise * gumbel_difference(logits) if self.training and (config.noise or official) else None
+        of = adavit_official.gate if official else gate
         return of(logits + config.lean, threshold, config.temperature, noise)
 
     def gates(self, policies: Policies) -> Gates:
@@ -316,7 +333,10 @@ class AdaViT(AdaptiveViT):
         return executed, self._deciding(sublayers.detach().sum(dim=2) > 0, patches.shape[2])
 
     def _deciding(self, active: Tensor, patches: int) -> Tensor:
-        """MACs of the policies' linear maps; a block that is off in both sub-layers does not score patches."""
+        """MACs of the policies' linear maps; a block that is off in both sub-layers does not score patches.
+
+        In a batch with an image that it is not off for it does, which is 0.02 % of the MACs and is not counted.
+        """
         blocks = range(self.depth)
         always = [2 * (str(b) in self.sublayer_policy) + self.heads * (str(b) in self.head_policy) for b in blocks]
         scoring = [(patches + self.prefix) * (str(b) in self.patch_policy) for b in blocks]
@@ -332,7 +352,9 @@ class AdaViT(AdaptiveViT):
         prefix = active[..., None].expand(-1, -1, self.prefix)
         live = torch.cat([prefix, on.patches & active[..., None]], dim=2)
         tokens = live.sum(dim=2)
-        updated = tokens if self.config.patches_skip == "attention and mlp" else live.shape[2] * active.long()
+        updated = tokens
+        if self.config.patches_skip == "attention":
+            updated = torch.where(mlp, live.shape[2], tokens)
         if self.read is not None:
             updated = torch.cat([updated[:, :-1], self.read * active[:, -1:].long()], dim=1)
         executed, deciding = self.block_macs(on)

@@ -34,7 +34,9 @@ def fit_policies(model: AdaViT, images: Tensor) -> float:
     if not model.patch_policy:
         raise ValueError(f"fit_policies needs policies over patches, but the model decides {model.config.policies}")
     if model.read is None:
-        raise ValueError("fit_policies needs a ViT with a class token, whose attention tells which patches matter")
+        raise ValueError(
+            "fit_policies needs a ViT that classifies by a class token, whose attention tells which patches matter"
+        )
     vit, blocks = model.vit, [int(block) for block in model.patch_policy]
     size = model.shape.dim + 1
     gram = torch.zeros(model.depth, size, size, dtype=torch.float64, device=images.device)

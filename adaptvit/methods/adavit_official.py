@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, dropout, normalize
 
 from adaptvit.gated import Gates
 from adaptvit.gates import entropy, straight_through
@@ -42,7 +42,7 @@ def training(config: "AdaViTConfig", block: int) -> dict[str, Any]:
     return {"attend": partial(attend, config), "drop_path": not decides}
 
 
-def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates, drop: float) -> Tensor:
     """The released attention in training: a patch that is off attends to itself alone."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -60,7 +60,7 @@ def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates
         else:
             hidden = (pairs == 0) & (identity == 0)
             weights = (logits * pairs).masked_fill(hidden, -torch.inf).softmax(dim=-1)
-    return (weights @ v).transpose(1, 2)
+    return (dropout(weights, drop) @ v).transpose(1, 2)
 
 
 def usage_terms(policies: "Policies", config: "AdaViTConfig", first: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -125,6 +125,32 @@ def layer_loss(
     spread = (sublayers.mean(dim=(0, 2)) - target).abs().mean()
     loss = (sublayers.mean() - target).abs() + diversity * spread
     return loss - entropy_weight * entropy(logits) + weight * (least - sublayers.mean(dim=0)).clamp(min=0).sum()
+
+
+def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training arguments in a released file say of its model, as fields of `AdaViTConfig`.
+
+    Args:
+        arguments: by their released names; of a file that has none, an empty mapping gives no field.
+    """
+    if not any(name.startswith("ada_") for name in arguments):
+        return {}
+    on = {name for name, value in arguments.items() if value is True}
+    kinds = {
+        "patches": on & {"ada_token", "ada_token_with_mlp"},
+        "heads": on & {"ada_head", "ada_head_v2", "ada_head_attn"},
+        "sublayers": on & {"ada_layer", "ada_block"},
+    }
+    found: dict[str, Any] = {
+        "policies": tuple(kind for kind, options in kinds.items() if options),
+        "patches_skip": "attention" if kinds["patches"] == {"ada_token"} else "attention and mlp",
+        "heads_take": "hidden" if "ada_head_v2" in on else "identity" if "ada_head_attn" in on else "input",
+        "norm_policies": "norm_policy" in on,
+    }
+    for name, field in (("keep_layers", "first_block"), ("ada_token_start_layer", "first_patch_block")):
+        if arguments.get(name) is not None:
+            found[field] = arguments[name]
+    return found
 
 
 def distillation(
