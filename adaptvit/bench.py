@@ -78,7 +78,9 @@ class BenchConfig:
             raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
         check_device(self.device)
         if not timm.is_model(self.model):
-            near = timm.list_models(f"*{self.model.split('_')[0]}*")[:3]
+            near = sorted(
+                timm.list_models(f"*{self.model.split('_')[0]}*"), key=lambda name: not name.startswith(self.model)
+            )[:3]
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"timm {timm.__version__} has no model named {self.model!r}{hint}")
 
