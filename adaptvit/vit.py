@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit.macs import Shape
-from adaptvit.t2t import PATCH, TokensToToken, t2t_vit
+from adaptvit.t2t import PATCH, TokensToToken, linear_macs, t2t_vit
 from adaptvit.tokens import Tokens
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
@@ -460,9 +460,7 @@ def _check_images(vit: VisionTransformer, images: Tensor) -> None:
 
 def _linear_macs(module: nn.Module | None) -> int:
     """MACs of every linear map inside, applied once each to one token."""
-    if module is None:
-        return 0
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    return 0 if module is None else linear_macs(module)
 
 
 def _counted_macs(stem: Any, vit: VisionTransformer) -> int:

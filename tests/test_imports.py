@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"vit"},
     {"model", "gated"},
     {"methods.avit_official", "methods.ats_released", "methods.adavit_official"},
+    {"methods.regression"},
     {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats", "methods.adavit"},
     {"methods.adavit_fit"},
     {"methods"},

@@ -340,8 +340,7 @@ class AdaViT(AdaptiveViT):
         blocks = range(self.depth)
         always = [2 * (str(b) in self.sublayer_policy) + self.heads * (str(b) in self.head_policy) for b in blocks]
         scoring = [(patches + self.prefix) * (str(b) in self.patch_policy) for b in blocks]
-        per_block = (torch.tensor(numbers, device=active.device) for numbers in (always, scoring))
-        fixed, scored = per_block
+        fixed, scored = torch.tensor([always, scoring], device=active.device)
         return (fixed + active * scored) * self.shape.dim
 
     def usage(self, policies: Policies, grid: tuple[int, int]) -> Usage:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptvit.methods.adavit import AdaViT
+from adaptvit.methods.regression import Regression
 from adaptvit.tokens import Masked, Tokens
-from adaptvit.vit import attention_norm, attention_received, embed, project, run_block
+from adaptvit.vit import attention_norm, attention_received, embed, project_normed, run_block
 
 BATCH = 32
 SPREAD = 2.0
@@ -37,11 +38,8 @@ def fit_policies(model: AdaViT, images: Tensor) -> float:
         raise ValueError(
             "fit_policies needs a ViT that classifies by a class token, whose attention tells which patches matter"
         )
-    vit, blocks = model.vit, [int(block) for block in model.patch_policy]
-    size = model.shape.dim + 1
-    gram = torch.zeros(model.depth, size, size, dtype=torch.float64, device=images.device)
-    moment = torch.zeros(model.depth, size, dtype=torch.float64, device=images.device)
-    squares = torch.zeros(model.depth, dtype=torch.float64, device=images.device)
+    vit = model.vit
+    regressions = {int(block): Regression(model.shape.dim, images.device) for block in model.patch_policy}
     training = vit.training
     vit.eval()
     with torch.inference_mode():
@@ -49,25 +47,22 @@ def fit_policies(model: AdaViT, images: Tensor) -> float:
             tokens: Tokens = Masked.of(embed(vit, batch)[0])
             seen, features = [], []
             for number, block in enumerate(vit.blocks):
-                normed = attention_norm(vit, number, tokens.x)[:, model.prefix :].double()
-                features.append(torch.cat([normed, torch.ones_like(normed[..., :1])], dim=2).flatten(0, 1))
-                seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, model.prefix :])
-                tokens = run_block(block, tokens)
-            for number in blocks:
+                normed = attention_norm(vit, number, tokens.x)
+                projected = project_normed(block, normed)
+                features.append(normed[:, model.prefix :])
+                seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, model.prefix :])
+                tokens = run_block(block, tokens, projected=projected)
+            for number, regression in regressions.items():
                 matters = torch.stack(seen[number:]).double().mean(dim=0).log()
-                y = ((matters - matters.mean()) / matters.std()).flatten()
-                gram[number] += features[number].T @ features[number]
-                moment[number] += features[number].T @ y
-                squares[number] += y.square().sum()
+                regression.add(features[number], (matters - matters.mean()) / matters.std())
     vit.train(training)
-    explained = []
-    for number in blocks:
-        ridge = 1e-4 * gram[number].diagonal().mean() * torch.eye(size, dtype=torch.float64, device=images.device)
-        solution = torch.linalg.solve(gram[number] + ridge, moment[number])
-        explained.append((2 * solution @ moment[number] - solution @ gram[number] @ solution) / squares[number])
+    shares = []
+    for number, regression in regressions.items():
+        weights, constant, explained = regression.solve()
+        shares.append(explained)
         policy = model.patch_policy[str(number)]
         assert isinstance(policy, torch.nn.Linear)
         with torch.no_grad():
-            policy.weight.copy_(SPREAD * solution[None, :-1])
-            policy.bias.copy_(SPREAD * solution[-1:] + FALL * (0.5 - number / model.depth))
-    return torch.stack(explained).mean().item()
+            policy.weight.copy_(SPREAD * weights[None])
+            policy.bias.copy_(SPREAD * constant + FALL * (0.5 - number / model.depth))
+    return torch.stack(shares).mean().item()

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adaptvit.methods.regression import Regression
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.vit import (
     attention_received,
@@ -41,10 +42,7 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
     if read_slots(vit) is None:
         raise ValueError("fit_gate needs a ViT with a class token, whose attention tells which patches matter")
     prefix, size = prefix_tokens(vit), shape_of(vit).dim
-    device = images.device
-    gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)
-    moment = torch.zeros(size + 1, dtype=torch.float64, device=device)
-    squares = torch.zeros((), dtype=torch.float64, device=device)
+    regression = Regression(size, images.device)
     with torch.inference_mode():
         for batch in images.split(BATCH):
             tokens: Tokens = Masked.of(embed(vit, batch)[0])
@@ -56,14 +54,8 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
             matters = torch.stack(seen).double().mean(dim=0).log()  # (B, patches)
             little = -(matters - matters.mean()) / matters.std()
             for x in features[:-1]:
-                x = torch.cat([x - x.mean(dim=-1, keepdim=True), torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1)
-                y = little.flatten()
-                gram += x.T @ x
-                moment += x.T @ y
-                squares += y.square().sum()
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(size + 1, dtype=torch.float64, device=device)
-    solution = torch.linalg.solve(gram + ridge, moment)
-    explained = (2 * solution @ moment - solution @ gram @ solution) / squares
-    set_channel(vit, solution[:-1].cpu())
-    scale = (solution[:-1] - solution[:-1].mean()).norm() / (1 - 1 / size) ** 0.5
+                regression.add(x - x.mean(dim=-1, keepdim=True), little)
+    direction, _, explained = regression.solve()
+    set_channel(vit, direction.cpu())
+    scale = (direction - direction.mean()).norm() / (1 - 1 / size) ** 0.5
     return scale.item(), explained.item()

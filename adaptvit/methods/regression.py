@@ -1,0 +1,34 @@
+"""Linear regression on more tokens than memory holds: what fits gates and policies to a pretrained ViT."""
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-4
+"""Of the mean square of the features: keeps the solution small where they are collinear."""
+
+
+class Regression:
+    """Sums over the samples seen so far."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        """`features` channels and a constant, in float64."""
+        size = features + 1
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.moment = torch.zeros(size, dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor, wanted: Tensor) -> None:
+        """See features (..., D) and the values (...) that they are to tell."""
+        x, y = features.double().flatten(0, -2), wanted.double().flatten()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        self.gram += x.T @ x
+        self.moment += x.T @ y
+        self.squares += y.square().sum()
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (D,), constant (1,), and the share of the squares that they explain, in [0, 1]."""
+        gram, moment = self.gram, self.moment
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solution = torch.linalg.solve(gram + ridge, moment)
+        explained = (2 * solution @ moment - solution @ gram @ solution) / self.squares
+        return solution[:-1], solution[-1:], explained
