@@ -152,10 +152,10 @@ def imagenette_adavit() -> Run:
     return replace(
         dense,
         method=AdaViTConfig(
-            first_patch_block=1, patch_threshold=0.5, norm_policies=True, noise=0.0, initial_bias=3.0, macs_target=None
+            first_patch_block=1, patch_threshold=0.5, norm_policies=True, noise=0.0, initial_bias=3.0, macs_target=0.5
         ),
         fit_policies=True,
-        recipe=replace(dense.recipe, method_learning_rate=4.0, target=0.5, ease_epochs=1.5, steer_every=20),
+        recipe=replace(dense.recipe, method_learning_rate=4.0),
         output=Path("runs/imagenette_adavit"),
     )
 

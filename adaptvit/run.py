@@ -58,7 +58,7 @@ class Run:
     """Fit A-ViT's gate to the weights before training (`fit_gate`), the logits of its scores spreading by this: 1 lets
     patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
     fit_policies: bool = False
-    """Fit AdaViT's policies over patches to the weights before training (`fit_policies`)."""
+    """Fit AdaViT's policies over patches to the weights before training (`fit_policies`), at `target`."""
     data: DataConfig
     """The images."""
     recipe: Recipe
@@ -75,8 +75,17 @@ class Run:
             raise ValueError(f"Run.drop_path must lie in [0, 1), got {self.drop_path}")
         if self.fit_policies and not isinstance(self.method, AdaViTConfig):
             raise ValueError(f"Run.fit_policies is for AdaViT, but the method is {self.method.method}")
+        if self.fit_policies and self.target is None:
+            raise ValueError("Run.fit_policies needs a budget to fit to: set Recipe.target or AdaViTConfig.macs_target")
         if self.sharpness is not None and not isinstance(self.method, AViTConfig):
             raise ValueError(f"Run.sharpness is for A-ViT's gate, but the method is {self.method.method}")
+
+    @property
+    def target(self) -> float | None:
+        """Share of the dense MACs to meet in the end: the recipe's, or what AdaViT's loss is set to."""
+        if self.recipe.target is None and isinstance(self.method, AdaViTConfig):
+            return self.method.macs_target
+        return self.recipe.target
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,8 @@ class Outcome:
 def run(config: Run, resume: bool = False) -> Outcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
-    Where the recipe has a target, the knob is set once more after the last epoch, on training images prepared as test
-    images are.
+    Where there is a target, the knob is set once more after the last epoch, on training images prepared as test images
+    are.
 
     Raises:
         FileNotFoundError: no such data or weights.
@@ -110,7 +119,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
     settings = _settings(config.model, arguments)
     data = open_data(config.data, settings)
     if isinstance(data.train, IterableDataset) and (
-        config.sharpness is not None or config.fit_policies or config.recipe.target is not None
+        config.sharpness is not None or config.fit_policies or config.target is not None
     ):
         raise ValueError(
             f"{data.name} is a stream, of which no calibration images can be picked: no fitting and no target"
@@ -145,7 +154,8 @@ def run(config: Run, resume: bool = False) -> Outcome:
         method = replace(method, gate_scale=config.sharpness * scale)
     model = method.build(vit.train())
     if config.fit_policies:
-        explained = fit_policies(model, spread_over(data.calibration, CALIBRATION).images)
+        assert config.target is not None
+        explained = fit_policies(model, spread_over(data.calibration, CALIBRATION).images, config.target)
         _tell(f"policies fitted: they explain {explained:.0%} of how much the class token attends to a patch")
     history = train(
         model,
@@ -158,9 +168,9 @@ def run(config: Run, resume: bool = False) -> Outcome:
         key,
     )
     model.eval()
-    if config.recipe.target is not None:
+    if config.target is not None:
         images = spread_over(data.calibration, CALIBRATION).images
-        meet_target(model, images.to(next(model.parameters()).device), config.recipe.target)
+        meet_target(model, images.to(next(model.parameters()).device), config.target)
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
     if _is_main():

@@ -1,38 +1,56 @@
 """Policies fitted to a pretrained ViT."""
 
+import dataclasses
+
 import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import AdaViTConfig, meet_target
+from adaptvit import AdaViTConfig, Masked, dense_macs, macs, meet_target
 from adaptvit.methods.adavit_fit import fit_policies
-from adaptvit.tokens import Masked
-from adaptvit.vit import attention_received, embed, project, run_block
 
 PATCHES = AdaViTConfig(policies=("patches",), patch_threshold=0.5, macs_target=None)
 
 
-def test_the_fitted_logits_go_by_the_attention_of_the_class_token_from_here_on() -> None:
+def test_the_patches_that_are_kept_are_those_that_the_class_token_attends_to() -> None:
     model = PATCHES.build(small_vit(img_size=64)).eval()
-    explained = fit_policies(model, images(model.vit, count=24))
+    calibration = images(model.vit, count=64)
+    explained = fit_policies(model, calibration, 0.6)
     assert 0.05 < explained <= 1
-    batch = images(model.vit, count=8, seed=5)
     with torch.inference_mode():
-        tokens, seen, logits = Masked.of(embed(model.vit, batch)[0]), [], []
-        for number, block in enumerate(model.vit.blocks):
-            logits.append(model.patch_policy[str(number)](block.norm1(tokens.x))[:, 1:, 0])
-            seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, 1:])
-            tokens = run_block(block, tokens)
-    for number, fitted in enumerate(logits):
-        matters = torch.stack(seen[number:]).mean(dim=0).log()
-        assert torch.corrcoef(torch.stack([fitted.flatten(), matters.flatten()]))[0, 1] > 0.2, number
-    means = [fitted.mean() for fitted in logits]
-    assert means == sorted(means, reverse=True)  # later blocks work on fewer patches
+        x = model.vit._pos_embed(model.vit.patch_embed(calibration))
+        logits = model.patch_policy["0"](model.vit.blocks[0].norm1(x))[:, 1:, 0]
+        seen = []
+        for block in model.vit.blocks:
+            normed = block.norm1(x)
+            q, k, _ = block.attn.qkv(normed).unflatten(2, (3, model.heads, -1)).permute(2, 0, 3, 1, 4)
+            seen.append((q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
+            x = block(x)
+    matters = torch.stack(seen).mean(dim=0).log()
+    assert torch.corrcoef(torch.stack([logits.flatten(), matters.flatten()]))[0, 1] ** 2 > 0.5 * explained
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_blocks_keep_shares_that_fall_by_equal_factors_and_meet_the_budget(first: int) -> None:
+    config = dataclasses.replace(PATCHES, first_patch_block=first, patch_threshold=0.7, lean=1.0)
+    model = config.build(small_vit(img_size=96)).eval()
+    calibration = images(model.vit, count=64)
+    fit_policies(model, calibration, 0.6)
+    with torch.inference_mode():
+        usage = model(calibration, Masked).usage
+    share = macs(usage, model.shape).double().mean() / dense_macs(model.shape, usage.grid)
+    assert share.item() == pytest.approx(
+        0.6, abs=0.01
+    )  # attention goes by squares, whose mean is not that of the counts
+    kept = (usage.attended - usage.prefix).double().mean(dim=0) / (usage.grid[0] * usage.grid[1])
+    assert kept[:first].eq(1).all()
+    factors = kept[first:] / torch.cat([torch.ones(1), kept[first:-1]])
+    torch.testing.assert_close(factors, factors[:1].expand_as(factors), atol=0.01, rtol=0)
 
 
 def test_fitting_keeps_the_mode_and_the_logits_of_what_is_on() -> None:
     model = PATCHES.build(small_vit()).train()
-    fit_policies(model, images(model.vit, count=8))
+    fit_policies(model, images(model.vit, count=8), 0.7)
     assert model.training
     assert model.vit.training
     model.eval()
@@ -43,14 +61,16 @@ def test_fitting_keeps_the_mode_and_the_logits_of_what_is_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "flavour", "said"),
+    ("config", "flavour", "share", "said"),
     [
-        (AdaViTConfig(policies=("heads",), macs_target=None), "class token", r"decides \('heads',\)"),
-        (PATCHES, "average pool", "class token"),
+        (AdaViTConfig(policies=("heads",), macs_target=None), "class token", 0.5, r"decides \('heads',\)"),
+        (PATCHES, "average pool", 0.5, "class token"),
+        (PATCHES, "class token", 0.05, r"between 0\.\d+, with no patches, and 1, got 0.05"),
+        (PATCHES, "class token", 1.0, "got 1"),
     ],
-    ids=["no patches", "no class token"],
+    ids=["no patches", "no class token", "too low", "nothing to leave out"],
 )
-def test_what_cannot_be_fitted_is_refused(config: AdaViTConfig, flavour: str, said: str) -> None:
+def test_what_cannot_be_fitted_is_refused(config: AdaViTConfig, flavour: str, share: float, said: str) -> None:
     model = config.build(small_vit(flavour)).eval()
     with pytest.raises(ValueError, match=said):
-        fit_policies(model, images(model.vit))
+        fit_policies(model, images(model.vit), share)

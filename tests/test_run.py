@@ -62,11 +62,25 @@ def test_a_run_leaves_a_model_at_its_target_and_its_figures(small: Run) -> None:
     assert len(outcome.history) == 2
 
 
-def test_noisy_gates_are_set_to_the_target_as_evaluation_decides(small: Run) -> None:
-    config = AdaViTConfig(macs_target=None, patch_threshold=0.5)
-    recipe = replace(small.recipe, target=0.7)
+@pytest.mark.parametrize(("steered", "trained"), [(0.7, None), (None, 0.7)])
+def test_noisy_gates_are_set_to_the_target_as_evaluation_decides(
+    small: Run, steered: float | None, trained: float | None
+) -> None:
+    config = AdaViTConfig(macs_target=trained, patch_threshold=0.5)
+    recipe = replace(small.recipe, target=steered)
     figures = run(replace(small, method=config, sharpness=None, fit_policies=True, recipe=recipe)).result.figures
     assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.7, abs=0.1)
+
+
+def test_policies_are_fitted_for_adavit_and_to_a_budget(small: Run) -> None:
+    with pytest.raises(ValueError, match=r"set Recipe\.target or AdaViTConfig\.macs_target"):
+        replace(
+            small,
+            method=AdaViTConfig(macs_target=None),
+            sharpness=None,
+            fit_policies=True,
+            recipe=replace(small.recipe, target=None),
+        )
     with pytest.raises(ValueError, match="fit_policies is for AdaViT, but the method is avit"):
         replace(small, fit_policies=True)
 
