@@ -8,7 +8,7 @@ import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ from adaptvit import demo
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.budget import Trial
 from adaptvit.checkpoints import convert
+from adaptvit.compare import compare, table
+from adaptvit.comparisons import COMPARISONS
 from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
         commands = parser.add_subcommands(dest="command")
         commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
+        commands.add_subcommand("compare", compare_parser(), help="train variants with several seeds, and one report")
         commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
         commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
         commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
@@ -103,6 +106,43 @@ def run_train(arguments: Namespace) -> None:
     if PartialState().is_main_process:
         print(_listed(outcome.result.figures))
         print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+
+
+def compare_parser() -> ArgumentParser:
+    """`adaptvit compare NAME`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Train every variant of a comparison with every seed; table, csv, plots and a report with spreads. "
+        "What is finished is never run again.",
+    )
+    parser.add_argument("name", type=str, help=f"One of {', '.join(COMPARISONS)}.")
+    parser.add_argument(
+        "--root", type=Path, default=None, help="Folder of the images, where it is not the comparison's."
+    )
+    parser.add_argument("--epochs", type=int, default=None, help="Other than the comparison's.")
+    parser.add_argument("--output", type=Path, default=None, help="Folder of the results; runs/NAME by default.")
+    parser.add_function_arguments(compare, skip={"comparison", "output"})
+    return parser
+
+
+def run_compare(arguments: Namespace) -> None:
+    """Run what is not finished, and print the table."""
+    if arguments.name not in COMPARISONS:
+        raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {arguments.name!r}")
+    comparison = COMPARISONS[arguments.name]()
+    variants = comparison.variants
+    if arguments.root is not None:
+        variants = {name: replace(run, data=replace(run.data, root=arguments.root)) for name, run in variants.items()}
+    if arguments.epochs is not None:
+        variants = {
+            name: replace(run, recipe=replace(run.recipe, epochs=arguments.epochs)) for name, run in variants.items()
+        }
+    output = arguments.output or Path("runs") / arguments.name
+    try:
+        rows = compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+    print(f"{comparison.question}\n\n{table(rows).text()}\n\n{output / 'report.html'}: the report")
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -258,6 +298,7 @@ def run_convert(arguments: Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": run_train,
+    "compare": run_compare,
     "evaluate": run_evaluate,
     "predict": run_predict,
     "draw": run_draw,

@@ -182,6 +182,19 @@ def curves(runs: dict[str, list[float]], label: str, percent: bool = False) -> F
     return figure
 
 
+def error_bars(points: dict[str, tuple[float, float]], label: str) -> Figure:
+    """One line per name: its value, with a bar of its spread to each side."""
+    figure, axes = _plot(label, "")
+    figure.set_figheight(0.9 + 0.28 * len(points))
+    places = range(len(points))
+    values, spreads = zip(*points.values(), strict=True)
+    axes.errorbar(values, places, xerr=spreads, fmt="o", color=ACCENT, ecolor=INK, markersize=5, capsize=3)
+    axes.set_yticks(places, list(points), color=INK)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def data_uri(figure: Figure, kind: str = "svg") -> str:
     """The figure as the `src` of an HTML image: "svg" for plots, "png" for photographs."""
     stream = io.BytesIO()

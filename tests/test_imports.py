@@ -25,7 +25,8 @@ LAYERS: list[set[str]] = [
     {"evaluate", "bench", "report"},
     {"train", "predict", "draw"},
     {"run", "demo"},
-    {"recipes"},
+    {"recipes", "compare"},
+    {"comparisons"},
     {"cli"},
 ]
 """A module imports from the layers above its own only; `adaptvit` itself, the public names, may import all but cli."""

@@ -1,0 +1,312 @@
+"""Comparisons: runs that differ in one thing, each with several seeds, in one table with means and spreads."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from tqdm import tqdm
+
+from adaptvit.checkpoints import load
+from adaptvit.data import open_data
+from adaptvit.files import write_atomically
+from adaptvit.macs import dense_macs, macs
+from adaptvit.pictures import data_uri, error_bars
+from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.run import Run, run, spread_over
+from adaptvit.timing import interleaved
+
+ROUNDS, TIMED = 10, 64
+"""Timed turns, and images in a timed batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared."""
+
+    question: str
+    """What it is to answer, in one sentence."""
+    variants: Mapping[str, Run]
+    """Runs by name, alike but for what is compared; the others are held against the first, seed by seed."""
+
+    def __post_init__(self) -> None:
+        if len(self.variants) < 2:
+            raise ValueError(f"a comparison needs two variants or more, got {list(self.variants)}")
+        folders = [_folder(name) for name in self.variants]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"variants must differ in more than punctuation, their folders being {folders}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant over its seeds; spreads are standard deviations over seeds."""
+
+    name: str
+    runs: list[dict[str, Any]]
+    """Figures of the runs that came to their end."""
+    diverged: int
+    """Runs whose loss did not stay finite."""
+    against_first: tuple[float, float] | None
+    """Difference in top-1 from the first variant, seed by seed: mean and its standard error; None with fewer than two
+    pairs, and of the first variant."""
+    speed: dict[str, float]
+    """Of the first seed's model: packed images per second, realised and ideal gain; empty where it diverged."""
+
+    def over_seeds(self, figure: str) -> tuple[float, float] | None:
+        """Mean and spread of a figure; None where it is not known of two runs."""
+        values = [run[figure] for run in self.runs if run.get(figure) is not None]
+        return (mean(values), stdev(values)) if len(values) > 1 else None
+
+
+def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int = 1) -> list[Row]:
+    """Train every variant with every seed, then measure speeds in turns and write the report.
+
+    Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, `report.html`, and a folder for each run. Finished
+    runs are read back; one that was interrupted goes on after its last epoch.
+
+    Args:
+        seeds: seeds 0, 1, ... of each variant, two or more.
+        processes: runs at a time, each in a process of its own with its share of the CPU threads; 1 trains here.
+    Raises:
+        ValueError: fewer than two seeds or one process, or a folder holds a run of other settings.
+        And what `adaptvit.run.run` raises, but for a loss that does not stay finite, which is counted.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds must be 2 or more, for there is no spread over fewer, got {seeds}")
+    if processes < 1:
+        raise ValueError(f"processes must be 1 or more, got {processes}")
+    jobs = {
+        name: [
+            replace(config, recipe=replace(config.recipe, seed=seed), output=output / _folder(name) / f"seed-{seed}")
+            for seed in range(seeds)
+        ]
+        for name, config in comparison.variants.items()
+    }
+    everything = [job for runs in jobs.values() for job in runs]
+    waiting = [job for job in everything if _finished(job) is None]
+    output.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(everything), initial=len(everything) - len(waiting), desc="runs", position=1) as bar:
+        for _ in _trained(waiting, processes):
+            bar.update()
+    found = {name: [_read(job) for job in runs] for name, runs in jobs.items()}
+    speeds = _speeds({name: runs[0] for name, runs in jobs.items() if found[name][0]["figures"]}, output)
+    first = next(iter(found.values()))
+    rows = [
+        Row(
+            name,
+            [one["figures"] for one in results if one["figures"]],
+            sum(not one["figures"] for one in results),
+            None if results is first else _paired(results, first),
+            speeds.get(name, {}),
+        )
+        for name, results in found.items()
+    ]
+    _write_csv(output / "runs.csv", [{"variant": row.name, **figures} for row in rows for figures in row.runs])
+    _write_csv(output / "summary.csv", [_summary(row) for row in rows])
+    write(_report(comparison, rows, seeds), output / "report.html")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What was found, a line a variant."""
+    columns = ["", "top-1, %", "against the first", "loss", "GMACs", "depth", "images/s", "realised / ideal gain"]
+    terms = list(dict.fromkeys(name for row in rows for one in row.runs for name in one if name.startswith("term ")))
+    cells = []
+    for row in rows:
+        speed = row.speed
+        diverged = f" ({row.diverged} of {row.diverged + len(row.runs)} diverged)" if row.diverged else ""
+        cells.append(
+            [
+                row.name + diverged,
+                _shown(row.over_seeds("top1"), 1, 100),
+                "" if row.against_first is None else _shown(row.against_first, 1, 100, "+"),
+                _shown(row.over_seeds("loss"), 3),
+                _shown(row.over_seeds("gmacs"), 4),
+                _shown(row.over_seeds("depth_mean"), 1),
+                f"{speed['images_per_s']:.0f}" if speed else "-",
+                f"{speed['realised']:.2f} / {speed['ideal']:.2f}" if speed else "-",
+                *[_shown(row.over_seeds(name), 4) for name in terms],
+            ]
+        )
+    note = (
+        "Mean and standard deviation over seeds; against the first: mean difference of runs with the same seed and its "
+        "standard error. Speed of one seed's model, all variants in turns, over its own dense run."
+    )
+    return Table(columns + [name.removeprefix("term ") + " loss" for name in terms], cells, note)
+
+
+def _trained(jobs: Sequence[Run], processes: int) -> Iterator[None]:
+    """Train them, yielding as each ends."""
+    if processes == 1:
+        for job in jobs:
+            _train(job, None)
+            yield
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_train, job, threads) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(job: Run, threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    job.output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"settings": _settings(job), "figures": None, "diverged": None}
+    try:
+        outcome = run(job, resume=True)
+    except FloatingPointError as error:
+        record["diverged"] = str(error)
+    else:
+        last = outcome.history[-1]
+        terms = {f"term {name}": value for name, value in last.terms.items()}
+        own = {"seed": job.recipe.seed, "train_accuracy": last.accuracy, **terms}
+        record["figures"] = outcome.result.figures | own
+    write_atomically(job.output / "finished.json", json.dumps(record, indent=2) + "\n")
+
+
+def _finished(job: Run) -> dict[str, Any] | None:
+    """What a finished run left; None where it is not finished.
+
+    Raises:
+        ValueError: its folder holds the run of other settings.
+    """
+    path = job.output / "finished.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["settings"] != _settings(job):
+        raise ValueError(f"{str(job.output)!r} holds a run of other settings: choose another output, or remove it")
+    return record
+
+
+def _read(job: Run) -> dict[str, Any]:
+    record = _finished(job)
+    assert record is not None
+    return record
+
+
+def _settings(job: Run) -> str:
+    """A digest of all that the run was told, but for where its results are."""
+    return hashlib.sha256(repr(replace(job, output=Path())).encode()).hexdigest()[:16]
+
+
+def _speeds(jobs: Mapping[str, Run], output: Path) -> dict[str, dict[str, float]]:
+    """Packed images per second, realised and ideal gain of these models, all in turns; measured once."""
+    path, settings = output / "speed.json", {name: _settings(job) for name, job in jobs.items()}
+    if path.exists() and (record := json.loads(path.read_text()))["settings"] == settings:
+        return dict(record["speeds"])
+    models = {name: load(job.output / "model.safetensors").eval() for name, job in jobs.items()}
+    calls: dict[str, Callable[[], object]] = {}
+    images = {}
+    for name, model in models.items():
+        images[name] = spread_over(open_data(jobs[name].data, resolve_model_data_config(model)).test, TIMED).images
+        calls[f"{name}, dense"] = partial(model.vit, images[name])
+        calls[f"{name}, packed"] = partial(model, images[name])
+    with torch.inference_mode():
+        seconds = interleaved(calls, ROUNDS)
+        usages = {name: model(images[name]).usage for name, model in models.items()}
+    speeds = {}
+    for name, model in models.items():
+        dense, packed = seconds[f"{name}, dense"], seconds[f"{name}, packed"]
+        executed = macs(usages[name], model.shape).double().mean().item()
+        speeds[name] = {
+            "images_per_s": len(images[name]) / median(packed),
+            "realised": median(slow / fast for slow, fast in zip(dense, packed, strict=True)),
+            "ideal": dense_macs(model.shape, usages[name].grid) / executed,
+        }
+    write_atomically(path, json.dumps({"settings": settings, "speeds": speeds, **machine()}, indent=2) + "\n")
+    return speeds
+
+
+def _paired(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+    pairs = zip(results, first, strict=True)
+    gaps = [a["figures"]["top1"] - b["figures"]["top1"] for a, b in pairs if a["figures"] and b["figures"]]
+    return (mean(gaps), stdev(gaps) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
+
+
+def _summary(row: Row) -> dict[str, Any]:
+    """A line of `summary.csv`."""
+    line: dict[str, Any] = {"variant": row.name, "runs": len(row.runs), "diverged": row.diverged}
+    for figure in dict.fromkeys(name for one in row.runs for name in one if name != "seed"):
+        both = row.over_seeds(figure)
+        if both is not None:
+            line |= {figure: both[0], f"{figure} spread": both[1]}
+    if row.against_first is not None:
+        line |= {"top1 against first": row.against_first[0], "its standard error": row.against_first[1]}
+    return line | row.speed
+
+
+def _report(comparison: Comparison, rows: Sequence[Row], seeds: int) -> Report:
+    known = [row for row in rows if row.over_seeds("top1")]
+    best = max(known, key=lambda row: row.over_seeds("top1") or (0.0, 0.0), default=None)
+    headline = "No variant came to its end with two seeds." if best is None else _headline(best, rows[0])
+    pictures = []
+    for figure, label, scale in (("top1", "top-1, %", 100.0), ("gmacs", "GMACs", 1.0), ("depth_mean", "depth", 1.0)):
+        values = {row.name: both for row in rows if (both := row.over_seeds(figure)) is not None}
+        if values:
+            points = {name: (scale * middle, scale * spread) for name, (middle, spread) in values.items()}
+            caption = f"{label}: mean over seeds, the bar one standard deviation to each side."
+            pictures.append(Picture(data_uri(error_bars(points, label)), caption))
+    base = next(iter(comparison.variants.values()))
+    return Report(
+        title="adaptvit compare",
+        headline=headline,
+        introduction=[comparison.question, f"{len(rows)} variants, {seeds} seeds each; nothing else differs."],
+        table=table(rows),
+        sections=[Section("Over seeds", pictures)],
+        facts={"The first variant": _facts(base), "Machine": machine()},
+    )
+
+
+def _headline(best: Row, first: Row) -> str:
+    top1 = _shown(best.over_seeds("top1"), 1, 100)
+    if best.against_first is None:
+        return f"{best.name} has the best accuracy, {top1} %."
+    gap = _shown(best.against_first, 1, 100, "+")
+    return f"{best.name} has the best accuracy, {top1} %; against {first.name}, seed by seed, {gap} points."
+
+
+def _facts(config: Run) -> dict[str, object]:
+    parts = {"model": config.model, **config.model_args, "method": config.method.method}
+    recipe = config.recipe
+    return {
+        **parts,
+        "epochs": recipe.epochs,
+        "batch size": recipe.batch_size,
+        "optimizer": recipe.optimizer,
+        "learning rate": recipe.learning_rate,
+    }
+
+
+def _shown(both: tuple[float, float] | None, digits: int, scale: float = 1.0, sign: str = "") -> str:
+    return "-" if both is None else f"{scale * both[0]:{sign}.{digits}f} ± {scale * both[1]:.{digits}f}"
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def _write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, text.getvalue())

@@ -1,0 +1,127 @@
+"""Runs that differ in one thing, over seeds."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from adaptvit import AViTConfig, compare
+from adaptvit.cli import main
+from adaptvit.compare import Comparison, Row
+from adaptvit.comparisons import COMPARISONS
+from adaptvit.data import DataConfig
+from adaptvit.run import Run
+from adaptvit.train import Recipe
+
+SIZES = {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    base = Run(
+        model="vit_tiny_patch16_224",
+        model_args=SIZES,
+        method=AViTConfig(gate_scale=1.0, gate_center=1.0, class_token="stays"),
+        data=DataConfig(),
+        recipe=Recipe(epochs=1, warmup_epochs=0, batch_size=240),
+    )
+    early = replace(base, method=replace(base.method, gate_center=0.0))
+    return Comparison(question="Is halting earlier worse?", variants={"late": base, "early": early})
+
+
+@pytest.fixture(scope="module")
+def finished(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
+    folder = tmp_path_factory.mktemp("comparison")
+    return folder, compare.compare(comparison, folder, seeds=2)
+
+
+@pytest.fixture
+def folder(finished: tuple[Path, list[Row]], tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def test_every_variant_is_trained_with_every_seed_and_spreads_are_over_seeds(
+    finished: tuple[Path, list[Row]],
+) -> None:
+    folder, (late, early) = finished
+    found = {
+        name: [json.loads((folder / name / f"seed-{seed}" / "result.json").read_text()) for seed in range(2)]
+        for name in ("late", "early")
+    }
+    top1 = {name: [figures["top1"] for figures in runs] for name, runs in found.items()}
+    assert top1["late"][0] != top1["late"][1]
+    assert late.over_seeds("top1") == (mean(top1["late"]), stdev(top1["late"]))
+    gaps = [after - before for after, before in zip(top1["early"], top1["late"], strict=True)]
+    assert early.against_first == pytest.approx((mean(gaps), stdev(gaps) / 2**0.5))
+    assert late.against_first is None
+    assert late.over_seeds("term ponder") > early.over_seeds("term ponder")
+    assert early.speed["realised"] > 0
+    assert early.speed["ideal"] > late.speed["ideal"]
+
+    with (folder / "runs.csv").open(newline="") as file:
+        lines = [(line["variant"], line["seed"]) for line in csv.DictReader(file)]
+    assert lines == [("late", "0"), ("late", "1"), ("early", "0"), ("early", "1")]
+    report = (folder / "report.html").read_text()
+    assert "Is halting earlier worse?" in report
+    assert report.count("<figure>") == 3
+    assert 'src="http' not in report
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_finished_is_not_run_again_and_the_rest_comes_out_the_same(
+    comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path, processes: int
+) -> None:
+    gone, kept = folder / "early" / "seed-1", folder / "early" / "seed-0" / "finished.json"
+    before = kept.stat().st_mtime_ns
+    shutil.rmtree(gone)
+    rows = compare.compare(comparison, folder, seeds=2, processes=processes)
+    assert kept.stat().st_mtime_ns == before
+    assert (gone / "finished.json").exists()
+    for row, was in zip(rows, finished[1], strict=True):
+        assert row.over_seeds("top1") == pytest.approx(was.over_seeds("top1"), abs=0.01)  # threads differ
+        assert row.speed == was.speed
+
+
+def test_a_run_that_diverges_is_counted_and_the_others_stand(comparison: Comparison, folder: Path) -> None:
+    late = comparison.variants["late"]
+    wild = replace(late, method=replace(late.method, ponder_weight=float("inf")))
+    both = replace(comparison, variants={**comparison.variants, "wild": wild})
+    rows = compare.compare(both, folder, seeds=2)
+    assert [row.diverged for row in rows] == [0, 0, 2]
+    assert rows[2].over_seeds("top1") is None
+    assert "wild (2 of 2 diverged)" in compare.table(rows).text()
+
+
+def test_what_cannot_be_compared_is_refused(comparison: Comparison, folder: Path) -> None:
+    with pytest.raises(ValueError, match="seeds must be 2 or more, for there is no spread over fewer, got 1"):
+        compare.compare(comparison, folder, seeds=1)
+    with pytest.raises(ValueError, match="processes must be 1 or more, got 0"):
+        compare.compare(comparison, folder, processes=0)
+    with pytest.raises(ValueError, match=r"two variants or more, got \['late'\]"):
+        Comparison(question="?", variants={"late": comparison.variants["late"]})
+    with pytest.raises(ValueError, match="more than punctuation"):
+        Comparison(question="?", variants=dict.fromkeys(("a b", "a-b"), comparison.variants["late"]))
+    longer = {name: replace(run, recipe=replace(run.recipe, epochs=2)) for name, run in comparison.variants.items()}
+    with pytest.raises(ValueError, match="holds a run of other settings"):
+        compare.compare(replace(comparison, variants=longer), folder, seeds=2)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_named_comparisons_differ_in_what_they_compare_alone(name: str) -> None:
+    variants = list(COMPARISONS[name]().variants.values())
+    for run in variants[1:]:
+        assert replace(run.recipe, target=None) == replace(variants[0].recipe, target=None)
+        assert run.data == variants[0].data
+        assert run.model == variants[0].model
+
+
+def test_the_command_names_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["compare", "nothing"]) == 2
+    assert "comparison must be one of digits_budgets" in capsys.readouterr().err
+    assert main(["compare", "digits_budgets", "--seeds", "1", "--output", str(tmp_path)]) == 2
+    assert "no spread over fewer" in capsys.readouterr().err
