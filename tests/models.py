@@ -35,7 +35,6 @@ METHODS = {
     "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),
     "avit, class token stays": AViTConfig(gate_scale=4.0, gate_center=2.0, class_token="stays"),
     "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
-    "avit, wider": AViTConfig(gate_scale=4.0, gate_center=4.0, neighbourhood="cross"),
     "ats": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
     "ats, released": ATSConfig(sampler="released"),
     "adavit": AdaViTConfig(macs_target=None),

@@ -12,7 +12,7 @@ LAYERS: list[set[str]] = [
     {"macs"},
     {"vit"},
     {"model", "gated"},
-    {"methods.avit_official", "methods.avit_widen", "methods.ats_released", "methods.adavit_official"},
+    {"methods.avit_official", "methods.ats_released", "methods.adavit_official"},
     {"methods.regression"},
     {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats", "methods.adavit"},
     {"methods.adavit_fit"},

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from adaptvit.losses import mean_over_processes
 from adaptvit.methods import avit_official
-from adaptvit.methods.avit_widen import NEIGHBOURHOODS, beside, soonest, stencil
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.priors import PRIORS, halting_prior, mixture
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -66,12 +65,6 @@ class AViTConfig:
     class_token: Literal["halts", "stays"] = "halts"
     """Whether the tokens that the classifier reads halt like any other (the paper), so that an image is done once they
     have, or stay to the last block and are read from there alone. Neither loss counts them."""
-    neighbourhood: str | None = None
-    """Patches in this neighbourhood of one that halts, a name in `adaptvit.methods.avit_widen.NEIGHBOURHOODS`, are
-    dropped with it as if they had halted in that block, with all that was left to 1 as their remainder; never a token
-    before the first patch. None drops nobody."""
-    neighbours_dropped: Literal["all", "fewer with depth"] = "fewer with depth"
-    """All of them, or of an image's after block l of L the share 1 - l / L that would have halted soonest."""
     mode: Literal["clean", "official"] = "clean"
     """`official` reproduces the released code's losses and gradients; logits and depths are the same in both."""
 
@@ -105,15 +98,10 @@ class AViTConfig:
         for name, allowed in (
             ("divergence", ("target||model", "model||target")),
             ("class_token", ("halts", "stays")),
-            ("neighbourhood", (None, *NEIGHBOURHOODS)),
-            ("neighbours_dropped", ("all", "fewer with depth")),
             ("mode", ("clean", "official")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"AViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
-
-        if self.mode == "official" and self.neighbourhood is not None:
-            raise ValueError("AViTConfig.neighbourhood is for mode='clean', but mode is 'official'")
 
     def build(self, vit: VisionTransformer) -> "AViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -149,7 +137,6 @@ class AViT(AdaptiveViT):
         each = [_each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]
         parts = [prior(name, blocks, peak, scale) for name, peak, scale in zip(*each, strict=True)]
         self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)
-        self.around = None if config.neighbourhood is None else stencil(config.neighbourhood)
 
     def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """Classify images.
@@ -182,11 +169,7 @@ class AViT(AdaptiveViT):
             score = self.halting_score(tokens.x, remainder.dtype)
             if self.config.class_token == "stays":
                 score = score.masked_fill(tokens.spread(reading.expand(tokens.shape)), 0)
-            weight, going, left = halt(score, remainder, self.config.epsilon)
-            if self.around is not None:
-                going = going & ~self.neighbours(tokens, going, left, grid, number)
-                weight = torch.where(going, score, remainder)
-            remainder = left
+            weight, going, remainder = halt(score, remainder, self.config.epsilon)
             output = output + self.read_out(tokens, weight)
             if number == 1:
                 warn_if_all_halted(going, self.config.gate_center)
@@ -219,23 +202,6 @@ class AViT(AdaptiveViT):
     def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
         """This block's share in the mean-field output: (B, R, D) from weights, token features."""
         return self.read_slots(tokens, weight)[..., None] * self.read_slots(tokens, tokens.x)
-
-    def neighbours(self, tokens: Tokens, going: Tensor, left: Tensor, grid: tuple[int, int], number: int) -> Tensor:
-        """Bool token features: the patches to be dropped because one beside them halts in this block.
-
-        Args:
-            going, left: what `halt` said.
-            grid: rows and columns of patches.
-            number: of the block, 1-based.
-        """
-        assert self.around is not None
-        goes = tokens.grid(going)[:, self.prefix :]
-        halted = tokens.live[:, self.prefix :] & ~goes
-        dropped = beside(halted.unflatten(1, grid), self.around).flatten(1) & goes
-        if self.config.neighbours_dropped == "fewer with depth":
-            dropped = soonest(dropped, tokens.grid(left.detach())[:, self.prefix :], 1 - number / self.depth)
-        kept = dropped.new_zeros(len(dropped), self.prefix)
-        return tokens.spread(torch.cat([kept, dropped], dim=1))
 
     def terms(self, scores: list[Tensor], depth: Tensor) -> dict[str, Tensor]:
         """Ponder and distribution loss of the patch tokens, weighted.
