@@ -1,13 +1,17 @@
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import images, small_vit
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit import AViTConfig, Masked, Packed, dense_macs, load, macs, save
 from adaptvit.methods.avit import halt, kl_divergence
-from adaptvit.priors import halting_prior
+from adaptvit.priors import PRIORS, halting_prior
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 GATE = {"gate_scale": 4.0, "gate_center": 2.0}
@@ -174,6 +178,11 @@ def test_a_sequence_of_batches_leaves_nothing_behind() -> None:
         ({"ponder_weight": -1.0}, "ponder_weight must be 0 or more, got -1.0"),
         ({"prior_weight": float("nan")}, "prior_weight must be 0 or more, got nan"),
         ({"prior": "cubic"}, r"prior must be one of .*gaussian.*, got 'cubic'"),
+        ({"prior_scale": 0.0}, r"prior_scale must lie in \(0, inf\), got 0.0"),
+        ({"prior_weights": (0.7, 0.0)}, r"prior_weights must lie in \(0, inf\), got 0.0"),
+        ({"prior_depth": (2, 10)}, "prior_depth has 2 values, but prior_weights has 0"),
+        ({"prior": ("cauchy",), "prior_weights": (1, 2)}, "prior has 1 values, but prior_weights has 2"),
+        ({"prior": ("cauchy", "cubic"), "prior_weights": (1, 2)}, "prior must be one of .*, got 'cubic'"),
         ({"mode": "fast"}, "mode must be one of .*official.*, got 'fast'"),
         ({"class_token": "goes"}, "class_token must be one of .*stays.*, got 'goes'"),
         ({"divergence": "both"}, "divergence must be one of .*, got 'both'"),
@@ -206,3 +215,46 @@ def test_divergence_of_a_distribution_from_itself_is_zero() -> None:
     assert kl_divergence(p, p, "target||model").item() == 0
     assert kl_divergence(p, p, "model||target").item() == 0
     assert kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), "target||model").isfinite()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_divergence_is_the_sum_over_blocks_and_that_of_torch(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model, target = torch.rand(2, 9, dtype=torch.float64, generator=generator).softmax(dim=1)
+    for direction, (p, q) in {"target||model": (target, model), "model||target": (model, target)}.items():
+        ours = kl_divergence(model, target, direction).item()
+        assert ours == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True)))
+        assert ours == pytest.approx(kl_div(q.log(), p, reduction="sum").item(), rel=1e-12)
+        assert ours > 0
+
+
+def test_a_mixture_in_the_config_is_the_mixture_of_its_parts() -> None:
+    early, late = halting_prior("gaussian", 4, 1.5, 0.5), halting_prior("gaussian", 4, 4.0, 0.5)
+    config = AViTConfig(prior_depth=(1.5, 4.0), prior_scale=0.5, prior_weights=[3, 1])
+    torch.testing.assert_close(config.build(small_vit()).prior, (0.75 * early + 0.25 * late).float())
+    config = AViTConfig(prior=["cauchy", "laplace"], prior_depth=2, prior_scale=(1, 2), prior_weights=(1, 1))
+    expected = 0.5 * halting_prior("cauchy", 4, 2) + 0.5 * halting_prior("laplace", 4, 2, 2)
+    torch.testing.assert_close(config.build(small_vit()).prior, expected.float())
+    assert hash(config)
+
+
+def test_a_mixture_travels_with_the_weights(tmp_path: Path) -> None:
+    config = AViTConfig(prior=("cauchy", "laplace"), prior_depth=(1, 3), prior_weights=(0.5, 0.5))
+    model = config.build(small_vit())
+    save(model, tmp_path / "mixture.safetensors")
+    again = load(tmp_path / "mixture.safetensors")
+    assert again.config == config
+    assert torch.equal(again.prior, model.prior)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("mode", ["clean", "official"])
+def test_every_prior_has_a_finite_loss_that_reaches_the_gate(prior: str, mode: str) -> None:
+    """However far the blocks that a narrow prior all but rules out, which have no mass left in float32."""
+    vit = small_vit(depth=12).train()
+    model = AViTConfig(**GATE, prior=prior, prior_scale=0.4, prior_weight=1.0, mode=mode).build(vit)
+    term = model(images(vit)).terms["prior"]
+    assert term.isfinite()
+    gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias)[0]
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0

@@ -9,6 +9,7 @@ from models import METHODS, small_vit
 from PIL import Image
 
 from adaptvit import cli, save
+from adaptvit.cli import train_parser
 from adaptvit.recipes import RECIPES
 from adaptvit.run import Run
 
@@ -236,3 +237,10 @@ def test_budget_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytes
     assert cli.main(["budget", str(model), str(tmp_path / "absent"), str(output)]) == 2
     assert "absent' does not exist" in said(capsys)
     assert not output.exists()
+
+
+def test_a_mixture_of_priors_is_written_in_brackets() -> None:
+    words = ["--method.prior", "[gaussian,cauchy]", "--method.prior_depth", "[2,10]", "--method.prior_weights", "[7,3]"]
+    method = train_parser(["train", "digits"]).parse_args(words).method
+    assert (method.prior, method.prior_depth, method.prior_weights) == (("gaussian", "cauchy"), (2, 10), (7, 3))
+    assert train_parser(["train", "digits"]).parse_args(["--method.prior", "cauchy"]).method.prior == "cauchy"

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and so does the example of a method kept elsewhere."""
+"""What the README shows runs as it stands, and so do the examples of a method and a prior kept elsewhere."""
 
 import re
 import runpy
@@ -9,6 +9,7 @@ import torch
 from models import images, small_vit
 
 from adaptvit import Masked, Packed, meet_target
+from adaptvit.priors import PRIORS, halting_prior
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +41,14 @@ def test_a_method_kept_elsewhere_packs_and_steers(capsys: pytest.CaptureFixture)
     assert packed.usage.live[:, -1].sum() < packed.usage.live[:, 0].sum()
     example["main"]()
     assert "70% of dense MACs" in capsys.readouterr().out
+
+
+def test_a_prior_kept_elsewhere_is_a_prior(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRIORS, "logistic", PRIORS["gaussian"])  # so that it is taken out again
+    example = runpy.run_path(str(ROOT / "examples" / "your_own_prior.py"))
+    example["main"]()
+    prior = halting_prior("logistic", 12, 9.0, 2.0)
+    places = (torch.arange(1, 13, dtype=torch.float64) - 9) / 4
+    expected = 1 / places.cosh() ** 2  # the same density by another formula
+    torch.testing.assert_close(prior, expected / expected.sum())
+    assert capsys.readouterr().out.count("loss") == 2

@@ -8,7 +8,7 @@ Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and b
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptvit.losses import mean_over_processes
 from adaptvit.methods import avit_official
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.priors import PRIORS, halting_prior
+from adaptvit.priors import PRIORS, halting_prior, mixture
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import classify, embed, run_block
@@ -51,12 +51,15 @@ class AViTConfig:
     """alpha_p, the weight of the ponder loss."""
     prior_weight: float = 1e-3
     """alpha_d, the weight of the distribution loss; 0 switches it off."""
-    prior: str = "gaussian"
+    prior: tuple[str, ...] | str = "gaussian"
     """Target distribution of the halting depth, a name in `adaptvit.priors.PRIORS`."""
-    prior_depth: float | None = None
+    prior_depth: tuple[float, ...] | float | None = None
     """Where the prior peaks, in blocks, 1-based; None is three quarters of the depth, 9 of 12 as released."""
-    prior_scale: float = 1.0
+    prior_scale: tuple[float, ...] | float = 1.0
     """Width of the prior, in blocks."""
+    prior_weights: tuple[float, ...] | None = None
+    """With two numbers the prior is a mixture of two, which have these shares, and `prior`, `prior_depth` and
+    `prior_scale` may hold one value for both or one for each; with more, of more. None is no mixture."""
     divergence: Literal["target||model", "model||target"] = "target||model"
     """Direction of the KL divergence: as released, or as the paper writes it."""
     class_token: Literal["halts", "stays"] = "halts"
@@ -66,19 +69,33 @@ class AViTConfig:
     """`official` reproduces the released code's losses and gradients; logits and depths are the same in both."""
 
     def __post_init__(self) -> None:
+        for name in ("prior", "prior_depth", "prior_scale", "prior_weights"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        parts = len(self.prior_weights or ())
+        for name in ("prior", "prior_depth", "prior_scale"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != parts:
+                raise ValueError(
+                    f"AViTConfig.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
+                    "weight for each"
+                )
         for name, low, high in (
             ("gate_scale", 0.0, float("inf")),
             ("epsilon", 0.0, 1.0),
             ("prior_scale", 0.0, float("inf")),
+            ("prior_weights", 0.0, float("inf")),
         ):
-            value = getattr(self, name)
-            if not low < value < high:
-                raise ValueError(f"AViTConfig.{name} must lie in ({low:g}, {high:g}), got {value}")
+            for value in _each(getattr(self, name)):
+                if not low < value < high:
+                    raise ValueError(f"AViTConfig.{name} must lie in ({low:g}, {high:g}), got {value}")
         for name in ("ponder_weight", "prior_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"AViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
+        for prior in _each(self.prior):
+            if prior not in PRIORS:
+                raise ValueError(f"AViTConfig.prior must be one of {', '.join(PRIORS)}, got {prior!r}")
         for name, allowed in (
-            ("prior", tuple(PRIORS)),
             ("divergence", ("target||model", "model||target")),
             ("class_token", ("halts", "stays")),
             ("mode", ("clean", "official")),
@@ -96,6 +113,13 @@ class AViTConfig:
         return AViT(vit, self)
 
 
+def _each(value: Any, parts: int = 1) -> tuple[Any, ...]:
+    """A field's values for the parts of a mixture; None has none."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,) * parts
+
+
 class AViT(AdaptiveViT):
     """A ViT whose tokens halt."""
 
@@ -109,8 +133,10 @@ class AViT(AdaptiveViT):
         target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
         official = config.mode == "official"
         prior = avit_official.target if official else halting_prior
-        values = prior(config.prior, blocks, target, config.prior_scale)
-        self.register_buffer("prior", values.float(), persistent=False)
+        weights = config.prior_weights or (1.0,)
+        each = [_each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]
+        parts = [prior(name, blocks, peak, scale) for name, peak, scale in zip(*each, strict=True)]
+        self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)
 
     def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """Classify images.

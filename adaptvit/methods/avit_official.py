@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, xlogy
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.priors import released_target
@@ -86,5 +86,5 @@ def terms(model: "AViT", scores: Tensor, rho: Tensor) -> dict[str, Tensor]:
     mean_scores = scores[:, 1:].flatten(1).mean(dim=1)
     model_distribution = (mean_scores / mean_scores.sum()).clamp(0.01, 0.99)
     goal = model.prior.to(scores.dtype)
-    prior = model.config.prior_weight * (goal * (goal.log() - model_distribution.log())).mean()
+    prior = model.config.prior_weight * (xlogy(goal, goal) - goal * model_distribution.log()).mean()
     return ponder | {"prior": prior} if prior > 0 else ponder
