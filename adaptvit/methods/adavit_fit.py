@@ -48,7 +48,7 @@ def fit_policies(model: AdaViT, images: Tensor) -> float:
             seen, features = [], []
             for number, block in enumerate(vit.blocks):
                 normed = attention_norm(vit, number, tokens.x)
-                projected = project_normed(block, normed)
+                projected = project_normed(block, tokens, normed)
                 features.append(normed[:, model.prefix :])
                 seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, model.prefix :])
                 tokens = run_block(block, tokens, projected=projected)
