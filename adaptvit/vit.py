@@ -373,13 +373,13 @@ def shape_of(vit: VisionTransformer) -> Shape:
         head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
         head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
         head += head_per_patch * vit.num_prefix_tokens * vit.pool_include_prefix
-    mixing = block.attn.macs if isinstance(block.attn, Mixer) else 0
+    mixes = isinstance(block.attn, Mixer)
     return Shape(
         dim=vit.embed_dim,
         depth=len(vit.blocks),
-        heads=0 if mixing else block.attn.num_heads,
-        head_dim=0 if mixing else block.attn.head_dim,
-        gated=not mixing and block.attn.gate is not None,
+        heads=0 if mixes else block.attn.num_heads,
+        head_dim=0 if mixes else block.attn.head_dim,
+        gated=not mixes and block.attn.gate is not None,
         mlp_per_token=_linear_macs(block.mlp),
         stem_per_patch=stem_per_patch,
         prefix=vit.num_prefix_tokens,
@@ -387,7 +387,7 @@ def shape_of(vit: VisionTransformer) -> Shape:
         head_per_patch=head_per_patch,
         stem=stem_fixed,
         stem_per_pair=stem_per_pair,
-        mixing=mixing,
+        mixing=block.attn.macs if mixes else 0,
         norms_over_tokens=isinstance(block.norm2, TokenPart),
     )
 

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and so does the example of a method kept elsewhere."""
+"""What the README shows runs as it stands, and so do the examples of a method and of parts kept elsewhere."""
 
 import re
 import runpy
@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import Masked, Packed, meet_target
+from adaptvit import AViTConfig, FullConfig, Masked, Packed, meet_target
+from adaptvit.parts import BLOCKS, NORMS
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +41,21 @@ def test_a_method_kept_elsewhere_packs_and_steers(capsys: pytest.CaptureFixture)
     assert packed.usage.live[:, -1].sum() < packed.usage.live[:, 0].sum()
     example["main"]()
     assert "70% of dense MACs" in capsys.readouterr().out
+
+
+def test_parts_kept_elsewhere_pack_and_steer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptvit.parts.NORMS", {**NORMS})  # the rows go when the test ends
+    monkeypatch.setattr("adaptvit.parts.BLOCKS", {**BLOCKS})
+    example = runpy.run_path(str(ROOT / "examples" / "your_own_part.py"))
+    for block in ("attention", "pool"):
+        settings = {"model_name": "parts_vit", "norm": "scale", "block": block, "embed_dim": 48}
+        vit = small_vit(dtype=torch.float64, **settings, dynamic_img_size=None).eval()
+        batch = images(vit, dtype=torch.float64)
+        model = AViTConfig(gate_scale=4.0, gate_center=2.0).build(vit)
+        packed, masked = model(batch, Packed), model(batch, Masked)
+        torch.testing.assert_close(packed.logits, masked.logits)
+        assert not packed.usage.live.all()
+        torch.testing.assert_close(FullConfig().build(vit)(batch).logits, vit(batch))
+    example["main"]()
+    shares = re.findall(r"(\d+)% of dense MACs", capsys.readouterr().out)
+    assert [abs(int(share) - 60) <= 1 for share in shares] == [True, True]
