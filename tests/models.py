@@ -64,6 +64,11 @@ REFUSED = {"sinusoidal, instance norm": ("adavit", "avit, official"), "mixer": (
 """Flavours that methods refuse, by the beginning of the method's name."""
 
 
+def flavours(method: str) -> list[str]:
+    """Those that a method takes."""
+    return [flavour for flavour in FLAVOURS if not method.startswith(REFUSED.get(flavour, ()))]
+
+
 def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
     """A ViT of four blocks on 32-pixel images whose tokens differ enough from one another for methods to tell them."""
     torch.manual_seed(0)
