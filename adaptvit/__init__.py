@@ -9,6 +9,7 @@ from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.parts import ViTConfig
 from adaptvit.tokens import Masked, Packed
 from adaptvit.usage import Output, Usage, join
 
@@ -24,6 +25,7 @@ __all__ = [
     "Packed",
     "Shape",
     "Usage",
+    "ViTConfig",
     "convert",
     "dense_macs",
     "join",

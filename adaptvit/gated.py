@@ -21,7 +21,16 @@ from torch.nn.functional import linear
 
 from adaptvit.macs import Shape
 from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.vit import MLP_ROWS, add_branch, model_name, project_normed, through
+from adaptvit.vit import (
+    MLP_ROWS,
+    add_branch,
+    check_attention,
+    check_norms,
+    model_name,
+    on_tokens,
+    project_normed,
+    through,
+)
 
 Takes = Literal["input", "hidden", "identity"]
 """What else a head that is off switches off: `input`, its channels of what the MLP reads; `hidden`, its share of the
@@ -56,13 +65,17 @@ Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 """Queries, keys and values (B, N, H, d), the gates, and the dropout of attention -> (B, N, H, d)."""
 
 
-def check_gated(vit: VisionTransformer, takes: Takes) -> None:
-    """Refuse a ViT whose heads cannot be switched off in this way.
+def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:
+    """Refuse a ViT whose blocks cannot run under gates.
 
+    Args:
+        takes: what an off head takes along; None where heads have no gates.
     Raises:
-        TypeError: `hidden`, and the MLP is not fc1, activation of 0 at 0, fc2.
+        TypeError: no attention, norms over tokens, or `hidden` and the MLP is not fc1, activation of 0 at 0, fc2.
         ValueError: the heads do not divide the channels that they take along.
     """
+    check_attention(vit, "AdaViT")
+    check_norms(vit, "AdaViT")
     attn, mlp, name = vit.blocks[0].attn, vit.blocks[0].mlp, model_name(vit)
     if takes == "input" and vit.embed_dim != attn.attn_dim:
         raise ValueError(
@@ -115,7 +128,7 @@ def _mask(
 ) -> Tokens:
     attn = block.attn
     normed = block.norm1(tokens.x) if normed is None else normed
-    q, k, v = project_normed(block, normed)
+    q, k, v = project_normed(block, tokens, normed)
     heads = None if gates.heads is None else gates.heads[:, None, :, None]
     if heads is not None and takes != "identity":
         q, k, v = q * heads, k * heads, v * heads
@@ -266,7 +279,7 @@ def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside:
     keys = Packed(normed, part.shape, part.slots)
     queries = keys if inside is None else Packed(normed[inside], part.shape, target.slots)
     if part.runs is None and inside is None:
-        q, k, v = project_normed(block, normed)
+        q, k, v = project_normed(block, keys, normed)
         out = keys.attend(q, k, v, keys)
     else:
         out = _attend_runs(block, keys, queries, every if part.runs is None else part.runs, inside, takes)
@@ -297,7 +310,8 @@ def _attend_runs(
             v = values[:, slice(*run)]
         else:
             v = _rows(attn.qkv, keys.x, slice(2 * width + first, 2 * width + last)).unflatten(-1, (-1, size))
-        out[:, slice(*run)] = keys.attend(through(attn.q_norm, q), through(attn.k_norm, k), v, queries)
+        q, k = on_tokens(attn.q_norm, q, queries), on_tokens(attn.k_norm, k, keys)
+        out[:, slice(*run)] = keys.attend(q, k, v, queries)
     return out
 
 

@@ -38,6 +38,10 @@ class Shape:
     """MACs of the patch embedding for one image, beyond those by its patches and pairs of patches."""
     stem_per_pair: int = 0
     """MACs of a patch embedding that has softmax attention for each two patches, ordered, one with itself included."""
+    mixing: int = 0
+    """MACs of what a block has in the place of attention, for an image with any tokens; `heads` is then 0."""
+    norms_over_tokens: bool = False
+    """The MLP's norm is over all tokens attended to, so that attention updates them all, whatever is kept."""
 
 
 def macs(usage: Usage, shape: Shape) -> Tensor:
@@ -57,10 +61,11 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
 def _blocks(usage: Usage, shape: Shape) -> Tensor:
     """MACs of every block for each image, (B, L), from the counts."""
     width = usage.heads * shape.head_dim
-    query_side = (2 + shape.gated) * usage.updated * shape.dim * width
+    queries = usage.attended if shape.norms_over_tokens else usage.updated
+    query_side = (2 + shape.gated) * queries * shape.dim * width
     key_side = 2 * usage.attended * shape.dim * width
-    products = 2 * usage.updated * usage.attended * width
-    attention = (query_side + key_side + products) * usage.attention
+    products = 2 * queries * usage.attended * width
+    attention = (query_side + key_side + products + shape.mixing) * usage.attention
     return attention + usage.updated * shape.mlp_per_token * usage.mlp
 
 

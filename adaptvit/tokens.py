@@ -83,6 +83,14 @@ class Tokens(ABC):
         """
 
     @abstractmethod
+    def standardise(self, t: Tensor, eps: float) -> Tensor:
+        """Token features (..., D) with mean 0 and variance 1 over each image's live tokens, by channel; dead slots 0.
+
+        Args:
+            eps: added to the variance.
+        """
+
+    @abstractmethod
     def received(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention that each token receives from the image's first R slots: the mean of the softmax over live ones.
 
@@ -140,6 +148,13 @@ class Masked(Tokens):
             mask = visible[:, None, None, :]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+
+    def standardise(self, t: Tensor, eps: float) -> Tensor:
+        wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        count = self.live.sum(dim=1).clamp(min=1)[:, None, None]
+        centred = self.grid(wide - self.grid(wide).sum(dim=1, keepdim=True) / count)
+        variance = centred.square().sum(dim=1, keepdim=True) / count
+        return (centred * (variance + eps).rsqrt()).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor) -> Tensor:
         return _received(q, k, self.mask)
@@ -233,6 +248,17 @@ class Packed(Tokens):
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
                 return _attend_dense(q, k, v, images, dropout)
         return ragged_kernel(q.device, q.dtype, dropout)(q, k, v, self, queries, dropout)
+
+    def standardise(self, t: Tensor, eps: float) -> Tensor:
+        wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        image, count = self.slots // self.shape[1], self.offsets.diff().clamp(min=1)[:, None]
+
+        def mean(t: Tensor) -> Tensor:
+            return t.new_zeros(self.shape[0], t.shape[1]).index_add(0, image, t) / count
+
+        centred = wide - mean(wide).index_select(0, image)
+        scale = (mean(centred.square()) + eps).rsqrt()
+        return (centred * scale.index_select(0, image)).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor) -> Tensor:
         if self.full:

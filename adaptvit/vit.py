@@ -1,11 +1,13 @@
 """The one door to timm: runs a timm ViT's own submodules on `Tokens`, and refuses, by name, what it does not reproduce.
 
 Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
-No other module of the package reads a timm model's attributes, but for `adaptvit.t2t`, which makes some, and
-`adaptvit.flax.convert`.
+No other module of the package reads a timm model's attributes, but for `adaptvit.t2t` and `adaptvit.parts`, which make
+some, and `adaptvit.flax.convert`.
 """
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -19,10 +21,11 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit.macs import Shape
+from adaptvit.parts import Mixer, PartsViT, TokenPart, ViTConfig
 from adaptvit.t2t import PATCH, TokensToToken, linear_macs, t2t_vit
 from adaptvit.tokens import Tokens
 
-SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks"
+SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks, and PartsViT"
 MLP_ROWS = 1024
 """Tokens that go through an MLP at a time in evaluation on the CPU: few enough for the hidden features to stay in its
 caches, enough for full matrix products. At batch 32 the MLPs of DeiT-S take 0.77 of the time, a fifth of the memory."""
@@ -51,7 +54,7 @@ def check(vit: Any) -> None:
         TypeError: naming the part that is not supported and what is.
     """
     name = model_name(vit)
-    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled, PartsViT):
         raise TypeError(f"{name} is a {type(vit).__name__}; supported are {SUPPORTED}")
     allowed: dict[str, tuple[type, ...]] = {
         "block": (Block,),
@@ -66,15 +69,43 @@ def check(vit: Any) -> None:
         if type(block) is not Block:
             parts.append(("block", block))
             break
-        parts += [("attn", block.attn), ("mlp", block.mlp)]
+        parts.append(("mlp", block.mlp))
+        if not isinstance(block.attn, Mixer):
+            parts.append(("attn", block.attn))
         if type(block.attn) is Attention:
             parts.append(("qkv", block.attn.qkv))
     for part, module in parts:
         if type(module) not in allowed[part]:
             names = " or ".join(kind.__name__ for kind in allowed[part])
             raise TypeError(f"{name}.{part} is a {type(module).__name__}, which is not supported; allowed: {names}")
+    if any(isinstance(block.norm1, TokenPart) and getattr(block.attn, "gate", None) for block in vit.blocks):
+        raise TypeError(f"{name} has gated attention after a norm over tokens, which is not supported")
     if vit.grad_checkpointing:
         raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
+
+
+def check_attention(vit: VisionTransformer, who: str) -> None:
+    """Refuse a ViT whose blocks have something else in the place of attention.
+
+    Raises:
+        TypeError: naming the part.
+    """
+    for block in vit.blocks:
+        if isinstance(block.attn, Mixer):
+            kind = type(block.attn).__name__
+            raise TypeError(f"{who} needs attention, but the blocks of {model_name(vit)} have {kind} in its place")
+
+
+def check_norms(vit: VisionTransformer, who: str) -> None:
+    """Refuse a ViT whose norms are over the tokens of an image.
+
+    Raises:
+        TypeError: naming the norm.
+    """
+    for norm in (norm for block in vit.blocks for norm in (block.norm1, block.norm2)):
+        if isinstance(norm, TokenPart):
+            kind = type(norm).__name__
+            raise TypeError(f"{who} needs a norm of each token by itself, but {model_name(vit)} has {kind}")
 
 
 def model_name(vit: nn.Module) -> str:
@@ -145,7 +176,12 @@ def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projec
         chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
         projected: what `project` gave, where it was needed to choose.
     """
-    return add_mlp(block, add_attention(block, tokens, chosen, projected))
+    if chosen is None or not isinstance(block.norm2, TokenPart):
+        return add_mlp(block, add_attention(block, tokens, chosen, projected))
+    tokens = add_attention(block, tokens, None, projected)  # a norm over tokens sees those that are dropped too
+    normed = block.norm2.on(tokens.x, tokens)
+    rows, (normed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
+    return add_mlp(block, rows, normed)
 
 
 def add_attention(
@@ -153,6 +189,8 @@ def add_attention(
 ) -> Tokens:
     """The attention sub-layer with its residual; `chosen` and `projected` as in `run_block`."""
     attn = block.attn
+    if isinstance(attn, Mixer):
+        return _add_mixed(block, tokens, chosen)
     rows = tokens
     if chosen is None:
         q, k, v = projected or project(block, tokens)
@@ -160,10 +198,11 @@ def add_attention(
         q, k, v = projected
         rows, (q,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), q)
     else:  # without the queries of the others
-        rows = tokens.keep(chosen)
-        (q,) = _heads(block, block.norm1(rows.x), slice(attn.attn_dim))
-        k, v = _heads(block, block.norm1(tokens.x), slice(attn.attn_dim, None))
-        q, k = through(attn.q_norm, q), through(attn.k_norm, k)
+        normed = on_tokens(block.norm1, tokens.x, tokens)
+        rows, (few,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
+        (q,) = _heads(block, few, slice(attn.attn_dim))
+        k, v = _heads(block, normed, slice(attn.attn_dim, None))
+        q, k = on_tokens(attn.q_norm, q, rows), on_tokens(attn.k_norm, k, tokens)
     mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
@@ -171,16 +210,30 @@ def add_attention(
     return add_branch(rows, through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
 
 
+def _add_mixed(block: Block, tokens: Tokens, chosen: Tensor | None) -> Tokens:
+    """`add_attention` where something else stands in its place, which runs over all slots at once."""
+    mixed = through(block.ls1, block.attn.on(on_tokens(block.norm1, tokens.x, tokens), tokens))
+    if chosen is not None:
+        tokens, (mixed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), mixed)
+    return add_branch(tokens, mixed, block.drop_path1)
+
+
 def project(block: Block, tokens: Tokens) -> Projected:
-    """Queries, keys and values of the attention sub-layer, normalised as the ViT does: features (..., H, d) each."""
-    return project_normed(block, block.norm1(tokens.x))
+    """Queries, keys and values of the attention sub-layer, normalised as the ViT does: features (..., H, d) each.
+
+    Raises:
+        TypeError: the block has something else in the place of attention.
+    """
+    return project_normed(block, tokens, on_tokens(block.norm1, tokens.x, tokens))
 
 
-def project_normed(block: Block, normed: Tensor) -> Projected:
-    """As `project`, of features that the block's first norm gave."""
+def project_normed(block: Block, tokens: Tokens, normed: Tensor) -> Projected:
+    """As `project`, of what the block's first norm gave of `tokens`."""
     attn = block.attn
+    if isinstance(attn, Mixer):
+        raise TypeError(f"the block has {type(attn).__name__} in the place of attention: no queries, keys and values")
     q, k, v = _heads(block, normed, slice(None))
-    return through(attn.q_norm, q), through(attn.k_norm, k), v
+    return on_tokens(attn.q_norm, q, tokens), on_tokens(attn.k_norm, k, tokens), v
 
 
 def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
@@ -203,19 +256,27 @@ def attention_received(tokens: Tokens, projected: Projected, slots: int | None) 
     return tokens.received(tokens.first(q, slots or tokens.shape[1]), k)
 
 
-def add_mlp(block: Block, tokens: Tokens) -> Tokens:
-    """The MLP sub-layer with its residual; in evaluation on the CPU a part of the tokens at a time."""
+def add_mlp(block: Block, tokens: Tokens, normed: Tensor | None = None) -> Tokens:
+    """The MLP sub-layer with its residual; in evaluation on the CPU a part of the tokens at a time.
+
+    Args:
+        normed: what the block's second norm gives of `tokens`, where it is known.
+    """
     x = tokens.x
+    if normed is None and isinstance(block.norm2, TokenPart):
+        normed = block.norm2.on(x, tokens)
+
+    def mlp(read: Tensor) -> Tensor:
+        return through(block.ls2, block.mlp(block.norm2(read) if normed is None else read))
+
+    read = x if normed is None else normed
     if torch.is_grad_enabled() or block.training or x.device.type != "cpu" or x.shape[:-1].numel() <= MLP_ROWS:
-        return add_branch(tokens, _mlp(block, x), block.drop_path2)
+        return add_branch(tokens, mlp(read), block.drop_path2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for place, rows in zip(out.view(-1, x.shape[-1]).split(MLP_ROWS), x.flatten(0, -2).split(MLP_ROWS), strict=True):
-        torch.add(rows, _mlp(block, rows), out=place)
+    parts = (out.view(-1, x.shape[-1]), x.flatten(0, -2), read.flatten(0, -2))
+    for place, rows, some in zip(*(part.split(MLP_ROWS) for part in parts), strict=True):
+        torch.add(rows, mlp(some), out=place)
     return tokens.with_x(out)
-
-
-def _mlp(block: Block, x: Tensor) -> Tensor:
-    return through(block.ls2, block.mlp(block.norm2(x)))
 
 
 def classify(vit: VisionTransformer, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -312,12 +373,13 @@ def shape_of(vit: VisionTransformer) -> Shape:
         head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
         head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
         head += head_per_patch * vit.num_prefix_tokens * vit.pool_include_prefix
+    mixes = isinstance(block.attn, Mixer)
     return Shape(
         dim=vit.embed_dim,
         depth=len(vit.blocks),
-        heads=block.attn.num_heads,
-        head_dim=block.attn.head_dim,
-        gated=block.attn.gate is not None,
+        heads=0 if mixes else block.attn.num_heads,
+        head_dim=0 if mixes else block.attn.head_dim,
+        gated=not mixes and block.attn.gate is not None,
         mlp_per_token=_linear_macs(block.mlp),
         stem_per_patch=stem_per_patch,
         prefix=vit.num_prefix_tokens,
@@ -325,6 +387,8 @@ def shape_of(vit: VisionTransformer) -> Shape:
         head_per_patch=head_per_patch,
         stem=stem_fixed,
         stem_per_pair=stem_per_pair,
+        mixing=block.attn.macs if mixes else 0,
+        norms_over_tokens=isinstance(block.norm2, TokenPart),
     )
 
 
@@ -334,6 +398,25 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
     Raises:
         ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
     """
+    arguments = _parts_arguments(vit) if isinstance(vit, PartsViT) else _timm_arguments(vit)
+    name, recorded = model_name(vit), timm_config(vit)
+    data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
+    description = {"architecture": name, "arguments": arguments, "data": data}
+    with torch.device("meta"):
+        twin = rebuild(description)
+    if _anatomy(twin) != _anatomy(vit):
+        raise ValueError(f"this {name} has parts that its timm name and arguments do not give, so it cannot be saved")
+    return description
+
+
+def _parts_arguments(vit: PartsViT) -> dict[str, Any]:
+    """The fields of its config, as the ViT is now; as for timm's, without what only regularises."""
+    arguments = dataclasses.asdict(vit.config) | {"num_classes": vit.num_classes, "global_pool": vit.global_pool}
+    del arguments["drop_path_rate"]
+    return arguments
+
+
+def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
     block = vit.blocks[0]
     arguments = {
         "img_size": list(vit.patch_embed.img_size),
@@ -361,14 +444,7 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
     if isinstance(vit.patch_embed, TokensToToken):
         arguments["tokens_type"] = vit.patch_embed.tokens_type
         arguments["token_dim"] = vit.patch_embed.token_dim
-    name, recorded = model_name(vit), timm_config(vit)
-    data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
-    description = {"architecture": name, "arguments": arguments, "data": data}
-    with torch.device("meta"):
-        twin = rebuild(description)
-    if _anatomy(twin) != _anatomy(vit):
-        raise ValueError(f"this {name} has parts that its timm name and arguments do not give, so it cannot be saved")
-    return description
+    return arguments
 
 
 def rebuild(description: dict[str, Any]) -> VisionTransformer:
@@ -377,14 +453,17 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
     Raises:
         ValueError: timm does not know the architecture.
     """
-    name, arguments = description["architecture"], dict(description["arguments"])
-    if arguments["init_values"] is None:
-        del arguments["init_values"]
+    name = description["architecture"]
+    arguments = {key: value for key, value in description["arguments"].items() if value is not None}
     for size in ("img_size", "patch_size"):
         arguments[size] = tuple(arguments[size])
-    by_hand = {kind.__name__: kind for kind in (VisionTransformer, VisionTransformerDistilled)}
+    by_hand: dict[str, Callable[..., Any]] = {
+        "VisionTransformer": t2t_vit if "tokens_type" in arguments else VisionTransformer,
+        "VisionTransformerDistilled": VisionTransformerDistilled,
+        "PartsViT": lambda **fields: ViTConfig(**fields).build(),
+    }
     if name in by_hand:
-        vit = (t2t_vit if "tokens_type" in arguments else by_hand[name])(**arguments)
+        vit = by_hand[name](**arguments)
     elif timm.is_model(name):
         vit = timm.create_model(name, pretrained=False, **arguments)
     else:
@@ -404,6 +483,7 @@ def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]
 
 def _check_rotatable(vit: VisionTransformer) -> None:
     name = model_name(vit)
+    check_attention(vit, "turning the residual stream")
     block, stem = vit.blocks[0], vit.patch_embed
     for part, fault in (
         ("norm_pre", not isinstance(vit.norm_pre, nn.Identity)),
@@ -432,6 +512,17 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), without the price of a call where there is nothing to do; at batch 1 those add up."""
     return x if type(module) is nn.Identity else module(x)
+
+
+def on_tokens(part: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
+    """A part of a block on token features of `tokens`."""
+    if isinstance(part, TokenPart):
+        return part.on(x, tokens)
+    if isinstance(part, nn.Sequential):
+        for step in part:
+            x = on_tokens(step, x, tokens)
+        return x
+    return through(part, x)
 
 
 def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:

@@ -10,6 +10,7 @@ from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.model import AdaptiveViT
 
+PARTS = {"model_name": "parts_vit", "embed_dim": 48, "dynamic_img_size": None}
 FLAVOURS: dict[str, dict[str, Any]] = {
     "class token": {},
     "distilled": {"model_name": "deit_tiny_distilled_patch16_224", "embed_dim": 48, "num_heads": 3},
@@ -28,6 +29,9 @@ FLAVOURS: dict[str, dict[str, Any]] = {
         "embed_dim": 48,
         "num_heads": 3,
     },
+    "rotary, RMS norm, cosine": PARTS | {"position": "rotary", "norm": "rms", "attention": "cosine"},
+    "sinusoidal, instance norm": PARTS | {"position": "sinusoidal", "norm": "instance"},
+    "mixer": PARTS | {"block": "mixer", "position": "none"},
 }
 
 METHODS = {
@@ -56,6 +60,13 @@ DROP_NOTHING = {
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
+REFUSED = {"sinusoidal, instance norm": ("adavit", "avit, official"), "mixer": ("adavit", "ats", "avit, official")}
+"""Flavours that methods refuse, by the beginning of the method's name."""
+
+
+def flavours(method: str) -> list[str]:
+    """Those that a method takes."""
+    return [flavour for flavour in FLAVOURS if not method.startswith(REFUSED.get(flavour, ()))]
 
 
 def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:

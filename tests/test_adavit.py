@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FLAVOURS, METHODS, images, small_vit, vary
+from models import METHODS, flavours, images, small_vit, vary
 from torch import Tensor
 
 from adaptvit import AdaViTConfig, Masked, Packed, dense_macs, macs
@@ -122,7 +122,7 @@ def test_what_the_policies_read_and_where_they_are() -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", flavours("adavit"))
 def test_heads_and_sublayers_are_decided_by_the_class_token_or_else_the_mean(flavour: str, layout: type) -> None:
     model = FREE.build(small_vit(flavour)).eval()
     tokens = layout.of(torch.randn(3, 9, model.shape.dim, generator=torch.Generator().manual_seed(0)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FLAVOURS, images, small_vit
+from models import flavours, images, small_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,6 +14,7 @@ import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
 from adaptvit.methods import ats_released
 from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise
+from adaptvit.parts import Rotary
 from adaptvit.tokens import ROWS
 from adaptvit.vit import attention_received, project
 
@@ -25,7 +26,7 @@ CONFIGS = {
     **{mode: ATSConfig(blocks=(0, 1, 2), sampler="released", mode=mode) for mode in ("mask", "single", "prune")},
 }
 VITS: dict[str, dict[str, Any]] = {
-    **{flavour: {"flavour": flavour} for flavour in FLAVOURS},
+    **{flavour: {"flavour": flavour} for flavour in flavours("ats")},
     "maximum pool": {"flavour": "average pool", "global_pool": "max"},
     "average and maximum pool": {"flavour": "average pool", "global_pool": "avgmax"},
     "pool with prefix": {"reg_tokens": 2, "global_pool": "avg", "pool_include_prefix": True},
@@ -189,6 +190,7 @@ def test_logits_and_tokens_are_those_of_timms_blocks_on_the_patches_left(flavour
     model = ATSConfig(blocks=(0, 2, 3), tokens=(12, 9, 6)).build(vit)
     points, prefix = {0: 12, 2: 9, 3: 6}, vit.num_prefix_tokens
     batch = images(vit, dtype=torch.float64)
+    turns = {part: part.table for part in vit.modules() if isinstance(part, Rotary)}
     with torch.inference_mode():
         output = model(batch, layout)
         for index in range(len(batch)):
@@ -197,6 +199,8 @@ def test_logits_and_tokens_are_those_of_timms_blocks_on_the_patches_left(flavour
             for number, block in enumerate(vit.blocks):
                 assert slots(output.usage.live[index, number]) == left.tolist()
                 kept = list(range(len(left)))
+                for part, table in turns.items():
+                    part.table = table[left]
                 if number in points:
                     attention = watch(block, x)[0, :, queries(vit)].mean(dim=1)  # (H, N)
                     qkv = block.attn.qkv(block.norm1(x))[0].unflatten(-1, (3, block.attn.num_heads, -1))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "adaptvit"
 
 LAYERS: list[set[str]] = [
     {"files", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
-    {"macs"},
+    {"macs", "parts"},
     {"vit"},
     {"model", "gated"},
     {"methods.avit_official", "methods.ats_released", "methods.adavit_official"},

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import DROP_NOTHING, FLAVOURS, METHODS, images, small_vit, vary
+from models import DROP_NOTHING, FLAVOURS, METHODS, flavours, images, small_vit, vary
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +19,10 @@ LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout:
 def build(method: str, flavour: str, configs: dict = METHODS, **settings: object) -> AdaptiveViT:
     if "stays" in method and ("average" in flavour or "attention pool" in flavour):
         pytest.skip("without a class token nothing stays")
+    if flavour not in flavours(method):
+        with pytest.raises(TypeError, match=r"needs (attention|a norm of each token)"):
+            _built(configs[method], flavour, **settings)
+        pytest.skip("refused by name")
     return copy.deepcopy(_built(configs[method], flavour, **settings))
 
 

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and so do the examples of a method and a prior kept elsewhere."""
+"""What the README shows runs as it stands, and so do the examples of a method, a prior and parts kept elsewhere."""
 
 import re
 import runpy
@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import Masked, Packed, meet_target
+from adaptvit import AViTConfig, FullConfig, Masked, Packed, meet_target
+from adaptvit.parts import BLOCKS, NORMS
 from adaptvit.priors import PRIORS, halting_prior
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +53,21 @@ def test_a_prior_kept_elsewhere_is_a_prior(capsys: pytest.CaptureFixture, monkey
     expected = 1 / places.cosh() ** 2  # the same density by another formula
     torch.testing.assert_close(prior, expected / expected.sum())
     assert capsys.readouterr().out.count("loss") == 2
+
+
+def test_parts_kept_elsewhere_pack_and_steer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptvit.parts.NORMS", {**NORMS})  # the rows go when the test ends
+    monkeypatch.setattr("adaptvit.parts.BLOCKS", {**BLOCKS})
+    example = runpy.run_path(str(ROOT / "examples" / "your_own_part.py"))
+    for block in ("attention", "pool"):
+        settings = {"model_name": "parts_vit", "norm": "scale", "block": block, "embed_dim": 48}
+        vit = small_vit(dtype=torch.float64, **settings, dynamic_img_size=None).eval()
+        batch = images(vit, dtype=torch.float64)
+        model = AViTConfig(gate_scale=4.0, gate_center=2.0).build(vit)
+        packed, masked = model(batch, Packed), model(batch, Masked)
+        torch.testing.assert_close(packed.logits, masked.logits)
+        assert not packed.usage.live.all()
+        torch.testing.assert_close(FullConfig().build(vit)(batch).logits, vit(batch))
+    example["main"]()
+    shares = re.findall(r"(\d+)% of dense MACs", capsys.readouterr().out)
+    assert [abs(int(share) - 60) <= 1 for share in shares] == [True, True]

@@ -196,8 +196,7 @@ class AdaViT(AdaptiveViT):
                 raise ValueError(
                     f"AdaViTConfig.{name} is block {first}, but {model_name(vit)} has blocks 0..{size - 1}"
                 )
-        if "heads" in config.policies:
-            check_gated(vit, config.heads_take)
+        check_gated(vit, config.heads_take if "heads" in config.policies else None)
         self.plain_mlp = has_plain_mlp(vit)
         later, bias = range(config.first_block, size), config.initial_bias
         patched = range(config.first_patch_block, size)

@@ -59,7 +59,7 @@ def _attention(model: AdaViT, tokens: Tokens) -> Tensor:
     """What the class token of the dense ViT attends to: (B, L, P)."""
     seen = []
     for number, block in enumerate(model.vit.blocks):
-        projected = project_normed(block, attention_norm(model.vit, number, tokens.x))
+        projected = project_normed(block, tokens, attention_norm(model.vit, number, tokens.x))
         seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, model.prefix :])
         tokens = run_block(block, tokens, projected=projected)
     return torch.stack(seen, dim=1)

@@ -21,7 +21,16 @@ from adaptvit.methods import ats_released
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import Projected, attention_received, classify, embed, model_name, project, run_block
+from adaptvit.vit import (
+    Projected,
+    attention_received,
+    check_attention,
+    classify,
+    embed,
+    model_name,
+    project,
+    run_block,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ class ATSConfig:
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces.
+            TypeError: the ViT is not one that this library reproduces, or has no attention.
             ValueError: `blocks` names a block that the ViT lacks, or `tokens` has another length than `blocks`.
         """
         return ATS(vit, self)
@@ -101,6 +110,7 @@ class ATS(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
         super().__init__(vit, config)
+        check_attention(vit, "ATS")
         blocks = tuple(range(self.depth // 4, self.depth)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in blocks if block >= self.depth]
         if beyond:
@@ -183,7 +193,8 @@ class ATS(AdaptiveViT):
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""
         shape, before, after = self.shape, held[:, :-1], held[:, 1:]
         scoring = before if self.read is None else self.read
-        cost = ((before - after) * shape.dim + scoring * before) * shape.heads * shape.head_dim
+        dropped = 0 if shape.norms_over_tokens else before - after  # whose queries are not in vain where norms see them
+        cost = (dropped * shape.dim + scoring * before) * shape.heads * shape.head_dim
         return cost * held.new_tensor([block in self.points for block in range(self.depth)])
 
 

@@ -20,7 +20,7 @@ from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.priors import PRIORS, halting_prior, mixture
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import classify, embed, run_block
+from adaptvit.vit import check_attention, check_norms, classify, embed, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,8 @@ class AViTConfig:
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces.
+            TypeError: the ViT is not one that this library reproduces, or `mode="official"` with blocks or norms that
+                the released code has not.
             ValueError: `prior_depth` is not a block of the ViT, or `class_token="stays"` without a class token.
         """
         return AViT(vit, self)
@@ -132,6 +133,9 @@ class AViT(AdaptiveViT):
         blocks = self.depth
         target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
         official = config.mode == "official"
+        if official:
+            check_attention(vit, "AViTConfig.mode='official'")
+            check_norms(vit, "AViTConfig.mode='official'")
         prior = avit_official.target if official else halting_prior
         weights = config.prior_weights or (1.0,)
         each = [_each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]

@@ -14,6 +14,7 @@ from adaptvit.methods.regression import Regression
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.vit import (
     attention_received,
+    check_attention,
     embed,
     prefix_tokens,
     project,
@@ -36,11 +37,12 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
         The gate scale with which patches' logits have a standard deviation of about 1, and the share of the variance of
         the patches' importance that channel 0 explains, in [0, 1].
     Raises:
-        TypeError: the ViT has a part that cannot be turned.
+        TypeError: the ViT has no attention, or a part that cannot be turned.
         ValueError: it has no class token.
     """
     if read_slots(vit) is None:
         raise ValueError("fit_gate needs a ViT with a class token, whose attention tells which patches matter")
+    check_attention(vit, "fit_gate")
     prefix, size = prefix_tokens(vit), shape_of(vit).dim
     regression = Regression(size, images.device)
     with torch.inference_mode():
