@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 
 from adaptvit.gated import Gates, run_gated
-from adaptvit.gates import gate, gumbel_difference
+from adaptvit.gates import gumbel_difference, straight_through
 from adaptvit.losses import mean_over_processes
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -39,7 +39,7 @@ class DynamicViTConfig:
 
     - attention under a mask is the softmax over the patches kept and oneself; released: 1e-6 is added to it, in all
       blocks;
-    - for an image all of whose patches were dropped the predictors read zeros; released: 0 / 0;
+    - of each image at least one patch is kept; released: none may be, and what the next predictor reads is 0 / 0;
     - a batch that is asked for its share is that of all processes.
 
     Both differ from it in evaluation: counts follow the number of patches, 196 or not; at least one patch is kept; and
@@ -126,13 +126,12 @@ class Predictor(nn.Module):
                 nn.init.trunc_normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
 
-    def forward(self, tokens: Tokens, prefix: int, kept: Tensor | None, guarded: bool = True) -> Tensor:
+    def forward(self, tokens: Tokens, prefix: int, kept: Tensor | None = None) -> Tensor:
         """Log-odds of keeping each token, the logits' difference: token features, in float32 or wider.
 
         Args:
             prefix: leading slots that are no patches; what they get has no meaning.
             kept: (B, P) mask of the patches, with gradients; None is those that are live.
-            guarded: images without patches read zeros, not 0 / 0.
         """
         local, shared = self.in_conv(tokens.x).chunk(2, dim=-1)
         patches = tokens.rows(shared)[:, prefix:]
@@ -140,8 +139,7 @@ class Predictor(nn.Module):
             total, count = patches.sum(dim=1), tokens.live[:, prefix:].sum(dim=1, keepdim=True)
         else:
             total, count = (patches * kept[..., None]).sum(dim=1), kept.sum(dim=1, keepdim=True)
-        mean = total / (count.clamp(min=1) if guarded else count)
-        seen = torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype)
+        seen = torch.cat([local, tokens.spread((total / count)[:, None]).expand_as(local)], dim=-1).to(local.dtype)
         keep, drop = self.out_conv(seen).unbind(dim=-1)
         return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
 
@@ -199,7 +197,7 @@ class DynamicViT(AdaptiveViT):
         for number, block in enumerate(self.vit.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
-                score = self.score_predictor[stage](tokens, self.prefix, None)
+                score = self.score_predictor[stage](tokens, self.prefix)
                 finite.append(tokens.rows(score).isfinite().all())
                 before, tokens = tokens.live, self.drop(tokens, score, stage)
                 depth = depth.masked_fill(before & ~tokens.live, number)
@@ -229,9 +227,7 @@ class DynamicViT(AdaptiveViT):
             first = torch.arange(prefix, device=score.device).expand(len(best), -1)
             return tokens.take(torch.cat([first, best], dim=1))
         live, score = tokens.live[:, prefix:], tokens.grid(score)[:, prefix:]
-        best = score.masked_fill(~live, -torch.inf).amax(dim=1, keepdim=True)
-        least = math.log(config.threshold) if config.threshold else -math.inf
-        chosen = (logsigmoid(score) > least) | (score == best)
+        chosen = above(score, config.threshold, live)
         return tokens.keep(torch.cat([torch.ones_like(tokens.live[:, :prefix]), chosen], dim=1))
 
     def count(self, stage: int, patches: int) -> int:
@@ -260,10 +256,11 @@ class DynamicViT(AdaptiveViT):
         for number, block in enumerate(self.vit.blocks):
             if number in self.stages:
                 predictor = self.score_predictor[len(decided)]
-                score = predictor(tokens, self.prefix, kept, guarded=not official)[:, self.prefix :]
-                before = kept
-                kept = kept * gate(score, noise=gumbel_difference(score))
-                depth[:, self.prefix :].masked_fill_((before > 0) & (kept == 0), number)
+                score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
+                drawn, before = score + gumbel_difference(score), kept > 0
+                on = drawn > 0 if official else above(drawn, 0.5, before)
+                kept = kept * straight_through(on, drawn.sigmoid())
+                depth[:, self.prefix :].masked_fill_(before & ~on, number)
                 decided.append(kept)
                 policy = torch.cat([prefix, kept], dim=1)
             if policy is None and not official:
@@ -297,6 +294,17 @@ class DynamicViT(AdaptiveViT):
             shares = shares if self.config.mode == "official" else mean_over_processes(shares)
         asked = self.config.keep_rate ** torch.arange(1, len(decided) + 1, dtype=shares.dtype, device=shares.device)
         return (shares - asked).square().mean()
+
+
+def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
+    """The patches, (B, P), that are kept with a probability above `threshold`, and of each image the likeliest.
+
+    Args:
+        score: log-odds.
+        live: the likeliest is one of these.
+    """
+    least = math.log(threshold) if threshold else -math.inf
+    return (logsigmoid(score) > least) | (score == score.masked_fill(~live, -torch.inf).amax(dim=1, keepdim=True))
 
 
 def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Tensor:

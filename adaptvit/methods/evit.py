@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class EViTConfig:
     included, a block keeps kappa x n, rounded up; with 1 it leaves its tokens alone."""
     tokens: int | Sequence[int] | None = None
     """Patches to keep instead, the fused token not counted: a number for all these blocks, or one for each, not
-    growing."""
+    growing but for the fused one, with which a block keeps all it gets."""
     fuse: bool = True
     """Fuse what is dropped into one token; False drops it for good."""
     rate: float = 1.0
@@ -62,7 +63,7 @@ class EViTConfig:
             counts = _whole("tokens", self.tokens)
             if min(counts) < 1:
                 raise ValueError(f"EViTConfig.tokens must be 1 or more, got {self.tokens}")
-            if list(counts) != sorted(counts, reverse=True):
+            if any(after > before + self.fuse for before, after in pairwise(counts)):
                 raise ValueError(f"EViTConfig.tokens must not grow from block to block, got {counts}")
             object.__setattr__(self, "tokens", counts if isinstance(self.tokens, Iterable) else counts[0])
         if not 0 <= self.rate < float("inf"):

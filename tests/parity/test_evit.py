@@ -1,7 +1,7 @@
 """EViT against numbers recorded from the released code; tolerances as the fixtures' description gives them.
 
-With a class token the last block of a model reduces nothing, since nothing would read it. To see what it would keep, each
-ViT here has one block more than the recorded one, whose two sub-layers add zero.
+With a class token the last block of a model reduces nothing, since nothing would read it. To see what it would keep,
+each ViT here has one block more than the recorded one, whose two sub-layers add zero.
 """
 
 import json
@@ -61,9 +61,7 @@ def build(case: dict) -> tuple[EViT, dict[str, object]]:
         nn.init.zeros_(part.bias)
     if settings["runtime_tokens"]:
         tokens = {block: count for block, count in enumerate(settings["runtime_tokens"]) if count}
-        # where the recorded count grows the released block has no more tokens than that, and keeps all
-        counts = [min(list(tokens.values())[: place + 1]) for place in range(len(tokens))]
-        return EViTConfig(blocks=list(tokens), tokens=counts).build(vit), {}
+        return EViTConfig(blocks=list(tokens), tokens=list(tokens.values())).build(vit), {}
     rates = {block: rate for block, rate in enumerate(settings["keep_rate"]) if rate < 1}
     config = EViTConfig(blocks=list(rates), keep_rate=list(rates.values()), fuse=settings["fuse_token"])
     return config.build(vit), {"keep_rate": settings["runtime_keep_rate"]}
