@@ -7,6 +7,8 @@ from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.dynamicvit import DynamicViTConfig
+from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.parts import ViTConfig
@@ -18,6 +20,8 @@ __all__ = [
     "AViTConfig",
     "AdaViTConfig",
     "AdaptiveViT",
+    "DynamicViTConfig",
+    "EViTConfig",
     "FullConfig",
     "Knob",
     "Masked",

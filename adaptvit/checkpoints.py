@@ -1,7 +1,7 @@
 """One safetensors file per model: the ViT's weights under timm's own names, and the configuration that goes with them.
 
     save, load    our files; an A-ViT's holds exactly the tensors of its DeiT
-    convert       published A-ViT, AdaViT, DeiT, T2T-ViT and timm weights -> our files
+    convert       published A-ViT, AdaViT, EViT, DynamicViT, DeiT, T2T-ViT and timm weights -> our files
     start_from    any of these -> a ViT to fine-tune
     open_model    a file, or timm's name of a model, as a command line gives it
 
@@ -33,7 +33,7 @@ from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
-from adaptvit.names import ADAVIT, AVIT
+from adaptvit.names import ADAVIT, AVIT, PEERS
 from adaptvit.t2t import MODELS as T2T_MODELS
 from adaptvit.t2t import published_names
 from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
@@ -148,12 +148,14 @@ def convert(
     A-ViT and DeiT weights have the same tensors; the released A-ViT files keep their gate in the file name. Each of its
     two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
     training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too. T2T-ViT
-    weights without a gate become a file of `FullConfig`. AdaViT weights bring their policies, and have no gate.
+    weights without a gate become a file of `FullConfig`. AdaViT weights bring their policies, DynamicViT's their
+    predictors, and EViT's have the tensors of a DeiT; none of the three has a gate. The keep rate that weights of
+    EViT or DynamicViT were trained with is not in the tensors: the model's config has the released default, 0.7.
 
     Args:
-        source: a released A-ViT, AdaViT, DeiT or T2T-ViT file, a training checkpoint with weights under
-            `state_dict_ema`, `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing in it
-            is executed.
+        source: a released A-ViT, AdaViT, EViT, DynamicViT, DeiT or T2T-ViT file, a training checkpoint with weights
+            under `state_dict_ema`, `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing
+            in it is executed.
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
@@ -164,16 +166,18 @@ def convert(
         The model as written; `config` says which gate it has.
     Raises:
         FileNotFoundError: no `source`, or no folder for `target`.
-        ValueError: a gate is given for AdaViT, which has none; `source` is damaged, needs code to be read, or does not
+        ValueError: a gate is given for a method that has none; `source` is damaged, needs code to be read, or does not
             fit `model_name` and `num_classes`.
     """
     if not timm.is_model(model_name):
-        names = ", ".join(AVIT | ADAVIT)
+        names = ", ".join(AVIT | ADAVIT | PEERS)
         raise ValueError(f"model_name must be a timm ViT or one of {names}, got {model_name!r}")
     chosen = {"gate_scale": gate_scale, "gate_center": gate_center}
     given = {name: value for name, value in chosen.items() if value is not None}
     if given and model_name in ADAVIT:
         raise ValueError(f"{model_name} is an AdaViT, which has no gate: leave out {' and '.join(given)}")
+    if given and model_name in PEERS:
+        raise ValueError(f"{model_name} has no gate: leave out {' and '.join(given)}")
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
@@ -198,6 +202,8 @@ def _untrained(
     """The model that `convert` fills: a name's own method; else A-ViT, but around a T2T-ViT only with a gate."""
     if model_name in ADAVIT:
         return timm.create_model(model_name, **settings, **adavit_official.settings(trained_with))
+    if model_name in PEERS:
+        return timm.create_model(model_name, **settings)
     gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}} | gate
     if model_name in AVIT:
         return timm.create_model(model_name, **settings, **gate)
@@ -251,9 +257,13 @@ def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], di
 
 
 def _under_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights as our files spell them: T2T-ViT's stem, AdaViT's queries, keys, values and policies."""
+    """Published weights as our files spell them.
+
+    What is named otherwise: T2T-ViT's stem; AdaViT's queries, keys, values and policies; DynamicViT's predictors.
+    """
     renamed = adavit_official.state_dict(published_names(clean_state_dict(tensors)))
-    return {_stored_name(key): value for key, value in renamed.items()}
+    names = {key: key.removeprefix("vit.") if key.startswith("vit.score_predictor.") else key for key in renamed}
+    return {_stored_name(names[key]): value for key, value in renamed.items()}
 
 
 def _read_torch(path: Path) -> Any:

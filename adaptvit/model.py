@@ -35,7 +35,11 @@ class MethodConfig(Protocol):
 
     method: ClassVar[str]
     """Name of the method, stored in checkpoints."""
-    knob: ClassVar[Knob | None]
+
+    @property
+    def knob(self) -> Knob | None:
+        """What steers it; None where nothing does."""
+        ...
 
     def build(self, vit: VisionTransformer) -> "AdaptiveViT":
         """The adaptive model around `vit`, sharing its weights."""

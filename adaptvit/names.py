@@ -4,6 +4,9 @@
                   that timm has too)
     ada_step_*    AdaViT around a DeiT or T2T-ViT, as its authors named them, with fields of `AdaViTConfig`
 
+    evit_*        EViT around a DeiT, with fields of `EViTConfig`
+    dynamicvit_*  DynamicViT around a DeiT, with fields of `DynamicViTConfig`
+
 They take the arguments of both: fields of the config, anything else as timm takes it. timm drops arguments that are
 None: a config with a None that is not its default has to build around a plain model. `pretrained=True` loads DeiT's
 weights, which have not learnt to decide: fine-tune them, or find a gate for A-ViT with `adaptvit.meet_target`. T2T-ViT
@@ -18,6 +21,8 @@ from timm.models import generate_default_cfgs, register_model
 
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig
 from adaptvit.methods.avit import AViT, AViTConfig
+from adaptvit.methods.dynamicvit import DynamicViT, DynamicViTConfig
+from adaptvit.methods.evit import EViT, EViTConfig
 from adaptvit.model import MethodConfig
 
 SIZES = ("tiny", "small", "base", "tiny_distilled", "small_distilled")
@@ -26,11 +31,17 @@ AVIT = {f"avit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in SIZES
 ADAVIT = {f"ada_step_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
 ADAVIT |= {f"ada_step_t2t_vit_{depth}_lnorm": f"t2t_vit_{depth}" for depth in (14, 19)}
 """AdaViT's names, and the models inside."""
+PEERS = {
+    f"{method}_{size}_patch16_224": f"deit_{size}_patch16_224"
+    for method in ("evit", "dynamicvit")
+    for size in ("small", "base")
+}
+"""EViT's and DynamicViT's names, and the models inside."""
 
 default_cfgs = generate_default_cfgs(  # timm looks for this name in the module of a registered function
     {
         f"{name}.{config.tag}" if config.tag else name: config
-        for name, inside in (AVIT | ADAVIT).items()
+        for name, inside in (AVIT | ADAVIT | PEERS).items()
         for config in timm.models.get_arch_pretrained_cfgs(inside).values()
     }
 )
@@ -94,6 +105,30 @@ def ada_step_t2t_vit_14_lnorm(**options: Any) -> AdaViT:
 def ada_step_t2t_vit_19_lnorm(**options: Any) -> AdaViT:
     """T2T-ViT-19 (448 channels, 19 blocks, 7 heads) with policies: published with weights."""
     return around(AdaViTConfig, "t2t_vit_19", options)
+
+
+@register_model
+def evit_small_patch16_224(**options: Any) -> EViT:
+    """DeiT-small (384 channels, 12 blocks, 6 heads) whose blocks 3, 6 and 9 keep 0.7: published with weights."""
+    return around(EViTConfig, "deit_small_patch16_224", options)
+
+
+@register_model
+def evit_base_patch16_224(**options: Any) -> EViT:
+    """DeiT-base (768 channels, 12 blocks, 12 heads) whose blocks 3, 6 and 9 keep 0.7: published with weights."""
+    return around(EViTConfig, "deit_base_patch16_224", options)
+
+
+@register_model
+def dynamicvit_small_patch16_224(**options: Any) -> DynamicViT:
+    """DeiT-small (384 channels, 12 blocks, 6 heads) with predictors: published with weights."""
+    return around(DynamicViTConfig, "deit_small_patch16_224", options)
+
+
+@register_model
+def dynamicvit_base_patch16_224(**options: Any) -> DynamicViT:
+    """DeiT-base (768 channels, 12 blocks, 12 heads) with predictors: published with weights."""
+    return around(DynamicViTConfig, "deit_base_patch16_224", options)
 
 
 def around(kind: type[MethodConfig], inside: str, options: dict[str, Any], **defaults: float) -> Any:

@@ -54,6 +54,21 @@ class Tokens(ABC):
         """Drop every token that is not `chosen`, bool token features, and take `others`, token features, along."""
 
     @abstractmethod
+    def rows(self, t: Tensor) -> Tensor:
+        """Token features -> (B, R, ...) in slot order: the live tokens where all images are known to have as many.
+
+        Otherwise R is N, and dead slots hold 0.
+        """
+
+    @abstractmethod
+    def of_rows(self, t: Tensor) -> Tensor:
+        """What `rows` gave -> token features."""
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Self:
+        """Keep as many tokens of every image, where they have as many: (B, n) places of `rows`, ascending."""
+
+    @abstractmethod
     def grid(self, t: Tensor) -> Tensor:
         """Token features -> (B, N, ...), 0 where a slot is dead."""
 
@@ -95,7 +110,7 @@ class Tokens(ABC):
         """Attention that each token receives from the image's first R slots: the mean of the softmax over live ones.
 
         Args:
-            q: queries of these slots, (B, R, H, d).
+            q: queries of these slots, (B, R, H, d), none of them dead where `rows` has none; or the `rows` of all.
             k: features (..., H, d) of these tokens.
         Returns:
             features (..., H) of these tokens, in float32 or wider.
@@ -128,6 +143,15 @@ class Masked(Tokens):
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
         kept = type(self)(self.x, chosen if self.mask is None else chosen & self.mask)
         return kept, [kept.grid(t) for t in others]
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.grid(t)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        return t
+
+    def take(self, index: Tensor) -> Self:
+        return type(self)(self.x, torch.zeros_like(self.live).scatter(1, index, True))
 
     def grid(self, t: Tensor) -> Tensor:
         return t if self.mask is None else t.masked_fill(~self.mask.view(*self.shape, *[1] * (t.ndim - 2)), 0)
@@ -168,6 +192,8 @@ class Packed(Tokens):
     shape: tuple[int, int]
     slots: Tensor
     """(T,) each token's place in the flattened (B, N) grid, ascending."""
+    each: int | None = None
+    """Tokens of every image, where some were dropped and the host knows that all images have as many."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -180,6 +206,11 @@ class Packed(Tokens):
         return self.slots.shape[0] == self.shape[0] * self.shape[1]
 
     @cached_property
+    def even(self) -> int | None:
+        """Tokens of every image, where all are known to have as many: they make a dense batch."""
+        return self.shape[1] if self.full else self.each
+
+    @cached_property
     def live(self) -> Tensor:
         """(B, N) bool, the slots that hold a token."""
         return self.grid(torch.ones_like(self.slots, dtype=torch.bool))
@@ -187,10 +218,10 @@ class Packed(Tokens):
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens per image, on the host."""
-        images, slots = self.shape
+        images = self.shape[0]
         if images == 1:
             return [self.slots.shape[0]]
-        return [slots] * images if self.full else self.offsets.diff().tolist()
+        return self.offsets.diff().tolist() if self.even is None else [self.even] * images
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -200,7 +231,7 @@ class Packed(Tokens):
         return torch.searchsorted(self.slots, starts, out_int32=True)
 
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.shape, self.slots)
+        return type(self)(x, self.shape, self.slots, self.each)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
         rows = chosen.nonzero().squeeze(1)  # waits for the device
@@ -208,6 +239,19 @@ class Packed(Tokens):
             return self, list(others)
         x, slots, *kept = (t.index_select(0, rows) for t in (self.x, self.slots, *others))
         return type(self)(x, self.shape, slots), kept
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.grid(t) if self.even is None else t.view(-1, self.even, *t.shape[1:])
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        return self.spread(t) if self.even is None else t.flatten(0, 1)
+
+    def take(self, index: Tensor) -> Self:
+        assert self.even is not None
+        first = torch.arange(0, len(self.slots), self.even, device=index.device)
+        rows = (first[:, None] + index).flatten()
+        x, slots = (t.index_select(0, rows) for t in (self.x, self.slots))
+        return type(self)(x, self.shape, slots, index.shape[1])
 
     def grid(self, t: Tensor) -> Tensor:
         if not self.full:
@@ -241,7 +285,7 @@ class Packed(Tokens):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
         if q.shape[0] == 0:
             return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
-        if self.full and queries.full:
+        if self.even is not None and queries.even is not None:
             return _attend_dense(q, k, v, self.shape[0], dropout)
         if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
@@ -261,8 +305,8 @@ class Packed(Tokens):
         return (centred * scale.index_select(0, image)).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor) -> Tensor:
-        if self.full:
-            return _received(q, self.grid(k), None).flatten(0, 1)
+        if self.even is not None:
+            return _received(q, self.rows(k), None).flatten(0, 1)
         if self.x.device.type != "cpu":
             return self.spread(_received(q, self.grid(k), self.live))
         if self.shape[0] == 1 and self._all_live(q.shape[1]):

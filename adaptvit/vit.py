@@ -253,7 +253,7 @@ def attention_received(tokens: Tokens, projected: Projected, slots: int | None) 
         slots: the queries are those of the first so many slots; None takes all live tokens.
     """
     q, k, _ = projected
-    return tokens.received(tokens.first(q, slots or tokens.shape[1]), k)
+    return tokens.received(tokens.rows(q) if slots is None else tokens.first(q, slots), k)
 
 
 def add_mlp(block: Block, tokens: Tokens, normed: Tensor | None = None) -> Tokens:
@@ -293,6 +293,11 @@ def classify(vit: VisionTransformer, x: Tensor, live: Tensor | None = None) -> t
         return vit.head(vit.head_drop(vit.fc_norm(_pool(vit, x, live)))), None
     logits = vit.forward_head(x)
     return logits if isinstance(logits, tuple) else (logits, None)
+
+
+def final_norm(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """What the ViT makes of features (..., D) of its last block before it pools them."""
+    return vit.norm(x)
 
 
 def _pool(vit: VisionTransformer, x: Tensor, live: Tensor) -> Tensor:

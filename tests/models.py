@@ -6,8 +6,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked
+from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, DynamicViTConfig, EViTConfig, FullConfig, Masked
 from adaptvit.methods.adavit import AdaViT
+from adaptvit.methods.dynamicvit import DynamicViT
 from adaptvit.model import AdaptiveViT
 
 PARTS = {"model_name": "parts_vit", "embed_dim": 48, "dynamic_img_size": None}
@@ -50,12 +51,21 @@ METHODS = {
     ),
     "adavit, heads": AdaViTConfig(policies=("heads",), macs_target=None),
     "adavit, sublayers": AdaViTConfig(policies=("sublayers",), macs_target=None),
+    "evit": EViTConfig(blocks=(0, 1, 3), keep_rate=0.7),
+    "evit, not fused": EViTConfig(blocks=(0, 1, 2), keep_rate=(0.7, 1.0, 0.5), fuse=False),
+    "evit, tokens": EViTConfig(blocks=(0, 2, 3), tokens=(6, 4, 4)),
+    "dynamicvit": DynamicViTConfig(),
+    "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
     "avit, official": AViTConfig(gate_center=1e4, mode="official"),
     "ats": ATSConfig(rate=1e6),
+    "evit": EViTConfig(keep_rate=1.0),
+    "evit, by its knob": EViTConfig(rate=2.0),
+    "dynamicvit": DynamicViTConfig(keep_rate=1.0),
+    "dynamicvit, threshold": DynamicViTConfig(select="threshold", threshold=0.0),
     "adavit": AdaViTConfig(macs_target=None, lean=30.0),
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
@@ -83,7 +93,13 @@ def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, 
 
 
 def vary(model: AdaptiveViT) -> AdaptiveViT:
-    """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too."""
+    """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too, and
+    DynamicViT predictors that tell patches apart."""
+    if isinstance(model, DynamicViT):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.score_predictor.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=1.5 * parameter[0].numel() ** -0.5, generator=generator)
     if not isinstance(model, AdaViT):
         return model
     generator, training = torch.Generator().manual_seed(0), model.training

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import adaptvit
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
-from adaptvit.names import default_cfgs
+from adaptvit.names import PEERS, default_cfgs
 
 NAMES = {
     "avit_tiny_patch16_224": (10.0, 30.0),
@@ -68,7 +68,7 @@ def test_adavit_is_evaluated_as_published(name: str) -> None:
 def test_timm_lists_the_names() -> None:
     assert set(timm.list_models("avit*")) == set(NAMES)
     assert set(timm.list_models("ada_step*")) == set(ADA_NAMES)
-    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES)
+    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES) | set(PEERS)
 
 
 def test_arguments_go_to_the_config_or_to_timm() -> None:

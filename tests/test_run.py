@@ -126,6 +126,18 @@ def test_digits_recipe_takes_images_of_its_own(folder: Path, tmp_path: Path) -> 
     assert outcome.model.pretrained_cfg["mean"] == pytest.approx((0.5,), abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["imagenette_evit", "imagenette_dynamicvit"])
+def test_recipes_of_methods_with_fixed_counts_meet_their_target(name: str, folder: Path, tmp_path: Path) -> None:
+    made = RECIPES[name]()
+    recipe = replace(made.recipe, epochs=2, batch_size=8, target=0.7, steer_every=1)
+    method = replace(made.method, blocks=(0, 1))
+    made = replace(made, model_args=SMALL, img_size=64, weights=None, method=method, recipe=recipe, output=tmp_path)
+    outcome = run(replace(made, data=DataConfig(root=folder, workers=0)))
+    assert outcome.result.gmacs / outcome.result.gmacs_dense == pytest.approx(0.7, abs=0.05)
+    again = open_model(outcome.file)
+    assert again.config == outcome.model.config
+
+
 @pytest.mark.parametrize("method", ["ats", "avit"])
 def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,345 @@
+"""DynamicViT: small predictors drop patches in a few stages, learned with straight-through masks.
+
+Rao, Zhao, Liu, Lu, Zhou, Hsieh: DynamicViT: Efficient Vision Transformers with Dynamic Token
+Sparsification, NeurIPS 2021.
+
+Letters: B images, N token slots (prefix tokens first, then P patches), L blocks, S stages, D channels, H heads.
+Symbols of the paper: pi probability of keeping a patch, rho keep ratio.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
+
+from adaptvit.gated import Gates, run_gated
+from adaptvit.gates import gumbel_difference, straight_through
+from adaptvit.losses import mean_over_processes
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import classify, embed, final_norm, model_name, run_block
+
+EPSILON = 1e-6
+"""Of the released masked softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicViTConfig:
+    """Dynamic token sparsification (Rao et al., NeurIPS 2021). Defaults are those of the released DeiT-S.
+
+    `mode="clean"`, the default, differs from `"official"`, the released code, while it trains:
+
+    - attention under a mask is the softmax over the patches kept and oneself; released: 1e-6 is added to it, in all
+      blocks;
+    - of each image at least one patch is kept; released: none may be, and what the next predictor reads is 0 / 0;
+    - a batch that is asked for its share is that of all processes.
+
+    Both differ from it in evaluation: counts follow the number of patches, 196 or not; at least one patch is kept; and
+    `select="threshold"` is ours.
+    """
+
+    method: ClassVar[str] = "dynamicvit"
+
+    blocks: Sequence[int] | None = None
+    """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,
+    6 and 9 of 12."""
+    keep_rate: float = 0.7
+    """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches."""
+    select: Literal["top-k", "threshold"] = "top-k"
+    """`top-k`: in evaluation every image keeps as many patches, those of the largest pi; in training each is asked for
+    its share. `threshold`: each keeps those whose pi is above `threshold`; in training the batch is asked for the
+    share, so that images may differ (the released code's `dynamic`)."""
+    threshold: float = 0.5
+    """pi above which a patch is kept, in [0, 1); in evaluation, with `select="threshold"`. The patch of an image that
+    has the largest pi always is. 0.5 is what training decides by, apart from its noise."""
+    ratio_weight: float = 2.0
+    """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
+    token_weight: float = 0.5
+    """Weight of the distance to a teacher's patches, where `forward` is given them."""
+    token_loss: Literal["mse", "kl"] = "mse"
+    """That distance: `mse` as released for DeiT, `kl` of the softmax over channels as for LV-ViT."""
+    mode: Literal["clean", "official"] = "clean"
+    """`official` reproduces the released code's training; evaluation is the same in both."""
+
+    @property
+    def knob(self) -> Knob:
+        """`threshold` where it decides, else `keep_rate`."""
+        if self.select == "threshold":
+            return Knob("threshold", sign=-1, lowest=0.0, highest=0.9999, step=0.05)
+        return Knob("keep_rate", sign=1, lowest=0.01, highest=1.0, step=0.05)
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            try:
+                blocks = tuple(map(operator.index, self.blocks))
+            except TypeError:
+                blocks = ()
+            if not blocks or list(blocks) != sorted({*blocks}) or blocks[0] < 0:
+                raise ValueError(
+                    f"DynamicViTConfig.blocks must be block numbers from 0 on, ascending, got {self.blocks!r}"
+                )
+            object.__setattr__(self, "blocks", blocks)
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"DynamicViTConfig.keep_rate must lie in (0, 1], got {self.keep_rate}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"DynamicViTConfig.threshold must lie in [0, 1), got {self.threshold}")
+        for name in ("ratio_weight", "token_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"DynamicViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
+        for name, allowed in (
+            ("select", ("top-k", "threshold")),
+            ("token_loss", ("mse", "kl")),
+            ("mode", ("clean", "official")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"DynamicViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    def build(self, vit: VisionTransformer) -> "DynamicViT":
+        """Wrap `vit`, sharing its weights, with predictors that have yet to be trained.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: `blocks` names a block that the ViT lacks, or its channels are no multiple of 4.
+        """
+        return DynamicViT(vit, self)
+
+
+class Predictor(nn.Module):
+    """Features of patches -> logits of keeping and of dropping each."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
+        )
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+
+    def forward(self, tokens: Tokens, prefix: int, kept: Tensor | None = None) -> Tensor:
+        """Log-odds of keeping each token, the logits' difference: token features, in float32 or wider.
+
+        Args:
+            prefix: leading slots that are no patches; what they get has no meaning.
+            kept: (B, P) mask of the patches, with gradients; None is those that are live.
+        """
+        local, shared = self.in_conv(tokens.x).chunk(2, dim=-1)
+        patches = tokens.rows(shared)[:, prefix:]
+        if kept is None:
+            total, count = patches.sum(dim=1), tokens.live[:, prefix:].sum(dim=1, keepdim=True)
+        else:
+            total, count = (patches * kept[..., None]).sum(dim=1), kept.sum(dim=1, keepdim=True)
+        seen = torch.cat([local, tokens.spread((total / count)[:, None]).expand_as(local)], dim=-1).to(local.dtype)
+        keep, drop = self.out_conv(seen).unbind(dim=-1)
+        return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
+
+    @staticmethod
+    def macs(dim: int) -> int:
+        """MACs for one token."""
+        return dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2
+
+
+class DynamicViT(AdaptiveViT):
+    """A ViT with predictors.
+
+    Attributes:
+        stages: the blocks that patches are dropped before.
+        score_predictor: a predictor for each, under the released names.
+    """
+
+    def __init__(self, vit: VisionTransformer, config: DynamicViTConfig) -> None:
+        super().__init__(vit, config)
+        quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
+        self.stages = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
+        name, dim = model_name(vit), self.shape.dim
+        beyond = [block for block in self.stages if block >= self.depth]
+        if beyond:
+            raise ValueError(
+                f"DynamicViTConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}"
+            )
+        if dim % 4:
+            raise ValueError(f"{name} has {dim} channels, but DynamicViT's predictors need a multiple of 4")
+        self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))
+        self.train(vit.training)
+
+    def forward(self, images: Tensor, layout: type[Tokens] | None = None, teacher: Tensor | None = None) -> Output:
+        """Classify images.
+
+        Args:
+            images: (B, channels, height, width).
+            layout: None is `Masked` in training, whose masks pass gradients, and `Packed` in evaluation.
+            teacher: in training, a teacher's patches for the same images, (B, P, D), after its last norm.
+        Raises:
+            ValueError: `Packed` in training, a teacher in evaluation or of another shape, scores that are not finite.
+        """
+        layout = layout or (Masked if self.training else Packed)
+        if self.training:
+            if layout is Packed:
+                raise ValueError("DynamicViT trains with layout=Masked: its masks learn from the patches they drop")
+            return self._train(images, teacher)
+        if teacher is not None:
+            raise ValueError("DynamicViT takes a teacher's patches in training only: call train() first")
+        x, grid = embed(self.vit, images)
+        tokens = layout.of(x)
+        del x  # or it would stay to the end
+        depth = torch.full(tokens.shape, self.depth, device=images.device)
+        finite = []
+        for number, block in enumerate(self.vit.blocks):
+            if number in self.stages:
+                stage = self.stages.index(number)
+                score = self.score_predictor[stage](tokens, self.prefix)
+                finite.append(tokens.rows(score).isfinite().all())
+                before, tokens = tokens.live, self.drop(tokens, score, stage)
+                depth = depth.masked_fill(before & ~tokens.live, number)
+            if number == self.depth - 1 and self.read is not None:
+                reading = torch.arange(tokens.shape[1], device=images.device)[None] < self.read
+                last, tokens = tokens, run_block(block, tokens, reading)
+            else:
+                last = tokens = run_block(block, tokens)
+        if not all(sound := torch.stack(finite).tolist()):
+            raise ValueError(
+                f"DynamicViT cannot score the patches before block {self.stages[sound.index(False)]}: "
+                "its features are not finite"
+            )
+        x = tokens.first(tokens.x, self.read or tokens.shape[1])
+        logits, distilled = classify(self.vit, x, last.live[:, : x.shape[1]])
+        return Output(logits, self.usage(depth, grid), distilled=distilled)
+
+    def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:
+        """What a stage keeps in evaluation, by the log-odds of its predictor, token features."""
+        config, prefix = self.config, self.prefix
+        if config.select == "top-k":
+            rows = tokens.rows(score).masked_fill(~tokens.rows(tokens.spread(tokens.live)), -torch.inf)[:, prefix:]
+            count = self.count(stage, tokens.shape[1] - prefix)
+            if count >= rows.shape[1]:
+                return tokens
+            best = rows.topk(count, dim=1).indices.sort(dim=1).values + prefix
+            first = torch.arange(prefix, device=score.device).expand(len(best), -1)
+            return tokens.take(torch.cat([first, best], dim=1))
+        live, score = tokens.live[:, prefix:], tokens.grid(score)[:, prefix:]
+        chosen = above(score, config.threshold, live)
+        return tokens.keep(torch.cat([torch.ones_like(tokens.live[:, :prefix]), chosen], dim=1))
+
+    def count(self, stage: int, patches: int) -> int:
+        """Patches that a stage keeps, of so many at first."""
+        return max(1, int(patches * self.config.keep_rate ** (stage + 1)))
+
+    def usage(self, depth: Tensor, grid: tuple[int, int]) -> Usage:
+        """The record, from the last block, 1-based, that each slot's token entered: (B, N)."""
+        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, self.read)
+        before = usage.attended.roll(1, dims=1)  # what a predictor reads is what the block before left
+        before[:, 0] = depth.shape[1]
+        scoring = torch.tensor([block in self.stages for block in range(self.depth)], device=depth.device)
+        return replace(usage, deciding=scoring * before * Predictor.macs(self.shape.dim))
+
+    def _train(self, images: Tensor, teacher: Tensor | None) -> Output:
+        """Every token through every block, those dropped hidden from the others."""
+        official = self.config.mode == "official"
+        x, grid = embed(self.vit, images)
+        tokens: Tokens = Masked.of(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        prefix = torch.ones(len(x), self.prefix, dtype=wide, device=x.device)
+        kept = torch.ones(len(x), x.shape[1] - self.prefix, dtype=wide, device=x.device)
+        decided: list[Tensor] = []
+        policy = None
+        depth = torch.full(tokens.shape, self.depth, device=images.device)
+        for number, block in enumerate(self.vit.blocks):
+            if number in self.stages:
+                predictor = self.score_predictor[len(decided)]
+                score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
+                drawn, before = score + gumbel_difference(score), kept > 0
+                on = drawn > 0 if official else above(drawn, 0.5, before)
+                kept = kept * straight_through(on, drawn.sigmoid())
+                depth[:, self.prefix :].masked_fill_(before & ~on, number)
+                decided.append(kept)
+                policy = torch.cat([prefix, kept], dim=1)
+            if policy is None and not official:
+                tokens = run_block(block, tokens)
+            else:
+                every = torch.cat([prefix, kept], dim=1) if policy is None else policy
+                attend = partial(_attend, every, EPSILON if official else 0.0)
+                tokens = run_gated(block, tokens, Gates(), "identity", attend=attend)
+        alive = torch.cat([prefix, kept], dim=1) > 0
+        read = self.read or tokens.shape[1]
+        logits, distilled = classify(self.vit, tokens.x[:, :read], alive[:, :read])
+        terms = {"ratio": self.config.ratio_weight * self.ratio_loss(decided)}
+        if teacher is not None:
+            student = final_norm(self.vit, tokens.x)[:, self.prefix :]
+            if teacher.shape != student.shape:
+                raise ValueError(
+                    f"the teacher's patches have shape {tuple(teacher.shape)}, but the student's {tuple(student.shape)}"
+                )
+            terms["tokens"] = self.config.token_weight * token_loss(student, teacher, kept, self.config.token_loss)
+        return Output(logits, self.usage(depth, grid), terms, distilled)
+
+    def ratio_loss(self, decided: list[Tensor]) -> Tensor:
+        """Squared distance of the share kept from the share asked for, mean over stages; not weighted.
+
+        Args:
+            decided: (B, P) 0 or 1 of each stage, with gradients.
+        """
+        shares = torch.stack([kept.mean(dim=1) for kept in decided], dim=1)
+        if self.config.select == "threshold":
+            shares = shares.mean(dim=0)
+            shares = shares if self.config.mode == "official" else mean_over_processes(shares)
+        asked = self.config.keep_rate ** torch.arange(1, len(decided) + 1, dtype=shares.dtype, device=shares.device)
+        return (shares - asked).square().mean()
+
+
+def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
+    """The patches, (B, P), that are kept with a probability above `threshold`, and of each image the likeliest.
+
+    Args:
+        score: log-odds.
+        live: the likeliest is one of these.
+    """
+    least = math.log(threshold) if threshold else -math.inf
+    return (logsigmoid(score) > least) | (score == score.masked_fill(~live, -torch.inf).amax(dim=1, keepdim=True))
+
+
+def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Softmax over the keys that a policy keeps, and oneself, with the policy's gradients.
+
+    Args:
+        logits: (B, H, N, N).
+        policy: (B, N) 0 or 1.
+        epsilon: is added to the sum, and to all weights alike.
+    Source: DynamicViT, equation 11.
+    """
+    diagonal = torch.eye(policy.shape[1], dtype=policy.dtype, device=policy.device)
+    seen = policy[:, None, None] * (1 - diagonal) + diagonal
+    weights = (logits - logits.amax(dim=-1, keepdim=True).detach()).exp() * seen
+    total = weights.sum(dim=-1, keepdim=True) + epsilon
+    return (weights + epsilon / policy.shape[1]) / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _attend(policy: Tensor, epsilon: float, q: Tensor, k: Tensor, v: Tensor, gates: Gates, drop: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).to(policy.dtype)
+    return (dropout(masked_attention(logits, policy, epsilon), drop).to(v.dtype) @ v).transpose(1, 2)
+
+
+def token_loss(student: Tensor, teacher: Tensor, kept: Tensor, kind: Literal["mse", "kl"]) -> Tensor:
+    """Distance of the patches that are kept to a teacher's.
+
+    Args:
+        student, teacher: (B, P, D).
+        kept: (B, P), above 0 where a patch counts.
+    """
+    counts = kept.detach() > 0
+    if kind == "mse":
+        each = (student - teacher).square().mean(dim=-1)
+    else:
+        given, wanted = (log_softmax(t, dim=-1) for t in (student, teacher))
+        each = kl_div(given, wanted, reduction="none", log_target=True).sum(dim=-1)
+    return (each * counts).sum() / counts.sum().clamp(min=1)

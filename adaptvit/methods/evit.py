@@ -1,0 +1,274 @@
+"""EViT: blocks keep the patches that the class token attends to most and fuse the others into one token.
+
+Liang, Ge, Tong, Song, Wang, Xie: Not All Patches are What You Need: Expediting Vision Transformers via Token
+Reorganizations, ICLR 2022.
+
+Letters: B images, N token slots (prefix tokens first, then P patches), L blocks, H heads, D channels.
+Symbols of the paper: kappa keep rate, k patches kept.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from adaptvit.gated import gated_macs
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import add_attention, add_mlp, attention_received, classify, embed, model_name, project, run_block
+
+
+@dataclass(frozen=True, kw_only=True)
+class EViTConfig:
+    """Token reorganisation (Liang et al., ICLR 2022). Defaults are those of the released models.
+
+    A block that reduces scores its patches by the attention that the class token pays them, keeps the share of highest
+    score between its attention and its MLP, and puts the sum of the others, weighted by their scores, into one token.
+    All images keep as many, so that they run as a dense batch.
+    """
+
+    method: ClassVar[str] = "evit"
+    knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=8.0, step=0.05)
+
+    blocks: Sequence[int] | None = None
+    """The blocks that reduce, 0-based; None is one after each quarter of the depth, 3, 6 and 9 of 12 as released."""
+    keep_rate: float | Sequence[float] = 0.7
+    """kappa, in (0, 1]: a number for all these blocks, or one for each. Of n tokens beside the prefix, a fused one
+    included, a block keeps kappa x n, rounded up; with 1 it leaves its tokens alone."""
+    tokens: int | Sequence[int] | None = None
+    """Patches to keep instead, the fused token not counted: a number for all these blocks, or one for each, not
+    growing but for the fused one, with which a block keeps all it gets."""
+    fuse: bool = True
+    """Fuse what is dropped into one token; False drops it for good."""
+    rate: float = 1.0
+    """Keep rates and token counts are taken times this: the one number by which a model is steered to a budget."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            blocks = _whole("blocks", self.blocks)
+            if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
+                raise ValueError(f"EViTConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
+            object.__setattr__(self, "blocks", blocks)
+        if isinstance(self.keep_rate, Iterable):
+            object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
+        _check_rates("EViTConfig.keep_rate", self.keep_rate)
+        if self.tokens is not None:
+            counts = _whole("tokens", self.tokens)
+            if min(counts) < 1:
+                raise ValueError(f"EViTConfig.tokens must be 1 or more, got {self.tokens}")
+            if any(after > before + self.fuse for before, after in pairwise(counts)):
+                raise ValueError(f"EViTConfig.tokens must not grow from block to block, got {counts}")
+            object.__setattr__(self, "tokens", counts if isinstance(self.tokens, Iterable) else counts[0])
+        if not 0 <= self.rate < float("inf"):
+            raise ValueError(f"EViTConfig.rate must be 0 or more and finite, got {self.rate}")
+
+    def build(self, vit: VisionTransformer) -> "EViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: `blocks` names a block that the ViT lacks, or `keep_rate` or `tokens` has another length.
+        """
+        return EViT(vit, self)
+
+
+class EViT(AdaptiveViT):
+    """A ViT whose blocks reduce their tokens.
+
+    Attributes:
+        reducing: the blocks that may reduce. Nothing reads what the last block of a ViT keeps whose classifier reads a
+            class token: there it is left out.
+    """
+
+    def __init__(self, vit: VisionTransformer, config: EViTConfig) -> None:
+        super().__init__(vit, config)
+        quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
+        self.reducing = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
+        beyond = [block for block in self.reducing if block >= self.depth]
+        if beyond:
+            name = model_name(vit)
+            raise ValueError(f"EViTConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}")
+        for field in ("keep_rate", "tokens"):
+            self._of_each(f"EViTConfig.{field}", getattr(config, field))
+        if self.read is not None and self.reducing == (self.depth - 1,):
+            raise ValueError(
+                f"EViTConfig.blocks={self.reducing} is the last block only, of which just the class token is read"
+            )
+
+    def forward(
+        self, images: Tensor, layout: type[Tokens] | None = None, keep_rate: float | Sequence[float] | None = None
+    ) -> Output:
+        """Classify images.
+
+        Args:
+            images: (B, channels, height, width).
+            layout: None packs.
+            keep_rate: in (0, 1], for all blocks that reduce or for each, in place of what the config says. None is the
+                config's.
+        Raises:
+            ValueError: scores that are not finite, or keep rates out of range or of another number than the blocks.
+        """
+        x, grid = embed(self.vit, images)
+        tokens = (layout or Packed).of(x)
+        del x  # or it would stay to the end
+        kept = self.kept(tokens.shape[1] - self.prefix, keep_rate)
+        reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
+        live, finite = [tokens.live], []
+        fused = [torch.zeros_like(live[0])]
+        for number, block in enumerate(self.vit.blocks):
+            live.append(live[-1])
+            fused.append(fused[-1])
+            if number in kept:
+                projected = project(block, tokens)
+                score = self.score(tokens, projected)
+                tokens = add_attention(block, tokens, projected=projected)
+                finite.append(score.isfinite().all())
+                tokens, place = self.reduce(tokens, score, kept[number])
+                live[-1] = tokens.live
+                fused[-1] = (fused[-1] | place) & live[-1]
+                tokens = add_mlp(block, tokens)
+            elif number == self.depth - 1 and self.read is not None:
+                live[-1] = reading.expand(tokens.shape)
+                tokens = run_block(block, tokens, reading)
+            else:
+                tokens = run_block(block, tokens)
+        if finite and not all(sound := torch.stack(finite).tolist()):
+            block = list(kept)[sound.index(False)]
+            raise ValueError(f"EViT cannot score the patches in block {block}: its attention is not finite")
+        x = tokens.first(tokens.x, self.read or tokens.shape[1])
+        logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
+        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), grid)
+        return Output(logits, usage, distilled=distilled)
+
+    def kept(self, patches: int, keep_rate: float | Sequence[float] | None = None) -> dict[int, int]:
+        """k of the blocks that drop something, by block number, for images of so many patches."""
+        config, kept = self.config, {}
+        if keep_rate is not None:
+            _check_rates("keep_rate", keep_rate)
+        for place, block in enumerate(self.reducing):
+            if self.read is not None and block == self.depth - 1:
+                break
+            if keep_rate is not None:
+                wanted = self._of_each("keep_rate", keep_rate)[place] * patches
+            elif config.tokens is not None:
+                wanted = config.rate * self._of_each("EViTConfig.tokens", config.tokens)[place]
+            else:
+                wanted = config.rate * self._of_each("EViTConfig.keep_rate", config.keep_rate)[place] * patches
+            k = max(1, math.ceil(wanted))
+            if k < patches:
+                kept[block] = k
+                patches = k + config.fuse
+        return kept
+
+    def _of_each(self, name: str, value: float | Sequence[float] | None) -> Sequence[float]:
+        """One number for each block that reduces."""
+        if not isinstance(value, Iterable):
+            return (value or 0,) * len(self.reducing)
+        if len(value) != len(self.reducing):
+            raise ValueError(f"{name} has {len(value)} numbers for {len(self.reducing)} blocks: {self.reducing}")
+        return value
+
+    def score(self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """c of the patches: `rows` of them, (B, R), in float32 or wider.
+
+        Source: EViT, section 3.2: attention of the class token, mean over heads. The queries are the tokens that the
+        classifier reads, their mean where a distillation token is another; of a ViT that pools its tokens they are all.
+        """
+        return tokens.rows(attention_received(tokens, projected, self.read).mean(dim=-1))[:, self.prefix :]
+
+    def reduce(self, tokens: Tokens, score: Tensor, count: int) -> tuple[Tokens, Tensor]:
+        """The prefix, the `count` patches of highest score and the fused token, and the slot of that: (B, N) bool.
+
+        It takes the slot of the first patch to be dropped, the one of the next highest score.
+        """
+        alive = tokens.rows(tokens.spread(tokens.live))[:, self.prefix :]
+        best = score.masked_fill(~alive, -torch.inf).topk(count + self.config.fuse, dim=1).indices
+        prefix = torch.arange(self.prefix, device=score.device).expand(len(score), -1)
+        kept = torch.cat([prefix, best.sort(dim=1).values + self.prefix], dim=1)
+        fused = torch.zeros(tokens.rows(tokens.x).shape[:2], dtype=torch.bool, device=score.device)
+        if self.config.fuse:
+            x = tokens.rows(tokens.x)
+            token = fuse(x[:, self.prefix :], score, best[:, :-1])
+            fused.scatter_(1, best[:, -1:] + self.prefix, True)
+            tokens = tokens.with_x(tokens.of_rows(torch.where(fused[..., None], token[:, None], x)))
+        return tokens.take(kept), tokens.grid(tokens.of_rows(fused))
+
+    def usage(self, live: Tensor, fused: Tensor, reduced: list[int], grid: tuple[int, int]) -> Usage:
+        """The record.
+
+        Args:
+            live: (B, L + 1, N) bool, the slots that held a token on entry to each block, and after the last.
+            fused: (B, L, N) bool, those that held a fused one.
+            reduced: the blocks that dropped some, whose attention updates all tokens so that they can be fused.
+        """
+        shape = self.shape
+        held = live.sum(dim=2)
+        before, after = held[:, :-1], held[:, 1:]
+        reduces = torch.tensor([block in reduced for block in range(self.depth)], device=live.device)
+        updated = torch.where(reduces, before, after)
+        on, heads = torch.ones_like(before), torch.full_like(before, self.heads)
+        executed = gated_macs(shape, "identity", False, on, on, heads, before, updated, after)
+        scoring = (before if self.read is None else self.read) * before * shape.heads * shape.head_dim
+        fusing = (before - self.prefix) * shape.dim * self.config.fuse
+        deciding = reduces * (scoring + fusing)
+        usage = Usage.of_live(live, self.heads, grid, self.prefix, deciding)
+        return replace(usage, updated=updated, executed=executed, fused=fused)
+
+
+def fuse(x: Tensor, score: Tensor, kept: Tensor) -> Tensor:
+    """The sum of the patches that are not kept, weighted by their scores, which do not add up to 1: (B, D).
+
+    Args:
+        x: (B, R, D) patches.
+        score: (B, R), 0 where dead.
+        kept: (B, k) places of the patches to leave out.
+    Source: EViT, section 3.3, as released: the weights are the attention as it is.
+    """
+    return (score.scatter(1, kept, 0.0)[:, None].to(x.dtype) @ x)[:, 0]
+
+
+def keep_rate_at(
+    update: int, updates: int, keep_rate: float, start: int = 10, end: int = 110, highest: float = 1.0
+) -> float:
+    """The keep rate to train with, on its way from `highest` to `keep_rate` along a cosine.
+
+        model(images, keep_rate=keep_rate_at(update, updates, 0.7))
+
+    Args:
+        update: counted from 0 over the training.
+        updates: of an epoch.
+        start, end: epochs, counted from 0, at which it leaves 1 and has arrived. Released: 10 and 110 of 300 from
+            scratch; 0 and 0 to fine-tune.
+        highest: where it comes down from, once it has started.
+    """
+    epoch = update // updates
+    if epoch < start:
+        return 1.0
+    if epoch >= end:
+        return keep_rate
+    progress = (update - start * updates) / (updates * (end - start))
+    return keep_rate + (highest - keep_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _check_rates(name: str, value: float | Sequence[float]) -> None:
+    for rate in value if isinstance(value, Iterable) else (value,):
+        if not 0 < rate <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {value}")
+
+
+def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    try:
+        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
+    except TypeError:
+        numbers = ()
+    if not numbers:
+        hint = "; keep_rate=0.5 keeps half of them" if name == "tokens" else ""
+        raise ValueError(f"EViTConfig.{name} must be a whole number or several, got {value!r}{hint}")
+    return numbers

@@ -1,0 +1,193 @@
+"""DynamicViT: configuration, selection, masks, losses, its knob and its published weights."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from models import images, small_vit, vary
+from torch.nn.functional import cross_entropy
+
+import adaptvit
+from adaptvit import DynamicViTConfig, EViTConfig, Masked, Packed, meet_target
+from adaptvit.methods import dynamicvit
+from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention, token_loss
+
+LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+
+
+def build(flavour: str = "class token", **settings: object) -> DynamicViT:
+    return vary(DynamicViTConfig(**settings).build(small_vit(flavour)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_rate": 0.0}, r"keep_rate must lie in \(0, 1\], got 0.0"),
+        ({"keep_rate": 1.1}, r"keep_rate must lie in \(0, 1\], got 1.1"),
+        ({"threshold": 1.0}, r"threshold must lie in \[0, 1\), got 1.0"),
+        ({"blocks": (2, 2)}, r"blocks must be block numbers from 0 on, ascending, got \(2, 2\)"),
+        ({"blocks": 3}, r"blocks must be block numbers from 0 on, ascending, got 3"),
+        ({"ratio_weight": -1.0}, r"ratio_weight must be 0 or more, got -1.0"),
+        ({"select": "best"}, r"select must be one of \('top-k', 'threshold'\), got 'best'"),
+    ],
+)
+def test_wrong_values_fail_when_the_config_is_made(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DynamicViTConfig(**settings)
+
+
+def test_what_the_vit_does_not_have_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"blocks names block 4, but test_vit has blocks 0\.\.3"):
+        DynamicViTConfig(blocks=(1, 4)).build(small_vit())
+    with pytest.raises(ValueError, match="test_vit has 30 channels, but DynamicViT's predictors need a multiple of 4"):
+        DynamicViTConfig().build(small_vit(embed_dim=30, num_heads=3))
+
+
+def test_the_counts_follow_the_number_of_patches() -> None:
+    model = build()
+    assert [model.count(stage, 196) for stage in range(3)] == [137, 96, 67]
+    assert [model.count(stage, 3) for stage in range(3)] == [2, 1, 1]
+
+
+@LAYOUTS
+def test_the_patches_above_the_threshold_are_kept_and_the_best_always_is(
+    layout: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(blocks=(1, 2), select="threshold", threshold=0.7).eval()
+    drop = DynamicViT.drop
+    kept_one = 0
+
+    def checked(self: DynamicViT, tokens: adaptvit.Packed, score: torch.Tensor, stage: int) -> adaptvit.Packed:
+        nonlocal kept_one
+        after, pi = drop(self, tokens, score, stage), tokens.grid(score).sigmoid()
+        for image, alive in enumerate(tokens.live):
+            patches = [slot for slot in alive.nonzero().flatten().tolist() if slot > 0]
+            wanted = {slot for slot in patches if pi[image, slot] > 0.7}
+            kept_one += not wanted
+            wanted = wanted or {max(patches, key=lambda slot: score_at[image, slot].item())}
+            assert set(after.live[image].nonzero().flatten().tolist()) == {0} | wanted
+        return after
+
+    score_at = torch.zeros(0)
+
+    def remembered(self: DynamicViT, tokens: adaptvit.Packed, score: torch.Tensor, stage: int) -> adaptvit.Packed:
+        nonlocal score_at
+        score_at = tokens.grid(score)
+        return checked(self, tokens, score, stage)
+
+    monkeypatch.setattr(DynamicViT, "drop", remembered)
+    with torch.inference_mode():
+        model(images(model.vit, count=24), layout)
+    assert kept_one
+
+
+def test_masked_attention_is_the_softmax_over_the_kept_and_oneself() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    policy = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.float64)
+    seen = (policy[:, None, None] > 0) | torch.eye(5, dtype=torch.bool)
+    wanted = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    torch.testing.assert_close(masked_attention(logits, policy), wanted)
+
+
+def test_a_hidden_key_that_overflows_all_others_leaves_attention_finite() -> None:
+    logits = torch.zeros(1, 1, 3, 3)
+    logits[..., 1] = 300.0
+    weights = masked_attention(logits, torch.tensor([[1.0, 0.0, 1.0]]))
+    assert weights.isfinite().all()
+
+
+def test_training_without_noise_decides_as_evaluation_by_threshold_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamicvit, "gumbel_difference", torch.zeros_like)
+    model = build(select="threshold", threshold=0.5)
+    batch = images(model.vit)
+    trained, evaluated = model.train()(batch), model.eval()(batch)
+    assert torch.equal(trained.usage.live, evaluated.usage.live)
+    assert torch.equal(trained.usage.deciding, evaluated.usage.deciding)
+    torch.testing.assert_close(trained.logits, evaluated.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flavour", ["class token", "distilled", "average pool", "average pool, no class token"])
+def test_every_parameter_that_is_used_learns(flavour: str) -> None:
+    torch.manual_seed(0)
+    model = build(flavour).train()
+    output = model(images(model.vit))
+    (cross_entropy(output.logits, torch.tensor([0, 1, 2])) + sum(output.terms.values())).backward()
+    for name, parameter in model.score_predictor.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_the_likeliest_patch_of_an_image_is_kept_whatever_the_noise_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamicvit, "gumbel_difference", lambda score: torch.full_like(score, -1e3))
+    model = build().train()
+    output = model(images(model.vit))
+    sum(output.terms.values(), output.logits.sum()).backward()
+    assert (output.usage.live[:, -1, 1:].sum(dim=1) == 1).all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_each_image_is_asked_for_its_share_or_the_batch_is() -> None:
+    decided = [torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])]
+    by_image, by_batch = (build(blocks=(1,), select=select, keep_rate=0.5) for select in ("top-k", "threshold"))
+    assert by_image.ratio_loss(decided).item() == 0.25
+    assert by_batch.ratio_loss(decided).item() == 0
+
+
+def test_only_patches_that_are_kept_are_compared_with_a_teachers() -> None:
+    student, teacher = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    teacher[0, 1] = 100.0
+    assert token_loss(student, teacher, torch.tensor([[1.0, 0.0, 1.0]]), "mse").item() == 1
+    assert token_loss(student, teacher, torch.tensor([[1.0, 0.0, 1.0]]), "kl").item() == pytest.approx(0, abs=1e-6)
+
+
+def test_misuse_is_told() -> None:
+    model = build().train()
+    batch = images(model.vit)
+    with pytest.raises(ValueError, match="DynamicViT trains with layout=Masked"):
+        model(batch, Packed)
+    with pytest.raises(
+        ValueError, match=r"the teacher's patches have shape \(3, 9, 64\), but the student's \(3, 16, 64\)"
+    ):
+        model(batch, teacher=torch.zeros(3, 9, 64))
+    with pytest.raises(ValueError, match="takes a teacher's patches in training only"):
+        model.eval()(batch, teacher=torch.zeros(3, 16, 64))
+    with torch.no_grad():
+        model.score_predictor[1].out_conv[4].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="DynamicViT cannot score the patches before block 2"):
+        model(batch)
+
+
+@pytest.mark.parametrize(("select", "target"), [("top-k", 0.6), ("threshold", 0.6)])
+def test_the_knob_meets_a_budget(select: str, target: float) -> None:
+    model = vary(DynamicViTConfig(select=select).build(small_vit(img_size=128))).eval()
+    batch = images(model.vit, count=6)
+    config = meet_target(model, batch, target, tolerance=0.03)
+    assert getattr(config, config.knob.field) != getattr(DynamicViTConfig(select=select), config.knob.field)
+    usage = model(batch).usage
+    share = adaptvit.macs(usage, model.shape).double().mean() / adaptvit.dense_macs(model.shape, usage.grid)
+    assert share.item() == pytest.approx(target, rel=0.03)
+
+
+def test_a_predictors_macs_are_those_of_its_maps() -> None:
+    predictor = Predictor(48)
+    assert Predictor.macs(48) == sum(
+        part.weight.numel() for part in predictor.modules() if isinstance(part, torch.nn.Linear)
+    )
+
+
+@pytest.mark.parametrize("name", ["evit_small_patch16_224", "dynamicvit_small_patch16_224"])
+def test_published_weights_convert(name: str, tmp_path: Path) -> None:
+    published = timm.create_model(name).state_dict()
+    published = {key.removeprefix("vit."): value for key, value in published.items()}
+    torch.save({"model": published}, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=f"^{name} has no gate: leave out gate_scale$"):
+        adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", name, gate_scale=1.0)
+    adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", name)
+    model = adaptvit.load(tmp_path / "out.safetensors")
+    assert model.config == {"evit": EViTConfig(), "dynamicvit": DynamicViTConfig()}[model.config.method]
+    found = {key.removeprefix("vit."): value for key, value in model.state_dict().items()}
+    assert found.keys() == published.keys()
+    assert all(torch.equal(found[key], published[key]) for key in found)
