@@ -70,7 +70,10 @@ DROP_NOTHING = {
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
-REFUSED = {"sinusoidal, instance norm": ("adavit", "avit, official"), "mixer": ("adavit", "ats", "avit, official")}
+REFUSED = {
+    "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "dynamicvit"),
+    "mixer": ("adavit", "ats", "avit, official", "evit", "dynamicvit"),
+}
 """Flavours that methods refuse, by the beginning of the method's name."""
 
 

@@ -25,7 +25,7 @@ from adaptvit.losses import mean_over_processes
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import classify, embed, final_norm, model_name, run_block
+from adaptvit.vit import check_attention, check_norms, classify, embed, final_norm, model_name, run_block
 
 EPSILON = 1e-6
 """Of the released masked softmax."""
@@ -159,6 +159,8 @@ class DynamicViT(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: DynamicViTConfig) -> None:
         super().__init__(vit, config)
+        check_attention(vit, "DynamicViT")
+        check_norms(vit, "DynamicViT")
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.stages = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
         name, dim = model_name(vit), self.shape.dim

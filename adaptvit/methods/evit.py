@@ -22,7 +22,18 @@ from adaptvit.gated import gated_macs
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import add_attention, add_mlp, attention_received, classify, embed, model_name, project, run_block
+from adaptvit.vit import (
+    add_attention,
+    add_mlp,
+    attention_received,
+    check_attention,
+    check_norms,
+    classify,
+    embed,
+    model_name,
+    project,
+    run_block,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,8 @@ class EViT(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: EViTConfig) -> None:
         super().__init__(vit, config)
+        check_attention(vit, "EViT")
+        check_norms(vit, "EViT")
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.reducing = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in self.reducing if block >= self.depth]
