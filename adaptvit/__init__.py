@@ -8,6 +8,7 @@ from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed
 from adaptvit.usage import Output, Usage, join
@@ -20,9 +21,11 @@ __all__ = [
     "FullConfig",
     "Knob",
     "Masked",
+    "MergeConfig",
     "Output",
     "Packed",
     "Shape",
+    "ToMeConfig",
     "Usage",
     "convert",
     "dense_macs",

@@ -34,6 +34,9 @@ class Usage:
     """(B, L) MACs of the block's sub-layers, where they are not what the counts above make; None where they are."""
     deciding: Tensor | None = None
     """(B, L) MACs spent on deciding what to compute; None where it takes none."""
+    groups: Tensor | None = None
+    """(B, L, rows x columns) the token that each patch is part of after the block, numbered in the order in which the next
+    block has its tokens; None where no tokens are merged."""
 
     @classmethod
     def of_live(
@@ -113,7 +116,7 @@ def join(usages: list[Usage]) -> Usage:
         name: torch.cat([getattr(usage, name) for usage in usages])
         for name in ("attended", "updated", "heads", "attention", "mlp")
     }
-    for name in ("live", "executed", "deciding"):
+    for name in ("live", "executed", "deciding", "groups"):
         known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
         parts[name] = torch.cat(known) if len(known) == len(usages) else None
     return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]

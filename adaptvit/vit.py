@@ -138,20 +138,31 @@ def like_norm(vit: VisionTransformer) -> nn.Module:
     return norm.requires_grad_(True)
 
 
-def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None) -> Tokens:
+def run_block(
+    block: Block,
+    tokens: Tokens,
+    chosen: Tensor | None = None,
+    projected: Projected | None = None,
+    bias: Tensor | None = None,
+) -> Tokens:
     """One transformer block.
 
     Args:
         chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
         projected: what `project` gave, where it was needed to choose.
+        bias: token features (...,), added to the attention logits of each token as a key.
     """
-    return add_mlp(block, add_attention(block, tokens, chosen, projected))
+    return add_mlp(block, add_attention(block, tokens, chosen, projected, bias))
 
 
 def add_attention(
-    block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None
+    block: Block,
+    tokens: Tokens,
+    chosen: Tensor | None = None,
+    projected: Projected | None = None,
+    bias: Tensor | None = None,
 ) -> Tokens:
-    """The attention sub-layer with its residual; `chosen` and `projected` as in `run_block`."""
+    """The attention sub-layer with its residual; `chosen`, `projected` and `bias` as in `run_block`."""
     attn = block.attn
     rows = tokens
     if chosen is None:
@@ -164,7 +175,7 @@ def add_attention(
         (q,) = _heads(block, block.norm1(rows.x), slice(attn.attn_dim))
         k, v = _heads(block, block.norm1(tokens.x), slice(attn.attn_dim, None))
         q, k = through(attn.q_norm, q), through(attn.k_norm, k)
-    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
+    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0, bias)
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(block.norm1(rows.x)).sigmoid()

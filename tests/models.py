@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked
+from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked, MergeConfig, ToMeConfig
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.model import AdaptiveViT
 
@@ -46,12 +46,18 @@ METHODS = {
     ),
     "adavit, heads": AdaViTConfig(policies=("heads",), macs_target=None),
     "adavit, sublayers": AdaViTConfig(policies=("sublayers",), macs_target=None),
+    "tome": ToMeConfig(r=3),
+    "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
+    "merge": MergeConfig(thresholds=0.5),
+    "merge, by block": MergeConfig(thresholds=(0.7, 0.4, 0.2, -1.0), proportional_attention=False),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
     "avit, official": AViTConfig(gate_center=1e4, mode="official"),
     "ats": ATSConfig(rate=1e6),
+    "tome": ToMeConfig(r=0),
+    "merge": MergeConfig(shift=2.0),
     "adavit": AdaViTConfig(macs_target=None, lean=30.0),
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),

@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"model", "gated"},
     {"methods.avit_official", "methods.ats_released", "methods.adavit_official"},
     {"methods.regression"},
-    {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats", "methods.adavit"},
+    {"methods.avit", "methods.avit_gate", "methods.full", "methods.ats", "methods.adavit", "methods.tome"},
     {"methods.adavit_fit"},
     {"methods"},
     {"flax.samplers"},

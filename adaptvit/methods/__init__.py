@@ -6,6 +6,9 @@ from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig
 
-METHODS: dict[str, Any] = {config.method: config for config in (FullConfig, AViTConfig, ATSConfig, AdaViTConfig)}
+METHODS: dict[str, Any] = {
+    config.method: config for config in (FullConfig, AViTConfig, ATSConfig, AdaViTConfig, ToMeConfig, MergeConfig)
+}
 """Config types by name, for checkpoints and the command line."""
