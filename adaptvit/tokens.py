@@ -328,7 +328,7 @@ LAYOUTS: dict[str, type[Tokens]] = {"masked": Masked, "packed": Packed}
 Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Packed, float, Tensor | None], Tensor]
 
 
-def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, biased: bool = False) -> Kernel:
+def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, biased: bool) -> Kernel:
     """The attention kernel for images of different lengths.
 
     On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
@@ -341,14 +341,14 @@ def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, bias
     return _attend_padded
 
 
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, bias: Tensor | None = None) -> Tensor:
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, bias: Tensor | None) -> Tensor:
     q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
     mask = None if bias is None else bias.view(images, 1, 1, -1).to(q.dtype)
     return scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(0, 1)
 
 
 def _attend_each(
-    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
 ) -> Tensor:
     def one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
@@ -366,7 +366,7 @@ def _attend_each(
 
 
 def _attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
 ) -> Tensor:
     """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
@@ -378,7 +378,7 @@ def _attend_varlen(
 
 
 def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
 ) -> Tensor:
     masked = Masked(keys.x, keys.live)
     bias = None if bias is None else keys.grid(bias)

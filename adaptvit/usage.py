@@ -35,8 +35,8 @@ class Usage:
     deciding: Tensor | None = None
     """(B, L) MACs spent on deciding what to compute; None where it takes none."""
     groups: Tensor | None = None
-    """(B, L, rows x columns) the token that each patch is part of after the block, numbered in the order in which the next
-    block has its tokens; None where no tokens are merged."""
+    """(B, L, rows x columns) the token that each patch is part of after the block, by its place among those that the
+    next block gets; None where a method does not merge tokens."""
 
     @classmethod
     def of_live(

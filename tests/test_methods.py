@@ -69,7 +69,17 @@ def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: typ
 
 
 @pytest.mark.parametrize(
-    "method", ["avit", "avit, class token stays", "ats", "ats, released", "adavit", "adavit, patches"]
+    "method",
+    [
+        "avit",
+        "avit, class token stays",
+        "ats",
+        "ats, released",
+        "adavit",
+        "adavit, patches",
+        "merge",
+        "merge, by block",
+    ],
 )
 def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
     model = build(method, "class token").eval()
@@ -122,7 +132,7 @@ def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
         assert not (after & ~before).any()
 
 
-@pytest.mark.parametrize("method", ["full", "avit", "avit, class token stays", "ats", "ats, released"])
+@pytest.mark.parametrize("method", [name for name in METHODS if "adavit" not in name and "official" not in name])
 def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
     model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
     batch = images(model.vit, dtype=torch.float64)

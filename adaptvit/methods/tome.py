@@ -5,7 +5,7 @@ Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faste
 Letters: B images, N token slots (p prefix tokens first, then patches), L blocks, H heads, d channels per head.
 Symbols of the paper: A and B the two sets of tokens, r the tokens merged in a block, s the patches in a token.
 
-Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` keeps track of the patches.
+Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
 """
 
 import operator
@@ -29,9 +29,9 @@ from adaptvit.vit import add_attention, add_mlp, classify, embed, project, run_b
 class ToMeConfig:
     """Token merging (Bolya et al., ICLR 2023): every image merges as many of its tokens as any other.
 
-    Differs: register tokens are protected as the class token is, and what a pool of all tokens reads, whichever it is,
-    is for each patch the token that the patch is part of. In the last block nothing is merged where the classifier reads
-    a class token, since nothing would read it.
+    Differs: register tokens are protected as the class token is. A classifier that pools, in whatever way, pools for
+    each patch the token that the patch is part of; the released code only has the mean. Where it reads a class token
+    nothing is merged in the last block, since nothing would read it.
     """
 
     method: ClassVar[str] = "tome"
@@ -41,10 +41,10 @@ class ToMeConfig:
     """Tokens merged in each block, at most half of the patches it has: one number for all blocks, or one for each, of
     which those left out at the end are 0."""
     inflection: float = 0.0
-    """Of one number r: what blocks merge runs linearly from r (1 - inflection) in the first to r (1 + inflection) in the
-    last. -1 is the paper's decreasing schedule."""
+    """Of one number r, in [-1, 1]: what blocks merge runs linearly from r (1 + inflection) in the last back to
+    r (1 - inflection) in the first. -1 is the paper's decreasing schedule."""
     proportional_attention: bool = True
-    """A token is attended to as the patches it holds would be together. The released code has it off for MAE weights."""
+    """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
 
     def __post_init__(self) -> None:
         several = isinstance(self.r, Iterable)
@@ -80,7 +80,7 @@ class ToMeConfig:
         return self.schedule(depth)[block] > 0
 
     def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
-        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`, of images with so many patches."""
+        """The tokens of A that are merged, (B, |A|) bool, of images with so many patches; `score` is `match`'s."""
         count = min(self.schedule(depth)[block], patches // 2)
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(count, dim=1).indices, True)
 
@@ -96,7 +96,7 @@ class ToMeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Token merging in each image as far as its tokens are alike: similarity has a threshold, the number merged has none.
+    """Token merging in each image as far as its tokens are alike: a threshold on similarity in the place of ToMe's r.
 
     The matching, the mean and proportional attention are ToMe's.
     """
@@ -106,9 +106,9 @@ class MergeConfig:
 
     thresholds: float | Sequence[float] = 0.9
     """A token of A is merged where the cosine of its keys and its best match's is this or more, in [-1, 1]: one number
-    for all blocks, or one for each. `fit_thresholds` finds those of a schedule."""
+    for all blocks, or one for each; at 1 a block merges nothing. `fit_thresholds` finds those of a schedule."""
     shift: float = 0.0
-    """Added to the thresholds: the one number by which a model is steered to a budget."""
+    """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together."""
 
@@ -130,11 +130,11 @@ class MergeConfig:
         values = (self.thresholds,) * depth if isinstance(self.thresholds, (int, float)) else tuple(self.thresholds)
         if len(values) != depth:
             raise ValueError(f"MergeConfig.thresholds has {len(values)} numbers for {depth} blocks: {values}")
-        return tuple(value + self.shift for value in values)
+        return tuple(1.0 if value == 1 else value + self.shift for value in values)
 
     def merges(self, block: int, depth: int) -> bool:
         """Whether block number `block` of `depth` compares its tokens."""
-        return self.schedule(depth)[block] <= 1
+        return self.schedule(depth)[block] < 1
 
     def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
         """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
@@ -164,7 +164,7 @@ class MergingViT(AdaptiveViT):
         del x  # or it would stay to the end
         holder = torch.arange(tokens.shape[1], device=images.device).expand(tokens.shape)
         held, compared = [holder], []  # holder: the slot that each input token is in
-        size, bias = tokens.spread(torch.ones(tokens.shape, device=images.device)), None
+        bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
         for number, block in enumerate(self.vit.blocks):
             compared.append(self.compares(number, tokens.shape[1] - self.prefix))
             if number == self.depth - 1 and self.read is not None:
@@ -198,7 +198,7 @@ class MergingViT(AdaptiveViT):
     def places(self, tokens: Tokens, keys: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
         live = tokens.live
-        metric = tokens.grid(keys.mean(dim=-2, dtype=torch.promote_types(keys.dtype, torch.float32)))
+        metric = tokens.grid(keys.mean(dim=-2, dtype=_wide(keys)))
         score, target = match(normalize(metric, dim=-1), live, self.prefix)
         chosen = self.config.choose(score, tokens.shape[1] - self.prefix, block, self.depth)
         return arrange(chosen, score, target, live, self.prefix)
@@ -226,7 +226,7 @@ class MergingViT(AdaptiveViT):
 
 @dataclass
 class _Fitting:
-    """Stands in for a config while `fit_thresholds` runs: merges a schedule's number on average, and notes at what score."""
+    """A config while `fit_thresholds` runs: merges r tokens on average over the images, and notes at what score."""
 
     schedule: tuple[int, ...]
     proportional_attention: bool
@@ -312,6 +312,11 @@ def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix:
     place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + followers
     place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
     return place, moved
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of sizes, similarities and their thresholds: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _halves(prefix: int) -> tuple[slice, slice]:

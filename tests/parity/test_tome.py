@@ -1,7 +1,7 @@
-"""ToMe against numbers recorded from the released code: logits to 2e-5, the order of tokens and what is in them exactly.
+"""ToMe against numbers recorded from the released code: logits to 2e-5, tokens, their order and sizes exactly.
 
-With a class token the last block of a model merges nothing, since nothing would read it. To see what it would merge, each
-ViT here has one block more than the recorded one, whose two sub-layers add zero.
+With a class token the last block of a model merges nothing, since nothing would read it. To see what it would merge,
+each ViT here has one block more than the recorded one, whose two sub-layers add zero.
 """
 
 import json
