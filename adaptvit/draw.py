@@ -167,9 +167,8 @@ def _draw(config: DrawConfig) -> Drawing:
         [*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing", leave=False
     ):
         columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
-        merged = None
-        if all(one.groups is not None for one in seen):
-            merged = mean_colours(images[part], torch.stack([one.groups for one in seen[part]]))
+        groups = [one.groups for one in seen[part] if one.groups is not None]
+        merged = mean_colours(images[part], torch.stack(groups)) if groups else None
         figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel, merged=merged)
         files.append(config.output / f"{name}.png")
         write_png(figure, files[-1])

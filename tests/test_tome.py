@@ -53,7 +53,7 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
     batch = torch.stack([kind[mask.long()] for kind, mask in zip(kinds, which, strict=True)])
     batch = batch.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     with torch.inference_mode():
-        output = MergeConfig(thresholds=1 - 1e-9).build(vit)(batch, layout)
+        output = MergeConfig(thresholds=1 - 1e-9, relative=0.0).build(vit)(batch, layout)
         torch.testing.assert_close(output.logits, vit(batch), atol=1e-10, rtol=0)
     assert (output.usage.attended[:, -1] < output.usage.attended[:, 0] // 2).all()
     for groups, mask in zip(output.usage.groups[:, -1], which.flatten(1), strict=True):
@@ -61,7 +61,9 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
 
 
 @LAYOUTS
-@pytest.mark.parametrize("config", [ToMeConfig(r=3), MergeConfig(thresholds=0.4)], ids=lambda config: config.method)
+@pytest.mark.parametrize(
+    "config", [ToMeConfig(r=3), MergeConfig(thresholds=0.4, relative=0.0)], ids=lambda config: config.method
+)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | MergeConfig, layout: type) -> None:
     model = config.build(small_vit(flavour)).eval()
@@ -80,7 +82,7 @@ def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | 
 
 
 def test_a_token_is_live_where_its_first_patch_was() -> None:
-    model = MergeConfig(thresholds=0.4).build(small_vit()).eval()
+    model = MergeConfig(thresholds=0.4, relative=0.0).build(small_vit()).eval()
     usage = model(images(model.vit)).usage
     for image in range(3):
         groups = usage.groups[image, 1].tolist()
@@ -98,7 +100,7 @@ def test_every_image_merges_r_and_attention_stays_dense(monkeypatch: pytest.Monk
 
 
 def test_thresholds_leave_images_different_numbers_of_tokens() -> None:
-    model = MergeConfig(thresholds=0.4).build(small_vit()).eval()
+    model = MergeConfig(thresholds=0.4, relative=0.0).build(small_vit()).eval()
     usage = model(images(model.vit, count=8)).usage
     assert len({*usage.attended[:, -1].tolist()}) > 1
 
@@ -106,10 +108,24 @@ def test_thresholds_leave_images_different_numbers_of_tokens() -> None:
 def test_a_higher_threshold_merges_less_in_the_first_block() -> None:
     counts = []
     for threshold in (-1.0, 0.3, 0.6, 1.0):
-        model = MergeConfig(thresholds=threshold).build(small_vit()).eval()
+        model = MergeConfig(thresholds=threshold, relative=0.0).build(small_vit()).eval()
         counts.append(model(images(model.vit)).usage.attended[:, 1].sum().item())
     assert counts == sorted(counts)
     assert counts[0] < counts[1] < counts[-1]
+
+
+def test_the_mean_cosine_is_that_of_live_tokens() -> None:
+    cosine = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.2, -torch.inf], [-torch.inf] * 3])
+    score = MergeConfig(relative=0.5).score(cosine)
+    torch.testing.assert_close(score[:2], torch.tensor([[0.65, 0.25, -0.15], [0.55, -0.05, -torch.inf]]))
+    assert (score[2] == -torch.inf).all()
+
+
+def test_a_schedule_of_more_than_half_fits_what_tome_would_do() -> None:
+    model = MergeConfig().build(small_vit("average pool")).eval()
+    batch = images(model.vit, count=4)
+    fit_thresholds(model, batch, ToMeConfig(r=(99, 0, 1)))
+    assert (model(batch).usage.attended[:, 1] == model.prefix + 8).all()
 
 
 def test_fitted_thresholds_merge_what_the_schedule_does_on_average() -> None:
@@ -183,6 +199,7 @@ def test_wrong_schedules_are_refused(settings: dict, message: str) -> None:
     [
         ({"thresholds": 1.2}, r"MergeConfig\.thresholds must lie in \[-1, 1\], got 1\.2"),
         ({"thresholds": (0.5, float("nan"))}, r"MergeConfig\.thresholds must lie in \[-1, 1\], got \(0\.5, nan\)"),
+        ({"relative": 1.5}, r"MergeConfig\.relative must lie in \[0, 1\], got 1\.5"),
         ({"shift": -3.0}, r"MergeConfig\.shift must lie in \[-2, 2\], got -3\.0"),
     ],
 )
@@ -198,3 +215,12 @@ def test_schedules_of_another_depth_are_refused() -> None:
         MergeConfig(thresholds=(0.5, 0.5, 0.5)).build(small_vit())
     with pytest.raises(TypeError, match=r"fit_thresholds needs a model of MergeConfig, got one of ToMeConfig"):
         fit_thresholds(ToMeConfig().build(small_vit()), torch.zeros(1, 3, 32, 32), ToMeConfig())
+
+
+def test_blank_images_can_be_fitted() -> None:
+    vit = small_vit().eval()
+    torch.nn.init.zeros_(vit.pos_embed)
+    model = MergeConfig(relative=0.0).build(vit)
+    batch = torch.ones(4, 3, 32, 32)
+    assert max(fit_thresholds(model, batch, ToMeConfig(r=2)).thresholds[:3]) < 1
+    assert (model(batch).usage.attended[:, 1] <= model.prefix + 14).all()

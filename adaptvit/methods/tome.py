@@ -22,7 +22,7 @@ from adaptvit.macs import block_macs
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import add_attention, add_mlp, classify, embed, project, run_block
+from adaptvit.vit import add_attention, add_mlp, classify, embed, patch_grid, project, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +98,19 @@ class ToMeConfig:
 class MergeConfig:
     """Token merging in each image as far as its tokens are alike: a threshold on similarity in the place of ToMe's r.
 
-    The matching, the mean and proportional attention are ToMe's.
+    The matching, the mean and proportional attention are ToMe's. A token of A scores by its cosine with its best match,
+    less `relative` times the mean of these in the image: with 0 images whose patches are all alike lose too many, with
+    1 all images lose about as many.
     """
 
     method: ClassVar[str] = "merge"
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
-    thresholds: float | Sequence[float] = 0.9
-    """A token of A is merged where the cosine of its keys and its best match's is this or more, in [-1, 1]: one number
-    for all blocks, or one for each; at 1 a block merges nothing. `fit_thresholds` finds those of a schedule."""
+    thresholds: float | Sequence[float] = 0.5
+    """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
+    a block merges nothing. `fit_thresholds` finds those of a schedule."""
+    relative: float = 0.5
+    """How much of the image's mean cosine is taken off, in [0, 1]."""
     shift: float = 0.0
     """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
     proportional_attention: bool = True
@@ -118,6 +122,8 @@ class MergeConfig:
         if not values or not all(-1 <= value <= 1 for value in values):
             raise ValueError(f"MergeConfig.thresholds must lie in [-1, 1], got {self.thresholds}")
         object.__setattr__(self, "thresholds", values if several else values[0])
+        if not 0 <= self.relative <= 1:
+            raise ValueError(f"MergeConfig.relative must lie in [0, 1], got {self.relative}")
         if not abs(self.shift) <= 2:
             raise ValueError(f"MergeConfig.shift must lie in [-2, 2], got {self.shift}")
 
@@ -138,7 +144,13 @@ class MergeConfig:
 
     def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
         """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
-        return score >= max(-1.0, self.schedule(depth)[block])
+        return self.score(score) >= self.schedule(depth)[block]
+
+    def score(self, cosine: Tensor) -> Tensor:
+        """What the thresholds are for: (B, |A|), -inf for dead tokens, from the cosines of `match`."""
+        live = cosine > -torch.inf
+        mean = cosine.where(live, 0).sum(dim=1, keepdim=True) / live.sum(dim=1, keepdim=True).clamp(min=1)
+        return cosine - self.relative * mean
 
     def build(self, vit: VisionTransformer) -> "MergingViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -224,20 +236,30 @@ class MergingViT(AdaptiveViT):
         return replace(usage, executed=block_macs(usage, shape) - (attended - count[:, 1:]) * shape.mlp_per_token)
 
 
+NEARLY_ONE = 1 - 1e-6
+"""The highest threshold that is fitted: equal tokens reach it in spite of rounding."""
+
+
 @dataclass
 class _Fitting:
     """A config while `fit_thresholds` runs: merges r tokens on average over the images, and notes at what score."""
 
-    schedule: tuple[int, ...]
-    proportional_attention: bool
+    config: MergeConfig
+    removed: tuple[int, ...]
     thresholds: list[float]
 
+    @property
+    def proportional_attention(self) -> bool:
+        return self.config.proportional_attention
+
     def merges(self, block: int, depth: int) -> bool:
-        return self.schedule[block] > 0
+        return self.removed[block] > 0
 
     def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
-        count = min(self.schedule[block] * len(score), int((score > -torch.inf).sum()))
-        self.thresholds[block] = min(1.0, score.flatten().topk(count).values[-1].item())
+        score = self.config.score(score)
+        count = min(self.removed[block] * len(score), int((score > -torch.inf).sum()))
+        least = score.flatten().topk(count).values[-1].item()
+        self.thresholds[block] = min(max(least, -1.0), NEARLY_ONE)
         return score >= self.thresholds[block]
 
 
@@ -256,7 +278,11 @@ def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> M
     if not isinstance(model.config, MergeConfig):
         raise TypeError(f"fit_thresholds needs a model of MergeConfig, got one of {type(model.config).__name__}")
     config = model.config
-    fitting = _Fitting(schedule.schedule(model.depth), config.proportional_attention, [1.0] * model.depth)
+    removed: list[int] = []
+    rows, columns = patch_grid(model.vit, images)
+    for r in schedule.schedule(model.depth):
+        removed.append(min(r, (rows * columns - sum(removed)) // 2))
+    fitting = _Fitting(config, tuple(removed), [1.0] * model.depth)
     model.config = fitting
     try:
         with torch.inference_mode():
