@@ -49,7 +49,7 @@ METHODS = {
     "tome": ToMeConfig(r=3),
     "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
     "merge": MergeConfig(thresholds=0.3),
-    "merge, by block": MergeConfig(thresholds=(0.7, 0.4, 0.2, -1.0), relative=0.0, proportional_attention=False),
+    "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
