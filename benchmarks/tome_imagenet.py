@@ -26,7 +26,7 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
 
 BATCH, THREADS = 50, 1
-SCHEDULES = (16, 12, 14, 8)
+SCHEDULES = (16, 12, 14)
 
 
 def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
