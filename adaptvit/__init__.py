@@ -10,6 +10,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.parts import ViTConfig
 from adaptvit.tokens import Masked, Packed
@@ -25,9 +26,11 @@ __all__ = [
     "FullConfig",
     "Knob",
     "Masked",
+    "MergeConfig",
     "Output",
     "Packed",
     "Shape",
+    "ToMeConfig",
     "Usage",
     "ViTConfig",
     "convert",

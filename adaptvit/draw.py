@@ -25,7 +25,7 @@ from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT, check_device
-from adaptvit.pictures import cost_histogram, depth_maps, usage_per_block, write_png
+from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.usage import Usage, join
 
 PAGE = 24
@@ -101,6 +101,8 @@ class Seen:
     """(channels, height, width) as the model got it."""
     depth: Tensor
     """(rows, columns) blocks each patch entered."""
+    groups: Tensor | None = None
+    """(rows, columns) the token that each patch is part of in the end, where the method merges tokens."""
 
     @property
     def spread(self) -> float:
@@ -165,7 +167,9 @@ def _draw(config: DrawConfig) -> Drawing:
         [*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing", leave=False
     ):
         columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
-        figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel)
+        groups = [one.groups for one in seen[part] if one.groups is not None]
+        merged = mean_colours(images[part], torch.stack(groups)) if groups else None
+        figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel, merged=merged)
         files.append(config.output / f"{name}.png")
         write_png(figure, files[-1])
     return Drawing(tuple(files), tuple(unreadable), beyond)
@@ -258,6 +262,13 @@ def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -
         Seen(samples.name(index), label, image, own)
         for index, (image, label), own in zip(indices, items, depth.cpu(), strict=True)
     ]
+
+
+def _last_groups(usage: Usage) -> Sequence[Tensor | None]:
+    """Of each image, the token that each patch is part of in the end: (rows, columns); None where none are merged."""
+    if usage.groups is None:
+        return [None] * len(usage.attended)
+    return usage.groups[:, -1].unflatten(1, usage.grid).cpu().unbind()
 
 
 def _finding(gmacs: Tensor, difficulty: Tensor, labelled: bool) -> str:
@@ -383,12 +394,12 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
         if good:
             usage = full_usage(model, torch.stack(good).to(like))
             _check_tracked(model, usage)
-            maps = iter(usage.patch_depth.cpu())
+            maps = iter(zip(usage.patch_depth.cpu(), _last_groups(usage), strict=True))
         for index, item in zip(part, items, strict=True):
             if isinstance(item, Unreadable):
                 yield item
             else:
-                yield Seen(samples.name(index), item[1], item[0], next(maps))
+                yield Seen(samples.name(index), item[1], item[0], *next(maps))
 
 
 @torch.inference_mode()

@@ -51,14 +51,14 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
     attention products by both; each scaled by the heads computed and nothing where a sub-layer was off; what the
     decision itself took is added. A method that knows its blocks' MACs better has recorded them.
     """
-    blocks = _blocks(usage, shape) if usage.executed is None else usage.executed
+    blocks = block_macs(usage, shape) if usage.executed is None else usage.executed
     deciding = 0 if usage.deciding is None else usage.deciding
     patches = usage.grid[0] * usage.grid[1]
     stem = shape.stem + patches * (shape.stem_per_patch + patches * shape.stem_per_pair)
     return (blocks + deciding).sum(dim=1) + stem + patches * shape.head_per_patch + shape.head
 
 
-def _blocks(usage: Usage, shape: Shape) -> Tensor:
+def block_macs(usage: Usage, shape: Shape) -> Tensor:
     """MACs of every block for each image, (B, L), from the counts."""
     width = usage.heads * shape.head_dim
     queries = usage.attended if shape.norms_over_tokens else usage.updated

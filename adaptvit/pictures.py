@@ -35,6 +35,7 @@ def depth_maps(
     captions: list[str] | None = None,
     combined: bool = False,
     panel: float = 1.45,
+    merged: Tensor | None = None,
 ) -> Figure:
     """Several images, each beside the depth of its patches, on one colour scale from block 1 to `blocks`.
 
@@ -45,6 +46,7 @@ def depth_maps(
         captions: B texts, one above each image; they may have several lines, and are not cut to fit.
         combined: a third panel for each image, the map laid over it.
         panel: width of a panel in inches.
+        merged: what that panel shows in the map's place, as `mean_colours` gives it.
     Raises:
         ValueError: the images have neither one nor three channels, or their number differs from the maps'.
     """
@@ -61,7 +63,7 @@ def depth_maps(
     palette, norm = _scale(blocks)
     for axes in axes_grid.flat:
         axes.set_axis_off()
-    overlays = laid_over(images, depth, blocks) if combined else images
+    overlays = laid_over(images, depth, blocks) if merged is None else merged
     for i in range(len(images)):
         picture, shading, *third = axes_grid[i // columns, (panels + 1) * (i % columns) :][:panels]
         whole = (0, width, height, 0)
@@ -108,6 +110,21 @@ def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) 
     weights = torch.tensor([1.0] if images.shape[1] == 1 else [0.299, 0.587, 0.114])  # as Pillow turns RGB to grey
     grey = (images.cpu() * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
     return (1 - opacity) * grey + opacity * interpolate(colours, size=images.shape[2:], mode="nearest-exact")
+
+
+def mean_colours(images: Tensor, groups: Tensor) -> Tensor:
+    """The images with each group of patches in its mean colour: (B, channels, height, width), on the CPU.
+
+    Args:
+        images: (B, channels, height, width).
+        groups: (B, rows, columns) int64, equal where patches are of one token.
+    """
+    patches = interpolate(images.cpu(), size=groups.shape[1:], mode="area").flatten(2)
+    group = groups.cpu().flatten(1)[:, None].expand_as(patches)
+    zeros = patches.new_zeros(*patches.shape[:2], int(groups.max()) + 1)
+    total, count = zeros.scatter_add(2, group, patches), zeros.scatter_add(2, group, torch.ones_like(patches))
+    means = (total / count.clamp(min=1)).gather(2, group).unflatten(2, groups.shape[1:])
+    return interpolate(means, size=images.shape[2:], mode="nearest-exact")
 
 
 def tokens_per_block(usage: Usage) -> Figure:

@@ -85,7 +85,21 @@ class Tokens(ABC):
         """Write `value` into the live slots of a (B, N) tensor, in place."""
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+        """Replace tokens that go to one place by their weighted mean.
+
+        Args:
+            place: (B, N) int64, the slot that each live slot's token goes to; from 0 on, without gaps in an image.
+            moved: (B, N) bool, tokens that join another in its place; the others have a place each.
+            weight: positive token features (...,), without gradients.
+        Returns:
+            tokens of as many slots as the fullest image has places, and the sums of the weights in them.
+        """
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> Tensor:
         """Scaled dot-product attention within each image.
 
         Args:
@@ -93,6 +107,7 @@ class Tokens(ABC):
             k, v: features (..., H, d) of these tokens.
             queries: `self`, or what `self.keep(...)` gave.
             dropout: probability of dropping an attention weight.
+            bias: features (...,) of these tokens, added to the logits of each as a key.
         Returns:
             features (..., H, d) of `queries`; what stands in dead slots has no meaning.
         """
@@ -165,11 +180,26 @@ class Masked(Tokens):
     def stamp(self, t: Tensor, value: int) -> None:
         t.masked_fill_(self.live, value)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+        live = self.live
+        slots = int(place.masked_fill(~live, -1).max()) + 1
+        place, weight = place.clamp(max=slots - 1), weight * live
+        total = weight.new_zeros(len(place), slots).scatter_add(1, place, weight)
+        share = weight / total.gather(1, place).masked_fill(~live, 1)
+        parts = self.x * share[..., None].to(self.x.dtype)
+        x = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(1, place[..., None].expand_as(parts), parts)
+        return type(self)(x, total > 0), total
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> Tensor:
         mask = None
         if self.mask is not None:
             visible = self.mask | ~self.mask.any(dim=1, keepdim=True)  # an image without tokens attends to all: no 0/0
             mask = visible[:, None, None, :]
+        if bias is not None:
+            bias = bias[:, None, None, :].to(q.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
 
@@ -282,16 +312,33 @@ class Packed(Tokens):
     def stamp(self, t: Tensor, value: int) -> None:
         t.view(-1).index_fill_(0, self.slots, value)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0) -> Tensor:
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+        images, slots = self.shape[0], int(self.spread(place).max()) + 1  # waits for the device
+        goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
+        leaves = self.spread(moved)
+        stay, join = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)
+        places, order = goes.index_select(0, stay).sort()
+        stay, into = stay.index_select(0, order), torch.searchsorted(places, goes.index_select(0, join))
+        own, added = weight.index_select(0, stay), weight.index_select(0, join)
+        total = own.index_add(0, into, added)
+        share, added = (own / total).to(self.x.dtype), (added / total.index_select(0, into)).to(self.x.dtype)
+        x = self.x.index_select(0, stay) * share[:, None]
+        x = x.index_add(0, into, self.x.index_select(0, join) * added[:, None])
+        return type(self)(x, (images, slots), places), total
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> Tensor:
         if q.shape[0] == 0:
             return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
         if self.even is not None and queries.even is not None:
-            return _attend_dense(q, k, v, self.shape[0], dropout)
+            return _attend_dense(q, k, v, self.shape[0], dropout, bias)
         if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
-                return _attend_dense(q, k, v, images, dropout)
-        return ragged_kernel(q.device, q.dtype, dropout)(q, k, v, self, queries, dropout)
+                return _attend_dense(q, k, v, images, dropout, bias)
+        kernel = ragged_kernel(q.device, q.dtype, dropout, bias is not None)
+        return kernel(q, k, v, self, queries, dropout, bias)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -348,33 +395,37 @@ def _received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
 LAYOUTS: dict[str, type[Tokens]] = {"masked": Masked, "packed": Packed}
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Packed, float], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Packed, Packed, float, Tensor | None], Tensor]
 
 
-def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float) -> Kernel:
+def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, biased: bool) -> Kernel:
     """The attention kernel for images of different lengths.
 
     On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
-    variable-length flash attention, which has no dropout, does; elsewhere images are padded to the grid.
+    variable-length flash attention, which has neither dropout nor bias, does; elsewhere images are padded to the grid.
     """
     if device.type == "cpu":
         return _attend_each
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not dropout and not biased:
         return _attend_varlen
     return _attend_padded
 
 
-def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float) -> Tensor:
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, bias: Tensor | None) -> Tensor:
     q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+    mask = None if bias is None else bias.view(images, 1, 1, -1).to(q.dtype)
+    return scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(0, 1)
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
-    def one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_each(
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
+) -> Tensor:
+    def one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        return scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1)
+        return scaled_dot_product_attention(query, key, value, mask, dropout)[0].transpose(0, 1)
 
-    images = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
+    masks = [None] * len(keys.lengths) if bias is None else bias.to(q.dtype)[None].split(keys.lengths, dim=1)
+    images = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), masks, strict=True)
     if q.requires_grad:
         return torch.cat([one(*image) for image in images if len(image[0])])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # a third less memory than joining the parts
@@ -384,7 +435,9 @@ def _attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed,
     return out
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
+) -> Tensor:
     """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
@@ -394,6 +447,9 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packe
     return out
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float) -> Tensor:
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, dropout: float, bias: Tensor | None
+) -> Tensor:
     masked = Masked(keys.x, keys.live)
-    return queries.spread(masked.attend(queries.grid(q), keys.grid(k), keys.grid(v), masked, dropout))
+    bias = None if bias is None else keys.grid(bias)
+    return queries.spread(masked.attend(queries.grid(q), keys.grid(k), keys.grid(v), masked, dropout, bias))

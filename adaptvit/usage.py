@@ -37,6 +37,9 @@ class Usage:
     fused: Tensor | None = None
     """(B, L, N) bool, the slots of `live` whose token is not their patch's but a sum of dropped ones. None where a
     method makes no such tokens."""
+    groups: Tensor | None = None
+    """(B, L, rows x columns) the token that each patch is part of after the block, by its place among those that the
+    next block gets; None where a method does not merge tokens."""
 
     @classmethod
     def of_live(
@@ -116,7 +119,7 @@ def join(usages: list[Usage]) -> Usage:
         name: torch.cat([getattr(usage, name) for usage in usages])
         for name in ("attended", "updated", "heads", "attention", "mlp")
     }
-    for name in ("live", "executed", "deciding", "fused"):
+    for name in ("live", "executed", "deciding", "fused", "groups"):
         known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
         parts[name] = torch.cat(known) if len(known) == len(usages) else None
     return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]

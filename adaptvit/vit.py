@@ -108,6 +108,18 @@ def check_norms(vit: VisionTransformer, who: str) -> None:
             raise TypeError(f"{who} needs a norm of each token by itself, but {model_name(vit)} has {kind}")
 
 
+def check_slots(vit: VisionTransformer, who: str) -> None:
+    """Refuse a ViT whose queries and keys depend on their slots.
+
+    Raises:
+        TypeError: naming the part.
+    """
+    for block in vit.blocks:
+        if isinstance(block.attn.q_norm, TokenPart):
+            kind = type(block.attn.q_norm).__name__
+            raise TypeError(f"{who} moves tokens to other slots, which {kind} of {model_name(vit)} goes by")
+
+
 def model_name(vit: nn.Module) -> str:
     """timm's name of the architecture, or the class name of a model built by hand."""
     return timm_config(vit).get("architecture") or type(vit).__name__
@@ -169,25 +181,36 @@ def like_norm(vit: VisionTransformer) -> nn.Module:
     return norm.requires_grad_(True)
 
 
-def run_block(block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None) -> Tokens:
+def run_block(
+    block: Block,
+    tokens: Tokens,
+    chosen: Tensor | None = None,
+    projected: Projected | None = None,
+    bias: Tensor | None = None,
+) -> Tokens:
     """One transformer block.
 
     Args:
         chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
         projected: what `project` gave, where it was needed to choose.
+        bias: token features (...,), added to the attention logits of each token as a key.
     """
     if chosen is None or not isinstance(block.norm2, TokenPart):
-        return add_mlp(block, add_attention(block, tokens, chosen, projected))
-    tokens = add_attention(block, tokens, None, projected)  # a norm over tokens sees those that are dropped too
+        return add_mlp(block, add_attention(block, tokens, chosen, projected, bias))
+    tokens = add_attention(block, tokens, None, projected, bias)  # a norm over tokens sees those that are dropped too
     normed = block.norm2.on(tokens.x, tokens)
     rows, (normed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
     return add_mlp(block, rows, normed)
 
 
 def add_attention(
-    block: Block, tokens: Tokens, chosen: Tensor | None = None, projected: Projected | None = None
+    block: Block,
+    tokens: Tokens,
+    chosen: Tensor | None = None,
+    projected: Projected | None = None,
+    bias: Tensor | None = None,
 ) -> Tokens:
-    """The attention sub-layer with its residual; `chosen` and `projected` as in `run_block`."""
+    """The attention sub-layer with its residual; `chosen`, `projected` and `bias` as in `run_block`."""
     attn = block.attn
     if isinstance(attn, Mixer):
         return _add_mixed(block, tokens, chosen)
@@ -203,7 +226,7 @@ def add_attention(
         (q,) = _heads(block, few, slice(attn.attn_dim))
         k, v = _heads(block, normed, slice(attn.attn_dim, None))
         q, k = on_tokens(attn.q_norm, q, rows), on_tokens(attn.k_norm, k, tokens)
-    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0)
+    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0, bias)
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(block.norm1(rows.x)).sigmoid()

@@ -6,7 +6,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, DynamicViTConfig, EViTConfig, FullConfig, Masked
+from adaptvit import (
+    AdaViTConfig,
+    ATSConfig,
+    AViTConfig,
+    DynamicViTConfig,
+    EViTConfig,
+    FullConfig,
+    Masked,
+    MergeConfig,
+    ToMeConfig,
+)
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.dynamicvit import DynamicViT
 from adaptvit.model import AdaptiveViT
@@ -56,6 +66,10 @@ METHODS = {
     "evit, tokens": EViTConfig(blocks=(0, 2, 3), tokens=(6, 4, 4)),
     "dynamicvit": DynamicViTConfig(),
     "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
+    "tome": ToMeConfig(r=3),
+    "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
+    "merge": MergeConfig(thresholds=0.3),
+    "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
 }
 DROP_NOTHING = {
     "full": FullConfig(),
@@ -66,13 +80,17 @@ DROP_NOTHING = {
     "evit, by its knob": EViTConfig(rate=2.0),
     "dynamicvit": DynamicViTConfig(keep_rate=1.0),
     "dynamicvit, threshold": DynamicViTConfig(select="threshold", threshold=0.0),
+    "tome": ToMeConfig(r=0),
+    "merge": MergeConfig(shift=2.0),
     "adavit": AdaViTConfig(macs_target=None, lean=30.0),
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
+MERGING = ("tome", "merge")
 REFUSED = {
-    "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "dynamicvit"),
-    "mixer": ("adavit", "ats", "avit, official", "evit", "dynamicvit"),
+    "rotary, RMS norm, cosine": MERGING,
+    "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "dynamicvit", *MERGING),
+    "mixer": ("adavit", "ats", "avit, official", "evit", "dynamicvit", *MERGING),
 }
 """Flavours that methods refuse, by the beginning of the method's name."""
 

@@ -35,7 +35,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `depth_maps` is called with; nothing is rendered."""
     calls: list[dict[str, Any]] = []
     names = ("images", "depth", "blocks", "columns", "captions", "combined", "panel")
-    monkeypatch.setattr(module, "depth_maps", lambda *values: calls.append(dict(zip(names, values, strict=True))))
+
+    def record(*values: Any, merged: Any = None) -> None:
+        calls.append(dict(zip(names, values, strict=True)) | {"merged": merged})
+
+    monkeypatch.setattr(module, "depth_maps", record)
     monkeypatch.setattr(module, "write_png", lambda figure, path: path.write_bytes(b"drawn"))
     return calls
 
@@ -51,6 +55,20 @@ def test_a_folder_gives_a_picture_for_each_image_and_a_grid(flavour: str, tmp_pa
     assert (drawing.unreadable, drawing.beyond_limit) == ((), 0)
     for file in drawing.files:
         assert np.asarray(read_image(file)).std() > 10
+
+
+def test_merged_patches_are_shown_in_their_mean_colour(drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    adaptvit.save(METHODS["tome"].build(small_vit().eval()), tmp_path / "model.safetensors")
+    noise(tmp_path / "own" / "a.png", 1)
+    noise(tmp_path / "own" / "b.png", 2)
+    draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out"))
+    merged, image = drawn[0]["merged"], drawn[0]["images"]
+    assert merged.shape == image.shape
+    torch.testing.assert_close(merged.mean(dim=(2, 3)), image.mean(dim=(2, 3)), atol=1e-5, rtol=0)
+    colours = merged.unfold(2, 8, 8).unfold(3, 8, 8)
+    assert (colours == colours[..., :1, :1]).all()
+    assert [len(one.flatten(1).unique(dim=1).T) for one in colours[..., 0, 0]] == [16 - 9] * 2
+    assert drawn[1]["merged"].shape[0] == 1
 
 
 def test_images_are_shown_as_the_model_saw_them(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "methods.adavit",
         "methods.evit",
         "methods.dynamicvit",
+        "methods.tome",
     },
     {"methods.adavit_fit"},
     {"methods"},

@@ -1,6 +1,7 @@
 """Facts that every method obeys, on every flavour of ViT."""
 
 import copy
+import re
 from functools import cache
 from itertools import pairwise
 
@@ -82,6 +83,8 @@ def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: typ
         "adavit",
         "adavit, patches",
         "dynamicvit, threshold",
+        "merge",
+        "merge, by block",
     ],
 )
 def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
@@ -135,10 +138,7 @@ def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
         assert not (after & ~before).any()
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["full", "avit", "avit, class token stays", "ats", "ats, released", "evit", "evit, not fused", "evit, tokens"],
-)
+@pytest.mark.parametrize("method", [name for name in METHODS if not re.search("adavit|official|dynamicvit", name)])
 def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
     model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
     batch = images(model.vit, dtype=torch.float64)

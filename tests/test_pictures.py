@@ -12,6 +12,7 @@ from adaptvit.pictures import (
     data_uri,
     depth_maps,
     laid_over,
+    mean_colours,
     tokens_per_block,
     usage_per_block,
     write_png,
@@ -190,3 +191,14 @@ def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         write_png(figure, tmp_path / "b.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_groups_of_patches_are_shown_in_their_mean_colour() -> None:
+    image = torch.zeros(1, 3, 4, 8)
+    image[0, 0, :2, :4] = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).repeat(1, 2)
+    image[0, 0, 2:, :4], image[0, 1, 2:, 4:] = 1.0, 0.5
+    shown = mean_colours(image, torch.tensor([[[7, 2], [7, 9]]]))
+    assert shown.shape == image.shape
+    assert (shown[0, 0, :, :4] == 0.75).all()
+    assert not shown[0, :, :2, 4:].any()
+    assert (shown[0, 1, 2:, 4:] == 0.5).all()

@@ -138,23 +138,30 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
     expected = packed.attend(*qkv, queries)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
     for kernel in (tokens._attend_varlen, tokens._attend_padded, tokens._attend_each):
-        torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0), expected)
+        torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0, None), expected)
+    bias = random(len(packed.x), seed=4)
+    expected = packed.attend(*qkv, queries, bias=bias)
+    torch.testing.assert_close(tokens._attend_padded(*qkv, packed, queries, 0.0, bias), expected)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "dropout", "kernel"),
+    ("device", "dtype", "dropout", "biased", "kernel"),
     [
-        ("cpu", torch.float32, 0.0, "_attend_each"),
-        ("cpu", torch.bfloat16, 0.1, "_attend_each"),
-        ("cuda", torch.bfloat16, 0.0, "_attend_varlen"),
-        ("cuda", torch.float16, 0.0, "_attend_varlen"),
-        ("cuda", torch.bfloat16, 0.1, "_attend_padded"),
-        ("cuda", torch.float32, 0.0, "_attend_padded"),
-        ("mps", torch.float16, 0.0, "_attend_padded"),
+        ("cpu", torch.float32, 0.0, False, "_attend_each"),
+        ("cpu", torch.bfloat16, 0.1, False, "_attend_each"),
+        ("cuda", torch.bfloat16, 0.0, False, "_attend_varlen"),
+        ("cuda", torch.float16, 0.0, False, "_attend_varlen"),
+        ("cuda", torch.bfloat16, 0.1, False, "_attend_padded"),
+        ("cuda", torch.float32, 0.0, False, "_attend_padded"),
+        ("mps", torch.float16, 0.0, False, "_attend_padded"),
+        ("cpu", torch.float32, 0.0, True, "_attend_each"),
+        ("cuda", torch.bfloat16, 0.0, True, "_attend_padded"),
     ],
 )
-def test_the_kernel_follows_device_dtype_and_dropout(device: str, dtype: torch.dtype, dropout: float, kernel: str):
-    assert tokens.ragged_kernel(torch.device(device), dtype, dropout) is getattr(tokens, kernel)
+def test_the_kernel_follows_what_it_has_to_do(
+    device: str, dtype: torch.dtype, dropout: float, biased: bool, kernel: str
+) -> None:
+    assert tokens.ragged_kernel(torch.device(device), dtype, dropout, biased) is getattr(tokens, kernel)
 
 
 def test_equal_lengths_take_one_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +206,48 @@ def test_cuda_agrees_with_the_host(dtype: torch.dtype) -> None:
     out = on_device.attend(*padded, asked)[..., :HEAD_DIM]
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@given(live_slots(), st.integers(0, 1000))
+def test_merge_is_the_weighted_mean_of_those_that_go_to_one_place(live: Tensor, seed: int) -> None:
+    x, weight, generator = (
+        random(*live.shape, 3),
+        random(*live.shape, seed=1).abs(),
+        torch.Generator().manual_seed(seed),
+    )
+    place, moved, expected = torch.zeros(live.shape, dtype=torch.long), torch.zeros_like(live), {}
+    for image, alive in enumerate(live):
+        slots = alive.nonzero().flatten()[torch.randperm(int(alive.sum()), generator=generator)]
+        for slot in slots.tolist():
+            places = [at for at in range(live.shape[1]) if (image, at) in expected]
+            joins = bool(places) and seed % 3 > 0 and torch.rand(1, generator=generator).item() < 0.5
+            at = int(torch.randint(len(places), (1,), generator=generator)) if joins else len(places)
+            place[image, slot], moved[image, slot] = at, joins
+            expected.setdefault((image, at), []).append(slot)
+    if not live.any():
+        return
+    for layout in (Masked, Packed):
+        laid = layout.of(x).keep(live)
+        merged, total = laid.merge(place, moved, laid.spread(weight))
+        assert merged.shape == (len(live), 1 + max(at for _, at in expected))
+        assert {*map(tuple, merged.live.nonzero().tolist())} == {*expected}
+        features, sums = merged.grid(merged.x), merged.grid(total)
+        for (image, at), slots in expected.items():
+            share = weight[image, slots]
+            torch.testing.assert_close(sums[image, at], share.sum())
+            torch.testing.assert_close(features[image, at], share @ x[image, slots] / share.sum())
+
+
+@given(live_slots())
+def test_a_key_with_the_bias_log_n_counts_n_times(live: Tensor) -> None:
+    q, k, v = (random(*live.shape, HEADS, HEAD_DIM, seed=seed) for seed in range(3))
+    counts = torch.randint(1, 4, live.shape, generator=torch.Generator().manual_seed(3))
+    for layout in (Masked, Packed):
+        laid = layout.of(q.flatten(2)).keep(live)
+        mixed = laid.grid(laid.attend(*map(laid.spread, (q, k, v)), laid, bias=laid.spread(counts.double().log())))
+        for image, alive in enumerate(live):
+            if alive.any():
+                often = counts[image, alive]
+                keys, values = (t[image, alive].repeat_interleave(often, dim=0).transpose(0, 1) for t in (k, v))
+                expected = scaled_dot_product_attention(q[image, alive].transpose(0, 1), keys, values).transpose(0, 1)
+                torch.testing.assert_close(mixed[image, alive], expected, atol=1e-10, rtol=0)

@@ -8,8 +8,19 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig
 
 METHODS: dict[str, Any] = {
-    config.method: config for config in (FullConfig, AViTConfig, ATSConfig, AdaViTConfig, EViTConfig, DynamicViTConfig)
+    config.method: config
+    for config in (
+        FullConfig,
+        AViTConfig,
+        ATSConfig,
+        AdaViTConfig,
+        EViTConfig,
+        DynamicViTConfig,
+        ToMeConfig,
+        MergeConfig,
+    )
 }
 """Config types by name, for checkpoints and the command line."""

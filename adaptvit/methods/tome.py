@@ -1,0 +1,364 @@
+"""ToMe: alike patches merged, a fixed number in each block, or in each image as many as are alike. No training needed.
+
+Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faster, ICLR 2023.
+
+Letters: B images, N token slots (p prefix tokens first, then patches), L blocks, H heads, d channels per head.
+Symbols of the paper: A and B the two sets of tokens, r the tokens merged in a block, s the patches in a token.
+
+Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from adaptvit.macs import block_macs
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import (
+    add_attention,
+    add_mlp,
+    check_attention,
+    check_norms,
+    check_slots,
+    classify,
+    embed,
+    patch_grid,
+    project,
+    run_block,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMeConfig:
+    """Token merging (Bolya et al., ICLR 2023): every image merges as many of its tokens as any other.
+
+    Differs: register tokens are protected as the class token is. A classifier that pools, in whatever way, pools for
+    each patch the token that the patch is part of; the released code only has the mean. Where it reads a class token
+    nothing is merged in the last block, since nothing would read it.
+    """
+
+    method: ClassVar[str] = "tome"
+    knob: ClassVar[Knob | None] = None
+
+    r: int | Sequence[int] = 8
+    """Tokens merged in each block, at most half of the patches it has: one number for all blocks, or one for each, of
+    which those left out at the end are 0."""
+    inflection: float = 0.0
+    """Of one number r, in [-1, 1]: what blocks merge runs linearly from r (1 + inflection) in the last back to
+    r (1 - inflection) in the first. -1 is the paper's decreasing schedule."""
+    proportional_attention: bool = True
+    """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.r, Iterable)
+        given = tuple(self.r) if isinstance(self.r, Iterable) else (self.r,)
+        try:
+            numbers = tuple(map(operator.index, given))
+        except TypeError:
+            numbers = ()
+        if not numbers or min(numbers) < 0:
+            raise ValueError(f"ToMeConfig.r must be a whole number from 0 on, or several, got {self.r!r}")
+        object.__setattr__(self, "r", numbers if several else numbers[0])
+        if not -1 <= self.inflection <= 1:
+            raise ValueError(f"ToMeConfig.inflection must lie in [-1, 1], got {self.inflection}")
+        if several and self.inflection:
+            raise ValueError(f"ToMeConfig.inflection={self.inflection} is for one number r, but r is {self.r}")
+
+    def schedule(self, depth: int) -> tuple[int, ...]:
+        """r of each of `depth` blocks.
+
+        Raises:
+            ValueError: `r` has more numbers than there are blocks.
+        """
+        if not isinstance(self.r, int):
+            if len(self.r) > depth:
+                raise ValueError(f"ToMeConfig.r has {len(self.r)} numbers for {depth} blocks: {self.r}")
+            return (*self.r, *[0] * (depth - len(self.r)))
+        first = int(self.r * (1 - self.inflection))
+        last = 2 * self.r - first
+        return tuple(int(first + block * (last - first) / max(1, depth - 1)) for block in range(depth))
+
+    def merges(self, block: int, depth: int) -> bool:
+        """Whether block number `block` of `depth` compares its tokens."""
+        return self.schedule(depth)[block] > 0
+
+    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+        """The tokens of A that are merged, (B, |A|) bool, of images with so many patches; `score` is `match`'s."""
+        count = min(self.schedule(depth)[block], patches // 2)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(count, dim=1).indices, True)
+
+    def build(self, vit: VisionTransformer) -> "MergingViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: `r` has more numbers than the ViT has blocks.
+        """
+        return MergingViT(vit, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Token merging in each image as far as its tokens are alike: a threshold on similarity in the place of ToMe's r.
+
+    The matching, the mean and proportional attention are ToMe's. A token of A scores by its cosine with its best match,
+    less `relative` times the mean of these in the image: with 0 images whose patches are all alike lose too many, with
+    1 all images lose about as many.
+    """
+
+    method: ClassVar[str] = "merge"
+    knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
+
+    thresholds: float | Sequence[float] = 0.5
+    """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
+    a block merges nothing. `fit_thresholds` finds those of a schedule."""
+    relative: float = 0.5
+    """How much of the image's mean cosine is taken off, in [0, 1]."""
+    shift: float = 0.0
+    """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
+    proportional_attention: bool = True
+    """A token is attended to as the patches it holds would be together."""
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.thresholds, Iterable)
+        values = tuple(self.thresholds) if isinstance(self.thresholds, Iterable) else (self.thresholds,)
+        if not values or not all(-1 <= value <= 1 for value in values):
+            raise ValueError(f"MergeConfig.thresholds must lie in [-1, 1], got {self.thresholds}")
+        object.__setattr__(self, "thresholds", values if several else values[0])
+        if not 0 <= self.relative <= 1:
+            raise ValueError(f"MergeConfig.relative must lie in [0, 1], got {self.relative}")
+        if not abs(self.shift) <= 2:
+            raise ValueError(f"MergeConfig.shift must lie in [-2, 2], got {self.shift}")
+
+    def schedule(self, depth: int) -> tuple[float, ...]:
+        """The threshold of each of `depth` blocks, shifted.
+
+        Raises:
+            ValueError: `thresholds` has another length.
+        """
+        values = (self.thresholds,) * depth if isinstance(self.thresholds, (int, float)) else tuple(self.thresholds)
+        if len(values) != depth:
+            raise ValueError(f"MergeConfig.thresholds has {len(values)} numbers for {depth} blocks: {values}")
+        return tuple(1.0 if value == 1 else value + self.shift for value in values)
+
+    def merges(self, block: int, depth: int) -> bool:
+        """Whether block number `block` of `depth` compares its tokens."""
+        return self.schedule(depth)[block] < 1
+
+    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
+        return self.score(score) >= self.schedule(depth)[block]
+
+    def score(self, cosine: Tensor) -> Tensor:
+        """What the thresholds are for: (B, |A|), -inf for dead tokens, from the cosines of `match`."""
+        live = cosine > -torch.inf
+        mean = cosine.where(live, 0).sum(dim=1, keepdim=True) / live.sum(dim=1, keepdim=True).clamp(min=1)
+        return cosine - self.relative * mean
+
+    def build(self, vit: VisionTransformer) -> "MergingViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: `thresholds` has another length than the ViT has blocks.
+        """
+        return MergingViT(vit, self)
+
+
+class MergingViT(AdaptiveViT):
+    """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
+
+    def __init__(self, vit: VisionTransformer, config: ToMeConfig | MergeConfig) -> None:
+        super().__init__(vit, config)
+        check_attention(vit, "merging")
+        check_norms(vit, "merging")
+        check_slots(vit, "merging")
+        config.schedule(self.depth)  # refuses a wrong length
+
+    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+        """Classify images; `layout` None packs."""
+        x, grid = embed(self.vit, images)
+        tokens = (layout or Packed).of(x)
+        del x  # or it would stay to the end
+        holder = torch.arange(tokens.shape[1], device=images.device).expand(tokens.shape)
+        held, compared = [holder], []  # holder: the slot that each input token is in
+        bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
+        for number, block in enumerate(self.vit.blocks):
+            compared.append(self.compares(number, tokens.shape[1] - self.prefix))
+            if number == self.depth - 1 and self.read is not None:
+                reading = torch.arange(tokens.shape[1], device=images.device)[None] < self.read
+                tokens = run_block(block, tokens, reading, bias=bias)
+            elif compared[-1]:
+                projected = project(block, tokens)
+                place, moved = self.places(tokens, projected[1], number)
+                tokens = add_attention(block, tokens, projected=projected, bias=bias)
+                tokens, size = tokens.merge(place, moved, size)
+                tokens = add_mlp(block, tokens)
+                holder = place.gather(1, holder)
+                bias = size.log() if self.config.proportional_attention else None
+            else:
+                tokens = run_block(block, tokens, bias=bias)
+            held.append(holder)
+        if self.read is None:
+            x = tokens.grid(tokens.x)
+            x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
+        else:
+            x = tokens.first(tokens.x, self.read)
+        logits, distilled = classify(self.vit, x)
+        return Output(logits, self.usage(torch.stack(held, dim=1), compared, grid), distilled=distilled)
+
+    def compares(self, block: int, patches: int) -> bool:
+        """Whether a block looks for tokens to merge, where it has at most so many patches."""
+        read = self.read is None or block < self.depth - 1
+        return read and patches > 1 and self.config.merges(block, self.depth)
+
+    @torch.no_grad()
+    def places(self, tokens: Tokens, keys: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
+        live = tokens.live
+        metric = tokens.grid(keys.mean(dim=-2, dtype=_wide(keys)))
+        score, target = match(normalize(metric, dim=-1), live, self.prefix)
+        chosen = self.config.choose(score, tokens.shape[1] - self.prefix, block, self.depth)
+        return arrange(chosen, score, target, live, self.prefix)
+
+    def usage(self, held: Tensor, compared: list[bool], grid: tuple[int, int]) -> Usage:
+        """The record of a forward pass; `held` (B, L + 1, N) are the slots of the input tokens before and after blocks.
+
+        A token is live in the slot of its first patch.
+        """
+        shape, inputs = self.shape, torch.arange(held.shape[2], device=held.device).expand_as(held)
+        first = torch.full_like(held, held.shape[2]).scatter_reduce(2, held, inputs, "amin")
+        live = first.gather(2, held) == inputs
+        count = live.sum(dim=2)
+        attended, patches = count[:, :-1], count[:, :-1] - self.prefix
+        updated = attended.clone()
+        if self.read is not None:
+            updated[:, -1] = self.read
+        deciding = patches // 2 * (patches - patches // 2) * shape.head_dim * held.new_tensor(compared)
+        on = torch.ones_like(attended, dtype=torch.bool)
+        heads = torch.full_like(attended, self.heads)
+        groups = held[:, 1:, self.prefix :]
+        usage = Usage(attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], None, deciding, groups)
+        return replace(usage, executed=block_macs(usage, shape) - (attended - count[:, 1:]) * shape.mlp_per_token)
+
+
+NEARLY_ONE = 1 - 1e-6
+"""The highest threshold that is fitted: equal tokens reach it in spite of rounding."""
+
+
+@dataclass
+class _Fitting:
+    """A config while `fit_thresholds` runs: merges r tokens on average over the images, and notes at what score."""
+
+    config: MergeConfig
+    removed: tuple[int, ...]
+    thresholds: list[float]
+
+    @property
+    def proportional_attention(self) -> bool:
+        return self.config.proportional_attention
+
+    def merges(self, block: int, depth: int) -> bool:
+        return self.removed[block] > 0
+
+    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+        score = self.config.score(score)
+        count = min(self.removed[block] * len(score), int((score > -torch.inf).sum()))
+        least = score.flatten().topk(count).values[-1].item()
+        self.thresholds[block] = min(max(least, -1.0), NEARLY_ONE)
+        return score >= self.thresholds[block]
+
+
+def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> MergeConfig:
+    """Give a model of `MergeConfig` the thresholds at which `images` merge, on average, what ToMe would.
+
+    Args:
+        model: in evaluation mode; its config is replaced.
+        images: calibration images, in one batch: the more, the better the average holds on others.
+        schedule: r of each block. Blocks that merge nothing get a threshold of 1.
+    Returns:
+        The model's new config, without a shift.
+    Raises:
+        TypeError: the model is of another method.
+    """
+    if not isinstance(model.config, MergeConfig):
+        raise TypeError(f"fit_thresholds needs a model of MergeConfig, got one of {type(model.config).__name__}")
+    config = model.config
+    removed: list[int] = []
+    rows, columns = patch_grid(model.vit, images)
+    for r in schedule.schedule(model.depth):
+        removed.append(min(r, (rows * columns - sum(removed)) // 2))
+    fitting = _Fitting(config, tuple(removed), [1.0] * model.depth)
+    model.config = fitting
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        model.config = config
+    model.config = replace(config, thresholds=tuple(fitting.thresholds), shift=0.0)
+    return model.config
+
+
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
+def match(metric: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """The best match of each patch token of A among those of B.
+
+    A are the tokens in even slots, B those in odd ones; prefix tokens are in neither.
+
+    Args:
+        metric: (B, N, d), of unit length.
+        live: (B, N) bool, the first so many slots of each image.
+    Returns:
+        (B, |A|) the similarity, -inf for a dead token of A, and int64 the number of the match in B.
+    """
+    even, odd = _halves(prefix)
+    similarity = metric[:, even] @ metric[:, odd].mT
+    score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
+    return score.masked_fill_(~live[:, even], -torch.inf), target
+
+
+def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Where tokens go: prefix tokens stay, those of A that are not merged follow, then those of B.
+
+    The order decides what the next block compares. Without prefix tokens those of A are in falling order of `score`, as
+    in the released code; else in the order that they have.
+
+    Args:
+        chosen: (B, |A|) bool, live tokens of A that are merged.
+        score, target: what `match` gave.
+        live: (B, N) bool, the first so many slots of each image.
+    Returns:
+        (B, N) int64, the slot that each token goes to, meaningless for dead ones, and bool, those merged.
+    """
+    even, odd = _halves(prefix)
+    staying = live[:, even] & ~chosen
+    if prefix:
+        rank = staying.cumsum(dim=1) - 1
+    else:
+        rank = score.masked_fill(~staying, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+    place = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
+    moved = torch.zeros_like(live)
+    moved[:, even] = chosen
+    followers = torch.arange(place[:, odd].shape[1], device=live.device)
+    place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + followers
+    place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
+    return place, moved
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of sizes, similarities and their thresholds: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _halves(prefix: int) -> tuple[slice, slice]:
+    """The slots of the patches in A, which are even, and in B."""
+    return slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)

@@ -1,0 +1,95 @@
+"""Merging off the shelf: ToMe, and thresholds in its place, at equal numbers of tokens: accuracy against GMACs.
+
+    python benchmarks/tome_imagenet.py WEIGHTS IMAGES OUTPUT
+
+WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders, OUTPUT a path without ending: the
+script writes .csv and .json (the conditions). Every fifth image fits the thresholds, the others are measured. It takes
+five minutes on one core.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs
+from adaptvit.checkpoints import start_from
+from adaptvit.data import DataConfig, open_split
+from adaptvit.methods.tome import fit_thresholds
+from adaptvit.model import AdaptiveViT
+from adaptvit.run import spread_over
+
+BATCH, THREADS = 50, 1
+SCHEDULES = (16, 12, 14)
+
+
+def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, GMACs of each image, and the mean tokens that each block attended to."""
+    with torch.inference_mode():
+        outputs = [model(batch) for batch in images.split(BATCH)]
+    usage = join([output.usage for output in outputs])
+    logits = torch.cat([output.logits for output in outputs])
+    return logits.log_softmax(dim=1), macs(usage, model.shape).double() / 1e9, usage.attended.double().mean(dim=0)
+
+
+def paired(difference: Tensor) -> tuple[float, float]:
+    """Mean and standard error."""
+    return round(difference.mean().item(), 4), round((difference.std() / len(difference) ** 0.5).item(), 4)
+
+
+def main(weights: Path, folder: Path, output: Path) -> None:
+    """Measure, and write table and conditions."""
+    torch.set_num_threads(THREADS)
+    vit = timm.create_model("vit_tiny_patch16_224").eval()
+    start_from(vit, weights)
+    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
+    split = open_split(DataConfig(root=folder), settings, "validation")
+    images, labels, _ = spread_over(split, len(split))
+    fitting = torch.arange(len(images)) % 5 == 0
+    calibration, images, labels = images[fitting], images[~fitting], labels[~fitting]
+    conditions = {"threads": THREADS, "torch": torch.__version__, "timm": timm.__version__}
+    conditions |= {"calibration_images": len(calibration), "images": len(images)}
+    output.with_suffix(".json").write_text(json.dumps(conditions, indent=2) + "\n")
+
+    dense = run(FullConfig().build(vit), images)[0]
+    rows: list[dict[str, Any]] = []
+
+    def measure(name: str, model: AdaptiveViT, other: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Top-1 and divergence of each image, `other` being those to compare with."""
+        logits, gmacs, tokens = run(model, images)
+        right = (logits.argmax(dim=1) == labels).double()
+        divergence = (dense.exp() * (dense - logits)).sum(dim=1)
+        row = {"method": name, "top1": round(right.mean().item(), 4), "divergence": round(divergence.mean().item(), 4)}
+        for part, own, of in zip(
+            ("top1", "divergence"), (right, divergence), other or (right, divergence), strict=True
+        ):
+            row[f"{part}_minus_tome"], row[f"{part}_standard_error"] = paired(own - of)
+        row |= {"gmacs": round(gmacs.mean().item(), 4)}
+        row |= {f"gmacs_p{p}": round(gmacs.quantile(p / 100).item(), 4) for p in (10, 90)}
+        row |= {"tokens_per_block": " ".join(f"{n:.0f}" for n in tokens)}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        with output.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerows(rows)
+        return right, divergence
+
+    measure("dense", FullConfig().build(vit), None)
+    for r in SCHEDULES:
+        schedule = ToMeConfig(r=r)
+        tome = measure(f"tome r={r}", schedule.build(vit), None)
+        for relative in (0.5, 0.0) if r == SCHEDULES[0] else (0.5,):
+            model = MergeConfig(relative=relative).build(vit)
+            fit_thresholds(model, calibration, schedule)
+            measure(f"merge r={r} relative={relative}", model, tome)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
