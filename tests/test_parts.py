@@ -13,7 +13,22 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit import AdaViTConfig, ATSConfig, AViTConfig, FullConfig, Masked, Packed, ViTConfig, load, macs, save
+from adaptvit import (
+    AdaViTConfig,
+    ATSConfig,
+    AViTConfig,
+    DynamicViTConfig,
+    EViTConfig,
+    FullConfig,
+    Masked,
+    MergeConfig,
+    Packed,
+    ToMeConfig,
+    ViTConfig,
+    load,
+    macs,
+    save,
+)
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
@@ -348,6 +363,9 @@ def test_a_mixer_has_no_use_for_a_mask() -> None:
     [
         (SAMPLING.build, "ATS needs attention"),
         (AdaViTConfig(macs_target=None, policies=("patches",)).build, "AdaViT needs attention"),
+        (EViTConfig().build, "EViT needs attention"),
+        (DynamicViTConfig().build, "DynamicViT needs attention"),
+        (MergeConfig().build, "merging needs attention"),
         (AViTConfig(mode="official").build, "AViTConfig.mode='official' needs attention"),
         (lambda vit: fit_gate(vit, batch(vit)), "fit_gate needs attention"),
         (lambda vit: set_channel(vit, noise(16)), "turning the residual stream needs attention"),
@@ -367,6 +385,9 @@ def test_what_a_mixer_cannot_do_is_refused_by_name(attempt: Any, said: str) -> N
             AdaViTConfig(macs_target=None).build,
             "AdaViT needs a norm of each token by itself, but PartsViT has Instance",
         ),
+        (EViTConfig().build, "EViT needs a norm of each token by itself"),
+        (DynamicViTConfig().build, "DynamicViT needs a norm of each token by itself"),
+        (ToMeConfig().build, "merging needs a norm of each token by itself"),
         (AViTConfig(mode="official").build, "mode='official' needs a norm of each token by itself"),
         (lambda vit: set_channel(vit, noise(16)), "PartsViT has InstanceNorm; only with LayerNorm"),
     ],
@@ -374,6 +395,12 @@ def test_what_a_mixer_cannot_do_is_refused_by_name(attempt: Any, said: str) -> N
 def test_what_an_instance_norm_cannot_do_is_refused_by_name(attempt: Any, said: str) -> None:
     with pytest.raises(TypeError, match=said):
         attempt(made(norm="instance"))
+
+
+@pytest.mark.parametrize("config", [ToMeConfig(), MergeConfig()], ids=["ToMe", "merging"])
+def test_rotary_positions_do_not_go_with_merged_tokens(config: ToMeConfig | MergeConfig) -> None:
+    with pytest.raises(TypeError, match="merging moves tokens to other slots, which Rotary of PartsViT goes by"):
+        config.build(made(position="rotary"))
 
 
 # ---- settings, names, files
