@@ -2,13 +2,85 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from adaptvit.compare import Comparison
+from adaptvit.data import DataConfig
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.full import FullConfig
 from adaptvit.recipes import digits
+from adaptvit.run import Run
+from adaptvit.train import Recipe
+
+
+HALTING = AViTConfig(gate_scale=0.5, gate_center=3.0, prior="gaussian", prior_depth=4.0, prior_weight=0.1)
+"""Of the small ViT's six blocks the prior peaks at the fourth."""
+
+
+def small() -> Run:
+    """A small ViT with halting, from scratch on Imagenette at 64 pixels.
+
+    `root` may be the 160-pixel images; images shrunk to 72 pixels beforehand spare half of the time.
+    """
+    return Run(
+        model="parts_vit",
+        model_args={"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 2},
+        method=HALTING,
+        data=DataConfig(
+            root=Path("imagenette160"), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, scale=(0.35, 1.0), workers=0
+        ),
+        recipe=Recipe(epochs=3, batch_size=128, optimizer="muon", learning_rate=0.02, evaluate_every=0),
+    )
+
+
+def priors() -> Comparison:
+    """Gaussian, Laplace and quasi-Laplace priors of the halting depth."""
+    base = small()
+    return Comparison(
+        question="Does it matter which prior the halting depth is drawn to?",
+        variants={
+            name.replace("_", "-"): replace(base, method=replace(HALTING, prior=name))
+            for name in ("gaussian", "laplace", "quasi_laplace")
+        },
+    )
+
+
+def parts() -> Comparison:
+    """DeiT's parts and one exchanged at a time, each with halting and without."""
+    base = small()
+    exchanged: dict[str, dict[str, str]] = {
+        "DeiT's parts": {},
+        "sinusoidal": {"position": "sinusoidal"},
+        "rotary": {"position": "rotary"},
+        "instance norm": {"norm": "instance"},
+        "cosine": {"attention": "cosine"},
+        "mixer": {"block": "mixer"},
+    }
+    methods = {"": FullConfig(), ", halting": HALTING}
+    return Comparison(
+        question="What do other positions, norms, attentions and blocks change, with halting and without?",
+        variants={
+            name + ending: replace(base, method=method, model_args=base.model_args | change)
+            for ending, method in methods.items()
+            for name, change in exchanged.items()
+        },
+    )
+
+
+def thresholds() -> Comparison:
+    """The slack of the halting threshold, from 0.01 to 0.75."""
+    base = small()
+    return Comparison(
+        question="How does epsilon, the slack of the halting threshold, trade accuracy for compute?",
+        variants={
+            f"epsilon {value:g}": replace(base, method=replace(HALTING, epsilon=value))
+            for value in (0.01, 0.05, 0.15, 0.5, 0.75)
+        },
+    )
 
 
 def digits_budgets() -> Comparison:
-    """The digits at three budgets: the quick one, minutes on two CPU cores."""
+    """The embedded digits at three budgets: the quick one."""
     base = digits()
     return Comparison(
         question="How much accuracy do smaller budgets cost on the digits?",
@@ -19,5 +91,7 @@ def digits_budgets() -> Comparison:
     )
 
 
-COMPARISONS: dict[str, Callable[[], Comparison]] = {comparison.__name__: comparison for comparison in (digits_budgets,)}
+COMPARISONS: dict[str, Callable[[], Comparison]] = {
+    comparison.__name__: comparison for comparison in (priors, parts, thresholds, digits_budgets)
+}
 """What `adaptvit compare` knows by name."""

@@ -122,6 +122,6 @@ def test_named_comparisons_differ_in_what_they_compare_alone(name: str) -> None:
 
 def test_the_command_names_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["compare", "nothing"]) == 2
-    assert "comparison must be one of digits_budgets" in capsys.readouterr().err
+    assert "comparison must be one of priors, parts, thresholds, digits_budgets" in capsys.readouterr().err
     assert main(["compare", "digits_budgets", "--seeds", "1", "--output", str(tmp_path)]) == 2
     assert "no spread over fewer" in capsys.readouterr().err
