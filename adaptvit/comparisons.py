@@ -8,10 +8,10 @@ from adaptvit.compare import Comparison
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.model import MethodConfig
 from adaptvit.recipes import digits
 from adaptvit.run import Run
 from adaptvit.train import Recipe
-
 
 HALTING = AViTConfig(gate_scale=0.5, gate_center=3.0, prior="gaussian", prior_depth=4.0, prior_weight=0.1)
 """Of the small ViT's six blocks the prior peaks at the fourth."""
@@ -56,7 +56,7 @@ def parts() -> Comparison:
         "cosine": {"attention": "cosine"},
         "mixer": {"block": "mixer"},
     }
-    methods = {"": FullConfig(), ", halting": HALTING}
+    methods: dict[str, MethodConfig] = {"": FullConfig(), ", halting": HALTING}
     return Comparison(
         question="What do other positions, norms, attentions and blocks change, with halting and without?",
         variants={
