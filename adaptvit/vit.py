@@ -114,9 +114,9 @@ def check_slots(vit: VisionTransformer, who: str) -> None:
     Raises:
         TypeError: naming the part.
     """
-    for block in vit.blocks:
-        if isinstance(block.attn.q_norm, TokenPart):
-            kind = type(block.attn.q_norm).__name__
+    for part in (part for block in vit.blocks for part in block.attn.q_norm.modules()):
+        if isinstance(part, TokenPart):
+            kind = type(part).__name__
             raise TypeError(f"{who} moves tokens to other slots, which {kind} of {model_name(vit)} goes by")
 
 

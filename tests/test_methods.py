@@ -48,11 +48,10 @@ def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: ty
     assert output.usage.live.all()
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_and_packed_agree(method: str, flavour: str, seed: int) -> None:
+def test_masked_and_packed_agree(method: str, flavour: str) -> None:
     model = build(method, flavour, dtype=torch.float64).eval()
-    batch = images(model.vit, seed=seed, dtype=torch.float64)
+    batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
         masked, packed = model(batch, Masked), model(batch, Packed)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
