@@ -69,7 +69,10 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
         ("resnet18", "resnet18 is a ResNet; supported are timm's VisionTransformer"),
         ("vit_base_patch16_rpn_224", "ResPostBlock"),
         ("deit_tiny", "no model named 'deit_tiny'; did you mean deit"),
-        ("deit_tiny_patch16_224 --method turbo", "method must be one of full, avit, ats, adavit, got 'turbo'"),
+        (
+            "deit_tiny_patch16_224 --method turbo",
+            "method must be one of full, avit, ats, adavit, evit, dynamicvit, tome, merge, got 'turbo'",
+        ),
         ("deit_tiny_patch16_224 --target 0", r"target must lie in (0, 1], the share of the dense MACs, got 0"),
         ("deit_tiny_patch16_224 --target half", "half"),
         ("deit_tiny_patch16_224 --batch-size 0", "batch_size must be at least 1, got 0"),

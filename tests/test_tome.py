@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FLAVOURS, images, small_vit
+from models import flavours, images, small_vit
 from torch import Tensor
 
 import adaptvit
@@ -41,7 +41,7 @@ def test_matching_is_that_of_the_paper(prefix: int, count: int, r: int) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("flavour", [name for name in FLAVOURS if name != "tokens to token"])
+@pytest.mark.parametrize("flavour", [name for name in flavours("merge") if name != "tokens to token"])
 def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> None:
     """Patches of two kinds, without a position; tokens to token, whose patches overlap, has no equal ones."""
     vit = small_vit(flavour, dtype=torch.float64).eval()
@@ -64,7 +64,7 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
 @pytest.mark.parametrize(
     "config", [ToMeConfig(r=3), MergeConfig(thresholds=0.4, relative=0.0)], ids=lambda config: config.method
 )
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", flavours("tome"))
 def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | MergeConfig, layout: type) -> None:
     model = config.build(small_vit(flavour)).eval()
     with torch.inference_mode():
