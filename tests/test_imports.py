@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
     {"flax", "flax.convert"},
     {"names"},
     {"budget", "pictures", "checkpoints", "data"},
-    {"evaluate", "bench", "report"},
+    {"evaluate", "bench", "report", "untrained"},
     {"train", "predict", "draw"},
     {"run", "demo"},
     {"recipes", "compare"},
