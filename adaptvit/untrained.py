@@ -1,4 +1,4 @@
-"""A pretrained ViT made adaptive without training: whatever a method can find out from images alone, then its budget."""
+"""A pretrained ViT made adaptive without training: what a method can find out from images alone, then its budget."""
 
 import copy
 from bisect import bisect_left
@@ -76,7 +76,7 @@ def adapt(
 def schedule(
     vit: VisionTransformer, images: Tensor, target: float, unit: Unit = "share", tolerance: float = 0.01
 ) -> ToMeConfig:
-    """ToMe's numbers of merged tokens that meet a target with the fewest merges, as even over the blocks as they can be.
+    """ToMe's numbers of merged tokens that meet a target with the fewest merges, as even over the blocks as can be.
 
     Raises:
         TypeError: the ViT cannot merge.

@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"evaluate", "bench", "report", "untrained"},
     {"train", "predict", "draw"},
     {"run", "demo"},
-    {"recipes", "compare"},
+    {"recipes", "compare", "compare_methods"},
     {"comparisons"},
     {"cli"},
 ]

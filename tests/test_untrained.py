@@ -74,7 +74,7 @@ def test_a_target_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.M
             "class token",
             0.5,
             ValueError,
-            "method must be one of merge, tome, ats, evit, avit, random, got 'full",
+            "one of merge, tome, ats, evit, avit, random, got 'full'",
         ),
     ],
 )
