@@ -173,7 +173,7 @@ def compare_methods(config: MethodsConfig) -> Outcome:
     ]
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
     write_csv(config.output / "methods.csv", [_line(row) for row in rows])
-    write_atomically(config.output / "conditions.json", json.dumps(conditions, indent=2) + "\n")
+    write_atomically(config.output / "conditions.json", json.dumps(conditions | machine(), indent=2) + "\n")
     plots = _plots(rows)
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
@@ -521,7 +521,7 @@ def _headline(rows: Sequence[Row], budget: float | None) -> str:
     able = [row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != CONTROL]
     if budget is None or not able:
         return f"{sum(row.against_dense is not None for row in rows)} models beside the dense one."
-    best = max(able, key=lambda row: row.record["top1"])
+    best = max(able, key=lambda row: (row.record["top1"], -row.record["gmacs"]))
     assert best.against_dense is not None
     gap, error = (100 * part for part in best.against_dense)
     return (

@@ -106,6 +106,11 @@ def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
     report = outcome.report.read_text()
     assert report.count("<figure>") == 2 + len(compare_methods.UNTRAINED) + 1  # of one budget, and the file
     assert "8 others, spread over the split, were set aside" in report
+    for entry, third in (
+        ("merge 0.6", "the patches of each token in their mean colour"),
+        ("ats 0.6", "the map over it"),
+    ):
+        assert f"{entry}: the image, the blocks that worked on each patch, {third}." in report
     assert 'src="http' not in report
     assert "meets the target of 0.05" in report
 
