@@ -14,6 +14,7 @@ from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.parts import ViTConfig
 from adaptvit.tokens import Masked, Packed
+from adaptvit.untrained import adapt
 from adaptvit.usage import Output, Usage, join
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ToMeConfig",
     "Usage",
     "ViTConfig",
+    "adapt",
     "convert",
     "dense_macs",
     "join",

@@ -12,6 +12,7 @@ Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -131,6 +132,15 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     _check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
     vit.load_state_dict(tensors, strict=fits)
     return fits
+
+
+def digest(model: AdaptiveViT, what: object) -> str:
+    """SHA-256, in hexadecimal digits, of `what` as it prints and of the model's tensors: what a result is known by."""
+    found = hashlib.sha256(repr(what).encode())
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def convert(

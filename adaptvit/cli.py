@@ -1,7 +1,6 @@
 """Vision transformers that spend compute where an image needs it."""
 
 import csv
-import io
 import json
 import sys
 import warnings
@@ -20,11 +19,13 @@ from adaptvit.bench import BenchConfig, bench
 from adaptvit.budget import Trial
 from adaptvit.checkpoints import convert
 from adaptvit.compare import compare, table
+from adaptvit.compare_methods import MethodsConfig, compare_methods
+from adaptvit.compare_methods import table as compared_table
 from adaptvit.comparisons import COMPARISONS
 from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.files import replacing, write_atomically
+from adaptvit.files import replacing, write_atomically, write_csv
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.recipes import RECIPES
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
         commands = parser.add_subcommands(dest="command")
         commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
-        commands.add_subcommand("compare", compare_parser(), help="train variants with several seeds, and one report")
+        commands.add_subcommand(
+            "compare", compare_parser(words), help="train variants, or methods on one model: one report"
+        )
         commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
         commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
         commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
@@ -108,14 +111,16 @@ def run_train(arguments: Namespace) -> None:
         print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 
 
-def compare_parser() -> ArgumentParser:
-    """`adaptvit compare NAME`."""
+def compare_parser(words: Sequence[str]) -> ArgumentParser:
+    """`adaptvit compare NAME`, or that of methods, where the command line's words say so."""
+    if words[:2] == ["compare", "methods"]:
+        return methods_parser()
     parser = ArgumentParser(
         allow_abbrev=False,
         description="Train every variant of a comparison with every seed; table, csv, plots and a report with spreads. "
-        "What is finished is never run again.",
+        "What is finished is never run again. `adaptvit compare methods --help`: methods side by side on one model.",
     )
-    parser.add_argument("name", type=str, help=f"One of {', '.join(COMPARISONS)}.")
+    parser.add_argument("name", type=str, help=f"One of {', '.join(COMPARISONS)}, or methods.")
     parser.add_argument(
         "--root", type=Path, default=None, help="Folder of the images, where it is not the comparison's."
     )
@@ -125,10 +130,39 @@ def compare_parser() -> ArgumentParser:
     return parser
 
 
-def run_compare(arguments: Namespace) -> None:
-    """Run what is not finished, and print the table."""
+def methods_parser() -> ArgumentParser:
+    """`adaptvit compare methods MODEL ROOT [FILES...]`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Every method that needs no training, at several budgets, and models that were fine-tuned: "
+        "accuracy against MACs and measured speed. What is finished is never run again.",
+    )
+    parser.add_argument("name", choices=["methods"], help="methods.")
+    parser.add_class_arguments(MethodsConfig, as_positional=True, skip={"files"})
+    parser.add_argument(
+        "files", nargs="*", default=[], help="Fine-tuned models of the same classes, as adaptvit files."
+    )
+    return parser
+
+
+def run_compare(arguments: Namespace) -> int:
+    """Run what is not finished, and print the table; 1 where images could not be read."""
+    try:
+        return _compare_methods(arguments) if arguments.name == "methods" else _compare_variants(arguments)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+
+
+def _compare_methods(arguments: Namespace) -> int:
+    arguments.files = tuple(arguments.files)
+    outcome = compare_methods(_config(MethodsConfig, arguments))
+    print(f"{compared_table(outcome.rows).text()}\n\n{outcome.report}: the report")
+    return _say_unreadable(outcome.unreadable)
+
+
+def _compare_variants(arguments: Namespace) -> int:
     if arguments.name not in COMPARISONS:
-        raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)}, got {arguments.name!r}")
+        raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)} or methods, got {arguments.name!r}")
     comparison = COMPARISONS[arguments.name]()
     variants = comparison.variants
     if arguments.root is not None:
@@ -138,11 +172,9 @@ def run_compare(arguments: Namespace) -> None:
             name: replace(run, recipe=replace(run.recipe, epochs=arguments.epochs)) for name, run in variants.items()
         }
     output = arguments.output or Path("runs") / arguments.name
-    try:
-        rows = compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on where it was") from None
+    rows = compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes)
     print(f"{comparison.question}\n\n{table(rows).text()}\n\n{output / 'report.html'}: the report")
+    return 0
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -323,11 +355,7 @@ def _append(path: Path, figures: dict[str, Any]) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     rows.append({name: "" if value is None else value for name, value in figures.items()})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_csv(path, rows)
 
 
 def _say_unreadable(unreadable: Sequence[Unreadable]) -> int:

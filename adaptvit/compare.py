@@ -1,8 +1,6 @@
 """Comparisons: runs that differ in one thing, each with several seeds, in one table with means and spreads."""
 
-import csv
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import load
 from adaptvit.data import open_data
-from adaptvit.files import write_atomically
+from adaptvit.files import write_atomically, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars
 from adaptvit.report import Picture, Report, Section, Table, machine, write
@@ -113,8 +111,8 @@ def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int
         )
         for name, results in found.items()
     ]
-    _write_csv(output / "runs.csv", [{"variant": row.name, **figures} for row in rows for figures in row.runs])
-    _write_csv(output / "summary.csv", [_summary(row) for row in rows])
+    write_csv(output / "runs.csv", [{"variant": row.name, **figures} for row in rows for figures in row.runs])
+    write_csv(output / "summary.csv", [_summary(row) for row in rows])
     write(_report(comparison, rows, seeds), output / "report.html")
     return rows
 
@@ -302,11 +300,3 @@ def _shown(both: tuple[float, float] | None, digits: int, scale: float = 1.0, si
 
 def _folder(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
-
-
-def _write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomically(path, text.getvalue())

@@ -154,7 +154,7 @@ def _draw(config: DrawConfig) -> Drawing:
         beyond = len(samples) - len(seen) - len(unreadable)
     if not seen:
         raise _none_readable(unreadable, config.folder)
-    images = _pixels(torch.stack([one.image for one in seen]), settings)
+    images = pixels(torch.stack([one.image for one in seen]), settings)
     depth = torch.stack([one.depth for one in seen])
     captions = _captions(seen, titles, _gmacs(model, seen, config.batch_size), model.depth)
 
@@ -187,7 +187,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
         for place, row in enumerate(rows.tolist()):
             which = "right class" if labelled else f"class {record.classes[row]}"
             captions[place] += f", {which} at {(-record.difficulty[row]).exp():.1%}"
-        images = _pixels(torch.stack([one.image for one in seen]), settings)
+        images = pixels(torch.stack([one.image for one in seen]), settings)
         depth = torch.stack([one.depth for one in seen])
         return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45)
 
@@ -264,7 +264,7 @@ def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -
     ]
 
 
-def _last_groups(usage: Usage) -> Sequence[Tensor | None]:
+def last_groups(usage: Usage) -> Sequence[Tensor | None]:
     """Of each image, the token that each patch is part of in the end: (rows, columns); None where none are merged."""
     if usage.groups is None:
         return [None] * len(usage.attended)
@@ -288,7 +288,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
-def _pixels(images: Tensor, settings: dict[str, Any]) -> Tensor:
+def pixels(images: Tensor, settings: dict[str, Any]) -> Tensor:
     """Normalised images as they are looked at: values in [0, 1]."""
     mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
     return (images * std + mean).clamp(0, 1)
@@ -394,7 +394,7 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
         if good:
             usage = full_usage(model, torch.stack(good).to(like))
             _check_tracked(model, usage)
-            maps = iter(zip(usage.patch_depth.cpu(), _last_groups(usage), strict=True))
+            maps = iter(zip(usage.patch_depth.cpu(), last_groups(usage), strict=True))
         for index, item in zip(part, items, strict=True):
             if isinstance(item, Unreadable):
                 yield item

@@ -4,6 +4,7 @@ Letters: B images, L blocks, N token slots.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
-from adaptvit.data import DataConfig, Unreadable, class_names, collate, open_split
+from adaptvit.data import Batch, DataConfig, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.timing import interleaved
@@ -112,17 +113,13 @@ def evaluate(
     Raises:
         ValueError: the data set has no image that can be read, or a label that the model's head does not have.
     """
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
     model.eval()
-    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
     logits, labels, usages, unreadable = [], [], [], []
     try:
-        with torch.inference_mode():
-            for batch in tqdm(loader, desc="evaluating", leave=False):
-                unreadable += batch.unreadable
-                if not len(batch.labels):
-                    continue
-                output = _forward(model, batch.images.to(device), layout)
+        for batch, output in outputs(model, data, layout, batch_size, workers):
+            unreadable += batch.unreadable
+            if output is not None:
                 logits.append(output.logits.float().cpu())
                 labels.append(batch.labels)
                 usages.append(_on_host(output.usage))
@@ -131,6 +128,28 @@ def evaluate(
     if not usages:
         raise ValueError("evaluate needs at least one image that can be read, and the data set has none")
     return _result(torch.cat(logits), torch.cat(labels), join(usages), model, tuple(unreadable))
+
+
+@torch.inference_mode()
+def outputs(
+    model: AdaptiveViT | VisionTransformer,
+    data: Dataset,
+    layout: type[Tokens] | None = None,
+    batch_size: int = 120,
+    workers: int = 0,
+) -> Iterator[tuple[Batch, Output | None]]:
+    """Each batch of a data set and what a model makes of it, in its present mode; None where no image can be read.
+
+    Raises:
+        ValueError: a label that the model's head does not have.
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
+    for batch in tqdm(loader, desc="evaluating", leave=False):
+        output = _forward(model, batch.images.to(device), layout) if len(batch.labels) else None
+        if output is not None:
+            _check_labels(batch.labels, output.logits.shape[1])
+        yield batch, output
 
 
 def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: int = 10) -> Speed:
@@ -195,12 +214,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     settings = resolve_model_data_config(model)
     source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
     data = open_split(source, settings, config.split)
-    classes = class_names(data)
-    if classes and config.class_map is None and len(classes) != model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, but {str(config.root)!r} has {len(classes)}; if they are some "
-            "of the model's, pass class_map"
-        )
+    check_classes(data, model, config.root, config.class_map)
     result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)
     figures: dict[str, Any] = {"model": config.model, "data": str(config.dataset or config.root), **result.figures}
     if config.rounds:
@@ -213,12 +227,32 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     return result, figures
 
 
+def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path | None) -> None:
+    """Refuse data of other classes than the model's, as far as the number of their folders tells.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    classes = class_names(data)
+    if classes and class_map is None and len(classes) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes)}; if they are some of the "
+            "model's, pass class_map"
+        )
+
+
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:
     if isinstance(model, AdaptiveViT):
         return model(images, layout)
     shape, grid = shape_of(model), patch_grid(model, images)
     depth = torch.full((len(images), shape.prefix + grid[0] * grid[1]), shape.depth, device=images.device)
     return Output(model(images), Usage.of_depth(depth, shape.depth, shape.heads, grid, shape.prefix))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if not 0 <= labels.min() <= labels.max() < classes:
+        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
+        raise ValueError(f"the model has {classes} classes, 0 to {classes - 1}, but the data set has the label {wrong}")
 
 
 def _on_host(usage: Usage) -> Usage:
@@ -233,10 +267,6 @@ def _result(
     model: AdaptiveViT | VisionTransformer,
     unreadable: tuple[Unreadable, ...],
 ) -> Result:
-    classes = logits.shape[1]
-    if not 0 <= labels.min() <= labels.max() < classes:
-        wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
-        raise ValueError(f"the model has {classes} classes, 0 to {classes - 1}, but the data set has the label {wrong}")
     shape = model.shape if isinstance(model, AdaptiveViT) else shape_of(model)
     cost = macs(usage, shape).double() / 1e9
     ranked = logits.argsort(dim=1, descending=True)
@@ -245,7 +275,7 @@ def _result(
     return Result(
         images=len(labels),
         top1=(ranked[:, 0] == labels).double().mean().item(),
-        top5=(ranked[:, :5] == labels[:, None]).any(dim=1).double().mean().item() if classes > 5 else None,
+        top5=(ranked[:, :5] == labels[:, None]).any(dim=1).double().mean().item() if logits.shape[1] > 5 else None,
         loss=losses.mean().item(),
         gmacs=cost.mean().item(),
         gmacs_dense=dense_macs(shape, usage.grid) / 1e9,

@@ -1,7 +1,9 @@
 """Files that are either whole or not there."""
 
+import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,3 +30,12 @@ def write_atomically(path: Path | str, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def write_csv(path: Path | str, lines: Sequence[Mapping[str, object]]) -> None:
+    """Write a CSV file with a column for each name in any of the lines, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomically(path, text.getvalue())

@@ -6,6 +6,7 @@ Letters: B images, L blocks, N token slots.
 import base64
 import io
 import warnings
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -209,6 +210,33 @@ def error_bars(points: dict[str, tuple[float, float]], label: str) -> Figure:
     axes.set_yticks(places, list(points), color=INK)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def tradeoff(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    dense: tuple[float, float],
+    label: str,
+    dotted: Container[str] = (),
+) -> Figure:
+    """Accuracy against what it costs: a line for each name, and a star for the dense model.
+
+    Args:
+        lines: by name, what it costs and the accuracy in [0, 1]; in any order.
+        dense: the same of the dense model.
+        label: of the cost.
+        dotted: names whose lines are dotted.
+    """
+    figure, axes = _plot(label, "top-1")
+    figure.set_size_inches(6.2, 4.2)
+    for number, (name, points) in enumerate(lines.items()):
+        x, y = zip(*sorted(points), strict=True)
+        style = ":" if name in dotted else "-"
+        axes.plot(x, y, style, color=f"C{number % 10}", marker="os^vDP"[number // 10 % 6], markersize=4, label=name)
+    axes.plot(*dense, "*", color=INK, markersize=11, label="dense")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -8,7 +8,6 @@ Letters: B images, L blocks, K classes told of each image.
 
 import csv
 import glob
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from adaptvit.checkpoints import open_model
+from adaptvit.checkpoints import digest, open_model
 from adaptvit.data import IMAGE_SUFFIXES, Unreadable, collate, read_image
 from adaptvit.files import replacing, write_atomically
 from adaptvit.macs import macs
@@ -407,12 +406,8 @@ def _settings(
     config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, preparation: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the lines, as JSON holds it."""
-    digest = hashlib.sha256(repr((model.config, model.shape)).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return {
-        "model": digest.hexdigest(),
+        "model": digest(model, (model.config, model.shape)),
         "folder": str(config.folder.resolve()),
         "top": config.top,
         "class names": None if isinstance(classes, range) else list(classes),

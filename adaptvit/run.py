@@ -21,17 +21,16 @@ from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import write_atomically
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.adavit_fit import fit_policies
-from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.train import Epoch, Recipe, fingerprint, train
+from adaptvit.untrained import adapt
 from adaptvit.vit import check
 
 CALIBRATION = 256
 """Training images that gate and knob are calibrated on, spread over the split."""
-SHARPNESS = 6.0
-"""`Run.sharpness` of a model that is not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +212,7 @@ def set_budget(
     output: Path,
     target: float | None = None,
     unit: Unit = "share",
-    method: Literal["ats", "avit"] | None = None,
+    method: Literal["merge", "ats", "avit", "evit"] | None = None,
     images: int = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
 ) -> MethodConfig:
@@ -225,14 +224,14 @@ def set_budget(
         output: the file to write.
         target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
         unit: `share` of the dense MACs, `gmacs` an image, or `images_per_s` on this machine.
-        method: what a plain ViT becomes, `ats` by default; `avit` has its gate fitted.
+        method: what a plain ViT becomes, `merge` by default. Thresholds of `merge` and the gate of `avit` are fitted.
         images: how many of them to look at.
         tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
     Returns:
         The config written.
     Raises:
         FileNotFoundError: no such model, folder, or folder of `output`.
-        TypeError: A-ViT, and the ViT's residual stream cannot be turned.
+        TypeError: the method cannot run on this ViT.
         ValueError: A-ViT without a class token, a method for a model that has another, no readable images, or a target
             that cannot be met.
     """
@@ -247,23 +246,21 @@ def set_budget(
     opened = open_model(model)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
     config: MethodConfig = opened.config
-    if config.knob is not None and method not in (None, config.method):
+    plain = isinstance(config, FullConfig)
+    if not plain and method not in (None, config.method):
         raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
     batch = spread_over(split, images)
     if batch.unreadable:
         first = batch.unreadable[0].name
         warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
-    adaptive = opened
-    if config.knob is None and method == "avit":
-        scale, _ = fit_gate(opened.vit, batch.images)
-        adaptive = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(opened.vit)
-    elif config.knob is None:
-        adaptive = ATSConfig().build(opened.vit)
     labels = batch.labels if len(class_names(split)) == opened.num_classes else None
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
-    config = meet_target(adaptive, batch.images, target, unit, tolerance, labels, tell)
-    save(adaptive, output)
-    return config
+    if plain:
+        opened = adapt(opened.vit, method or "merge", batch.images, target, unit, tolerance, labels, tell)
+    else:
+        meet_target(opened, batch.images, target, unit, tolerance, labels, tell)
+    save(opened, output)
+    return opened.config
 
 
 def spread_over(split: Dataset, count: int) -> Batch:

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device | None = None
+    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device | None = None, bar: str | None = None
 ) -> dict[str, list[float]]:
     """Time every call once per round, after one untimed warm-up each; every round starts with the next call.
 
@@ -15,6 +16,7 @@ def interleaved(
         calls: what to time, by name; gradients and modes are the caller's business.
         rounds: timed turns of each call, at least 1.
         device: an accelerator to wait for before and after each call.
+        bar: words beside a progress bar, which moves between rounds; None shows none.
     Returns:
         Seconds by name, one for each round, in the order of the rounds.
     Raises:
@@ -26,7 +28,7 @@ def interleaved(
         call()
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in tqdm(range(rounds), bar, leave=False, disable=bar is None):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             seconds[name].append(_seconds(calls[name], device))

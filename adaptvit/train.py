@@ -5,7 +5,6 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 """
 
 import fnmatch
-import hashlib
 import json
 import time
 import warnings
@@ -33,6 +32,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from adaptvit.budget import meet_target
+from adaptvit.checkpoints import digest
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import replacing, write_atomically
@@ -506,11 +506,7 @@ def freeze(vit: nn.Module, patterns: tuple[str, ...]) -> None:
 
 def fingerprint(model: AdaptiveViT, data: Data, recipe: Recipe, more: object = None) -> str:
     """Eight hexadecimal digits of what decides a run: recipe, method, starting weights, data, and `more`."""
-    digest = hashlib.sha256(repr((recipe, model.config, data.name, data.preparation, more)).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:8]
+    return digest(model, (recipe, model.config, data.name, data.preparation, more))[:8]
 
 
 def _flat(epoch: Epoch) -> dict[str, float]:

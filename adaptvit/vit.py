@@ -343,7 +343,7 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
     mean(x) + sqrt(1 - 1/D) u.x, u being the direction without its mean, of unit length.
 
     Args:
-        direction: (D,), not constant.
+        direction: (D,), not constant, on the ViT's device.
     Raises:
         TypeError: the ViT has a part that no rotation passes through: another norm than layer norm, a norm before the
             blocks, an attention pool, gated attention, or a linear map without the bias that a norm's would go to.
@@ -354,9 +354,9 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
     u = direction.double() - direction.double().mean()
     if not u.norm() > 0:
         raise ValueError("the direction for channel 0 is constant over the channels, which layer norm cannot see")
-    first = torch.eye(size, dtype=torch.float64)[0]
-    v = first - (1 / size + (1 - 1 / size) ** 0.5 * u / u.norm())
-    rotation = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(v, v) / v.dot(v)
+    identity = torch.eye(size, dtype=torch.float64, device=u.device)
+    v = identity[0] - (1 / size + (1 - 1 / size) ** 0.5 * u / u.norm())
+    rotation = identity - 2 * torch.outer(v, v) / v.dot(v)
     with torch.no_grad():
         for norm, readers in _readers(vit):
             for reader in readers:
@@ -367,7 +367,7 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
             norm.bias.zero_()
         for block in vit.blocks:
             for scale, writer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
-                gain = scale.gamma.double() if isinstance(scale, LayerScale) else torch.ones(size, dtype=torch.float64)
+                gain = scale.gamma.double() if isinstance(scale, LayerScale) else u.new_ones(size)
                 _assign(writer.weight, rotation @ (gain[:, None] * writer.weight.double()))
                 if writer.bias is not None:
                     _assign(writer.bias, rotation @ (gain * writer.bias.double()))

@@ -52,6 +52,7 @@ METHODS = {
     "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
     "ats": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
     "ats, released": ATSConfig(sampler="released"),
+    "ats, random": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6), sampler="random"),
     "adavit": AdaViTConfig(macs_target=None),
     "adavit, heads hidden": AdaViTConfig(heads_take="hidden", norm_policies=True, macs_target=None),
     "adavit, heads identity": AdaViTConfig(heads_take="identity", macs_target=None),

@@ -23,6 +23,7 @@ SEEDS = st.integers(0, 10_000)
 CONFIGS = {
     "inverse_transform": ATSConfig(blocks=(0, 1, 2)),
     "gumbel": ATSConfig(blocks=(0, 1, 2), sampler="gumbel"),
+    "random": ATSConfig(blocks=(0, 1, 2), sampler="random"),
     **{mode: ATSConfig(blocks=(0, 1, 2), sampler="released", mode=mode) for mode in ("mask", "single", "prune")},
 }
 VITS: dict[str, dict[str, Any]] = {
@@ -333,6 +334,19 @@ def test_the_rate_scales_k(name: str) -> None:
     assert (least.live[:, 1].sum(dim=1) == 2).all()
 
 
+def test_random_patches_are_as_many_as_the_scores_would_keep_and_of_each_image_its_own() -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=200)
+    samplers = ("inverse_transform", "random")
+    by_score, random = (ATSConfig(blocks=(1,), tokens=40, sampler=name).build(vit) for name in samplers)
+    with torch.inference_mode():
+        best, any_ = (model(batch).usage.live[:, 2, 1:] for model in (by_score, random))
+    assert torch.equal(any_.sum(dim=1), best.sum(dim=1))
+    share = best.double().sum(dim=1).mean() / best.shape[1]
+    assert ((any_.double().mean(dim=0) - share).abs() < 5 * (share * (1 - share) / len(batch)) ** 0.5).all()
+    assert len({tuple(row) for row in any_.tolist()}) == len(batch)
+
+
 @LAYOUTS
 def test_gumbel_draws_in_training_or_from_a_generator(layout: type) -> None:
     vit = small_vit().eval()
@@ -403,7 +417,7 @@ def test_a_batch_without_images_has_no_logits(name: str, layout: type) -> None:
         ({"rate": -0.5}, "rate must be 0 or more and finite, got -0.5"),
         ({"rate": float("inf")}, "rate must be 0 or more and finite, got inf"),
         ({"rate": float("nan")}, "rate must be 0 or more and finite, got nan"),
-        ({"sampler": "random"}, "sampler must be one of .*gumbel.*, got 'random'"),
+        ({"sampler": "any"}, "sampler must be one of .*random.*, got 'any'"),
         ({"sampler": "released", "mode": "drop"}, "mode must be one of .*prune.*, got 'drop'"),
         ({"mode": "prune"}, "mode='prune' is for sampler='released', but sampler is 'inverse_transform'"),
     ],

@@ -31,10 +31,10 @@ LAYERS: list[set[str]] = [
     {"flax", "flax.convert"},
     {"names"},
     {"budget", "pictures", "checkpoints", "data"},
-    {"evaluate", "bench", "report"},
+    {"evaluate", "bench", "report", "untrained"},
     {"train", "predict", "draw"},
     {"run", "demo"},
-    {"recipes", "compare"},
+    {"recipes", "compare", "compare_methods"},
     {"comparisons"},
     {"cli"},
 ]

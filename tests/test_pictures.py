@@ -14,6 +14,7 @@ from adaptvit.pictures import (
     laid_over,
     mean_colours,
     tokens_per_block,
+    tradeoff,
     usage_per_block,
     write_png,
 )
@@ -202,3 +203,11 @@ def test_groups_of_patches_are_shown_in_their_mean_colour() -> None:
     assert (shown[0, 0, :, :4] == 0.75).all()
     assert not shown[0, :, :2, 4:].any()
     assert (shown[0, 1, 2:, 4:] == 0.5).all()
+
+
+def test_a_tradeoff_has_a_line_a_name_from_left_to_right_and_a_star() -> None:
+    figure = tradeoff({"a": [(2.0, 0.5), (1.0, 0.4)], "b": [(1.5, 0.3)]}, (3.0, 0.6), "GMACs", dotted=("b",))
+    a, b, star = figure.axes[0].get_lines()
+    assert [(*line.get_xdata(),) for line in (a, b, star)] == [(1.0, 2.0), (1.5,), (3.0,)]
+    assert [(*line.get_ydata(),) for line in (a, b, star)] == [(0.4, 0.5), (0.3,), (0.6,)]
+    assert (a.get_linestyle(), b.get_linestyle(), star.get_marker()) == ("-", ":", "*")

@@ -52,10 +52,11 @@ class ATSConfig:
     patches, as released. An image keeps at most K patches."""
     rate: float = 1.0
     """K is taken times this: the one number by which a model is steered to a budget."""
-    sampler: Literal["inverse_transform", "released", "gumbel"] = "inverse_transform"
+    sampler: Literal["inverse_transform", "released", "gumbel", "random"] = "inverse_transform"
     """`inverse_transform`: the K midpoint quantiles of the scores (the paper). `released`: the released code's grid,
     from the least to the greatest cumulative score. `gumbel`: K draws with replacement in training, and where a
-    generator is given; otherwise the quantiles, so that evaluation repeats."""
+    generator is given; otherwise the quantiles, so that evaluation repeats. `random`: as many patches as the quantiles
+    fall on, but any: what the scores are held against. An image loses the same ones whenever it comes."""
     mode: Literal["mask", "single", "prune"] = "mask"
     """Of `released` only: where the least score counts as 0, and its patch is lost. `mask`: while an image has all its
     patches, as the released code does with masks. `single`: in every block, as it does for an image by itself. `prune`:
@@ -78,7 +79,7 @@ class ATSConfig:
         if not 0 <= self.rate < float("inf"):
             raise ValueError(f"ATSConfig.rate must be 0 or more and finite, got {self.rate}")
         for name, allowed in (
-            ("sampler", ("inverse_transform", "released", "gumbel")),
+            ("sampler", ("inverse_transform", "released", "gumbel", "random")),
             ("mode", ("mask", "single", "prune")),
         ):
             if getattr(self, name) not in allowed:
@@ -141,6 +142,7 @@ class ATS(AdaptiveViT):
         tokens = (layout or Packed).of(x)
         del x  # or it would stay to the end
         live, finite = [tokens.live], []
+        order = random_order(images, tokens.shape[1] - self.prefix) if self.config.sampler == "random" else None
         reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
         for number, block in enumerate(self.vit.blocks):
             if number in self.points:
@@ -148,7 +150,7 @@ class ATS(AdaptiveViT):
                 with torch.no_grad():
                     score = self.score(tokens, projected, live[-1])
                     finite.append(score.isfinite().all())
-                    live.append(self.sample(score, live[-1], number, generator))
+                    live.append(self.sample(score, live[-1], number, generator, order))
                 tokens = run_block(block, tokens, live[-1], projected)
             elif number == self.depth - 1 and self.read is not None:
                 live.append(reading.expand(tokens.shape))
@@ -176,8 +178,10 @@ class ATS(AdaptiveViT):
         of = ats_released.significance if self.config.sampler == "released" else significance
         return normalise(tokens.grid(of(attention, size))[:, self.prefix :], live[:, self.prefix :])
 
-    def sample(self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None) -> Tensor:
-        """The slots that block number `block` hands on: (B, N) bool."""
+    def sample(
+        self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None, order: Tensor | None
+    ) -> Tensor:
+        """The slots that block number `block` hands on: (B, N) bool; `order` is for `random`."""
         patches = live[:, self.prefix :]
         points = max(1.0, self.config.rate * (self.points[block] or score.shape[1]))
         match self.config.sampler:
@@ -185,6 +189,10 @@ class ATS(AdaptiveViT):
                 chosen = ats_released.sample(score, patches, round(points), self.config.mode)
             case "gumbel" if self.training or generator is not None:
                 chosen = draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
+            case "random":
+                assert order is not None
+                count = inverse_transform(score, points).sum(dim=1, keepdim=True)
+                chosen = order.masked_fill(~patches, order.shape[1]).argsort(dim=1).argsort(dim=1) < count
             case _:
                 chosen = inverse_transform(score, points)
         return torch.cat([live[:, : self.prefix], chosen], dim=1)
@@ -256,3 +264,12 @@ def draw(score: Tensor, noise: Tensor) -> Tensor:
 def gumbel_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard Gumbel noise on the device and in the precision of `like`."""
     return -torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
+
+
+def random_order(images: Tensor, patches: int) -> Tensor:
+    """The place of each patch in an order drawn for each image, (B, P) int64: by its own pixels, not by its batch."""
+    order = torch.empty(len(images), patches, dtype=torch.long)
+    seeds = images.flatten(1).contiguous().view(torch.uint8).sum(dim=1).tolist()
+    for row, seed in zip(order, seeds, strict=True):
+        torch.randperm(patches, generator=torch.Generator().manual_seed(seed), out=row)
+    return order.to(images.device)

@@ -58,6 +58,6 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
             for x in features[:-1]:
                 regression.add(x - x.mean(dim=-1, keepdim=True), little)
     direction, _, explained = regression.solve()
-    set_channel(vit, direction.cpu())
+    set_channel(vit, direction)
     scale = (direction - direction.mean()).norm() / (1 - 1 / size) ** 0.5
     return scale.item(), explained.item()

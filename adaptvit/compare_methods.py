@@ -1,0 +1,534 @@
+"""Methods side by side on one pretrained ViT: accuracy against MACs and against measured speed, at several budgets.
+
+calibration images -> each method that needs no training, at each budget
+fine-tuned files, each at its own budget                                 -> the other images -> a record each
+all records        -> all speeds in turns -> methods.csv, conditions.json, two plots, report.html
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from adaptvit.checkpoints import digest, open_model, start_from
+from adaptvit.data import DataConfig, Unreadable, open_split
+from adaptvit.draw import full_usage, last_groups, pixels
+from adaptvit.evaluate import check_classes, outputs
+from adaptvit.files import write_atomically, write_csv
+from adaptvit.macs import Shape, dense_macs, macs
+from adaptvit.methods import METHODS
+from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.full import FullConfig
+from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.pictures import data_uri, depth_maps, mean_colours, tradeoff, write_png
+from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.run import spread_over
+from adaptvit.timing import interleaved
+from adaptvit.tokens import Masked, Packed
+from adaptvit.untrained import UNTRAINED, adapt
+
+CONTROL = "random"
+"""The method that the others must beat."""
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """What to compare, on what."""
+
+    model: str
+    """An adaptvit file of a plain ViT, or the name of a timm ViT with its own weights."""
+    root: Path
+    """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
+    files: tuple[str, ...] = ()
+    """Fine-tuned models of the same classes, as adaptvit files; each is measured as it is."""
+    methods: tuple[str, ...] = UNTRAINED
+    """What the model becomes without training; `random` drops as many patches as ATS, but any."""
+    budgets: tuple[float, ...] = (0.85, 0.7, 0.6, 0.5)
+    """Shares of the dense MACs, in (0, 1], that each of these methods is brought to."""
+    weights: Path | None = None
+    """File to give the timm ViT its weights, in timm's names; None takes timm's own."""
+    output: Path = Path("runs/methods")
+    """Folder of the results; what it holds of the same comparison is not computed again."""
+    split: str = "validation"
+    """The split of the data."""
+    class_map: Path | None = None
+    """File with the class names in the order of the labels, one on a line."""
+    calibration: int | None = None
+    """Images that are set aside to fit methods and budgets, spread over the split; the others are measured. None is a
+    fifth of them, 256 at most."""
+    limit: int | None = None
+    """Most images measured, spread over those that are not set aside."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = 2
+    """Processes that decode."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
+    timed: int = 32
+    """Images in a timed batch."""
+    rounds: int = 10
+    """Timed turns of that batch, all models after one another in each."""
+    latencies: int = 100
+    """Timed turns of one image, likewise."""
+    pictures: int = 4
+    """Images on which the report shows what each method kept or merged."""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.methods if name not in UNTRAINED]:
+            raise ValueError(f"methods must be some of {', '.join(UNTRAINED)}, got {unknown[0]!r}")
+        if wrong := [share for share in self.budgets if not 0 < share <= 1]:
+            raise ValueError(f"budgets must lie in (0, 1], shares of the dense MACs, got {wrong[0]}; 60 % is 0.6")
+        least = {"calibration": 1, "limit": 2, "batch_size": 1, "workers": 0, "timed": 1, "rounds": 1, "latencies": 2}
+        for name, lowest in {**least, "pictures": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, got {value}")
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison."""
+
+    name: str
+    """Of the method, or of the file; `dense` is timm's own model."""
+    budget: float | None = None
+    """Share of the dense MACs asked for; None of a model that is measured as it is."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where budgets differ."""
+        return self.name if self.budget is None else f"{self.name} {self.budget:g}"
+
+
+DENSE = Entry("dense")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of an entry."""
+
+    entry: Entry
+    record: dict[str, Any]
+    """As it is stored: why it could not be done, `refused`, or None there and the figures."""
+    against_dense: tuple[float, float] | None
+    """Difference in top-1 from the dense model, image by image: mean and its standard error; None of dense itself and
+    where it could not be done."""
+    speed: dict[str, float]
+    """Images per second, `dense`, `masked` and `packed`; `ideal` and `realised` gain over the dense model; seconds for
+    one image, `p50` and `p95`. Empty where it could not be done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `compare_methods` found."""
+
+    rows: list[Row]
+    """The dense model first."""
+    unreadable: list[Unreadable]
+    """Images that could not be decoded and are in no figure."""
+    report: Path
+    """What to open first."""
+
+
+def compare_methods(config: MethodsConfig) -> Outcome:
+    """Evaluate every method at every budget and every file, time all of them in turns, and write the results.
+
+    Each entry leaves a record in `output/records`, known by all that decides it, and is never evaluated twice: an
+    interrupted comparison goes on with the next entry. What the model cannot do has a row that says why.
+
+    Raises:
+        FileNotFoundError: no such model, file or folder.
+        TypeError: the model is not a ViT that this library reproduces.
+        ValueError: the model is no plain ViT, a file or the data has other classes, or there are too few images.
+    """
+    what = _Compared(config)
+    budgets = tuple(dict.fromkeys(config.budgets))
+    untrained = [Entry(name, share) for name in dict.fromkeys(config.methods) for share in budgets]
+    entries = [DENSE, *untrained, *map(Entry, what.files)]
+    (config.output / "records").mkdir(parents=True, exist_ok=True)
+    records = {entry: what.record(entry) for entry in tqdm(entries, "methods", position=1)}
+    models = {entry: what.rebuild(entry, record) for entry, record in records.items() if not record["refused"]}
+    timed = what.speeds(models)
+    rows = [
+        Row(entry, record, _paired(record, records[DENSE]), timed["speeds"].get(entry.label, {}))
+        for entry, record in records.items()
+    ]
+    conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
+    write_csv(config.output / "methods.csv", [_line(row) for row in rows])
+    write_atomically(config.output / "conditions.json", json.dumps(conditions | machine(), indent=2) + "\n")
+    plots = _plots(rows)
+    for name, (figure, _) in plots.items():
+        write_png(figure, config.output / f"{name}.png")
+    shown = sorted(budgets)[(len(budgets) - 1) // 2] if budgets else None
+    sections = [Section("Accuracy against cost", [Picture(data_uri(figure), said) for figure, said in plots.values()])]
+    drawn = {entry: model for entry, model in models.items() if entry != DENSE and entry.budget in (shown, None)}
+    if drawn and config.pictures:
+        sections.append(Section("What is kept, or merged", what.pictures(drawn)))
+    report = Report(
+        title="adaptvit compare methods",
+        headline=_headline(rows, shown),
+        introduction=what.introduction(records[DENSE]),
+        table=table(rows),
+        sections=sections,
+        facts={"Conditions": conditions, "Machine": machine()},
+    )
+    write(report, config.output / "report.html")
+    unreadable = [Unreadable(*one) for one in records[DENSE]["unreadable"]]
+    return Outcome(rows, unreadable, config.output / "report.html")
+
+
+class _Compared:
+    """The model, the files, and the images to fit and to measure them on.
+
+    Attributes:
+        dense: the plain ViT.
+        files: fine-tuned models by the names that they were given.
+        aside, measured: numbers of the images in the split.
+        calibration: the images that are set aside.
+    """
+
+    def __init__(self, config: MethodsConfig) -> None:
+        self.config = config
+        self.dense = _open_plain(config).to(config.device)
+        self.files = {file: open_model(file).to(config.device) for file in config.files}
+        for file, model in self.files.items():
+            if model.num_classes != self.dense.num_classes:
+                raise ValueError(
+                    f"{file} has {model.num_classes} classes, but {config.model} has {self.dense.num_classes}: only "
+                    "models of the same classes can be compared"
+                )
+        split = self.split(self.dense)
+        check_classes(split, self.dense, config.root, config.class_map)
+        self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
+        aside = Subset(split, self.aside)
+        self.calibration = spread_over(aside, len(self.aside)).images.to(config.device)
+        self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
+        self.turned: VisionTransformer | None = None  # with the gate that all budgets of A-ViT share
+
+    def split(self, model: AdaptiveViT) -> Dataset:
+        """All images, as a model takes them."""
+        source = DataConfig(root=self.config.root, class_map=self.config.class_map)
+        return open_split(source, resolve_model_data_config(model), self.config.split)
+
+    def some(self, model: AdaptiveViT, count: int) -> Tensor:
+        """Measured images, spread over all of them."""
+        return spread_over(Subset(self.split(model), self.measured), count).images.to(self.config.device)
+
+    def key(self, entry: Entry) -> str:
+        """Eight hexadecimal digits of all that decides a record."""
+        model = self.files.get(entry.name)
+        known = self.known_by if model is None else digest(model, (model.config, model.shape))
+        settings = sorted(resolve_model_data_config(model or self.dense).items())
+        source = (str(self.config.root.resolve()), self.config.split, str(self.config.class_map))
+        told = (entry, known, self.known_by, settings, source, self.aside, self.measured)
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+
+    def record(self, entry: Entry) -> dict[str, Any]:
+        """What is known of an entry: read back, or found out and stored."""
+        name = re.sub(r"[^\w.]+", "-", entry.label).strip("-")
+        path = self.config.output / "records" / f"{name}-{self.key(entry)}.json"
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+        record: dict[str, Any] = {"entry": entry.label, "refused": None, "config": None}
+        try:
+            model = self.made(entry)
+        except (TypeError, ValueError) as error:
+            record["refused"] = " ".join(str(error).split())
+        else:
+            record["config"] = asdict(model.config)
+            runs = model.vit if entry == DENSE else model
+            data = Subset(self.split(model), self.measured)
+            record |= _measured(runs, model.shape, data, self.config.batch_size, self.config.workers)
+        text = json.dumps(record)
+        write_atomically(path, text + "\n")
+        return dict(json.loads(text))  # the same, tuples and lists, whether found out now or earlier
+
+    def made(self, entry: Entry) -> AdaptiveViT:
+        """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
+        if entry.budget is None:
+            return self.files.get(entry.name, self.dense)
+        return adapt(self.dense.vit, entry.name, self.calibration, entry.budget)  # type: ignore[arg-type]
+
+    def rebuild(self, entry: Entry, record: dict[str, Any]) -> AdaptiveViT:
+        """The model that a record is of, from its config."""
+        if entry.budget is None:
+            return self.made(entry)
+        vit = self.dense.vit
+        if entry.name == "avit":
+            if self.turned is None:
+                self.turned = copy.deepcopy(vit)
+                fit_gate(self.turned, self.calibration)
+            vit = self.turned
+        method = "ats" if entry.name == CONTROL else entry.name
+        return METHODS[method](**record["config"]).build(vit)
+
+    def speeds(self, models: Mapping[Entry, AdaptiveViT]) -> dict[str, Any]:
+        """Speeds by label, all models in turns, and the load average before and after; measured once."""
+        config, path = self.config, self.config.output / "speed.json"
+        settings = [[self.key(entry) for entry in models], config.timed, config.rounds, config.latencies]
+        settings += [config.device, torch.get_num_threads()]
+        if path.exists() and (record := json.loads(path.read_text()))["settings"] == settings:
+            return dict(record)
+        before = os.getloadavg()[0]
+        batches = {DENSE: self.some(self.dense, config.timed)}
+        for entry in models:
+            batches[entry] = self.some(models[entry], config.timed) if entry.name in self.files else batches[DENSE]
+        whole: dict[str, Callable[[], object]] = {"dense": partial(self.dense.vit, batches[DENSE])}
+        single = {"dense": _one_by_one(self.dense.vit, batches[DENSE])}
+        for entry, model in models.items():
+            if entry != DENSE:
+                whole[f"{entry.label}, masked"] = partial(model, batches[entry], Masked)
+                whole[f"{entry.label}, packed"] = partial(model, batches[entry], Packed)
+                single[entry.label] = _one_by_one(model, batches[entry])
+        device = torch.device(config.device)
+        with torch.inference_mode():
+            seconds = interleaved(whole, config.rounds, device, "timing batches")
+            alone = interleaved(single, config.latencies, device, "timing single images")
+            usages = {entry: model(batches[entry]).usage for entry, model in models.items()}
+        speeds = {}
+        for entry, model in models.items():
+            spread = quantiles(alone[entry.label], n=20, method="inclusive")
+            own = {"dense": len(batches[DENSE]) / median(seconds["dense"]), "p50": spread[9], "p95": spread[18]}
+            if entry != DENSE:
+                packed = seconds[f"{entry.label}, packed"]
+                executed = macs(usages[entry], model.shape).double().mean().item()
+                own["masked"] = len(batches[entry]) / median(seconds[f"{entry.label}, masked"])
+                own["packed"] = len(batches[entry]) / median(packed)
+                own["ideal"] = dense_macs(self.dense.shape, usages[DENSE].grid) / executed
+                own["realised"] = median(slow / fast for slow, fast in zip(seconds["dense"], packed, strict=True))
+            speeds[entry.label] = own
+        loads = {"load average before timing": before, "load average after timing": os.getloadavg()[0]}
+        record = {"settings": settings, "speeds": speeds, **loads}
+        write_atomically(path, json.dumps(record, indent=2) + "\n")
+        return record
+
+    def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Picture]:
+        """The same images, each with what a model did with its patches."""
+        made = []
+        for entry, model in models.items():
+            images = self.some(model, self.config.pictures)
+            with torch.inference_mode():
+                usage = full_usage(model, images)
+            if usage.live is None or images.shape[1] not in (1, 3):
+                continue
+            seen = pixels(images.cpu(), resolve_model_data_config(model))
+            groups = [one for one in last_groups(usage) if one is not None]
+            merged = mean_colours(seen, torch.stack(groups)) if groups else None
+            captions = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
+            figure = depth_maps(seen, usage.patch_depth, model.depth, 2, captions, True, merged=merged)
+            third = "the map over it" if merged is None else "the patches of each token in their mean colour"
+            caption = f"{entry.label}: the image, the blocks that worked on each patch, {third}."
+            made.append(Picture(data_uri(figure, "png"), caption))
+        return made
+
+    def introduction(self, dense: dict[str, Any]) -> list[str]:
+        """What was done, in words."""
+        unreadable = f" {len(dense['unreadable'])} cannot be read and are left out." if dense["unreadable"] else ""
+        return [
+            f"{self.config.model}, {dense['images']} images of {self.config.root} measured; {len(self.aside)} others, "
+            f"spread over the split, were set aside to fit methods and budgets.{unreadable}",
+            "Nothing was trained here. Methods with a budget were fitted to it; files come fine-tuned, at their own. "
+            f"{CONTROL} drops as many patches as ats, but any.",
+        ]
+
+    def conditions(self) -> dict[str, Any]:
+        """What the results depend on."""
+        told = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        told |= {"images measured": len(self.measured), "images set aside": len(self.aside)}
+        plain = (int, float, str)
+        return {
+            name: value if isinstance(value, plain) or value is None else _said(value) for name, value in told.items()
+        }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What was found, a line an entry."""
+    columns = [
+        "",
+        "top-1, %",
+        "against dense",
+        "GMACs, p10 to p90",
+        "images/s masked, packed",
+        "gain, ideal",
+        "ms, p95",
+    ]
+    refused = any(row.record["refused"] for row in rows)
+    cells = []
+    for row in rows:
+        record, speed = row.record, row.speed
+        if record["refused"]:
+            cells.append([row.entry.label, *["-"] * (len(columns) - 1), record["refused"]])
+            continue
+        cost = f"{record['gmacs']:.3f}, {record['gmacs_p10']:.3f} to {record['gmacs_p90']:.3f}"
+        gap = row.against_dense
+        gap_text = "" if gap is None else f"{100 * gap[0]:+.1f} ± {100 * gap[1]:.1f}"
+        own = row.entry == DENSE
+        rates = f"{speed['dense']:.1f}" if own else f"{speed['masked']:.1f}, {speed['packed']:.1f}"
+        gains = "" if own else f"{speed['realised']:.2f}, {speed['ideal']:.2f}"
+        late = f"{1e3 * speed['p50']:.1f}, {1e3 * speed['p95']:.1f}"
+        line = [row.entry.label, f"{100 * record['top1']:.1f}", gap_text, cost, rates, gains, late]
+        cells.append(line + [""] * refused)
+    note = (
+        "Against dense: difference in top-1, image by image, and its standard error. Gain: speed of the packed batch "
+        "over that of the dense model, all models in turns; ideal: dense MACs over executed MACs. ms: one image at a "
+        "time, median and 95th percentile."
+    )
+    return Table(columns + ["why not"] * refused, cells, note)
+
+
+def _open_plain(config: MethodsConfig) -> AdaptiveViT:
+    """The model that is compared with: a plain ViT, in evaluation mode."""
+    if config.weights is None:
+        model = open_model(config.model)
+        if not isinstance(model.config, FullConfig):
+            method = model.config.method
+            raise ValueError(f"{config.model} is {method} already: give a plain ViT, and this file after the folder")
+        return model
+    if not timm.is_model(config.model):
+        raise ValueError(f"weights are for the name of a timm model, which {config.model!r} is not")
+    vit = timm.create_model(config.model)
+    if not start_from(vit, config.weights):
+        raise ValueError(f"{str(config.weights)!r} has no head of the {vit.num_classes} classes of {config.model}")
+    return FullConfig().build(vit).eval()
+
+
+def _divided(count: int, config: MethodsConfig) -> tuple[list[int], list[int]]:
+    """The images set aside and those measured, of so many.
+
+    Raises:
+        ValueError: fewer than two are left to measure.
+    """
+    calibration = max(1, min(256, count // 5)) if config.calibration is None else config.calibration
+    if count - calibration < 2:
+        raise ValueError(
+            f"{str(config.root)!r} has {count} images, of which {calibration} are set aside for calibration: two or "
+            "more must be left to measure"
+        )
+    aside = [place * count // calibration for place in range(calibration)]
+    others = sorted({*range(count)} - {*aside})
+    limit = min(config.limit or len(others), len(others))
+    return aside, [others[place * len(others) // limit] for place in range(limit)]
+
+
+def _measured(
+    model: AdaptiveViT | VisionTransformer, shape: Shape, data: Dataset, batch_size: int, workers: int
+) -> dict[str, Any]:
+    """Figures of a model over a data set, with a digit of each image: whether it was classified rightly.
+
+    Raises:
+        ValueError: fewer than two images can be read.
+    """
+    right, costs, attended = [], [], torch.zeros(shape.depth, dtype=torch.long)
+    unreadable: list[Unreadable] = []
+    for batch, output in outputs(model, data, None, batch_size, workers):
+        unreadable += batch.unreadable
+        if output is not None:
+            right.append(output.logits.argmax(dim=1).cpu() == batch.labels)
+            costs.append(macs(output.usage, shape).double().cpu() / 1e9)
+            attended += output.usage.attended.sum(dim=0).cpu()
+    count = sum(map(len, right))
+    if count < 2:
+        raise ValueError(
+            f"two images or more must be readable to be measured, got {count} of {count + len(unreadable)}"
+        )
+    correct, gmacs = torch.cat(right), torch.cat(costs)
+    return {
+        "images": count,
+        "top1": correct.double().mean().item(),
+        "gmacs": gmacs.mean().item(),
+        "gmacs_p10": gmacs.quantile(0.1).item(),
+        "gmacs_p90": gmacs.quantile(0.9).item(),
+        "tokens_per_block": (attended / count).tolist(),
+        "unreadable": unreadable,
+        "correct": "".join(map(str, correct.int().tolist())),
+    }
+
+
+def _paired(record: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float] | None:
+    """Mean and standard error of the difference in top-1, image by image; None of dense itself and where refused."""
+    if record is dense or record["refused"]:
+        return None
+    own, other = (torch.tensor([float(digit) for digit in one["correct"]]).double() for one in (record, dense))
+    gap = own - other
+    return gap.mean().item(), (gap.std() / len(gap) ** 0.5).item()
+
+
+def _one_by_one(model: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
+    """A call that takes the next image whenever it is called."""
+    turns = cycle(images.split(1))
+    return lambda: model(next(turns))
+
+
+def _line(row: Row) -> dict[str, Any]:
+    """A line of `methods.csv`."""
+    record, gap = row.record, row.against_dense
+    line: dict[str, Any] = {"name": row.entry.name, "budget": row.entry.budget, "refused": record["refused"]}
+    if record["refused"]:
+        return line
+    line |= {name: record[name] for name in ("images", "top1")}
+    line |= {"top1_minus_dense": gap and gap[0], "standard_error": gap and gap[1]}
+    line |= {name: record[name] for name in ("gmacs", "gmacs_p10", "gmacs_p90")}
+    line |= {f"{name}_images_per_s": row.speed.get(name) for name in ("dense", "masked", "packed")}
+    line |= {f"{name}_gain": row.speed.get(name) for name in ("ideal", "realised")}
+    line |= {f"ms_{name}": 1e3 * row.speed[name] for name in ("p50", "p95")}
+    line["tokens_per_block"] = " ".join(f"{count:.0f}" for count in record["tokens_per_block"])
+    return line | {"config": json.dumps(record["config"])}
+
+
+def _plots(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
+    """Figures by file name, each with its caption."""
+    done = [row for row in rows if not row.record["refused"]]
+    dense, others = done[0], done[1:]
+
+    def plot(x: Callable[[Row], float], label: str) -> Figure:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in others:
+            lines.setdefault(row.entry.name, []).append((x(row), row.record["top1"]))
+        return tradeoff(lines, (x(dense), dense.record["top1"]), label, dotted=(CONTROL,))
+
+    return {
+        "accuracy_gmacs": (
+            plot(lambda row: row.record["gmacs"], "GMACs, mean over images"),
+            "Top-1 against executed MACs: further left is cheaper. The star is the dense model.",
+        ),
+        "accuracy_speed": (
+            plot(lambda row: row.speed.get("realised", 1.0), "measured speed over the dense model's"),
+            "Top-1 against measured speed, in turns: further right is faster. The star is the dense model.",
+        ),
+    }
+
+
+def _headline(rows: Sequence[Row], budget: float | None) -> str:
+    """The best of the methods at one budget."""
+    able = [row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != CONTROL]
+    if budget is None or not able:
+        return f"{sum(row.against_dense is not None for row in rows)} models beside the dense one."
+    best = max(able, key=lambda row: (row.record["top1"], -row.record["gmacs"]))
+    assert best.against_dense is not None
+    gap, error = (100 * part for part in best.against_dense)
+    return (
+        f"At {budget:.0%} of the MACs {best.entry.name} keeps most of the accuracy without training: {gap:+.1f} ± "
+        f"{error:.1f} points against dense, at {best.speed['realised']:.2f} times the speed."
+    )
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,218 @@
+"""Methods side by side on one pretrained ViT."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import timm
+import torch
+from models import small_vit
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+from adaptvit import AdaptiveViT, AViTConfig, FullConfig, adapt, compare_methods, load, macs, save
+from adaptvit.cli import main
+from adaptvit.compare_methods import MethodsConfig, Outcome, Row, table
+from adaptvit.data import DataConfig, open_split
+
+QUICK = {"workers": 0, "timed": 4, "rounds": 1, "latencies": 2, "calibration": 8, "pictures": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain ViT of seven classes, one of its A-ViT, one of other classes, and images of seven kinds of noise."""
+    root = tmp_path_factory.mktemp("methods")
+    vit = small_vit(img_size=64).eval()
+    save(FullConfig().build(vit), root / "vit.safetensors")
+    save(AViTConfig(gate_scale=4.0, gate_center=2.0).build(vit), root / "tuned.safetensors")
+    save(FullConfig().build(small_vit(num_classes=5)), root / "five.safetensors")
+    save(FullConfig().build(small_vit("mixer", img_size=64)), root / "mixer.safetensors")
+    random = np.random.default_rng(0)
+    for label in range(7):
+        (root / "images" / str(label)).mkdir(parents=True)
+        for number in range(5):
+            pixels = random.normal(128, 10 + 10 * number, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "images" / str(label) / f"{number}.png")
+    return root
+
+
+def settings(folder: Path, output: Path, **changes: object) -> MethodsConfig:
+    given = {"model": str(folder / "vit.safetensors"), "root": folder / "images", "output": output}
+    return MethodsConfig(**{**given, **QUICK, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MethodsConfig, Outcome]:
+    files = (str(folder / "tuned.safetensors"),)
+    config = settings(folder, tmp_path_factory.mktemp("output"), files=files, budgets=(0.8, 0.6, 0.05))
+    return config, compare_methods.compare_methods(config)
+
+
+def by_label(outcome: Outcome) -> dict[str, Row]:
+    return {row.entry.label: row for row in outcome.rows}
+
+
+def test_every_method_meets_its_budget_on_images_that_were_not_fitted_to(
+    finished: tuple[MethodsConfig, Outcome],
+) -> None:
+    rows = by_label(finished[1])
+    dense = rows["dense"].record["gmacs"]
+    for name in compare_methods.UNTRAINED:
+        for budget in (0.8, 0.6):
+            row = rows[f"{name} {budget}"]
+            assert row.record["gmacs"] / dense == pytest.approx(budget, abs=0.04), row.entry
+            assert row.speed["ideal"] == pytest.approx(1 / budget, rel=0.1)
+            assert row.record["images"] == 27
+        assert "meets the target of 0.05" in rows[f"{name} 0.05"].record["refused"]
+    one_cost = rows["tome 0.6"].record
+    assert one_cost["gmacs_p10"] == one_cost["gmacs_p90"]
+    assert rows["merge 0.6"].record["gmacs_p10"] < rows["merge 0.6"].record["gmacs_p90"]
+
+
+def test_differences_from_dense_are_image_by_image(finished: tuple[MethodsConfig, Outcome]) -> None:
+    config, outcome = finished
+    rows = by_label(outcome)
+    model = load(config.model).eval()
+    split = open_split(DataConfig(root=config.root), resolve_model_data_config(model), config.split)
+    aside = {place * 35 // 8 for place in range(8)}
+    images, labels = zip(*(split[index] for index in range(35) if index not in aside), strict=True)
+    with torch.inference_mode():
+        dense = model.vit(torch.stack(images)).argmax(dim=1) == torch.tensor(labels)
+        tuned = load(config.files[0]).eval()(torch.stack(images)).logits.argmax(dim=1) == torch.tensor(labels)
+    gaps = [int(a) - int(b) for a, b in zip(tuned.tolist(), dense.tolist(), strict=True)]
+    row = rows[config.files[0]]
+    assert rows["dense"].record["top1"] == pytest.approx(dense.double().mean().item())
+    assert rows["dense"].against_dense is None
+    assert row.against_dense == pytest.approx((mean(gaps), stdev(gaps) / len(gaps) ** 0.5))
+
+
+def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
+    config, outcome = finished
+    with (config.output / "methods.csv").open(newline="") as file:
+        lines = {(line["name"], line["budget"]): line for line in csv.DictReader(file)}
+    assert len(lines) == len(outcome.rows) == 1 + 3 * len(compare_methods.UNTRAINED) + 1
+    assert float(lines["merge", "0.6"]["gmacs"]) == by_label(outcome)["merge 0.6"].record["gmacs"]
+    assert lines["ats", "0.05"]["refused"]
+    conditions = json.loads((config.output / "conditions.json").read_text())
+    assert (conditions["images measured"], conditions["images set aside"]) == (27, 8)
+    assert conditions["load average before timing"] >= 0
+    for name in ("accuracy_gmacs", "accuracy_speed"):
+        assert (config.output / f"{name}.png").stat().st_size > 10_000
+    report = outcome.report.read_text()
+    assert report.count("<figure>") == 2 + len(compare_methods.UNTRAINED) + 1  # of one budget, and the file
+    assert "8 others, spread over the split, were set aside" in report
+    for entry, third in (
+        ("merge 0.6", "the patches of each token in their mean colour"),
+        ("ats 0.6", "the map over it"),
+    ):
+        assert f"{entry}: the image, the blocks that worked on each patch, {third}." in report
+    assert 'src="http' not in report
+    assert "meets the target of 0.05" in report
+
+
+def test_what_is_there_is_not_computed_again_and_the_rest_is(
+    finished: tuple[MethodsConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, outcome = finished
+    again = replace(config, output=shutil.copytree(config.output, tmp_path / "copy"), batch_size=5, pictures=0)
+    asked: list[tuple[str, float]] = []
+
+    def counted(vit: object, method: str, images: object, target: float) -> AdaptiveViT:
+        asked.append((method, target))
+        return adapt(vit, method, images, target)
+
+    monkeypatch.setattr(compare_methods, "adapt", counted)
+    second = compare_methods.compare_methods(again)
+    assert not asked
+    assert second.rows == outcome.rows
+    (gone,) = (again.output / "records").glob("avit-0.6-*")
+    gone.unlink()
+    third = compare_methods.compare_methods(again)
+    assert asked == [("avit", 0.6)]
+    assert third.rows == outcome.rows
+    compare_methods.compare_methods(replace(again, methods=("ats",), budgets=(0.7,), limit=20))
+    assert asked[1:] == [("ats", 0.7)]
+
+
+def test_a_rebuilt_model_does_what_its_record_says(finished: tuple[MethodsConfig, Outcome]) -> None:
+    config, outcome = finished
+    what = compare_methods._Compared(config)
+    for row in outcome.rows:
+        if not row.record["refused"]:
+            model = what.rebuild(row.entry, row.record)
+            images = what.some(model, 27)
+            with torch.inference_mode():
+                usage = (model.vit(images), model(images).usage)[1]
+            if row.entry != compare_methods.DENSE:
+                assert macs(usage, model.shape).double().mean() / 1e9 == pytest.approx(row.record["gmacs"], rel=1e-3)
+
+
+def test_a_method_that_the_model_cannot_do_says_why(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path, model=str(folder / "mixer.safetensors"), budgets=(0.6,), pictures=0)
+    outcome = compare_methods.compare_methods(config)
+    assert "in its place" in by_label(outcome)["merge 0.6"].record["refused"]
+    assert all(row.record["refused"] for row in outcome.rows[1:])
+    shown = table(outcome.rows).text().splitlines()
+    assert "ATS needs attention, but the blocks of parts_vit have TokenMLP in its place" in shown[4]
+
+
+def test_a_timm_name_takes_weights_from_a_file(folder: Path, tmp_path: Path) -> None:
+    vit = timm.create_model("test_vit")
+    torch.save(vit.state_dict(), tmp_path / "weights.pth")
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"{name}\n" for name in range(7)))
+    config = settings(folder, tmp_path, model="test_vit", weights=tmp_path / "weights.pth", class_map=names)
+    outcome = compare_methods.compare_methods(replace(config, methods=("random",), budgets=(0.7,)))
+    assert by_label(outcome)["random 0.7"].record["images"] == 27
+    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights.pth' has no head of the 1000 classes of test_vit"):
+        compare_methods.compare_methods(config)
+
+
+def test_the_command_prints_the_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"--{name}={value}" for name, value in QUICK.items()]
+    words = ["compare", "methods", str(folder / "vit.safetensors"), str(folder / "images")]
+    words += [str(folder / "tuned.safetensors"), "--methods=[merge,evit]", "--budgets=[0.7]", f"--output={tmp_path}"]
+    options.append("--pictures=0")
+    assert main([*words, *options]) == 0
+    said = capsys.readouterr().out.splitlines()
+    names = ["", "dense", "merge 0.7", "evit 0.7", str(folder / "tuned.safetensors"), ""]
+    assert all(line.startswith(name) for line, name in zip(said, names, strict=False))
+    assert said[-1] == f"{tmp_path / 'report.html'}: the report"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--methods=[fly]"], "methods must be some of merge, tome, ats, evit, avit, random, got 'fly'"),
+        (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got 60.0; 60 % is 0.6"),
+        (["--calibration=34"], "has 35 images, of which 34 are set aside for calibration: two or more must be left"),
+        (["--rounds=0"], "rounds must be 1 or more, got 0"),
+        (["five.safetensors"], "has 5 classes, but "),
+        (["--model"], "tuned.safetensors is avit already: give a plain ViT, and this file after the folder"),
+        (["--root"], "has no images that can be read"),
+        (["--weights=x.pth"], "weights are for the name of a timm model"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_compared_is_refused_in_one_sentence(
+    changes: list[str], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, root = "vit.safetensors", folder / "images"
+    if changes == ["--model"]:
+        changes, model = [], "tuned.safetensors"
+    if changes == ["--root"]:
+        changes, root = [], tmp_path
+    changes = [str(folder / word) if word.startswith("five") else word for word in changes]
+    output = tmp_path / "output"
+    assert main(["compare", "methods", str(folder / model), str(root), *changes, f"--output={output}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not output.exists()

@@ -1,0 +1,86 @@
+"""Pretrained ViTs made adaptive without training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import images, small_vit
+
+from adaptvit import adapt, load, meet_target, save
+from adaptvit.budget import Trial, attempt
+from adaptvit.untrained import UNTRAINED, schedule
+
+
+@pytest.mark.parametrize("target", [0.55, 0.8])
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_every_method_meets_the_target_and_leaves_the_vit_as_it_was(method: str, target: float) -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=24)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    model = adapt(vit, method, batch, target)
+    assert attempt(model, batch).share == pytest.approx(target, abs=0.02)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+    assert (model.vit is vit) == (method != "avit")
+    torch.testing.assert_close(model.vit(batch), vit(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_tome_merges_as_evenly_as_it_can_and_no_more_than_it_must() -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=2)
+    r = schedule(vit, batch, 0.6).r
+    assert sorted(r, reverse=True) == list(r)
+    assert r[0] - r[-1] <= 1
+    fewer = [*r]
+    fewer[r.index(r[-1]) - 1] -= 1  # the last block merges nothing: its class token alone is read
+    for merged, met in ((r, True), (fewer, False)):
+        model = adapt(vit, "tome", batch, 0.6)
+        model.config = type(model.config)(r=merged)
+        assert (attempt(model, batch).share <= 0.6 * 1.01) == met
+
+
+def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=24)
+    save(adapt(vit, "merge", batch, 0.95), tmp_path / "merge.safetensors")
+    model = load(tmp_path / "merge.safetensors").eval()
+    meet_target(model, batch, 0.5)
+    assert attempt(model, batch).share == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_target_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=2)
+
+    def clock(model: object, *_: object) -> Trial:
+        return Trial(None, 0.5, 0.1, images_per_s=100.0 + sum(model.config.r), top1=None)
+
+    monkeypatch.setattr("adaptvit.untrained.attempt", clock)
+    assert sum(schedule(vit, batch, 150.0, "images_per_s", 0.0).r) == 50
+    with pytest.raises(ValueError, match=r"meets the target of 900 \(images_per_s\): the nearest is 228"):
+        schedule(vit, batch, 900.0, "images_per_s")
+
+
+@pytest.mark.parametrize(
+    ("method", "flavour", "target", "kind", "said"),
+    [
+        ("merge", "class token", 0.1, ValueError, r"no number of merged tokens meets the target of 0.1 \(share\)"),
+        ("tome", "class token", 0.1, ValueError, r"with half of the tokens merged in every block"),
+        ("ats", "class token", 0.05, ValueError, "no rate meets the target"),
+        ("avit", "average pool, no class token", 0.5, ValueError, "needs a ViT with a class token"),
+        ("avit", "QK norm", 0.0, ValueError, r"target must lie in \(0, 1\]"),
+        ("merge", "mixer", 0.5, TypeError, "merging needs attention"),
+        (
+            "full",
+            "class token",
+            0.5,
+            ValueError,
+            "one of merge, tome, ats, evit, avit, random, got 'full'",
+        ),
+    ],
+)
+def test_what_a_vit_or_a_method_cannot_do_is_said(
+    method: str, flavour: str, target: float, kind: type[Exception], said: str
+) -> None:
+    vit = small_vit(flavour).eval()
+    with pytest.raises(kind, match=said):
+        adapt(vit, method, images(vit), target)
