@@ -18,7 +18,10 @@ def said(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "train", "train digits", "evaluate", "budget", "demo", "bench", "convert"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "train digits", "compare", "compare methods", "evaluate", "budget", "demo", "bench", "convert"],
+)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
