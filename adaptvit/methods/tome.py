@@ -246,7 +246,9 @@ class MergingViT(AdaptiveViT):
         on = torch.ones_like(attended, dtype=torch.bool)
         heads = torch.full_like(attended, self.heads)
         groups = held[:, 1:, self.prefix :]
-        usage = Usage(attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], None, deciding, groups)
+        usage = Usage(
+            attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], deciding=deciding, groups=groups
+        )
         return replace(usage, executed=block_macs(usage, shape) - (attended - count[:, 1:]) * shape.mlp_per_token)
 
 
