@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -257,7 +258,7 @@ def test_a_huge_jpeg_is_decoded_small(tmp_path: Path) -> None:
 def test_a_huge_png_is_refused_before_it_is_decoded(side: int, tmp_path: Path) -> None:
     header = b"IHDR" + struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT")
     with pytest.raises(ValueError, match=r"This picture cannot be used: .*(7000 x 7000|400000000) pixels"):
         open_picture(tmp_path / "huge.png")
 
@@ -348,22 +349,25 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def page(shared: Playground) -> Iterator[Any]:
-    """The page, opened in a browser that notes where it asks for anything: `page.asked`."""
+def page(files: dict[str, str]) -> Iterator[Any]:
+    """The page that the command serves, in a browser that notes where it asks for anything: `page.asked`."""
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
     pytest.importorskip("gradio", reason="gradio is not installed")
     browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    from adaptvit.page import build, launch
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    blocks = build(shared)
-    launch(blocks, port)
-    try:
-        with browsers.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        port = str(free.getsockname()[1])
+    start = "from adaptvit.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", start, "playground", files["full"], "--port", port]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+        browsers.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == f"http://127.0.0.1:{port} shows the playground; Ctrl+C stops it\n"
             opened = browser.new_page()
             opened.set_default_timeout(120_000)
             opened.asked = []
@@ -371,9 +375,8 @@ def page(shared: Playground) -> Iterator[Any]:
             opened.goto(f"http://127.0.0.1:{port}")
             opened.wait_for_selector("#answers .best")
             yield opened
-            browser.close()
-    finally:
-        blocks.close(verbose=False)
+        finally:
+            server.terminate()
 
 
 def changed(page: Any, selector: str, before: str) -> str:
@@ -394,7 +397,7 @@ def test_the_page_shows_what_is_asked_for(page: Any, tmp_path: Path) -> None:
 
     budget = page.locator("#share input[type=number]")
     budget.fill("80")
-    budget.press("Enter")
+    budget.press("Tab")
     kept = changed(page, "#kept", kept)
     assert source(page, "#seen") == seen
     assert re.search(r"rate = .*: (79|80|81)% of the dense MACs", page.inner_text("#said"))
@@ -415,7 +418,7 @@ def test_the_page_says_what_it_cannot_do(page: Any, tmp_path: Path) -> None:
     page.get_by_text("This picture cannot be used: not an image").wait_for()
     budget = page.locator("#share input[type=number]")
     budget.fill("5")
-    budget.press("Enter")
+    budget.press("Tab")
     page.locator(".toast-body").get_by_text(re.compile(r"A budget of 5% is out of reach: .* reaches")).wait_for()
     assert page.locator("#answers .best").count() == 2
 
