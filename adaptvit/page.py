@@ -41,6 +41,7 @@ footer {display: none !important}
 .answers .class span:last-child {font-variant-numeric: tabular-nums}
 .answers .bar {height: 4px; border-radius: 2px; background: var(--border-color-primary)}
 .answers .bar div {height: 4px; border-radius: 2px; background: #2a788e}
+#examples .grid-container {grid-template-columns: repeat(5, minmax(0, 1fr)) !important; gap: 6px; margin-top: 18px}
 .plots {display: grid; grid-template-columns: 1fr 1fr; gap: 2rem}
 .plots figure {margin: 0}
 .plots img {width: 100%; background: white}
@@ -96,56 +97,75 @@ def build(playground: Playground) -> gr.Blocks:
                 plots = gr.HTML(elem_id="plots")
 
         shown = [session, last, *pictures, legend, number, block_said, answers, said, plots]
-        asked = [session, number, model, method, share]
+        asked = [session, last, number, model, method, share]
 
-        def look(own: Session | None, block: int, name: str, way: str, per_cent: float) -> list[Any]:
+        def look(
+            own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
+        ) -> list[Any] | dict[str, Any]:
             own = own or Session(playground)
             try:
                 view = own.view(name, way, per_cent / 100)
             except ValueError as error:
-                raise _told(error) from error
+                return refused(error)
             if view.budget.note:
                 gr.Warning(escape(view.budget.note), title="Budget")
-            block = min(int(block), view.blocks)
+            same = before is not None and before.blocks == view.blocks
+            block = int(block) if same else view.blocks
             kept, sentence = view.block(block)
-            slider = gr.Slider(maximum=view.blocks, value=block)
+            slider = gr.skip() if same else gr.Slider(maximum=view.blocks, value=block)
             seen = [view.image(), view.depth(), kept, legend_html(view), slider, _said(sentence)]
             return [own, view, *seen, answers_html(view), _said(budget_text(view)), plots_html(view)]
 
-        def take(path: str | None, own: Session | None, block: int, name: str, *rest: Any) -> list[Any]:
+        def take(
+            path: str, own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
+        ) -> list[Any] | dict[str, Any]:
             own = own or Session(playground)
             try:
-                picture = open_picture(path or "")
+                picture = open_picture(path)
                 own.add(picture.image, name)
             except ValueError as error:
-                raise _told(error) from error
+                return refused(error)
             if picture.note:
                 gr.Info(escape(picture.note), title="Picture")
-            return look(own, block, name, *rest)
+            return look(own, before, block, name, way, per_cent)
 
-        def choose(own: Session | None, block: int, name: str, *rest: Any, event: gr.SelectData) -> list[Any]:
+        def choose(
+            chosen: gr.SelectData,
+            own: Session | None,
+            before: View | None,
+            block: int,
+            name: str,
+            way: str,
+            per_cent: float,
+        ) -> list[Any] | dict[str, Any]:
             own = own or Session(playground)
-            own.add(playground.subject(name).examples[event.index], name)
-            return look(own, block, name, *rest)
+            own.add(playground.subject(name).examples[chosen.index], name)
+            return look(own, before, block, name, way, per_cent)
 
-        def turn(view: View | None, block: int) -> tuple[np.ndarray | None, str]:
-            if view is None:
-                return None, ""
-            kept, sentence = view.block(min(int(block), view.blocks))
-            return kept, _said(sentence)
-
-        def change(name: str) -> tuple[gr.Dropdown, Any]:
+        def change(
+            own: Session | None, before: View | None, block: int, name: str, per_cent: float
+        ) -> list[Any] | dict[Any, Any]:
             try:
                 with playground.lock:
-                    pictures, ways = thumbnails(playground.subject(name)), methods(playground, name)
+                    small, ways = thumbnails(playground.subject(name)), methods(playground, name)
             except ValueError as error:
-                raise _told(error) from error
-            return gr.Dropdown(ways, value=ways[0][1]), pictures
+                refused(error)
+                return {model: names[0] if before is None else before.model}
+            looked = look(own, before, block, name, ways[0][1], per_cent)
+            if isinstance(looked, dict):
+                return {model: names[0] if before is None else before.model}
+            return [name, gr.Dropdown(ways, value=ways[0][1]), small, *looked]
+
+        def turn(view: View | None, block: int) -> tuple[np.ndarray, str] | dict[str, Any]:
+            if view is None:
+                return gr.skip()
+            kept, sentence = view.block(min(int(block), view.blocks))
+            return kept, _said(sentence)
 
         blocks.load(look, asked, shown)
         file.upload(take, [file, *asked], shown).then(lambda: None, None, file)
         examples.select(choose, asked, shown)
-        model.input(change, model, [method, examples]).success(look, asked, shown)
+        model.input(change, [session, last, number, model, share], [model, method, examples, *shown])
         method.input(look, asked, shown)
         share.release(look, asked, shown, trigger_mode="always_last")
         number.input(
@@ -255,6 +275,7 @@ def _said(sentence: str) -> str:
     return f'<div class="said">{escape(sentence)}</div>'
 
 
-def _told(error: ValueError) -> gr.Error:
-    """A sentence in the page, and no traceback anywhere."""
-    return gr.Error(escape(str(error)), title="Not possible", print_exception=False)
+def refused(error: ValueError) -> dict[str, Any]:
+    """Say in the page why something is not possible, and leave the page as it was."""
+    gr.Warning(escape(str(error)), title="Not possible")
+    return gr.skip()

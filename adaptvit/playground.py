@@ -380,6 +380,7 @@ class Answer:
 class View:
     """A picture through both models."""
 
+    model: str
     method: str
     pixels: Tensor
     """(1, channels, height, width) as the models got it, values in [0, 1]."""
@@ -506,7 +507,7 @@ class Session:
                     one.usage = adaptive(subject.prepared([one.picture])).usage
                     one.setting = model, budget.config
                 usages.append(one.usage)
-            return _view(subject, adaptive, subject.prepared([shown[-1].picture]), budget, join(usages))
+            return _view(model, subject, adaptive, subject.prepared([shown[-1].picture]), budget, join(usages))
 
     def _budget(self, subject: Subject, adaptive: AdaptiveViT, model: str, share: float) -> Budget:
         """The knob as it stands where the same was asked before; else set on the examples and the last pictures."""
@@ -521,12 +522,13 @@ class Session:
         return budget
 
 
-def _view(subject: Subject, adaptive: AdaptiveViT, image: Tensor, budget: Budget, seen: Usage) -> View:
+def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, budget: Budget, seen: Usage) -> View:
     """Run and time both models on an image, the last of those seen."""
     vit, gmacs = subject.opened.vit, macs(seen, adaptive.shape).double() / 1e9
     seconds = interleaved({"dense": lambda: vit(image), "adaptive": lambda: adaptive(image)}, ROUNDS)
     dense = dense_macs(adaptive.shape, seen.grid) / 1e9
     return View(
+        model=model,
         method=adaptive.config.method,
         pixels=subject.pixels(image),
         usage=full_usage(adaptive, image),
