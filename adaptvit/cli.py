@@ -27,6 +27,7 @@ from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import replacing, write_atomically, write_csv
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.recipes import RECIPES
 from adaptvit.run import Run, run, set_budget
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
         commands.add_subcommand("budget", budget_parser(), help="make a model meet a MACs or speed budget, untrained")
         commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
+        commands.add_subcommand(
+            "playground", playground_parser(), help="a local page: your pictures, dense and adaptive"
+        )
         commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
         commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
         arguments = parser.parse_args([_underscored(word) for word in words])
@@ -281,6 +285,28 @@ def run_demo(arguments: Namespace) -> None:
     demo.run(arguments.output)
 
 
+def playground_parser() -> ArgumentParser:
+    """`adaptvit playground [MODEL ...]`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Show a page on this machine where pictures go through a dense and an adaptive ViT side by side.",
+    )
+    parser.add_argument("models", nargs="*", type=str, help="adaptvit files, or timm's names of ViTs.")
+    parser.add_class_arguments(PlaygroundConfig, skip={"models"})
+    return parser
+
+
+def run_playground(arguments: Namespace) -> None:
+    """Serve the page until stopped."""
+    try:
+        from adaptvit.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError("the playground needs gradio: pip install 'adaptvit[playground]'") from None
+    serve(_config(PlaygroundConfig, arguments))
+
+
 def bench_parser() -> ArgumentParser:
     """`adaptvit bench MODEL`."""
     parser = ArgumentParser(
@@ -336,6 +362,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "draw": run_draw,
     "budget": run_budget,
     "demo": run_demo,
+    "playground": run_playground,
     "bench": run_bench,
     "convert": run_convert,
 }

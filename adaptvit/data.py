@@ -162,10 +162,23 @@ def read_image(file: Any, channels: int = 3) -> Image.Image:
     Raises:
         Exception: of several kinds, where Pillow cannot decode it.
     """
+    return in_channels(open_image(file), channels)
+
+
+def open_image(file: Any) -> Image.Image:
+    """The first frame of an image, of which no pixel is decoded yet.
+
+    Raises:
+        Exception: of several kinds, where Pillow does not know it.
+    """
     try:
-        image: Image.Image = Image.open(file)
+        return Image.open(file)
     except UnidentifiedImageError:
         raise OSError("not an image, or of a kind that Pillow does not know") from None
+
+
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image as 8-bit grey (1 channel) or RGB (3)."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "P":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Colormap
+from matplotlib.colors import BoundaryNorm, Colormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -26,6 +26,7 @@ from adaptvit.usage import Usage
 COLOURS = "viridis"
 INK = "#1b2a41"
 ACCENT = "#2a788e"
+FUSED = "#e76f51"
 
 
 def depth_maps(
@@ -111,6 +112,30 @@ def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) 
     weights = torch.tensor([1.0] if images.shape[1] == 1 else [0.299, 0.587, 0.114])  # as Pillow turns RGB to grey
     grey = (images.cpu() * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
     return (1 - opacity) * grey + opacity * interpolate(colours, size=images.shape[2:], mode="nearest-exact")
+
+
+def kept_patches(images: Tensor, kept: Tensor, fused: Tensor | None = None) -> Tensor:
+    """The images with all patches but those kept faded to near white: (B, 3, height, width), on the CPU.
+
+    Args:
+        images: (B, channels, height, width), one channel or three, values in [0, 1].
+        kept: (B, rows, columns) bool.
+        fused: (B, rows, columns) bool, patches whose token stands for dropped ones: they are tinted.
+    Raises:
+        ValueError: as `depth_maps`.
+    """
+    _check(images, kept)
+    picture = images.cpu().expand(-1, 3, -1, -1)
+    size = images.shape[2:]
+
+    def pixels(patches: Tensor) -> Tensor:
+        return interpolate(patches[:, None].cpu().float(), size=size, mode="nearest-exact") > 0
+
+    picture = torch.where(pixels(kept), picture, 0.88 + 0.12 * picture)
+    if fused is not None:
+        tint = torch.tensor(to_rgb(FUSED)).view(1, 3, 1, 1)
+        picture = torch.where(pixels(fused), 0.3 * picture + 0.7 * tint, picture)
+    return picture
 
 
 def mean_colours(images: Tensor, groups: Tensor) -> Tensor:

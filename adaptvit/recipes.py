@@ -29,6 +29,17 @@ def digits() -> Run:
     )
 
 
+def digits_dense() -> Run:
+    """The same ViT on the same digits with nothing left out."""
+    halting = digits()
+    return replace(
+        halting,
+        method=FullConfig(),
+        recipe=replace(halting.recipe, target=None, ease_epochs=0.0),
+        output=Path("runs/digits_dense"),
+    )
+
+
 def avit_tiny_imagenet() -> Run:
     """A-ViT tiny as released, for ImageNet on 4 GPUs: `torchrun --nproc-per-node 4 --no-python adaptvit train ...`.
 
@@ -244,6 +255,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (
         digits,
+        digits_dense,
         avit_tiny_imagenet,
         avit_small_imagenet,
         adavit_small_imagenet,

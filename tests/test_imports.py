@@ -34,8 +34,8 @@ LAYERS: list[set[str]] = [
     {"evaluate", "bench", "report", "untrained"},
     {"train", "predict", "draw"},
     {"run", "demo"},
-    {"recipes", "compare", "compare_methods"},
-    {"comparisons"},
+    {"recipes", "compare", "compare_methods", "playground"},
+    {"comparisons", "page"},
     {"cli"},
 ]
 """A module imports from the layers above its own only; `adaptvit` itself, the public names, may import all but cli."""

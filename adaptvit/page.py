@@ -1,0 +1,281 @@
+"""The page of `adaptvit playground`, made with gradio: what is asked goes to a `Session`, what it says is laid out.
+
+Nothing is fetched from anywhere, and nothing is told to anybody.
+"""
+
+import os
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+import gradio as gr
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+from PIL import Image, ImageOps
+
+from adaptvit.pictures import COLOURS
+from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
+
+FILE_SIZE = "100mb"
+"""Largest file that is taken."""
+VISITORS = 32
+"""Sessions that are kept; the one unused for longest goes first."""
+KEPT_S = 3600
+"""Seconds that a session or an uploaded file is kept."""
+SHARE = 50
+"""Per cent of the dense MACs to begin with."""
+NAMES = {"ats": "ATS", "avit": "A-ViT", "evit": "EViT", "merge": "merging by similarity", "tome": "ToMe"}
+NAMES |= {"adavit": "AdaViT", "dynamicvit": "DynamicViT"}
+"""Methods as they are read."""
+STYLE = """
+.gradio-container {max-width: 1240px !important; margin: auto}
+footer {display: none !important}
+.pictures img {image-rendering: pixelated}
+.answers {display: grid; grid-template-columns: 1fr 1fr; gap: 2rem}
+.answers h3 {margin: 0; font-size: .85rem; color: var(--body-text-color); opacity: .72}
+.answers .best {font-size: 1.35rem; font-weight: 600; line-height: 1.3; min-height: 1.3em}
+.answers .figures {margin: .3rem 0; color: var(--body-text-color); opacity: .72; font-variant-numeric: tabular-nums}
+.answers .class {display: flex; justify-content: space-between; font-size: .9rem; margin-top: .35rem}
+.answers .class span:last-child {font-variant-numeric: tabular-nums}
+.answers .bar {height: 4px; border-radius: 2px; background: var(--border-color-primary)}
+.answers .bar div {height: 4px; border-radius: 2px; background: #2a788e}
+#examples .grid-container {grid-template-columns: repeat(5, minmax(0, 1fr)) !important; gap: 6px; margin-top: 18px}
+.plots {display: grid; grid-template-columns: 1fr 1fr; gap: 2rem}
+.plots figure {margin: 0}
+.plots img {width: 100%; background: white}
+.plots figcaption, .said {font-size: .9rem; color: var(--body-text-color); opacity: .72}
+.legend {display: flex; gap: .5rem; align-items: center; font-size: .85rem; color: var(--body-text-color); opacity: .72}
+.legend div {flex: 0 0 8rem; height: .6rem; border-radius: 3px}
+"""
+
+
+def build(playground: Playground) -> gr.Blocks:
+    """The page."""
+    names = playground.names
+    first = playground.subject(names[0])
+    with gr.Blocks(title="adaptvit playground", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
+        session, last = gr.State(time_to_live=KEPT_S), gr.State(time_to_live=KEPT_S)
+        gr.Markdown(
+            "# adaptvit playground\nWhere a vision transformer spends its compute, and what leaving some out does."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                file = gr.File(label="A picture of yours", height=150, elem_id="file")
+                examples = gr.Gallery(
+                    thumbnails(first),
+                    label="Examples",
+                    columns=5,
+                    height=150,
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="examples",
+                )
+                files = [(Path(name).name, name) for name in names]
+                model = gr.Dropdown(files, value=names[0], label="Model", elem_id="model")
+                method = gr.Dropdown(methods(playground, names[0]), label="Method", elem_id="method")
+                share = gr.Slider(5, 100, SHARE, step=1, label="Budget, % of dense MACs", buttons=[], elem_id="share")
+                said = gr.HTML(elem_id="said")
+            with gr.Column(scale=3):
+                with gr.Row(elem_classes="pictures"):
+                    pictures = [
+                        gr.Image(label=label, buttons=[], interactive=False, elem_id=name)
+                        for label, name in (
+                            ("As the model sees it", "seen"),
+                            ("Blocks that worked on each patch", "depth"),
+                            ("What one block works on", "kept"),
+                        )
+                    ]
+                with gr.Row():
+                    with gr.Column(scale=1):
+                        legend = gr.HTML()
+                        block_said = gr.HTML(elem_id="block-said")
+                    number = gr.Slider(1, 12, 12, step=1, label="Block", buttons=[], elem_id="block")
+                answers = gr.HTML(elem_id="answers")
+                plots = gr.HTML(elem_id="plots")
+
+        shown = [session, last, *pictures, legend, number, block_said, answers, said, plots]
+        asked = [session, last, number, model, method, share]
+
+        def look(
+            own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
+        ) -> list[Any] | dict[str, Any]:
+            own = own or Session(playground)
+            try:
+                view = own.view(name, way, per_cent / 100)
+            except ValueError as error:
+                return refused(error)
+            if view.budget.note:
+                gr.Warning(escape(view.budget.note), title="Budget")
+            same = before is not None and before.blocks == view.blocks
+            block = int(block) if same else view.blocks
+            kept, sentence = view.block(block)
+            slider = gr.skip() if same else gr.Slider(maximum=view.blocks, value=block)
+            seen = [view.image(), view.depth(), kept, legend_html(view), slider, _said(sentence)]
+            return [own, view, *seen, answers_html(view), _said(budget_text(view)), plots_html(view)]
+
+        def take(
+            path: str, own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
+        ) -> list[Any] | dict[str, Any]:
+            own = own or Session(playground)
+            try:
+                picture = open_picture(path)
+                own.add(picture.image, name)
+            except ValueError as error:
+                return refused(error)
+            if picture.note:
+                gr.Info(escape(picture.note), title="Picture")
+            return look(own, before, block, name, way, per_cent)
+
+        def choose(
+            chosen: gr.SelectData,
+            own: Session | None,
+            before: View | None,
+            block: int,
+            name: str,
+            way: str,
+            per_cent: float,
+        ) -> list[Any] | dict[str, Any]:
+            own = own or Session(playground)
+            own.add(playground.subject(name).examples[chosen.index], name)
+            return look(own, before, block, name, way, per_cent)
+
+        def change(
+            own: Session | None, before: View | None, block: int, name: str, per_cent: float
+        ) -> list[Any] | dict[Any, Any]:
+            try:
+                with playground.lock:
+                    small, ways = thumbnails(playground.subject(name)), methods(playground, name)
+            except ValueError as error:
+                refused(error)
+                return {model: names[0] if before is None else before.model}
+            looked = look(own, before, block, name, ways[0][1], per_cent)
+            if isinstance(looked, dict):
+                return {model: names[0] if before is None else before.model}
+            return [name, gr.Dropdown(ways, value=ways[0][1]), small, *looked]
+
+        def turn(view: View | None, block: int) -> tuple[np.ndarray, str] | dict[str, Any]:
+            if view is None:
+                return gr.skip()
+            kept, sentence = view.block(min(int(block), view.blocks))
+            return kept, _said(sentence)
+
+        blocks.load(look, asked, shown)
+        file.upload(take, [file, *asked], shown).then(lambda: None, None, file)
+        examples.select(choose, asked, shown)
+        model.input(change, [session, last, number, model, share], [model, method, examples, *shown])
+        method.input(look, asked, shown)
+        share.release(look, asked, shown, trigger_mode="always_last")
+        number.input(
+            turn, [last, number], [pictures[2], block_said], show_progress="hidden", trigger_mode="always_last"
+        )
+    return blocks
+
+
+def serve(config: PlaygroundConfig) -> None:
+    """Open the models and show the page until stopped.
+
+    Raises:
+        OSError: the port is taken.
+        And what `Playground` raises.
+    """
+    blocks = build(Playground(config))
+    try:
+        launch(blocks, config.port)
+    except OSError as error:
+        raise OSError(f"port {config.port} of 127.0.0.1 is taken: choose another with --port") from error
+    print(f"http://127.0.0.1:{config.port} shows the playground; Ctrl+C stops it", flush=True)
+    blocks.block_thread()
+
+
+def launch(blocks: gr.Blocks, port: int) -> None:
+    """Start to serve the page in the background, to this machine only."""
+    blocks.queue(api_open=False).launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        footer_links=[],
+        prevent_thread_lock=True,
+        quiet=True,
+        max_file_size=FILE_SIZE,
+        state_session_capacity=VISITORS,
+        theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=STYLE,
+    )
+
+
+def thumbnails(subject: Subject) -> list[Image.Image]:
+    """The examples as small squares."""
+    return [ImageOps.fit(picture, (96, 96)) for picture in subject.examples]
+
+
+def methods(playground: Playground, model: str) -> list[tuple[str, str]]:
+    """What a model can be shown with: names as they are read, and ours."""
+    return [(NAMES[name], name) for name in playground.subject(model).methods]
+
+
+def answers_html(view: View) -> str:
+    """Both answers side by side."""
+    dense, adaptive = view.dense, view.adaptive
+    ratio = f" ({adaptive.gmacs / dense.gmacs:.0%} of the dense MACs)"
+    columns = [
+        _answer("Dense: the same weights, nothing left out", dense, ""),
+        _answer(f"Adaptive: {NAMES[view.method]}", adaptive, ratio),
+    ]
+    return f'<div class="answers">{"".join(columns)}</div>'
+
+
+def _answer(title: str, answer: Answer, ratio: str) -> str:
+    rows = "".join(
+        f'<div class="class"><span>{escape(name)}</span><span>{probability:.1%}</span></div>'
+        f'<div class="bar"><div style="width: {probability:.1%}"></div></div>'
+        for name, probability in answer.top
+    )
+    cost = f"{answer.gmacs:.3g} GMACs" if answer.gmacs >= 0.1 else f"{1e3 * answer.gmacs:.3g} MMACs"
+    return (
+        f'<div><h3>{escape(title)}</h3><div class="best">{escape(answer.top[0][0].split(", ")[0])}</div>'
+        f'<div class="figures"><b>{cost}</b>{ratio}, <b>{answer.milliseconds:.1f} ms</b></div>{rows}</div>'
+    )
+
+
+def budget_text(view: View) -> str:
+    """Where the knob stands."""
+    knob = view.budget.config.knob
+    set_to = "" if knob is None else f"{knob.field} = {getattr(view.budget.config, knob.field):.4g}: "
+    return f"{set_to}{view.budget.share:.0%} of the dense MACs, mean over the examples. {view.budget.note}"
+
+
+def legend_html(view: View) -> str:
+    """The colours of the depth map."""
+    stops = ", ".join(to_hex(matplotlib.colormaps[COLOURS](place)) for place in np.linspace(0, 1, 7))
+    return (
+        f'<div class="legend">1 block <div style="background: linear-gradient(to right, {stops})"></div> '
+        f"all {view.blocks}</div>"
+    )
+
+
+def plots_html(view: View) -> str:
+    """What the pictures of the session cost, and what the blocks computed for them."""
+    count = len(view.seen_gmacs)
+    pictures = "the picture" if count == 1 else f"the {count} pictures"
+    figures = "".join(
+        f'<figure><figcaption>{caption}</figcaption><img src="{source}" alt="{caption}"></figure>'
+        for caption, source in (
+            (f"What {pictures} of this session cost with this model, method and budget", view.costs()),
+            ("What each block computed for them", view.usage_per_block()),
+        )
+    )
+    return f'<div class="plots">{figures}</div>'
+
+
+def _said(sentence: str) -> str:
+    return f'<div class="said">{escape(sentence)}</div>'
+
+
+def refused(error: ValueError) -> dict[str, Any]:
+    """Say in the page why something is not possible, and leave the page as it was."""
+    gr.Warning(escape(str(error)), title="Not possible")
+    return gr.skip()

@@ -1,0 +1,541 @@
+"""What `adaptvit playground` computes: pictures through a ViT and through the adaptive model made of it, side by side.
+
+    Playground   the models, shared by everybody who looks at the page; one computation at a time
+    Session      one person's pictures, and what a model makes of the last of them: a `View`
+
+The page itself is `adaptvit.page`. Letters: B images, L blocks, N token slots.
+"""
+
+import copy
+import threading
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from adaptvit.budget import attempt, meet_target
+from adaptvit.checkpoints import open_model
+from adaptvit.data import HELD_OUT, digits, in_channels, open_image
+from adaptvit.draw import full_usage
+from adaptvit.macs import dense_macs, macs
+from adaptvit.methods import METHODS
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig, fit_thresholds
+from adaptvit.model import AdaptiveViT
+from adaptvit.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
+from adaptvit.timing import interleaved
+from adaptvit.untrained import SHARPNESS
+from adaptvit.usage import Usage, join
+from adaptvit.vit import patch_grid
+
+BUNDLED = Path(__file__).with_name("digits.safetensors")
+"""A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""
+DIGITS = "digits (bundled)"
+DOWNLOADED = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+)
+"""timm's ViTs that are offered beside the user's own; their weights are downloaded when one is first chosen."""
+UNTRAINED = ("ats", "evit", "merge", "avit")
+"""Methods that a plain ViT takes without training."""
+
+DECODED = 40_000_000
+"""Most pixels that a picture may have when it is decoded; a JPEG is decoded at down to an eighth of its size."""
+SIDE = 640
+"""Longer side of the pictures that are kept, in pixels."""
+SLIMMEST = 8
+"""Of a picture that is longer than so many times its width only the middle is used."""
+SEEN = 24
+"""Pictures that a session keeps."""
+RECENT = 8
+"""Of these, the last so many join the examples that a budget is met on."""
+TOLERANCE = 0.02
+"""How near to the budget is near enough, relative to it."""
+ROUNDS = 5
+"""Timed runs of each model."""
+TOP = 5
+"""Classes told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaygroundConfig:
+    """What the page offers, and where."""
+
+    models: Sequence[str] = ()
+    """adaptvit files, or timm's names of ViTs, offered beside the bundled one; the first is shown at the start."""
+    class_names: Path | None = None
+    """File with the name of a class on each line, in the order of these models' classes. None: ImageNet's where there
+    are as many, else numbers."""
+    port: int = 7860
+    """Of the page, which is on 127.0.0.1 only."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"PlaygroundConfig.port must lie in 1..65535, got {self.port}")
+        if self.class_names is not None and not self.class_names.is_file():
+            raise FileNotFoundError(f"PlaygroundConfig.class_names is {str(self.class_names)!r}, which is not a file")
+        if self.class_names is not None and not self.models:
+            raise ValueError("PlaygroundConfig.class_names is for models of your own: name one")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready to be looked at."""
+
+    image: Image.Image
+    """RGB, at most `SIDE` pixels wide and high."""
+    note: str = ""
+    """What was done to it, in a sentence; empty where nothing was."""
+
+
+MODES = {
+    "1": "black and white",
+    "L": "grey",
+    "LA": "transparent grey",
+    "P": "a palette",
+    "RGBA": "transparent colour",
+    "I": "16-bit grey",
+    "F": "floating-point grey",
+}
+"""Pillow's modes in words."""
+
+
+def open_picture(path: Path | str) -> Picture:
+    """Decode a picture of any kind and size in bounded memory.
+
+    Raises:
+        ValueError: it is none, is damaged, or has too many pixels.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of many pixels, of which there is a limit of our own below
+            image = open_image(file)
+            full = image.size
+            image.draft("RGB", (SIDE, SIDE))
+            if image.width * image.height > DECODED:
+                raise ValueError(f"its {full[0]} x {full[1]} pixels are more than {DECODED // 10**6} million")
+            image = ImageOps.exif_transpose(_scaled_down(image))
+    except Exception as error:  # Pillow raises half a dozen kinds
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"This picture cannot be used: {reason}.") from error
+    done = []
+    if max(image.size) < max(full):
+        done.append(f"{full[0]} x {full[1]} pixels scaled down to {image.width} x {image.height}")
+    if image.mode != "RGB":
+        done.append(f"{MODES.get(image.mode, image.mode)} turned into 8-bit colour")
+    image = in_channels(image, 3)
+    if max(image.size) > SLIMMEST * min(image.size):
+        most = SLIMMEST * min(image.size)
+        image = ImageOps.fit(image, (min(image.width, most), min(image.height, most)))
+        done.append("cut to its middle, as it is so slim")
+    return Picture(image, f"This picture was {', '.join(done)}." if done else "")
+
+
+def _scaled_down(image: Image.Image) -> Image.Image:
+    """Decode, and bring the longer side down to `SIDE`, before anything else is made of it."""
+    unscalable = {"1": "L", "P": "RGBA", "PA": "RGBA"} | dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "I")
+    if image.mode in unscalable:
+        image.getexif()  # which converting would lose
+        image = image.convert(unscalable[image.mode])
+    if max(image.size) > SIDE:
+        image.thumbnail((SIDE, SIDE), reducing_gap=2.0)
+    else:
+        image.load()
+    return image
+
+
+def photographs() -> list[Image.Image]:
+    """scikit-learn's two photographs, and the left half of each."""
+    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    return [part for one in whole for part in (one, one.crop((0, 0, one.width // 2, one.height)))]
+
+
+def handwritten() -> list[Image.Image]:
+    """Digits of the test split, one of each class."""
+    data = digits()
+    first = {data.test[index][1]: data.test[index][0] for index in reversed(range(HELD_OUT))}
+    pixels = [(255 * data.pixels(first[kind])[0]).round().byte().numpy() for kind in sorted(first)]
+    return [Image.fromarray(grey) for grey in pixels]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it was opened, and what it takes to show pictures to it."""
+
+    opened: AdaptiveViT
+    classes: Sequence[str]
+    """Names, in the order of the logits."""
+    examples: Sequence[Image.Image]
+    """Pictures of the kind it takes, to begin with."""
+    settings: dict[str, Any]
+    """How timm prepares its images."""
+
+    @classmethod
+    def of(cls, opened: AdaptiveViT, classes: Sequence[str] | None = None) -> "Subject":
+        """Find names and examples for a model.
+
+        Raises:
+            ValueError: it takes neither grey images nor colour, or has another number of classes than there are names.
+        """
+        settings = resolve_model_data_config(opened)
+        channels, count = settings["input_size"][0], opened.num_classes
+        if channels not in (1, 3) or len(settings["mean"]) != channels:
+            means = len(settings["mean"])
+            raise ValueError(
+                f"the model takes {channels} channels and normalises {means}: the playground has pictures of 1 or 3"
+            )
+        if count < 1:
+            raise ValueError("the model has no classes: the playground shows what a model takes a picture for")
+        if classes is None:
+            subset = infer_imagenet_subset(opened.vit) if count >= 1000 else None
+            names = ImageNetInfo(subset) if subset else None
+            classes = [names.index_to_description(k) if names else f"class {k}" for k in range(count)]
+        if len(classes) != count:
+            raise ValueError(f"there are names of {len(classes)} classes, but the model has {count}")
+        return cls(opened.float(), classes, handwritten() if channels == 1 else photographs(), settings)
+
+    @property
+    def channels(self) -> int:
+        """Of an image: 1 or 3."""
+        return self.settings["input_size"][0]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What it can be shown with: its own method or, a plain ViT, those that need no training."""
+        own = self.opened.config.method
+        return UNTRAINED if own == FullConfig.method else (own,)
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """The examples as the model takes them."""
+        return self.prepared(self.examples)
+
+    def prepared(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures as the model takes them: (B, channels, height, width)."""
+        transform = create_transform(**self.settings)
+        return torch.stack([transform(in_channels(picture, self.channels)) for picture in pictures])
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images that the model takes as they are looked at: values in [0, 1]."""
+        mean, std = (torch.tensor(self.settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        return (images * std + mean).clamp(0, 1)
+
+    def told(self, logits: Tensor) -> list[tuple[str, float]]:
+        """The most probable classes of an image, and their probabilities."""
+        best = logits[0].softmax(dim=0).topk(min(TOP, len(self.classes)))
+        return [(self.classes[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    def adapted(self, method: str) -> AdaptiveViT:
+        """The model under one of its methods, sharing the weights but for A-ViT, which turns those of a copy.
+
+        Raises:
+            TypeError, ValueError: the method needs what this ViT lacks.
+        """
+        own = self.opened
+        if method == own.config.method:
+            return own
+        if method == "avit":
+            vit = copy.deepcopy(own.vit)
+            scale, _ = fit_gate(vit, self.calibration)
+            return AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(vit).eval()
+        model = METHODS[method]().build(own.vit).eval()
+        if isinstance(model.config, MergeConfig):
+            rows, columns = patch_grid(own.vit)
+            fit_thresholds(model, self.calibration, ToMeConfig(r=max(1, rows * columns // (2 * model.depth))))
+        return model
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where a method's knob was set, and what that costs."""
+
+    config: Any
+    """Of the method."""
+    share: float
+    """Of the dense MACs, mean over the calibration images."""
+    note: str = ""
+    """Why this is not what was asked for, in a sentence; empty where it is."""
+
+
+def steer(model: AdaptiveViT, images: Tensor, target: float) -> Budget:
+    """Set a model's knob so that `images` cost the share `target` of the dense MACs, or as near as its method gets.
+
+    The search begins at the model's config, which is replaced.
+    """
+    name, config = model.config.method, model.config
+    if config.knob is None:
+        share = attempt(model, images).share
+        return Budget(config, share, f"{name} has no number that a budget could move: it takes {share:.0%}.")
+    ends = [replace(config, **{config.knob.field: value}) for value in (config.knob.lowest, config.knob.highest)]
+    if config.knob.sign < 0:
+        ends.reverse()
+    costs = []
+    for model.config in ends:
+        costs.append(attempt(model, images).share)
+    least, most = costs
+    reach = f"on these pictures {name} reaches {least:.0%} to {most:.0%} of the dense MACs"
+    if target < least * (1 - TOLERANCE):
+        model.config = ends[0]
+        return Budget(ends[0], least, f"A budget of {target:.0%} is out of reach: {reach}.")
+    if target > most * (1 + TOLERANCE):
+        model.config = ends[1]
+        return Budget(ends[1], most, f"A budget of {target:.0%} is more than can be spent: {reach}.")
+    model.config = config
+    config = meet_target(model, images, target, tolerance=TOLERANCE)
+    share = attempt(model, images).share
+    if abs(share - target) > max(0.02, 2 * TOLERANCE * target):
+        return Budget(config, share, f"The nearest that {name} gets to {target:.0%} is {share:.0%}, as its cost jumps.")
+    return Budget(config, share)
+
+
+class Playground:
+    """The models, which all sessions share. Whoever computes holds `lock`."""
+
+    def __init__(self, config: PlaygroundConfig) -> None:
+        """Open the models that the config names, and the bundled one.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: one of them cannot be shown.
+        """
+        self.lock = threading.Lock()
+        self.subjects: dict[str, Subject] = {}
+        self.adapted: dict[tuple[str, str], AdaptiveViT] = {}
+        names = None
+        if config.class_names is not None:
+            names = config.class_names.read_text(encoding="utf-8").splitlines()
+        for model in config.models:
+            try:
+                self.subjects[model] = Subject.of(open_model(model), names)
+            except ValueError as error:
+                raise ValueError(f"{model}: {error}") from error
+        self.subjects[DIGITS] = Subject.of(open_model(BUNDLED), [str(digit) for digit in range(10)])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models that can be chosen, the user's own first."""
+        return list(dict.fromkeys([*self.subjects, *DOWNLOADED]))
+
+    def subject(self, name: str) -> Subject:
+        """A model by its name, downloaded where it has to be.
+
+        Raises:
+            ValueError: there is no such model, or it cannot be downloaded.
+        """
+        if name not in self.names:
+            raise ValueError(f"There is no model {name!r}; there are {', '.join(self.names)}.")
+        if name not in self.subjects:
+            try:
+                self.subjects[name] = Subject.of(open_model(name))
+            except Exception as error:  # the Hub's client raises a dozen kinds
+                raise ValueError(f"The weights of {name} are not here and cannot be downloaded now.") from error
+        return self.subjects[name]
+
+    def model(self, name: str, method: str) -> AdaptiveViT:
+        """A model under a method.
+
+        Raises:
+            ValueError: it cannot be shown with that method.
+        """
+        subject = self.subject(name)
+        if method not in subject.methods:
+            raise ValueError(f"{name} can be shown with {', '.join(subject.methods)}, not with {method!r}.")
+        if (name, method) not in self.adapted:
+            try:
+                self.adapted[name, method] = subject.adapted(method)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} cannot be shown with {method}: {error}.") from error
+        return self.adapted[name, method]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an image."""
+
+    top: list[tuple[str, float]]
+    """Classes and their probabilities, the most probable first."""
+    gmacs: float
+    """What the image cost."""
+    milliseconds: float
+    """Median of a few runs with this image alone, the two models taking turns."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture through both models."""
+
+    model: str
+    method: str
+    pixels: Tensor
+    """(1, channels, height, width) as the models got it, values in [0, 1]."""
+    usage: Usage
+    """Of the adaptive model, to the last block even where the image could leave early."""
+    dense: Answer
+    """timm's own model."""
+    adaptive: Answer
+    budget: Budget
+    seen: Usage
+    """Of the adaptive model on all pictures of the session that are for such a model."""
+    seen_gmacs: Tensor
+    """What each of them cost."""
+    heads: int
+    """Of a block."""
+
+    @property
+    def blocks(self) -> int:
+        """L."""
+        return self.usage.attended.shape[1]
+
+    def image(self) -> np.ndarray:
+        """The picture as the models got it."""
+        return enlarged(self.pixels.expand(-1, 3, -1, -1))
+
+    def depth(self) -> np.ndarray:
+        """The number of blocks that each patch entered, as colours over the picture."""
+        return enlarged(laid_over(self.pixels, self.usage.patch_depth, self.blocks))
+
+    def block(self, number: int) -> tuple[np.ndarray, str]:
+        """What block `number`, from 1, works on: the picture, and a sentence.
+
+        Patches that are gone are faded, those whose token stands for dropped ones tinted; merged ones have their mean
+        colour.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if not 1 <= number <= self.blocks:
+            raise ValueError(f"block must lie in 1..{self.blocks}, got {number}")
+        usage, patches = self.usage, slice(self.usage.prefix, None)
+        assert usage.live is not None  # the library's own methods track slots
+        live = usage.live[:, number - 1, patches]
+        tokens, count = int(live.sum()), live.shape[1]
+        if usage.groups is not None:
+            merged = self.pixels
+            if number > 1:
+                merged = mean_colours(self.pixels, usage.groups[:, number - 2].unflatten(1, usage.grid))
+            said = f"Block {number} of {self.blocks} works on {tokens} tokens, which hold all {count} patches."
+            return enlarged(merged.expand(-1, 3, -1, -1)), said
+        fused = None if usage.fused is None else usage.fused[:, number - 1, patches].unflatten(1, usage.grid)
+        said = f"Block {number} of {self.blocks} works on {tokens} of {count} patches."
+        if fused is not None and fused.any():
+            said = (
+                f"Block {number} of {self.blocks} works on {tokens - 1} of {count} patches, and on one token, tinted, "
+                "that stands for the others."
+            )
+        return enlarged(kept_patches(self.pixels, live.unflatten(1, usage.grid), fused)), said
+
+    def costs(self) -> str:
+        """Histogram of what the pictures of the session cost, as the `src` of an HTML image."""
+        return data_uri(cost_histogram(self.seen_gmacs, self.dense.gmacs))
+
+    def usage_per_block(self) -> str:
+        """What the blocks computed for them, as the `src` of an HTML image."""
+        return data_uri(usage_per_block(self.seen, self.heads))
+
+
+def enlarged(picture: Tensor, side: int = 448) -> np.ndarray:
+    """A picture (1, 3, height, width) in [0, 1] as pixels (height, width, 3), a whole number of times larger.
+
+    Args:
+        side: pixels that the longer side comes near to.
+    """
+    times = max(1, side // max(picture.shape[2:]))
+    picture = interpolate(picture, scale_factor=times, mode="nearest-exact")[0]
+    return (255 * picture).round().byte().permute(1, 2, 0).numpy()
+
+
+@dataclass
+class Shown:
+    """A picture of a session, and what the last model that it was shown to made of it."""
+
+    picture: Image.Image
+    setting: Any = None
+    """The model's name and config."""
+    usage: Usage | None = None
+
+
+class Session:
+    """One person's pictures, those for models of grey images and of colour apart, and how far each knob was turned."""
+
+    def __init__(self, playground: Playground) -> None:
+        self.playground = playground
+        self.shown: dict[int, deque[Shown]] = {channels: deque(maxlen=SEEN) for channels in (1, 3)}
+        self.budgets: dict[tuple[str, str], tuple[float, Budget]] = {}
+
+    def add(self, picture: Image.Image, model: str) -> None:
+        """Take a picture, to be shown to this model and to those that take images of as many channels."""
+        with self.playground.lock:
+            channels = self.playground.subject(model).channels
+        self.shown[channels].append(Shown(picture))
+
+    def view(self, model: str, method: str, share: float) -> View:
+        """The last picture through a model, dense and with a method that is given a share of the dense MACs.
+
+        Where there is none yet it is the first example. The knob is set when model, method or share are others than
+        before, and then stays, so that pictures can be compared.
+
+        Raises:
+            ValueError: a sentence for the page.
+        """
+        with self.playground.lock, torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gates that halt everything: the page shows that
+            subject, adaptive = self.playground.subject(model), self.playground.model(model, method)
+            shown = self.shown[subject.channels]
+            if not shown:
+                shown.append(Shown(subject.examples[0]))
+            budget = self._budget(subject, adaptive, model, share)
+            adaptive.config = budget.config
+            usages = []
+            for one in shown:
+                if one.usage is None or one.setting != (model, budget.config):
+                    one.usage = adaptive(subject.prepared([one.picture])).usage
+                    one.setting = model, budget.config
+                usages.append(one.usage)
+            return _view(model, subject, adaptive, subject.prepared([shown[-1].picture]), budget, join(usages))
+
+    def _budget(self, subject: Subject, adaptive: AdaptiveViT, model: str, share: float) -> Budget:
+        """The knob as it stands where the same was asked before; else set on the examples and the last pictures."""
+        key = model, adaptive.config.method
+        asked, budget = self.budgets.get(key, (None, None))
+        if budget is None or asked != share:
+            if budget is not None:
+                adaptive.config = budget.config
+            recent = [one.picture for one in self.shown[subject.channels]][-RECENT:]
+            budget = steer(adaptive, torch.cat([subject.calibration, subject.prepared(recent)]), share)
+            self.budgets[key] = share, budget
+        return budget
+
+
+def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, budget: Budget, seen: Usage) -> View:
+    """Run and time both models on an image, the last of those seen."""
+    vit, gmacs = subject.opened.vit, macs(seen, adaptive.shape).double() / 1e9
+    seconds = interleaved({"dense": lambda: vit(image), "adaptive": lambda: adaptive(image)}, ROUNDS)
+    dense = dense_macs(adaptive.shape, seen.grid) / 1e9
+    return View(
+        model=model,
+        method=adaptive.config.method,
+        pixels=subject.pixels(image),
+        usage=full_usage(adaptive, image),
+        dense=Answer(subject.told(vit(image)), dense, 1e3 * median(seconds["dense"])),
+        adaptive=Answer(subject.told(adaptive(image).logits), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
+        budget=budget,
+        seen=seen,
+        seen_gmacs=gmacs,
+        heads=adaptive.heads,
+    )

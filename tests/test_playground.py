@@ -1,0 +1,427 @@
+"""The playground: what it computes, without a page, and the page in a headless Chromium where there is one."""
+
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import METHODS, small_vit
+from PIL import Image
+from timm.data import create_transform
+
+import adaptvit
+from adaptvit import cli, playground
+from adaptvit.playground import (
+    DIGITS,
+    SEEN,
+    SIDE,
+    SLIMMEST,
+    UNTRAINED,
+    Playground,
+    PlaygroundConfig,
+    Session,
+    Subject,
+    open_picture,
+    steer,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A plain ViT and one of each method that is no plain ViT's."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("full", "avit", "tome"):
+        adaptvit.save(METHODS[name].build(small_vit().eval()), folder / f"{name}.safetensors")
+    adaptvit.save(METHODS["full"].build(small_vit("average pool").eval()), folder / "pooled.safetensors")
+    return {path.stem: str(path) for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def shared(files: dict[str, str]) -> Playground:
+    return Playground(PlaygroundConfig(models=tuple(files.values())))
+
+
+@pytest.fixture
+def session(shared: Playground) -> Session:
+    return Session(shared)
+
+
+def noise(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("method", UNTRAINED)
+def test_both_models_answer_and_cost_what_they_do_alone(method: str, session: Session, files: dict[str, str]) -> None:
+    session.add(noise(), files["full"])
+    view = session.view(files["full"], method, 0.6)
+    assert view.budget.share == pytest.approx(0.6, abs=0.05)
+    subject = session.playground.subject(files["full"])
+    image = create_transform(**subject.settings)(noise())[None]
+    vit, adaptive = subject.opened.vit, session.playground.model(files["full"], method)
+    with torch.inference_mode():
+        dense, output = vit(image).softmax(dim=1)[0], adaptive(image)
+    for answer, expected in ((view.dense, dense), (view.adaptive, output.logits.softmax(dim=1)[0])):
+        assert [name for name, _ in answer.top] == [f"class {k}" for k in expected.argsort(descending=True)[:5]]
+        assert [p for _, p in answer.top] == pytest.approx(expected.sort(descending=True).values[:5].tolist(), abs=1e-5)
+        assert answer.milliseconds > 0
+    assert view.dense.gmacs == pytest.approx(adaptvit.dense_macs(adaptive.shape, (4, 4)) / 1e9)
+    assert view.adaptive.gmacs == pytest.approx(adaptvit.macs(output.usage, adaptive.shape).item() / 1e9)
+
+
+def test_a_knob_stays_until_another_budget_is_asked_for(session: Session, files: dict[str, str]) -> None:
+    first = session.view(files["full"], "ats", 0.6)
+    for seed in range(3):
+        session.add(noise(seed=seed), files["full"])
+    assert session.view(files["full"], "ats", 0.6).budget is first.budget
+    session.view(files["full"], "evit", 0.6)
+    lower = session.view(files["full"], "ats", 0.5)
+    assert lower.budget.config.rate < first.budget.config.rate
+    assert lower.seen_gmacs.tolist() == [*session.view(files["full"], "ats", 0.5).seen_gmacs.tolist()]
+    assert len(lower.seen_gmacs) == 4  # the example, and three
+
+
+def test_sessions_do_not_share_pictures_or_budgets(shared: Playground, files: dict[str, str]) -> None:
+    one, other = Session(shared), Session(shared)
+    one.add(noise(), files["full"])
+    rich = one.view(files["full"], "ats", 0.8)
+    poor = other.view(files["full"], "ats", 0.5)
+    again = one.view(files["full"], "ats", 0.8)
+    assert again.budget is rich.budget
+    assert again.adaptive.gmacs == rich.adaptive.gmacs
+    assert poor.budget.config.rate < rich.budget.config.rate
+    assert not torch.equal(poor.pixels, rich.pixels)
+
+
+def test_sessions_at_once_wait_for_one_another(shared: Playground, files: dict[str, str]) -> None:
+    costs: dict[float, list[float]] = {0.5: [], 0.8: []}
+
+    def look(share: float) -> None:
+        own = Session(shared)
+        for seed in range(3):
+            own.add(noise(seed=seed), files["full"])
+            costs[share].append(own.view(files["full"], "ats", share).adaptive.gmacs)
+
+    threads = [threading.Thread(target=look, args=(share,)) for share in costs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Session(shared)
+    for share, found in costs.items():
+        for seed in range(3):
+            alone.add(noise(seed=seed), files["full"])
+        alone.shown[3][0].setting = None
+        assert len(found) == 3
+        assert found[0] == alone.view(files["full"], "ats", share).seen_gmacs[-3].item()
+
+
+def test_old_pictures_are_let_go(session: Session, files: dict[str, str]) -> None:
+    for seed in range(SEEN + 3):
+        session.add(noise(seed=seed), files["full"])
+    assert len(session.view(files["full"], "ats", 0.6).seen_gmacs) == SEEN
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.01, r"A budget of 1% is out of reach: .*ats reaches \d+% to \d+%"), (1.0, "A budget of 100% is more than can")],
+)
+def test_a_budget_out_of_reach_is_met_as_nearly_as_can_be(
+    share: float, said: str, session: Session, files: dict[str, str]
+) -> None:
+    budget = session.view(files["full"], "ats", share).budget
+    assert re.match(said, budget.note)
+    others = [session.view(files["full"], "ats", other).budget.share for other in (0.5, 0.7)]
+    assert budget.share < min(others) if share < 0.5 else budget.share > max(others)
+
+
+def test_a_method_without_a_knob_says_so(session: Session, files: dict[str, str]) -> None:
+    budget = session.view(files["tome"], "tome", 0.5).budget
+    assert budget.note.startswith("tome has no number that a budget could move")
+
+
+def test_a_trained_model_is_shown_with_its_own_method_only(shared: Playground, files: dict[str, str]) -> None:
+    assert shared.subject(files["avit"]).methods == ("avit",)
+    with pytest.raises(ValueError, match=r"can be shown with avit, not with 'ats'"):
+        shared.model(files["avit"], "ats")
+    model = shared.model(files["avit"], "avit")
+    assert model is shared.subject(files["avit"]).opened
+
+
+def test_a_model_without_the_token_that_a_method_needs_is_refused_in_a_sentence(
+    session: Session, files: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match=r"cannot be shown with avit: fit_gate needs a ViT with a class token"):
+        session.view(files["pooled"], "avit", 0.5)
+    assert session.view(files["pooled"], "ats", 0.7).adaptive.top
+
+
+def test_weights_that_cannot_be_downloaded_are_named(shared: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(playground, "open_model", fail)
+    with pytest.raises(ValueError, match="The weights of deit_tiny_patch16_224 are not here and cannot be downloaded"):
+        shared.subject("deit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="There is no model 'abacus'"):
+        shared.subject("abacus")
+
+
+def test_the_bundled_model_reads_its_examples(session: Session) -> None:
+    subject = session.playground.subject(DIGITS)
+    with torch.inference_mode():
+        read = subject.opened(subject.calibration).logits.argmax(dim=1)
+    assert (read == torch.arange(10)).sum() >= 9
+    assert playground.BUNDLED.stat().st_size < 1_500_000
+    view = session.view(DIGITS, "ats", 0.6)
+    assert view.dense.top[0][0] == "0"
+    assert view.image().shape == (448, 448, 3)
+
+
+def test_a_block_shows_what_is_left(session: Session, files: dict[str, str]) -> None:
+    session.add(noise(32, 32), files["full"])
+    view = session.view(files["full"], "ats", 0.5)
+    assert view.usage.live is not None
+    whole, _ = view.block(1)
+    np.testing.assert_array_equal(whole, view.image())
+    left, said = view.block(view.blocks)
+    live = view.usage.live[0, -1, 1:]
+    assert said == f"Block 4 of 4 works on {int(live.sum())} of 16 patches."
+    same = (left == view.image()).all(axis=2).reshape(4, 112, 4, 112).all(axis=(1, 3))
+    np.testing.assert_array_equal(same, live.unflatten(0, (4, 4)).numpy())
+    with pytest.raises(ValueError, match=r"block must lie in 1..4, got 5"):
+        view.block(5)
+
+
+def test_a_fused_token_is_tinted_and_said(session: Session, files: dict[str, str]) -> None:
+    view = session.view(files["full"], "evit", 0.6)
+    assert view.usage.live is not None
+    assert view.usage.fused is not None
+    picture, said = view.block(4)
+    count = int(view.usage.live[0, 3, 1:].sum())
+    assert said.startswith(f"Block 4 of 4 works on {count - 1} of 16 patches, and on one token, tinted")
+    place = int(view.usage.fused[0, 3, 1:].nonzero()[0])
+    tile = picture.reshape(4, 112, 4, 112, 3)[place // 4, :, place % 4].mean(axis=(0, 1))
+    assert tile[0] > tile[2] + 50  # orange
+
+
+def test_merged_patches_have_one_colour_each(session: Session, files: dict[str, str]) -> None:
+    view = session.view(files["tome"], "tome", 0.5)
+    assert view.usage.groups is not None
+    picture, said = view.block(4)
+    groups = view.usage.groups[0, 2]
+    assert said == f"Block 4 of 4 works on {len(groups.unique())} tokens, which hold all 16 patches."
+    tiles = picture.reshape(4, 112, 4, 112, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1, 3)
+    for group in groups.unique():
+        assert len(np.unique(tiles[groups == group].reshape(-1, 3), axis=0)) == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "I", "F", "CMYK", "RGB"])
+@pytest.mark.parametrize("scale", [1, 20])
+def test_pictures_of_every_kind_become_small_colour(mode: str, scale: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 60 * scale).astype(np.uint8)[None].repeat(40 * scale, axis=0)
+    image = Image.fromarray(ramp)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+        image = image if mode == "I;16" else image.convert("I")
+    else:
+        image = image.convert(mode)
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK", "I") else "a.png")
+    image.save(path)
+    picture = open_picture(path)
+    assert picture.image.mode == "RGB"
+    assert max(picture.image.size) == min(SIDE, 60 * scale)
+    grey = np.asarray(picture.image.convert("L"), dtype=float).mean(axis=0)
+    assert grey[:5].mean() < 30
+    assert grey[-5:].mean() > 225
+    assert ("scaled down" in picture.note) == (scale > 1)
+    assert (picture.note == "") == (mode == "RGB" and scale == 1)
+
+
+def test_a_huge_jpeg_is_decoded_small(tmp_path: Path) -> None:
+    Image.new("L", (8000, 6000)).save(tmp_path / "huge.jpg")
+    picture = open_picture(tmp_path / "huge.jpg")
+    assert picture.image.size == (640, 480)
+    assert picture.note.startswith("This picture was 8000 x 6000 pixels scaled down to 640 x 480")
+
+
+@pytest.mark.parametrize("side", [7000, 20000])
+def test_a_huge_png_is_refused_before_it_is_decoded(side: int, tmp_path: Path) -> None:
+    header = b"IHDR" + struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\1IDAT")
+    with pytest.raises(ValueError, match=r"This picture cannot be used: .*(7000 x 7000|400000000) pixels"):
+        open_picture(tmp_path / "huge.png")
+
+
+def test_a_turned_photograph_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for size in ((100, 50), (1000, 500)):
+        Image.new("RGB", size).save(tmp_path / "turned.jpg", exif=exif)
+        assert open_picture(tmp_path / "turned.jpg").image.size == (
+            size[1] * 640 // max(640, size[0]),
+            min(640, size[0]),
+        )
+
+
+def test_a_slim_picture_is_cut_to_its_middle(tmp_path: Path) -> None:
+    noise(600, 2).save(tmp_path / "slim.png")
+    picture = open_picture(tmp_path / "slim.png")
+    assert picture.image.size == (2 * SLIMMEST, 2)
+    assert "cut to its middle" in picture.note
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"not an image", "not an image"), (None, "truncated"), (b"", "not an")])
+def test_what_is_no_picture_is_refused_in_a_sentence(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    if content is None:
+        noise().save(path)
+        content = path.read_bytes()[:400]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"This picture cannot be used: .*{said}"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"port": 0}, ValueError, "port must lie in 1..65535, got 0"),
+        ({"class_names": Path("nowhere.txt"), "models": ("a",)}, FileNotFoundError, "'nowhere.txt', which is not"),
+        ({"class_names": Path(__file__)}, ValueError, "class_names is for models of your own"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(settings: dict, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        PlaygroundConfig(**settings)
+
+
+def test_classes_have_the_names_of_the_file(files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
+    config = PlaygroundConfig(models=(files["full"],), class_names=tmp_path / "names.txt")
+    assert Playground(config).subject(files["full"]).classes == list("abcdefg")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"full.safetensors: there are names of 2 classes, but the model has 7"):
+        Playground(config)
+
+
+def test_models_of_other_channels_and_without_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="takes 4 channels"):
+        Subject.of(METHODS["full"].build(small_vit(in_chans=4)))
+    with pytest.raises(ValueError, match="has no classes"):
+        Subject.of(METHODS["full"].build(small_vit(num_classes=0)))
+
+
+def test_imagenet_classes_have_their_names() -> None:
+    subject = Subject.of(METHODS["full"].build(small_vit(num_classes=1000).eval()))
+    assert subject.classes[1].startswith("goldfish")
+
+
+def test_steering_leaves_the_knob_where_it_says(files: dict[str, str]) -> None:
+    model = adaptvit.load(files["avit"]).eval()
+    batch = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    budget = steer(model, batch, 0.6)
+    assert model.config == budget.config
+    assert budget.share == adaptvit.budget.attempt(model, batch).share == pytest.approx(0.6, abs=0.05)
+    assert budget.note == ""
+
+
+def test_without_gradio_the_command_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "adaptvit.page", raising=False)
+    assert cli.main(["playground"]) == 2
+    assert capsys.readouterr().err == "adaptvit: the playground needs gradio: pip install 'adaptvit[playground]'\n"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(files: dict[str, str]) -> Iterator[Any]:
+    """The page that the command serves, in a browser that notes where it asks for anything: `page.asked`."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = "from adaptvit.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", start, "playground", files["full"], "--port", port]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+        browsers.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == f"http://127.0.0.1:{port} shows the playground; Ctrl+C stops it\n"
+            opened = browser.new_page()
+            opened.set_default_timeout(120_000)
+            opened.asked = []
+            opened.on("request", lambda request: opened.asked.append(request.url))
+            opened.goto(f"http://127.0.0.1:{port}")
+            opened.wait_for_selector("#answers .best")
+            yield opened
+        finally:
+            server.terminate()
+
+
+def changed(page: Any, selector: str, before: str) -> str:
+    """The source of a picture of the page, once it is another than before."""
+    page.wait_for_function("([s, b]) => document.querySelector(s)?.src !== b", arg=[f"{selector} img", before])
+    return source(page, selector)
+
+
+def source(page: Any, selector: str) -> str:
+    return page.locator(f"{selector} img").first.get_attribute("src")
+
+
+def test_the_page_shows_what_is_asked_for(page: Any, tmp_path: Path) -> None:
+    seen, kept = source(page, "#seen"), source(page, "#kept")
+    noise().save(tmp_path / "own.png")
+    page.set_input_files("#file input[type=file]", tmp_path / "own.png")
+    seen, kept = changed(page, "#seen", seen), changed(page, "#kept", kept)
+
+    budget = page.locator("#share input[type=number]")
+    budget.fill("80")
+    budget.press("Tab")
+    kept = changed(page, "#kept", kept)
+    assert source(page, "#seen") == seen
+    assert re.search(r"rate = .*: (79|80|81)% of the dense MACs", page.inner_text("#said"))
+
+    block = page.locator("#block input[type=number]")
+    block.fill("1")
+    block.press("Enter")
+    changed(page, "#kept", kept)
+    page.get_by_text("Block 1 of 4 works on 16 of 16 patches.").wait_for()
+
+    page.locator("#examples button img").nth(1).click()
+    changed(page, "#seen", seen)
+
+
+def test_the_page_says_what_it_cannot_do(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.png").write_text("not an image")
+    page.set_input_files("#file input[type=file]", tmp_path / "own.png")
+    page.get_by_text("This picture cannot be used: not an image").wait_for()
+    budget = page.locator("#share input[type=number]")
+    budget.fill("5")
+    budget.press("Tab")
+    page.locator(".toast-body").get_by_text(re.compile(r"A budget of 5% is out of reach: .* reaches")).wait_for()
+    assert page.locator("#answers .best").count() == 2
+
+
+def test_the_page_asks_this_machine_only(page: Any) -> None:
+    assert {url.split("/")[2].split(":")[0] for url in page.asked if url.startswith(("http", "ws"))} == {"127.0.0.1"}
