@@ -41,7 +41,9 @@ footer {display: none !important}
 .answers .class span:last-child {font-variant-numeric: tabular-nums}
 .answers .bar {height: 4px; border-radius: 2px; background: var(--border-color-primary)}
 .answers .bar div {height: 4px; border-radius: 2px; background: #2a788e}
-#examples .grid-container {grid-template-columns: repeat(5, minmax(0, 1fr)) !important; gap: 6px; margin-top: 18px}
+#examples .grid-container {grid-template-columns: repeat(5, minmax(0, 1fr)) !important; gap: 6px; margin-top: 18px;
+  grid-template-rows: none !important; grid-auto-rows: max-content; align-content: start}
+#examples .grid-container button {aspect-ratio: 1 !important; height: auto !important}
 .plots {display: grid; grid-template-columns: 1fr 1fr; gap: 2rem}
 .plots figure {margin: 0}
 .plots img {width: 100%; background: white}
@@ -67,7 +69,7 @@ def build(playground: Playground) -> gr.Blocks:
                     thumbnails(first),
                     label="Examples",
                     columns=5,
-                    height=150,
+                    height=165,
                     allow_preview=False,
                     interactive=False,
                     buttons=[],
@@ -165,8 +167,8 @@ def build(playground: Playground) -> gr.Blocks:
         blocks.load(look, asked, shown)
         file.upload(take, [file, *asked], shown).then(lambda: None, None, file)
         examples.select(choose, asked, shown)
-        model.input(change, [session, last, number, model, share], [model, method, examples, *shown])
-        method.input(look, asked, shown)
+        model.select(change, [session, last, number, model, share], [model, method, examples, *shown])
+        method.select(look, asked, shown)
         share.release(look, asked, shown, trigger_mode="always_last")
         number.input(
             turn, [last, number], [pictures[2], block_said], show_progress="hidden", trigger_mode="always_last"

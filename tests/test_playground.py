@@ -396,11 +396,11 @@ def test_the_page_shows_what_is_asked_for(page: Any, tmp_path: Path) -> None:
     seen, kept = changed(page, "#seen", seen), changed(page, "#kept", kept)
 
     budget = page.locator("#share input[type=number]")
-    budget.fill("80")
+    budget.fill("65")
     budget.press("Tab")
     kept = changed(page, "#kept", kept)
     assert source(page, "#seen") == seen
-    assert re.search(r"rate = .*: (79|80|81)% of the dense MACs", page.inner_text("#said"))
+    assert re.search(r"rate = .*: 6\d% of the dense MACs", page.inner_text("#said"))
 
     block = page.locator("#block input[type=number]")
     block.fill("1")
