@@ -1,0 +1,50 @@
+"""Models steered after training beside models trained at the budget: python benchmarks/steering.py > steering.txt
+
+Reads the .jsonl files beside it, which `imagenette.py` wrote, and draws `steering.png`.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+CURVES = {
+    "ATS trained to 65 %": ("imagenette_adavit", ("ats65/model", "ats65_at_0.5")),
+    "ATS trained to 50 %": ("imagenette_8_epochs", ("ats50/model", "ats50_at_0.65")),
+    "AdaViT trained to 65 %": ("imagenette_adavit", ("ada65/model", "ada65_at_0.5")),
+    "AdaViT trained to 50 %": ("imagenette_adavit", ("ada50/model", "ada50_at_0.65")),
+    "A-ViT trained to 65 %": ("imagenette_avit_steered", ("avit65/model", "avit65_at_0.5", "avit65_at_0.8")),
+    "A-ViT trained to 50 %, taught": ("imagenette", ("avit_0.5_taught",)),
+}
+"""File and models, the first as it was trained, the others steered from there."""
+
+
+def main() -> None:
+    """Print and draw the difference from each dense model against MACs."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for number, (name, (file, models)) in enumerate(CURVES.items()):
+        lines = (json.loads(line) for line in (HERE / f"{file}.jsonl").read_text().splitlines())
+        rows = {row["model"].removesuffix(".safetensors"): row for row in lines if "model" in row}
+        points = []
+        for model in models:
+            row = rows[model]
+            point = (
+                100 * row["gmacs"] / row["gmacs_dense"],
+                100 * row["top1_minus_dense"],
+                100 * row["standard_error"],
+            )
+            points.append(point)
+            print(f"{name:32} {model:24} {point[0]:5.1f} % of the MACs {point[1]:+5.1f} ± {point[2]:.1f}")
+        colour, ordered = f"C{number // 2}", sorted(points)
+        style = "-" if "65" in name else ":"
+        axes.errorbar(*zip(*ordered, strict=True), color=colour, linestyle=style, capsize=2, label=name)
+        axes.plot(*points[0][:2], "o", color=colour)
+    axes.set(xlabel="MACs, % of the dense ones", ylabel="top-1 against dense, points")
+    axes.legend(fontsize="small", title="dot: as trained", title_fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(HERE / "steering.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
