@@ -179,7 +179,12 @@ class ATS(AdaptiveViT):
         return normalise(tokens.grid(of(attention, size))[:, self.prefix :], live[:, self.prefix :])
 
     def sample(
-        self, score: Tensor, live: Tensor, block: int, generator: torch.Generator | None, order: Tensor | None
+        self,
+        score: Tensor,
+        live: Tensor,
+        block: int,
+        generator: torch.Generator | None = None,
+        order: Tensor | None = None,
     ) -> Tensor:
         """The slots that block number `block` hands on: (B, N) bool; `order` is for `random`."""
         patches = live[:, self.prefix :]
