@@ -1,6 +1,8 @@
 """What every adaptive model has in common."""
 
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -44,6 +46,21 @@ class MethodConfig(Protocol):
     def build(self, vit: VisionTransformer) -> "AdaptiveViT":
         """The adaptive model around `vit`, sharing its weights."""
         ...
+
+
+def whole_numbers(name: str, value: int | Iterable[int], hint: str = "") -> tuple[int, ...]:
+    """One or more whole numbers as a tuple.
+
+    Raises:
+        ValueError: there is none, or something else; the message ends with `hint`.
+    """
+    try:
+        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
+    except TypeError:
+        numbers = ()
+    if not numbers:
+        raise ValueError(f"{name} must be a whole number or several, got {value!r}{hint}")
+    return numbers
 
 
 def check_device(device: str) -> None:

@@ -8,7 +8,6 @@ Symbols of the paper: A attention, V values, S significance score.
 """
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.methods import ats_released
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, whole_numbers
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -65,12 +64,12 @@ class ATSConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            blocks = _whole("blocks", self.blocks)
+            blocks = whole_numbers("ATSConfig.blocks", self.blocks)
             if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
                 raise ValueError(f"ATSConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
             object.__setattr__(self, "blocks", blocks)
         if self.tokens is not None:
-            counts = _whole("tokens", self.tokens)
+            counts = whole_numbers("ATSConfig.tokens", self.tokens, "; rate=0.5 takes half of them")
             if min(counts) < 1:
                 raise ValueError(f"ATSConfig.tokens must be 1 or more, got {self.tokens}")
             if list(counts) != sorted(counts, reverse=True):
@@ -209,17 +208,6 @@ class ATS(AdaptiveViT):
         dropped = 0 if shape.norms_over_tokens else before - after  # whose queries are not in vain where norms see them
         cost = (dropped * shape.dim + scoring * before) * shape.heads * shape.head_dim
         return cost * held.new_tensor([block in self.points for block in range(self.depth)])
-
-
-def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    try:
-        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
-    except TypeError:
-        numbers = ()
-    if not numbers:
-        hint = "; rate=0.5 takes half of them" if name == "tokens" else ""
-        raise ValueError(f"ATSConfig.{name} must be a whole number or several, got {value!r}{hint}")
-    return numbers
 
 
 def significance(attention: Tensor, size: Tensor) -> Tensor:

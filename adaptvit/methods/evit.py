@@ -8,7 +8,6 @@ Symbols of the paper: kappa keep rate, k patches kept.
 """
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.gated import gated_macs
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, whole_numbers
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -63,7 +62,7 @@ class EViTConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            blocks = _whole("blocks", self.blocks)
+            blocks = whole_numbers("EViTConfig.blocks", self.blocks)
             if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
                 raise ValueError(f"EViTConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
             object.__setattr__(self, "blocks", blocks)
@@ -71,7 +70,7 @@ class EViTConfig:
             object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
         _check_rates("EViTConfig.keep_rate", self.keep_rate)
         if self.tokens is not None:
-            counts = _whole("tokens", self.tokens)
+            counts = whole_numbers("EViTConfig.tokens", self.tokens, "; keep_rate=0.5 keeps half of them")
             if min(counts) < 1:
                 raise ValueError(f"EViTConfig.tokens must be 1 or more, got {self.tokens}")
             if any(after > before + self.fuse for before, after in pairwise(counts)):
@@ -274,14 +273,3 @@ def _check_rates(name: str, value: float | Sequence[float]) -> None:
     for rate in value if isinstance(value, Iterable) else (value,):
         if not 0 < rate <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {value}")
-
-
-def _whole(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    try:
-        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
-    except TypeError:
-        numbers = ()
-    if not numbers:
-        hint = "; keep_rate=0.5 keeps half of them" if name == "tokens" else ""
-        raise ValueError(f"EViTConfig.{name} must be a whole number or several, got {value!r}{hint}")
-    return numbers
