@@ -6,7 +6,6 @@
 The page itself is `adaptvit.page`. Letters: B images, L blocks, N token slots.
 """
 
-import copy
 import threading
 import warnings
 from collections import deque
@@ -31,14 +30,12 @@ from adaptvit.data import HELD_OUT, digits, in_channels, open_image
 from adaptvit.draw import full_usage
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
-from adaptvit.methods.avit import AViTConfig
-from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig, fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
 from adaptvit.timing import interleaved
-from adaptvit.untrained import SHARPNESS
+from adaptvit.untrained import gated
 from adaptvit.usage import Usage, join
 from adaptvit.vit import patch_grid
 
@@ -252,9 +249,7 @@ class Subject:
         if method == own.config.method:
             return own
         if method == "avit":
-            vit = copy.deepcopy(own.vit)
-            scale, _ = fit_gate(vit, self.calibration)
-            return AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(vit).eval()
+            return gated(own.vit, self.calibration).eval()
         model = METHODS[method]().build(own.vit).eval()
         if isinstance(model.config, MergeConfig):
             rows, columns = patch_grid(own.vit)

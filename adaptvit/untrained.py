@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptvit.budget import Trial, Unit, attempt, check_target, meet_target
 from adaptvit.methods.ats import ATSConfig
-from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.tome import MergeConfig, MergingViT, ToMeConfig, fit_thresholds
@@ -60,9 +60,7 @@ def adapt(
             merged = [max(1, r) for r in like.schedule(model.depth)]  # or no shift would merge anything there
             fit_thresholds(model, images, ToMeConfig(r=merged))
         case "avit":
-            turned = copy.deepcopy(vit)
-            scale, _ = fit_gate(turned, images)
-            model = AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(turned)
+            model = gated(vit, images)
         case "ats":
             model = ATSConfig().build(vit)
         case "random":
@@ -71,6 +69,18 @@ def adapt(
             model = EViTConfig().build(vit)
     meet_target(model, images, target, unit, tolerance, labels, tell)
     return model
+
+
+def gated(vit: VisionTransformer, images: Tensor) -> AViT:
+    """A-ViT around a copy of `vit`, turned to carry the gate fitted to `images`; not yet at any budget.
+
+    Raises:
+        TypeError: the ViT's residual stream cannot be turned.
+        ValueError: it has no class token.
+    """
+    turned = copy.deepcopy(vit)
+    scale, _ = fit_gate(turned, images)
+    return AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(turned)
 
 
 def schedule(
