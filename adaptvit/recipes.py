@@ -11,6 +11,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.run import Run
 from adaptvit.train import Recipe
 
@@ -251,6 +252,24 @@ def imagenette_dynamicvit() -> Run:
     )
 
 
+def imagenette_tome() -> Run:
+    """ToMe on the same images with the same recipe and epochs, at half the dense MACs of 64 patches."""
+    dense = imagenette_dense()
+    return replace(dense, method=ToMeConfig(r=6), output=Path("runs/imagenette_tome"))
+
+
+def imagenette_merge() -> Run:
+    """Merging by similarity on the same images with the same recipe and epochs, at half the dense MACs."""
+    dense = imagenette_dense()
+    return replace(
+        dense,
+        method=MergeConfig(),
+        fit_thresholds=True,
+        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
+        output=Path("runs/imagenette_merge"),
+    )
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -268,6 +287,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
         imagenette_adavit,
         imagenette_evit,
         imagenette_dynamicvit,
+        imagenette_tome,
+        imagenette_merge,
     )
 }
 """What `adaptvit train` knows by name."""

@@ -24,9 +24,10 @@ from adaptvit.methods.adavit_fit import fit_policies
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.train import Epoch, Recipe, fingerprint, train
-from adaptvit.untrained import adapt
+from adaptvit.untrained import adapt, fit_merging
 from adaptvit.vit import check
 
 CALIBRATION = 256
@@ -58,6 +59,8 @@ class Run:
     patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
     fit_policies: bool = False
     """Fit AdaViT's policies over patches to the weights before training (`fit_policies`), at `target`."""
+    fit_thresholds: bool = False
+    """Fit merging's thresholds to the weights before training (`fit_merging`), at `target`."""
     data: DataConfig
     """The images."""
     recipe: Recipe
@@ -76,6 +79,10 @@ class Run:
             raise ValueError(f"Run.fit_policies is for AdaViT, but the method is {self.method.method}")
         if self.fit_policies and self.target is None:
             raise ValueError("Run.fit_policies needs a budget to fit to: set Recipe.target or AdaViTConfig.macs_target")
+        if self.fit_thresholds and not isinstance(self.method, MergeConfig):
+            raise ValueError(f"Run.fit_thresholds is for merging, but the method is {self.method.method}")
+        if self.fit_thresholds and self.target is None:
+            raise ValueError("Run.fit_thresholds needs a budget to fit to: set Recipe.target")
         if self.sharpness is not None and not isinstance(self.method, AViTConfig):
             raise ValueError(f"Run.sharpness is for A-ViT's gate, but the method is {self.method.method}")
 
@@ -146,7 +153,8 @@ def run(config: Run, resume: bool = False) -> Outcome:
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
         )
     method: Any = config.method
-    key = fingerprint(method.build(vit), data, config.recipe, (config.sharpness, config.fit_policies))
+    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds)
+    key = fingerprint(method.build(vit), data, config.recipe, fitted)
     if config.sharpness is not None:
         scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
         _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
@@ -156,6 +164,9 @@ def run(config: Run, resume: bool = False) -> Outcome:
         assert config.target is not None
         explained = fit_policies(model, spread_over(data.calibration, CALIBRATION).images, config.target)
         _tell(f"policies fitted: they explain {explained:.0%} of how much the class token attends to a patch")
+    if config.fit_thresholds:
+        assert config.target is not None
+        fit_merging(model.eval(), spread_over(data.calibration, CALIBRATION).images, config.target)
     history = train(
         model,
         data,

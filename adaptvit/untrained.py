@@ -55,10 +55,8 @@ def adapt(
         case "tome":
             return schedule(vit, images, target, unit, tolerance).build(vit)
         case "merge":
-            like = schedule(vit, images, target, unit, tolerance)
-            model = MergingViT(vit, MergeConfig())
-            merged = [max(1, r) for r in like.schedule(model.depth)]  # or no shift would merge anything there
-            fit_thresholds(model, images, ToMeConfig(r=merged))
+            model = MergeConfig().build(vit)
+            fit_merging(model, images, target, unit, tolerance)
         case "avit":
             model = gated(vit, images)
         case "ats":
@@ -69,6 +67,20 @@ def adapt(
             model = EViTConfig().build(vit)
     meet_target(model, images, target, unit, tolerance, labels, tell)
     return model
+
+
+def fit_merging(
+    model: MergingViT, images: Tensor, target: float, unit: Unit = "share", tolerance: float = 0.01
+) -> None:
+    """Give a model of `MergeConfig` the thresholds at which `images` merge, on average, what ToMe would at a target.
+
+    Raises:
+        TypeError: the model is of another method.
+        ValueError: merging half of the tokens in every block does not meet the target.
+    """
+    like = schedule(model.vit, images, target, unit, tolerance)
+    merged = [max(1, r) for r in like.schedule(model.depth)]  # or no shift would merge anything there
+    fit_thresholds(model, images, ToMeConfig(r=merged))
 
 
 def gated(vit: VisionTransformer, images: Tensor) -> AViT:

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from adaptvit import AdaViTConfig, AViTConfig, FullConfig, load, save
+from adaptvit import AdaViTConfig, AViTConfig, FullConfig, MergeConfig, load, save
 from adaptvit.budget import Trial
 from adaptvit.checkpoints import open_model, start_from
 from adaptvit.data import DataConfig
@@ -83,6 +83,18 @@ def test_policies_are_fitted_for_adavit_and_to_a_budget(small: Run) -> None:
         )
     with pytest.raises(ValueError, match="fit_policies is for AdaViT, but the method is avit"):
         replace(small, fit_policies=True)
+
+
+def test_thresholds_are_fitted_for_merging_and_to_a_budget(small: Run) -> None:
+    merging = replace(small, method=MergeConfig(), sharpness=None)
+    outcome = run(replace(merging, fit_thresholds=True))
+    assert isinstance(outcome.model.config, MergeConfig)
+    assert len(set(outcome.model.config.thresholds)) == SMALL["depth"]  # one number for all blocks before
+    assert outcome.result.figures["gmacs"] / outcome.result.figures["gmacs_dense"] == pytest.approx(0.6, abs=0.1)
+    with pytest.raises(ValueError, match="fit_thresholds is for merging, but the method is avit"):
+        replace(small, fit_thresholds=True)
+    with pytest.raises(ValueError, match=r"a budget to fit to: set Recipe\.target"):
+        replace(merging, fit_thresholds=True, recipe=replace(small.recipe, target=None))
 
 
 def test_a_finished_run_is_refused_unless_resumed_and_then_the_same(small: Run) -> None:
