@@ -7,6 +7,7 @@ from PIL import Image
 
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.cli import main
+from adaptvit.methods import METHODS
 
 SMALL = {"img_size": 64, "images": 8, "batch_size": 4, "rounds": 2, "threads": 1}
 FIGURES = {
@@ -38,6 +39,18 @@ def test_bench_meets_its_target_and_reports_ratios(train: bool) -> None:
     )
     assert tokens["min"][0] == tokens["max"][0] == 17
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_tome_meets_the_target_by_its_r_unless_that_is_given() -> None:
+    figures = bench(BenchConfig("deit_tiny_patch16_224", method="tome", target=0.7, **SMALL))
+    assert figures["macs_executed"] / figures["macs_dense"] == pytest.approx(0.7, abs=0.05)
+    given = bench(BenchConfig("deit_tiny_patch16_224", method="tome", settings={"r": 0}, target=0.7, **SMALL))
+    assert given["tokens_per_block"]["min"] == [17] * 12
+
+
+def test_the_knob_is_told_as_it_was_set() -> None:
+    figures = bench(BenchConfig("deit_tiny_patch16_224", method="evit", target=0.7, **SMALL))
+    assert figures["knob"]["rate"] != METHODS["evit"]().rate
 
 
 def test_full_drops_nothing() -> None:

@@ -423,5 +423,31 @@ def test_the_page_says_what_it_cannot_do(page: Any, tmp_path: Path) -> None:
     assert page.locator("#answers .best").count() == 2
 
 
+def test_visitors_at_once_each_see_what_they_asked_for(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.png").write_text("not an image")
+    shares = (45, 60, 74)  # of what this model reaches
+    visitors = [page.context.browser.new_page() for _ in shares]
+    for visitor in visitors:
+        visitor.set_default_timeout(120_000)
+        visitor.goto(page.url)
+    for visitor, share in zip(visitors, shares, strict=True):
+        visitor.wait_for_selector("#answers .best")
+        budget = visitor.locator("#share input[type=number]")
+        budget.fill(str(share))
+        budget.press("Tab")
+        page.set_input_files("#file input[type=file]", tmp_path / "own.png")  # the first visitor, in between
+    for visitor, share in zip(visitors, shares, strict=True):
+        visitor.wait_for_function(
+            """share => {
+                const said = document.querySelector("#said").innerText.match(/: (\\d+)% of the dense MACs/);
+                return said && Math.abs(said[1] - share) <= 2;
+            }""",
+            arg=share,
+        )
+        assert visitor.locator("#answers .best").count() == 2
+        visitor.close()
+    page.get_by_text("This picture cannot be used: not an image").first.wait_for()
+
+
 def test_the_page_asks_this_machine_only(page: Any) -> None:
     assert {url.split("/")[2].split(":")[0] for url in page.asked if url.startswith(("http", "ws"))} == {"127.0.0.1"}
