@@ -40,8 +40,8 @@ class BenchConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: float | None = 0.5
-    """Share of the dense MACs that the method is brought to, in (0, 1], by its knob, or ToMe by its r if `settings` give
-    none; None leaves it, and `full` has none."""
+    """Share of the dense MACs that the method is brought to, in (0, 1]: by its knob, or ToMe by its r, which `settings`
+    may set instead. None leaves it, and `full` has none."""
     batch_size: int = 32
     """Images per forward pass."""
     images: int = 32
