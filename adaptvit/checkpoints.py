@@ -108,6 +108,8 @@ def open_model(name: Path | str) -> AdaptiveViT:
 def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     """Give a ViT the weights of a file, to be fine-tuned: positions resized, a head of other classes left out.
 
+    A table of positions that is not trained stays, unless the file has the same, turned as `fit_gate` turns it.
+
     Args:
         source: a file as `convert` takes it, or an adaptvit file, whose method is left out.
     Returns:
@@ -124,7 +126,10 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     fits = all(key in tensors and tensors[key].shape == own[key].shape for key in heads)
     if not fits:
         tensors = {key: value for key, value in tensors.items() if key not in heads}
-    if "pos_embed" in tensors and "pos_embed" in own:
+    if "pos_embed" in own and not vit.pos_embed.requires_grad:  # no other is of its kind but one turned with its stream
+        if not _is_turned(tensors.get("pos_embed"), own["pos_embed"]):
+            tensors["pos_embed"] = own["pos_embed"]
+    elif "pos_embed" in tensors and "pos_embed" in own:
         prefix = prefix_tokens(vit)
         side = math.isqrt(own["pos_embed"].shape[1] - prefix)
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], side, prefix)
@@ -132,6 +137,13 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     _check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
     vit.load_state_dict(tensors, strict=fits)
     return fits
+
+
+def _is_turned(table: Tensor | None, own: Tensor) -> bool:
+    """Whether a table is `own` but for a rotation of the channels."""
+    if table is None or table.shape != own.shape:
+        return False
+    return torch.allclose(table @ table.mT, own @ own.mT, atol=1e-3)
 
 
 def digest(model: AdaptiveViT, what: object) -> str:

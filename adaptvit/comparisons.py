@@ -8,13 +8,15 @@ from adaptvit.compare import Comparison
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.model import MethodConfig
 from adaptvit.recipes import digits
 from adaptvit.run import Run
 from adaptvit.train import Recipe
 
-HALTING = AViTConfig(gate_scale=0.5, gate_center=3.0, prior="gaussian", prior_depth=4.0, prior_weight=0.1)
+HALTING = AViTConfig(
+    gate_scale=2.0, gate_center=3.0, class_token="stays", prior="gaussian", prior_depth=4.0, prior_weight=0.1
+)
 """Of the small ViT's six blocks the prior peaks at the fourth."""
+PRIORS_COMPARED = ("gaussian", "laplace", "quasi_laplace")
 
 
 def small() -> Run:
@@ -39,31 +41,37 @@ def priors() -> Comparison:
     return Comparison(
         question="Does it matter which prior the halting depth is drawn to?",
         variants={
-            name.replace("_", "-"): replace(base, method=replace(HALTING, prior=name))
-            for name in ("gaussian", "laplace", "quasi_laplace")
+            name.replace("_", "-"): replace(base, method=replace(HALTING, prior=name)) for name in PRIORS_COMPARED
         },
     )
 
 
+PARTS: dict[str, dict[str, str]] = {
+    "DeiT's parts": {},
+    "sinusoidal": {"position": "sinusoidal"},
+    "rotary": {"position": "rotary"},
+    "instance norm": {"norm": "instance"},
+    "cosine": {"attention": "cosine"},
+    "mixer": {"block": "mixer"},
+}
+"""DeiT's, and one exchanged at a time."""
+
+
 def parts() -> Comparison:
-    """DeiT's parts and one exchanged at a time, each with halting and without."""
-    base = small()
-    exchanged: dict[str, dict[str, str]] = {
-        "DeiT's parts": {},
-        "sinusoidal": {"position": "sinusoidal"},
-        "rotary": {"position": "rotary"},
-        "instance norm": {"norm": "instance"},
-        "cosine": {"attention": "cosine"},
-        "mixer": {"block": "mixer"},
-    }
-    methods: dict[str, MethodConfig] = {"": FullConfig(), ", halting": HALTING}
+    """Positions, norms, attentions and blocks, nothing halting."""
+    base = replace(small(), method=FullConfig())
     return Comparison(
-        question="What do other positions, norms, attentions and blocks change, with halting and without?",
-        variants={
-            name + ending: replace(base, method=method, model_args=base.model_args | change)
-            for ending, method in methods.items()
-            for name, change in exchanged.items()
-        },
+        question="What do other positions, norms, attentions and blocks change?",
+        variants={name: replace(base, model_args=base.model_args | change) for name, change in PARTS.items()},
+    )
+
+
+def parts_halting() -> Comparison:
+    """The same parts under halting."""
+    base = small()
+    return Comparison(
+        question="What do other positions, norms, attentions and blocks change where tokens halt?",
+        variants={name: replace(base, model_args=base.model_args | change) for name, change in PARTS.items()},
     )
 
 
@@ -79,19 +87,21 @@ def thresholds() -> Comparison:
     )
 
 
-def digits_budgets() -> Comparison:
-    """The embedded digits at three budgets: the quick one."""
+def digits_priors() -> Comparison:
+    """The priors on the embedded digits: the quick one."""
     base = digits()
+    recipe = replace(base.recipe, target=None, ease_epochs=0.0)
+    halting = AViTConfig(gate_scale=2.0, gate_center=3.0, class_token="stays", prior_depth=5.0, prior_weight=0.1)
     return Comparison(
-        question="How much accuracy do smaller budgets cost on the digits?",
+        question="Does it matter which prior the halting depth is drawn to, on the digits?",
         variants={
-            f"{share:.0%} of the MACs": replace(base, recipe=replace(base.recipe, target=share))
-            for share in (0.7, 0.5, 0.3)
+            name.replace("_", "-"): replace(base, method=replace(halting, prior=name), recipe=recipe)
+            for name in PRIORS_COMPARED
         },
     )
 
 
 COMPARISONS: dict[str, Callable[[], Comparison]] = {
-    comparison.__name__: comparison for comparison in (priors, parts, thresholds, digits_budgets)
+    comparison.__name__: comparison for comparison in (priors, parts, parts_halting, thresholds, digits_priors)
 }
 """What `adaptvit compare` knows by name."""

@@ -98,9 +98,8 @@ class ViTConfig:
             raise ValueError(
                 f"ViTConfig.num_heads is {self.num_heads}, which does not divide embed_dim {self.embed_dim}"
             )
-        if self.block == "mixer" and (self.position == "rotary" or self.attention != "dot"):
-            odd = f"position={self.position!r}" if self.position == "rotary" else f"attention={self.attention!r}"
-            raise ValueError(f"ViTConfig.block='mixer' has no queries and keys, which {odd} is for: change one of them")
+        if self.block == "mixer":
+            _check_mixer(self)
         if self.position == "rotary" and self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 "ViTConfig.position='rotary' turns pairs of channels by two coordinates, so that embed_dim over "
@@ -115,6 +114,15 @@ class ViTConfig:
     def build(self) -> "PartsViT":
         """The ViT, with fresh weights, in training mode like any new module."""
         return PartsViT(self)
+
+
+def _check_mixer(config: ViTConfig) -> None:
+    """Refuse what is for queries and keys, where a block has none."""
+    if config.position == "rotary" or config.attention != "dot":
+        odd = f"position={config.position!r}" if config.position == "rotary" else f"attention={config.attention!r}"
+        raise ValueError(
+            f"ViTConfig.block={config.block!r} has no queries and keys, which {odd} is for: change one of them"
+        )
 
 
 class TokenPart(nn.Module, ABC):
@@ -169,8 +177,9 @@ class InstanceNorm(TokenPart):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dim=1, correction=0, keepdim=True)
+        return ((wide - mean) * (variance + self.eps).rsqrt()).to(x.dtype) * self.weight + self.bias
 
     def on(self, x: Tensor, tokens: Tokens) -> Tensor:
         return tokens.standardise(x, self.eps) * self.weight + self.bias
@@ -288,7 +297,9 @@ class PartsViT(VisionTransformer):
                 setattr(self, name, LayerNorm(config.embed_dim))
         for block in self.blocks:
             block.attn = BLOCKS[config.block](self)
-            if isinstance(block.attn, Attention):
+            if isinstance(block.attn, Mixer):
+                _check_mixer(config)
+            elif isinstance(block.attn, Attention):
                 block.attn.q_norm, block.attn.k_norm = ATTENTIONS[config.attention](block.attn.head_dim)
         self.init_weights(needs_reset=False)
         POSITIONS[config.position](self)

@@ -2,9 +2,9 @@
 
     python benchmarks/tome_imagenet.py WEIGHTS IMAGES OUTPUT
 
-WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders (of others top-1 means nothing), OUTPUT
-a path without ending: the script writes .csv and .json (the conditions). Of up to 1000 images, spread over the folder,
-every fifth fits the thresholds, the others are measured. It takes ten minutes on one core.
+WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders (of others top-1 means nothing),
+OUTPUT a path without ending: the script writes .csv and .json (the conditions). Of up to 1000 images, spread over the
+folder, every fifth fits the thresholds, the others are measured. It takes ten minutes on one core.
 """
 
 import csv

@@ -63,7 +63,7 @@ METHODS = {
     "adavit, heads": AdaViTConfig(policies=("heads",), macs_target=None),
     "adavit, sublayers": AdaViTConfig(policies=("sublayers",), macs_target=None),
     "evit": EViTConfig(blocks=(0, 1, 3), keep_rate=0.7),
-    "evit, not fused": EViTConfig(blocks=(0, 1, 2), keep_rate=(0.7, 1.0, 0.5), fuse=False),
+    "unfused evit": EViTConfig(blocks=(0, 1, 2), keep_rate=(0.7, 1.0, 0.5), fuse=False),
     "evit, tokens": EViTConfig(blocks=(0, 2, 3), tokens=(6, 4, 4)),
     "dynamicvit": DynamicViTConfig(),
     "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
@@ -89,9 +89,9 @@ DROP_NOTHING = {
 }
 MERGING = ("tome", "merge")
 REFUSED = {
-    "rotary, RMS norm, cosine": MERGING,
-    "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "dynamicvit", *MERGING),
-    "mixer": ("adavit", "ats", "avit, official", "evit", "dynamicvit", *MERGING),
+    "rotary, RMS norm, cosine": ("evit", *MERGING),
+    "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
+    "mixer": ("adavit", "ats", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
 }
 """Flavours that methods refuse, by the beginning of the method's name."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from adaptvit import AViTConfig, Masked, Packed, dense_macs, load, macs, save
-from adaptvit.methods.avit import halt, kl_divergence
+from adaptvit.methods.avit import LEAST_SHARE, halt, kl_divergence
 from adaptvit.priors import PRIORS, halting_prior
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -204,6 +204,12 @@ def test_no_class_token_can_stay_where_there_is_none() -> None:
         AViTConfig(class_token="stays").build(small_vit("average pool"))
 
 
+@pytest.mark.parametrize("depth", [2.5, 1])
+def test_the_released_target_peaks_at_a_whole_block_from_the_second_on(depth: float) -> None:
+    with pytest.raises(ValueError, match=f"prior_depth must be a whole block from the second on .* got {depth}"):
+        AViTConfig(mode="official", prior_depth=depth)
+
+
 def test_official_losses_are_not_to_be_had_packed() -> None:
     vit = small_vit().train()
     with pytest.raises(ValueError, match="layout=Masked or early_exit=True"):
@@ -215,6 +221,19 @@ def test_divergence_of_a_distribution_from_itself_is_zero() -> None:
     assert kl_divergence(p, p, "target||model").item() == 0
     assert kl_divergence(p, p, "model||target").item() == 0
     assert kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), "target||model").isfinite()
+
+
+@pytest.mark.parametrize("direction", ["target||model", "model||target"])
+def test_blocks_that_no_patch_enters_cost_a_bounded_divergence_in_any_precision(direction: str) -> None:
+    config = AViTConfig(gate_scale=0.5, gate_center=-1.0, divergence=direction, prior_weight=1.0)  # halts after two
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        model = config.build(small_vit().to(dtype).train())
+        output = model(images(model.vit).to(dtype))
+        assert output.usage.patch_depth.max() < model.depth
+        losses.append(output.terms["prior"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert 0 < losses[0] < -math.log(LEAST_SHARE)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -95,6 +95,10 @@ def test_a_run_that_diverges_is_counted_and_the_others_stand(comparison: Compari
     assert [row.diverged for row in rows] == [0, 0, 2]
     assert rows[2].over_seeds("top1") is None
     assert "wild (2 of 2 diverged)" in compare.table(rows).text()
+    with (folder / "runs.csv").open(newline="") as file:
+        lines = [(line["variant"], line["seed"], bool(line["diverged"])) for line in csv.DictReader(file)]
+    assert lines[-2:] == [("wild", "0", True), ("wild", "1", True)]
+    assert not any(diverged for *_, diverged in lines[:-2])
 
 
 def test_what_cannot_be_compared_is_refused(comparison: Comparison, folder: Path) -> None:
@@ -122,6 +126,8 @@ def test_named_comparisons_differ_in_what_they_compare_alone(name: str) -> None:
 
 def test_the_command_names_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["compare", "nothing"]) == 2
-    assert "comparison must be one of priors, parts, thresholds, digits_budgets" in capsys.readouterr().err
-    assert main(["compare", "digits_budgets", "--seeds", "1", "--output", str(tmp_path)]) == 2
+    assert (
+        "comparison must be one of priors, parts, parts_halting, thresholds, digits_priors" in capsys.readouterr().err
+    )
+    assert main(["compare", "digits_priors", "--seeds", "1", "--output", str(tmp_path)]) == 2
     assert "no spread over fewer" in capsys.readouterr().err

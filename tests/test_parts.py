@@ -32,7 +32,7 @@ from adaptvit import (
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
-from adaptvit.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, PartsViT, Rotary, cosine
+from adaptvit.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
 from adaptvit.run import Run, run
 from adaptvit.t2t import sinusoid
 from adaptvit.tokens import Tokens
@@ -401,6 +401,54 @@ def test_what_an_instance_norm_cannot_do_is_refused_by_name(attempt: Any, said: 
 def test_rotary_positions_do_not_go_with_merged_tokens(config: ToMeConfig | MergeConfig) -> None:
     with pytest.raises(TypeError, match="merging moves tokens to other slots, which Rotary of PartsViT goes by"):
         config.build(made(position="rotary"))
+
+
+def test_rotary_positions_do_not_go_with_fused_tokens() -> None:
+    with pytest.raises(TypeError, match="EViT with fuse=True moves tokens to other slots, which Rotary"):
+        EViTConfig().build(made(position="rotary"))
+    EViTConfig(fuse=False).build(made(position="rotary"))
+
+
+@pytest.mark.parametrize("settings", [{"position": "rotary"}, {"attention": "cosine"}], ids=str)
+def test_a_mixer_of_ones_own_has_no_queries_and_keys_either(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Swap(Mixer):
+        macs = 0
+
+        def mix(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flip(1)
+
+        def on(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+            return tokens.spread(self.mix(tokens.grid(x)))
+
+    monkeypatch.setitem(BLOCKS, "swap", lambda vit: Swap())
+    with pytest.raises(ValueError, match="block='swap' has no queries and keys, which"):
+        made(block="swap", **settings)
+
+
+def test_a_fixed_table_stays_when_weights_of_other_positions_are_started_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    table = made(position="sinusoidal").pos_embed.clone()
+    for position in ("learned", "sinusoidal_1d", "none"):
+        torch.save(made(position=position).state_dict(), tmp_path / "other.pth")
+        vit = made(position="sinusoidal")
+        start_from(vit, tmp_path / "other.pth")
+        assert torch.equal(vit.pos_embed, table)
+    turn = torch.linalg.qr(noise(16, 16)).Q
+    turned = made(position="sinusoidal").state_dict()
+    turned["pos_embed"] = turned["pos_embed"] @ turn
+    torch.save(turned, tmp_path / "turned.pth")
+    vit = made(position="sinusoidal")
+    start_from(vit, tmp_path / "turned.pth")
+    assert torch.equal(vit.pos_embed, turned["pos_embed"])
+
+
+def test_an_instance_norm_is_as_exact_in_half_precision_as_its_packed_self() -> None:
+    norm = InstanceNorm(16).to(torch.bfloat16)
+    x = (noise(2, 17, 16) * 0.02 + 1).to(torch.bfloat16)
+    packed = Packed.of(x)
+    torch.testing.assert_close(packed.grid(norm.on(packed.x, packed)), norm(x), atol=0.02, rtol=0)
 
 
 # ---- settings, names, files

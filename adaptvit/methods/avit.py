@@ -22,6 +22,10 @@ from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import check_attention, check_norms, classify, embed, run_block
 
+LEAST_SHARE = 1e-3
+"""What a block counts at least in the target's divergence from the model, which one that no patch enters would make
+infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AViTConfig:
@@ -33,7 +37,8 @@ class AViTConfig:
       tokens but of images 2..B only, halted tokens adding the scores of all-zero inputs, NaN (and skipped) at batch 1;
     - the last block's score counts as 1, as in the output; released: its raw sigmoid;
     - the target is a distribution over 1..L; released: it sums to 3.26 and exists for 12 blocks only;
-    - the divergence is a sum over blocks; released: divided by L, probabilities clamped to [0.01, 0.99];
+    - the divergence is a sum over blocks, a block's share being 0.001 or more; released: divided by L, probabilities
+      clamped to [0.01, 0.99];
     - the ponder loss averages over patch tokens; released: over all tokens;
     - no gradient passes through halted tokens; released: straight through, by way of those spurious scores.
     """
@@ -95,6 +100,11 @@ class AViTConfig:
         for prior in _each(self.prior):
             if prior not in PRIORS:
                 raise ValueError(f"AViTConfig.prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+        for depth in _each(self.prior_depth) if self.mode == "official" else ():
+            if depth < 2 or depth % 1:
+                raise ValueError(
+                    f"AViTConfig.prior_depth must be a whole block from the second on in mode='official', got {depth}"
+                )
         for name, allowed in (
             ("divergence", ("target||model", "model||target")),
             ("class_token", ("halts", "stays")),
@@ -221,7 +231,11 @@ class AViT(AdaptiveViT):
         remainder = 1 - (h * going).sum(dim=1)
         rho = depth + remainder
         mean_scores = mean_over_processes(h.mean(dim=(0, 2)))
-        divergence = kl_divergence(mean_scores / mean_scores.sum(), self.prior.to(h.dtype), self.config.divergence)
+        model = mean_scores / mean_scores.sum()
+        if self.config.divergence == "target||model":
+            model = model.clamp_min(LEAST_SHARE)
+            model = model / model.sum()
+        divergence = kl_divergence(model, self.prior.to(h.dtype), self.config.divergence)
         return {"ponder": self.config.ponder_weight * rho.mean(), "prior": self.config.prior_weight * divergence}
 
 

@@ -27,6 +27,7 @@ from adaptvit.vit import (
     attention_received,
     check_attention,
     check_norms,
+    check_slots,
     classify,
     embed,
     model_name,
@@ -83,7 +84,7 @@ class EViTConfig:
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces.
+            TypeError: the ViT is not one that this library reproduces, or has rotary positions where tokens are fused.
             ValueError: `blocks` names a block that the ViT lacks, or `keep_rate` or `tokens` has another length.
         """
         return EViT(vit, self)
@@ -101,6 +102,8 @@ class EViT(AdaptiveViT):
         super().__init__(vit, config)
         check_attention(vit, "EViT")
         check_norms(vit, "EViT")
+        if config.fuse:
+            check_slots(vit, "EViT with fuse=True")
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.reducing = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in self.reducing if block >= self.depth]
