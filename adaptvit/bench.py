@@ -23,7 +23,6 @@ from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
-from adaptvit.untrained import schedule
 from adaptvit.usage import join
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,8 +39,7 @@ class BenchConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: float | None = 0.5
-    """Share of the dense MACs that the method is brought to, in (0, 1]: by its knob, or ToMe by its r, which `settings`
-    may set instead. None leaves it, and `full` has none."""
+    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it, and `full` has none."""
     batch_size: int = 32
     """Images per forward pass."""
     images: int = 32
@@ -106,10 +104,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     images = bench_images(config, vit).to(device, dtype)
     batches = images.split(config.batch_size)
 
-    settings = config.settings
-    if config.method == "tome" and config.target is not None and not {"r", "inflection"} & settings.keys():
-        settings = {**settings, "r": schedule(vit, images, config.target).r}
-    method = METHODS[config.method](**settings)
+    method = METHODS[config.method](**config.settings)
     model = method.build(vit)
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
@@ -131,7 +126,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "method": config.method,
-        "settings": settings,
+        "settings": config.settings,
         "knob": None if method.knob is None else {method.knob.field: getattr(model.config, method.knob.field)},
         "training_step": config.train,
         **per_second,

@@ -82,7 +82,7 @@ def thresholds() -> Comparison:
         question="How does epsilon, the slack of the halting threshold, trade accuracy for compute?",
         variants={
             f"epsilon {value:g}": replace(base, method=replace(HALTING, epsilon=value))
-            for value in (0.01, 0.05, 0.15, 0.5, 0.75)
+            for value in (0.01, 0.15, 0.5, 0.75)
         },
     )
 

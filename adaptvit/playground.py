@@ -50,7 +50,7 @@ DOWNLOADED = (
     "vit_base_patch16_224",
 )
 """timm's ViTs that are offered beside the user's own; their weights are downloaded when one is first chosen."""
-UNTRAINED = ("ats", "evit", "merge", "avit")
+UNTRAINED = ("ats", "evit", "merge", "tome", "avit")
 """Methods that a plain ViT takes without training."""
 
 DECODED = 40_000_000
@@ -275,9 +275,7 @@ def steer(model: AdaptiveViT, images: Tensor, target: float) -> Budget:
     The search begins at the model's config, which is replaced.
     """
     name, config = model.config.method, model.config
-    if config.knob is None:
-        share = attempt(model, images).share
-        return Budget(config, share, f"{name} has no number that a budget could move: it takes {share:.0%}.")
+    assert config.knob is not None  # of all methods that are shown
     ends = [replace(config, **{config.knob.field: value}) for value in (config.knob.lowest, config.knob.highest)]
     if config.knob.sign < 0:
         ends.reverse()

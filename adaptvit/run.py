@@ -223,7 +223,7 @@ def set_budget(
     output: Path,
     target: float | None = None,
     unit: Unit = "share",
-    method: Literal["merge", "ats", "avit", "evit"] | None = None,
+    method: Literal["merge", "tome", "ats", "avit", "evit"] | None = None,
     images: int = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
 ) -> MethodConfig:

@@ -1,21 +1,19 @@
 """A pretrained ViT made adaptive without training: what a method can find out from images alone, then its budget."""
 
 import copy
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import Literal, get_args
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.budget import Trial, Unit, attempt, check_target, meet_target
+from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.tome import MergeConfig, MergingViT, ToMeConfig, fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.vit import patch_grid
 
 Untrained = Literal["merge", "tome", "ats", "evit", "avit", "random"]
 """Methods that need no training; `random` is ATS that keeps any patches, which the others are held against."""
@@ -36,8 +34,7 @@ def adapt(
 ) -> AdaptiveViT:
     """Make a pretrained ViT adaptive, without training, so that `images` cost `target`.
 
-    Merging by similarity gets the thresholds of ToMe at that cost. ToMe itself, which has no knob, merges as few tokens
-    as meet the target, equally many in every block but for the first few, which merge one more.
+    Merging by similarity gets the thresholds of ToMe at that cost.
 
     Args:
         vit: in evaluation mode; the model shares its weights. A-ViT has a copy, turned to carry the fitted gate.
@@ -53,7 +50,9 @@ def adapt(
     model: AdaptiveViT
     match method:
         case "tome":
-            return schedule(vit, images, target, unit, tolerance).build(vit)
+            model = ToMeConfig().build(vit)
+            if labels is None and unit != "images_per_s":
+                images = images[:1]  # all cost the same
         case "merge":
             model = MergeConfig().build(vit)
             fit_merging(model, images, target, unit, tolerance)
@@ -76,11 +75,12 @@ def fit_merging(
 
     Raises:
         TypeError: the model is of another method.
-        ValueError: merging half of the tokens in every block does not meet the target.
+        ValueError: no number of merged tokens meets the target.
     """
-    like = schedule(model.vit, images, target, unit, tolerance)
-    merged = [max(1, r) for r in like.schedule(model.depth)]  # or no shift would merge anything there
-    fit_thresholds(model, images, ToMeConfig(r=merged))
+    like = ToMeConfig().build(model.vit)
+    some = images if unit == "images_per_s" else images[:1]  # all cost the same
+    merged = meet_target(like, some, target, unit, tolerance).schedule(model.depth)
+    fit_thresholds(model, images, ToMeConfig(r=[max(1, r) for r in merged]))  # or no shift would merge anything there
 
 
 def gated(vit: VisionTransformer, images: Tensor) -> AViT:
@@ -93,38 +93,3 @@ def gated(vit: VisionTransformer, images: Tensor) -> AViT:
     turned = copy.deepcopy(vit)
     scale, _ = fit_gate(turned, images)
     return AViTConfig(gate_scale=SHARPNESS * scale, class_token="stays").build(turned)
-
-
-def schedule(
-    vit: VisionTransformer, images: Tensor, target: float, unit: Unit = "share", tolerance: float = 0.01
-) -> ToMeConfig:
-    """ToMe's numbers of merged tokens that meet a target with the fewest merges, as even over the blocks as can be.
-
-    Raises:
-        TypeError: the ViT cannot merge.
-        ValueError: merging half of the tokens in every block does not meet the target.
-    """
-    model = ToMeConfig(r=0).build(vit)
-    rows, columns = patch_grid(vit, images)
-    most = model.depth * (rows * columns // 2)
-    few = images if unit == "images_per_s" else images[:1]  # all images cost the same
-
-    def evenly(merged: int) -> ToMeConfig:
-        each, more = divmod(merged, model.depth)
-        return ToMeConfig(r=[each + (block < more) for block in range(model.depth)])
-
-    def reached(merged: int) -> float:
-        model.config = evenly(merged)
-        return getattr(attempt(model, few), unit)
-
-    def meets(merged: int) -> bool:
-        cost = reached(merged)
-        return cost * (1 + tolerance) >= target if unit == "images_per_s" else cost <= target * (1 + tolerance)
-
-    merged = bisect_left(range(most), True, key=meets)
-    if merged == most and not meets(most):
-        raise ValueError(
-            f"no number of merged tokens meets the target of {target:g} ({unit}): the nearest is {reached(most):.3g}, "
-            "with half of the tokens merged in every block"
-        )
-    return evenly(merged)

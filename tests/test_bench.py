@@ -41,13 +41,6 @@ def test_bench_meets_its_target_and_reports_ratios(train: bool) -> None:
     assert json.loads(json.dumps(figures)) == figures
 
 
-def test_tome_meets_the_target_by_its_r_unless_that_is_given() -> None:
-    figures = bench(BenchConfig("deit_tiny_patch16_224", method="tome", target=0.7, **SMALL))
-    assert figures["macs_executed"] / figures["macs_dense"] == pytest.approx(0.7, abs=0.05)
-    given = bench(BenchConfig("deit_tiny_patch16_224", method="tome", settings={"r": 0}, target=0.7, **SMALL))
-    assert given["tokens_per_block"]["min"] == [17] * 12
-
-
 def test_the_knob_is_told_as_it_was_set() -> None:
     figures = bench(BenchConfig("deit_tiny_patch16_224", method="evit", target=0.7, **SMALL))
     assert figures["knob"]["rate"] != METHODS["evit"]().rate

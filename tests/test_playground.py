@@ -144,11 +144,6 @@ def test_a_budget_out_of_reach_is_met_as_nearly_as_can_be(
     assert budget.share < min(others) if share < 0.5 else budget.share > max(others)
 
 
-def test_a_method_without_a_knob_says_so(session: Session, files: dict[str, str]) -> None:
-    budget = session.view(files["tome"], "tome", 0.5).budget
-    assert budget.note.startswith("tome has no number that a budget could move")
-
-
 def test_a_trained_model_is_shown_with_its_own_method_only(shared: Playground, files: dict[str, str]) -> None:
     assert shared.subject(files["avit"]).methods == ("avit",)
     with pytest.raises(ValueError, match=r"can be shown with avit, not with 'ats'"):

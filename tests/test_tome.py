@@ -185,6 +185,7 @@ def test_matching_has_no_gradient_and_means_do() -> None:
         ({"r": -1}, r"ToMeConfig\.r must be a whole number from 0 on, or several, got -1"),
         ({"r": (8, -1.0)}, r"ToMeConfig\.r must be .* got \(8, -1\.0\)"),
         ({"r": ()}, r"ToMeConfig\.r must be .* got \(\)"),
+        ({"rate": -0.5}, r"ToMeConfig\.rate must be 0 or more, got -0\.5"),
         ({"r": 8, "inflection": 1.5}, r"ToMeConfig\.inflection must lie in \[-1, 1\], got 1\.5"),
         ({"r": (8, 4), "inflection": -1}, r"ToMeConfig\.inflection=-1 is for one number r, but r is \(8, 4\)"),
     ],
@@ -224,3 +225,11 @@ def test_blank_images_can_be_fitted() -> None:
     batch = torch.ones(4, 3, 32, 32)
     assert max(fit_thresholds(model, batch, ToMeConfig(r=2)).thresholds[:3]) < 1
     assert (model(batch).usage.attended[:, 1] <= model.prefix + 14).all()
+
+
+def test_the_rate_multiplies_what_has_been_merged_up_to_each_block() -> None:
+    assert ToMeConfig(r=8, rate=0.6).schedule(4) == (5, 5, 4, 5)
+    assert ToMeConfig(r=(8, 0, 4), rate=2.0).schedule(4) == (16, 0, 8, 0)
+    assert ToMeConfig(r=7, inflection=-0.3).schedule(12) == ToMeConfig(r=7, inflection=-0.3, rate=1.0).schedule(12)
+    for rate in (0.0, 0.37, 1.9):
+        assert sum(ToMeConfig(r=9, rate=rate).schedule(12)) == round(rate * 108)

@@ -11,6 +11,7 @@ Slots are in the order in which a block has its tokens, which merging changes; `
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -46,7 +47,7 @@ class ToMeConfig:
     """
 
     method: ClassVar[str] = "tome"
-    knob: ClassVar[Knob | None] = None
+    knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
 
     r: int | Sequence[int] = 8
     """Tokens merged in each block, at most half of the patches it has: one number for all blocks, or one for each, of
@@ -54,6 +55,9 @@ class ToMeConfig:
     inflection: float = 0.0
     """Of one number r, in [-1, 1]: what blocks merge runs linearly from r (1 + inflection) in the last back to
     r (1 - inflection) in the first. -1 is the paper's decreasing schedule."""
+    rate: float = 1.0
+    """The numbers r are multiplied by this, rounded so that the sums up to every block are: the one number by which a
+    model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
 
@@ -69,6 +73,8 @@ class ToMeConfig:
         object.__setattr__(self, "r", numbers if several else numbers[0])
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"ToMeConfig.inflection must lie in [-1, 1], got {self.inflection}")
+        if not 0 <= self.rate < float("inf"):
+            raise ValueError(f"ToMeConfig.rate must be 0 or more, got {self.rate}")
         if several and self.inflection:
             raise ValueError(f"ToMeConfig.inflection={self.inflection} is for one number r, but r is {self.r}")
 
@@ -78,13 +84,16 @@ class ToMeConfig:
         Raises:
             ValueError: `r` has more numbers than there are blocks.
         """
-        if not isinstance(self.r, int):
-            if len(self.r) > depth:
-                raise ValueError(f"ToMeConfig.r has {len(self.r)} numbers for {depth} blocks: {self.r}")
-            return (*self.r, *[0] * (depth - len(self.r)))
-        first = int(self.r * (1 - self.inflection))
-        last = 2 * self.r - first
-        return tuple(int(first + block * (last - first) / max(1, depth - 1)) for block in range(depth))
+        if isinstance(self.r, int):
+            first = int(self.r * (1 - self.inflection))
+            last = 2 * self.r - first
+            numbers = [int(first + block * (last - first) / max(1, depth - 1)) for block in range(depth)]
+        elif len(self.r) > depth:
+            raise ValueError(f"ToMeConfig.r has {len(self.r)} numbers for {depth} blocks: {self.r}")
+        else:
+            numbers = [*self.r, *[0] * (depth - len(self.r))]
+        sums = [round(self.rate * merged) for merged in accumulate(numbers, initial=0)]
+        return tuple(after - before for before, after in pairwise(sums))
 
     def merges(self, block: int, depth: int) -> bool:
         """Whether block number `block` of `depth` compares its tokens."""
@@ -117,7 +126,7 @@ class MergeConfig:
     method: ClassVar[str] = "merge"
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
-    thresholds: float | Sequence[float] = 0.5
+    thresholds: float | Sequence[float] = 0.7
     """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
     a block merges nothing. `fit_thresholds` finds those of a schedule."""
     relative: float = 0.25
