@@ -131,6 +131,8 @@ class Row:
     against_dense: tuple[float, float] | None
     """Difference in top-1 from the dense model, image by image: mean and its standard error; None of dense itself and
     where it could not be done."""
+    against_tome: tuple[float, float] | None
+    """The same from ToMe at the same budget; None where that was not measured too."""
     speed: dict[str, float]
     """Images per second, `dense`, `masked` and `packed`; `ideal` and `realised` gain over the dense model; seconds for
     one image, `p50` and `p95`. Empty where it could not be done."""
@@ -168,12 +170,18 @@ def compare_methods(config: MethodsConfig) -> Outcome:
     models = {entry: what.rebuild(entry, record) for entry, record in records.items() if not record["refused"]}
     timed = what.speeds(models)
     rows = [
-        Row(entry, record, _paired(record, records[DENSE]), timed["speeds"].get(entry.label, {}))
+        Row(
+            entry,
+            record,
+            _paired(record, records[DENSE]),
+            _paired(record, records.get(Entry("tome", entry.budget), record)),
+            timed["speeds"].get(entry.label, {}),
+        )
         for entry, record in records.items()
     ]
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
     write_csv(config.output / "methods.csv", [_line(row) for row in rows])
-    write_atomically(config.output / "conditions.json", json.dumps(conditions | machine(), indent=2) + "\n")
+    write_atomically(config.output / "conditions.json", json.dumps(conditions | timed["machine"], indent=2) + "\n")
     plots = _plots(rows)
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
@@ -188,7 +196,7 @@ def compare_methods(config: MethodsConfig) -> Outcome:
         introduction=what.introduction(records[DENSE]),
         table=table(rows),
         sections=sections,
-        facts={"Conditions": conditions, "Machine": machine()},
+        facts={"Conditions": conditions, "Machine": timed["machine"]},
     )
     write(report, config.output / "report.html")
     unreadable = [Unreadable(*one) for one in records[DENSE]["unreadable"]]
@@ -238,7 +246,8 @@ class _Compared:
         known = self.known_by if model is None else digest(model, (model.config, model.shape))
         settings = sorted(resolve_model_data_config(model or self.dense).items())
         source = (str(self.config.root.resolve()), self.config.split, str(self.config.class_map))
-        told = (entry, known, self.known_by, settings, source, self.aside, self.measured)
+        default = None if entry.budget is None else METHODS[_method(entry)]()
+        told = (entry, default, known, self.known_by, settings, source, self.aside, self.measured)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
 
     def record(self, entry: Entry) -> dict[str, Any]:
@@ -277,8 +286,7 @@ class _Compared:
                 self.turned = copy.deepcopy(vit)
                 fit_gate(self.turned, self.calibration)
             vit = self.turned
-        method = "ats" if entry.name == CONTROL else entry.name
-        return METHODS[method](**record["config"]).build(vit)
+        return METHODS[_method(entry)](**record["config"]).build(vit)
 
     def speeds(self, models: Mapping[Entry, AdaptiveViT]) -> dict[str, Any]:
         """Speeds by label, all models in turns, and the load average before and after; measured once."""
@@ -316,7 +324,7 @@ class _Compared:
                 own["realised"] = median(slow / fast for slow, fast in zip(seconds["dense"], packed, strict=True))
             speeds[entry.label] = own
         loads = {"load average before timing": before, "load average after timing": os.getloadavg()[0]}
-        record = {"settings": settings, "speeds": speeds, **loads}
+        record = {"settings": settings, "speeds": speeds, "machine": machine(), **loads}
         write_atomically(path, json.dumps(record, indent=2) + "\n")
         return record
 
@@ -462,11 +470,16 @@ def _measured(
     }
 
 
-def _paired(record: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float] | None:
-    """Mean and standard error of the difference in top-1, image by image; None of dense itself and where refused."""
-    if record is dense or record["refused"]:
+def _method(entry: Entry) -> str:
+    """Of an entry with a budget."""
+    return "ats" if entry.name == CONTROL else entry.name
+
+
+def _paired(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
+    """Mean and standard error of the difference in top-1, image by image; None of `base` itself and where refused."""
+    if record is base or record["refused"] or base["refused"]:
         return None
-    own, other = (torch.tensor([float(digit) for digit in one["correct"]]).double() for one in (record, dense))
+    own, other = (torch.tensor([float(digit) for digit in one["correct"]]).double() for one in (record, base))
     gap = own - other
     return gap.mean().item(), (gap.std() / len(gap) ** 0.5).item()
 
@@ -485,6 +498,8 @@ def _line(row: Row) -> dict[str, Any]:
         return line
     line |= {name: record[name] for name in ("images", "top1")}
     line |= {"top1_minus_dense": gap and gap[0], "standard_error": gap and gap[1]}
+    tome = row.against_tome
+    line |= {"top1_minus_tome": tome and tome[0], "standard_error_tome": tome and tome[1]}
     line |= {name: record[name] for name in ("gmacs", "gmacs_p10", "gmacs_p90")}
     line |= {f"{name}_images_per_s": row.speed.get(name) for name in ("dense", "masked", "packed")}
     line |= {f"{name}_gain": row.speed.get(name) for name in ("ideal", "realised")}

@@ -148,8 +148,7 @@ def build(playground: Playground) -> gr.Blocks:
             own: Session | None, before: View | None, block: int, name: str, per_cent: float
         ) -> list[Any] | dict[Any, Any]:
             try:
-                with playground.lock:
-                    small, ways = thumbnails(playground.subject(name)), methods(playground, name)
+                small, ways = thumbnails(playground.subject(name)), methods(playground, name)
             except ValueError as error:
                 refused(error)
                 return {model: names[0] if before is None else before.model}
@@ -247,7 +246,8 @@ def budget_text(view: View) -> str:
     """Where the knob stands."""
     knob = view.budget.config.knob
     set_to = "" if knob is None else f"{knob.field} = {getattr(view.budget.config, knob.field):.4g}: "
-    return f"{set_to}{view.budget.share:.0%} of the dense MACs, mean over the examples. {view.budget.note}"
+    over = "mean over the examples and the last pictures"
+    return f"{set_to}{view.budget.share:.0%} of the dense MACs, {over}. {view.budget.note}"
 
 
 def legend_html(view: View) -> str:

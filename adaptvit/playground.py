@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +129,7 @@ def open_picture(path: Path | str) -> Picture:
             image.draft("RGB", (SIDE, SIDE))
             if image.width * image.height > DECODED:
                 raise ValueError(f"its {full[0]} x {full[1]} pixels are more than {DECODED // 10**6} million")
+            mode = image.mode
             image = ImageOps.exif_transpose(_scaled_down(image))
     except Exception as error:  # Pillow raises half a dozen kinds
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -135,8 +137,8 @@ def open_picture(path: Path | str) -> Picture:
     done = []
     if max(image.size) < max(full):
         done.append(f"{full[0]} x {full[1]} pixels scaled down to {image.width} x {image.height}")
-    if image.mode != "RGB":
-        done.append(f"{MODES.get(image.mode, image.mode)} turned into 8-bit colour")
+    if mode != "RGB":
+        done.append(f"{MODES.get(mode.split(';')[0], mode)} turned into 8-bit colour")
     image = in_channels(image, 3)
     if max(image.size) > SLIMMEST * min(image.size):
         most = SLIMMEST * min(image.size)
@@ -299,7 +301,7 @@ def steer(model: AdaptiveViT, images: Tensor, target: float) -> Budget:
 
 
 class Playground:
-    """The models, which all sessions share. Whoever computes holds `lock`."""
+    """The models, which all sessions share. Whoever computes holds `lock`, whoever downloads `opening` alone."""
 
     def __init__(self, config: PlaygroundConfig) -> None:
         """Open the models that the config names, and the bundled one.
@@ -307,7 +309,7 @@ class Playground:
         Raises:
             FileNotFoundError, TypeError, ValueError: one of them cannot be shown.
         """
-        self.lock = threading.Lock()
+        self.lock, self.opening = threading.Lock(), threading.Lock()
         self.subjects: dict[str, Subject] = {}
         self.adapted: dict[tuple[str, str], AdaptiveViT] = {}
         names = None
@@ -333,11 +335,12 @@ class Playground:
         """
         if name not in self.names:
             raise ValueError(f"There is no model {name!r}; there are {', '.join(self.names)}.")
-        if name not in self.subjects:
-            try:
-                self.subjects[name] = Subject.of(open_model(name))
-            except Exception as error:  # the Hub's client raises a dozen kinds
-                raise ValueError(f"The weights of {name} are not here and cannot be downloaded now.") from error
+        with self.opening if name not in self.subjects else nullcontext():
+            if name not in self.subjects:
+                try:
+                    self.subjects[name] = Subject.of(open_model(name))
+                except Exception as error:  # the Hub's client raises a dozen kinds
+                    raise ValueError(f"The weights of {name} are not here and cannot be downloaded now.") from error
         return self.subjects[name]
 
     def model(self, name: str, method: str) -> AdaptiveViT:
@@ -473,9 +476,7 @@ class Session:
 
     def add(self, picture: Image.Image, model: str) -> None:
         """Take a picture, to be shown to this model and to those that take images of as many channels."""
-        with self.playground.lock:
-            channels = self.playground.subject(model).channels
-        self.shown[channels].append(Shown(picture))
+        self.shown[self.playground.subject(model).channels].append(Shown(picture))
 
     def view(self, model: str, method: str, share: float) -> View:
         """The last picture through a model, dense and with a method that is given a share of the dense MACs.
@@ -486,9 +487,10 @@ class Session:
         Raises:
             ValueError: a sentence for the page.
         """
+        subject = self.playground.subject(model)
         with self.playground.lock, torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that halt everything: the page shows that
-            subject, adaptive = self.playground.subject(model), self.playground.model(model, method)
+            adaptive = self.playground.model(model, method)
             shown = self.shown[subject.channels]
             if not shown:
                 shown.append(Shown(subject.examples[0]))

@@ -240,6 +240,8 @@ def test_pictures_of_every_kind_become_small_colour(mode: str, scale: int, tmp_p
     assert grey[-5:].mean() > 225
     assert ("scaled down" in picture.note) == (scale > 1)
     assert (picture.note == "") == (mode == "RGB" and scale == 1)
+    said = {"P": "a palette turned", "1": "black and white turned", "I;16": "16-bit grey turned"}
+    assert said.get(mode, "") in picture.note
 
 
 def test_a_huge_jpeg_is_decoded_small(tmp_path: Path) -> None:
