@@ -137,6 +137,14 @@ def test_a_keep_rate_at_run_time_replaces_the_configs() -> None:
         torch.testing.assert_close(told(batch, keep_rate=1.0).logits, plain)
 
 
+def test_a_rate_told_leaves_blocks_of_rate_1_and_told_numbers_of_tokens_alone() -> None:
+    vit = small_vit()
+    rates = EViTConfig(blocks=(0, 1, 2), keep_rate=(0.5, 1.0, 0.5)).build(vit)
+    assert rates.kept(16, 0.75).keys() == {0, 2}
+    counts = EViTConfig(blocks=(0, 1, 2), tokens=(9, 6, 4)).build(vit)
+    assert counts.kept(16, 0.25) == counts.kept(16)
+
+
 def test_patches_that_cannot_be_scored_are_an_error() -> None:
     model = EViTConfig(blocks=(1, 2)).build(small_vit()).eval()
     with torch.no_grad():

@@ -125,8 +125,8 @@ class EViT(AdaptiveViT):
         Args:
             images: (B, channels, height, width).
             layout: None packs.
-            keep_rate: in (0, 1], for all blocks that reduce or for each, in place of what the config says. None is the
-                config's.
+            keep_rate: in (0, 1], in place of the config's, for all blocks or for each; a block whose own is 1 still
+                leaves its tokens alone, and the config's `tokens` stand. None is the config's.
         Raises:
             ValueError: scores that are not finite, or keep rates out of range or of another number than the blocks.
         """
@@ -170,12 +170,13 @@ class EViT(AdaptiveViT):
         for place, block in enumerate(self.reducing):
             if self.read is not None and block == self.depth - 1:
                 break
-            if keep_rate is not None:
-                wanted = self._of_each("keep_rate", keep_rate)[place] * patches
-            elif config.tokens is not None:
+            configured = self._of_each("EViTConfig.keep_rate", config.keep_rate)[place]
+            if config.tokens is not None:
                 wanted = config.rate * self._of_each("EViTConfig.tokens", config.tokens)[place]
+            elif keep_rate is not None and configured < 1:
+                wanted = self._of_each("keep_rate", keep_rate)[place] * patches
             else:
-                wanted = config.rate * self._of_each("EViTConfig.keep_rate", config.keep_rate)[place] * patches
+                wanted = config.rate * configured * patches
             k = max(1, math.ceil(wanted))
             if k < patches:
                 kept[block] = k
