@@ -126,10 +126,10 @@ class MergeConfig:
     method: ClassVar[str] = "merge"
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
-    thresholds: float | Sequence[float] = 0.7
+    thresholds: float | Sequence[float] = 0.5
     """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
     a block merges nothing. `fit_thresholds` finds those of a schedule."""
-    relative: float = 0.25
+    relative: float = 0.5
     """How much of the image's mean cosine is taken off, in [0, 1]."""
     shift: float = 0.0
     """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
