@@ -14,6 +14,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from adaptvit.checkpoints import load
 from adaptvit.data import open_data
 from adaptvit.files import write_atomically, write_csv
 from adaptvit.macs import dense_macs, macs
-from adaptvit.pictures import data_uri, error_bars
+from adaptvit.pictures import data_uri, error_bars, write_png
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
 from adaptvit.timing import interleaved
@@ -71,8 +72,8 @@ class Row:
 def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int = 1) -> list[Row]:
     """Train every variant with every seed, then measure speeds in turns and write the report.
 
-    Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, `report.html`, and a folder for each run. Finished
-    runs are read back; one that was interrupted goes on after its last epoch.
+    Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, plots, `report.html`, and a folder for each run.
+    Finished runs are read back; one that was interrupted goes on after its last epoch.
 
     Args:
         seeds: seeds 0, 1, ... of each variant, two or more.
@@ -118,7 +119,10 @@ def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int
     ]
     write_csv(output / "runs.csv", lines)
     write_csv(output / "summary.csv", [_summary(row) for row in rows])
-    write(_report(comparison, rows, seeds), output / "report.html")
+    plots = _plots(rows)
+    for name, (figure, _) in plots.items():
+        write_png(figure, output / f"{name}.png")
+    write(_report(comparison, rows, seeds, plots), output / "report.html")
     return rows
 
 
@@ -257,17 +261,23 @@ def _summary(row: Row) -> dict[str, Any]:
     return line | row.speed
 
 
-def _report(comparison: Comparison, rows: Sequence[Row], seeds: int) -> Report:
-    known = [row for row in rows if row.over_seeds("top1")]
-    best = max(known, key=lambda row: row.over_seeds("top1") or (0.0, 0.0), default=None)
-    headline = "No variant came to its end with two seeds." if best is None else _headline(best, rows[0])
-    pictures = []
+def _plots(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
+    """Figures by file name, each with its caption."""
+    plots = {}
     for figure, label, scale in (("top1", "top-1, %", 100.0), ("gmacs", "GMACs", 1.0), ("depth_mean", "depth", 1.0)):
         values = {row.name: both for row in rows if (both := row.over_seeds(figure)) is not None}
         if values:
             points = {name: (scale * middle, scale * spread) for name, (middle, spread) in values.items()}
             caption = f"{label}: mean over seeds, the bar one standard deviation to each side."
-            pictures.append(Picture(data_uri(error_bars(points, label)), caption))
+            plots[figure] = (error_bars(points, label), caption)
+    return plots
+
+
+def _report(comparison: Comparison, rows: Sequence[Row], seeds: int, plots: Mapping[str, tuple[Figure, str]]) -> Report:
+    known = [row for row in rows if row.over_seeds("top1")]
+    best = max(known, key=lambda row: row.over_seeds("top1") or (0.0, 0.0), default=None)
+    headline = "No variant came to its end with two seeds." if best is None else _headline(best, rows[0])
+    pictures = [Picture(data_uri(figure), caption) for figure, caption in plots.values()]
     base = next(iter(comparison.variants.values()))
     return Report(
         title="adaptvit compare",

@@ -69,6 +69,7 @@ def test_every_variant_is_trained_with_every_seed_and_spreads_are_over_seeds(
     report = (folder / "report.html").read_text()
     assert "Is halting earlier worse?" in report
     assert report.count("<figure>") == 3
+    assert {path.stem for path in folder.glob("*.png")} == {"top1", "gmacs", "depth_mean"}
     assert 'src="http' not in report
 
 
