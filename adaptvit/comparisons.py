@@ -91,7 +91,7 @@ def digits_priors() -> Comparison:
     """The priors on the embedded digits: the quick one."""
     base = digits()
     recipe = replace(base.recipe, target=None, ease_epochs=0.0)
-    halting = AViTConfig(gate_scale=2.0, gate_center=3.0, class_token="stays", prior_depth=5.0, prior_weight=0.1)
+    halting = AViTConfig(gate_scale=0.2, gate_center=3.0, class_token="stays", prior_depth=5.0, prior_weight=0.1)
     return Comparison(
         question="Does it matter which prior the halting depth is drawn to, on the digits?",
         variants={
