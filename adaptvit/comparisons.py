@@ -57,21 +57,23 @@ PARTS: dict[str, dict[str, str]] = {
 """DeiT's, and one exchanged at a time."""
 
 
+def _exchanged(base: Run) -> dict[str, Run]:
+    return {name: replace(base, model_args=base.model_args | change) for name, change in PARTS.items()}
+
+
 def parts() -> Comparison:
     """Positions, norms, attentions and blocks, nothing halting."""
-    base = replace(small(), method=FullConfig())
     return Comparison(
         question="What do other positions, norms, attentions and blocks change?",
-        variants={name: replace(base, model_args=base.model_args | change) for name, change in PARTS.items()},
+        variants=_exchanged(replace(small(), method=FullConfig())),
     )
 
 
 def parts_halting() -> Comparison:
     """The same parts under halting."""
-    base = small()
     return Comparison(
         question="What do other positions, norms, attentions and blocks change where tokens halt?",
-        variants={name: replace(base, model_args=base.model_args | change) for name, change in PARTS.items()},
+        variants=_exchanged(small()),
     )
 
 
@@ -91,7 +93,7 @@ def digits_priors() -> Comparison:
     """The priors on the embedded digits: the quick one."""
     base = digits()
     recipe = replace(base.recipe, target=None, ease_epochs=0.0)
-    halting = AViTConfig(gate_scale=0.2, gate_center=3.0, class_token="stays", prior_depth=5.0, prior_weight=0.1)
+    halting = replace(HALTING, gate_scale=0.2, prior_depth=5.0)
     return Comparison(
         question="Does it matter which prior the halting depth is drawn to, on the digits?",
         variants={

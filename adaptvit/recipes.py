@@ -193,6 +193,12 @@ def imagenette_dense() -> Run:
     )
 
 
+def _at_half() -> Run:
+    """The same, steered to half the dense MACs, for a method with a knob."""
+    dense = imagenette_dense()
+    return replace(dense, recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0))
+
+
 def imagenette_avit() -> Run:
     """A-ViT on the same images with the same recipe and epochs, at 65 % of the dense MACs."""
     dense = imagenette_dense()
@@ -207,13 +213,7 @@ def imagenette_avit() -> Run:
 
 def imagenette_ats() -> Run:
     """Adaptive token sampling on the same images with the same recipe and epochs, at half the dense MACs."""
-    dense = imagenette_dense()
-    return replace(
-        dense,
-        method=ATSConfig(blocks=range(1, 12)),
-        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
-        output=Path("runs/imagenette_ats"),
-    )
+    return replace(_at_half(), method=ATSConfig(blocks=range(1, 12)), output=Path("runs/imagenette_ats"))
 
 
 def imagenette_adavit() -> Run:
@@ -232,13 +232,7 @@ def imagenette_adavit() -> Run:
 
 def imagenette_evit() -> Run:
     """EViT on the same images with the same recipe and epochs, at half the dense MACs."""
-    dense = imagenette_dense()
-    return replace(
-        dense,
-        method=EViTConfig(blocks=(1, 4, 7)),
-        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
-        output=Path("runs/imagenette_evit"),
-    )
+    return replace(_at_half(), method=EViTConfig(blocks=(1, 4, 7)), output=Path("runs/imagenette_evit"))
 
 
 def imagenette_dynamicvit() -> Run:
@@ -254,25 +248,12 @@ def imagenette_dynamicvit() -> Run:
 
 def imagenette_tome() -> Run:
     """ToMe on the same images with the same recipe and epochs, at half the dense MACs."""
-    dense = imagenette_dense()
-    return replace(
-        dense,
-        method=ToMeConfig(),
-        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
-        output=Path("runs/imagenette_tome"),
-    )
+    return replace(_at_half(), method=ToMeConfig(), output=Path("runs/imagenette_tome"))
 
 
 def imagenette_merge() -> Run:
     """Merging by similarity on the same images with the same recipe and epochs, at half the dense MACs."""
-    dense = imagenette_dense()
-    return replace(
-        dense,
-        method=MergeConfig(),
-        fit_thresholds=True,
-        recipe=replace(dense.recipe, target=0.5, ease_epochs=1.0),
-        output=Path("runs/imagenette_merge"),
-    )
+    return replace(_at_half(), method=MergeConfig(), fit_thresholds=True, output=Path("runs/imagenette_merge"))
 
 
 RECIPES: dict[str, Callable[[], Run]] = {
