@@ -27,20 +27,22 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.files import replacing
 from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
-from adaptvit.names import ADAVIT, AVIT, PEERS
+from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
 from adaptvit.t2t import MODELS as T2T_MODELS
 from adaptvit.t2t import published_names
 from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
 
 KEY = "adaptvit"
 VERSION = 1
+GATE = ("gate_scale", "gate_center")
+"""Fields of `AViTConfig` that published files keep elsewhere than in their tensors."""
 
 
 def save(model: AdaptiveViT, path: Path | str) -> None:
@@ -146,7 +148,7 @@ def _is_turned(table: Tensor | None, own: Tensor) -> bool:
     return torch.allclose(table @ table.mT, own @ own.mT, atol=1e-3)
 
 
-def digest(model: AdaptiveViT, what: object) -> str:
+def digest(model: nn.Module, what: object) -> str:
     """SHA-256, in hexadecimal digits, of `what` as it prints and of the model's tensors: what a result is known by."""
     found = hashlib.sha256(repr(what).encode())
     for name, value in model.state_dict().items():
@@ -162,6 +164,8 @@ def convert(
     *,
     gate_scale: float | None = None,
     gate_center: float | None = None,
+    keep_rate: float | None = None,
+    fuse: bool | None = None,
     num_classes: int = 1000,
     img_size: int | None = None,
 ) -> AdaptiveViT:
@@ -171,8 +175,8 @@ def convert(
     two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
     training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too. T2T-ViT
     weights without a gate become a file of `FullConfig`. AdaViT weights bring their policies, DynamicViT's their
-    predictors, and EViT's have the tensors of a DeiT; none of the three has a gate. The keep rate that weights of
-    EViT or DynamicViT were trained with is not in the tensors: the model's config has the released default, 0.7.
+    predictors, and EViT's have the tensors of a DeiT; none of the three has a gate. What weights of EViT or DynamicViT
+    were trained to keep is not in the tensors: `keep_rate` and `fuse` say it.
 
     Args:
         source: a released A-ViT, AdaViT, EViT, DynamicViT, DeiT or T2T-ViT file, a training checkpoint with weights
@@ -181,6 +185,9 @@ def convert(
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
+        gate_scale, gate_center: of A-ViT, where neither the file's name nor its training arguments are to say.
+        keep_rate: of EViT or DynamicViT, in (0, 1]; None is the released default, 0.7.
+        fuse: whether EViT fuses what it drops; None is the released default, that it does.
         num_classes: classes of the head in `source`.
         img_size: pixels per side of the converted model, None for that of `model_name`. A position table of another
             size is resized, as the released code does to fine-tune.
@@ -188,22 +195,20 @@ def convert(
         The model as written; `config` says which gate it has.
     Raises:
         FileNotFoundError: no `source`, or no folder for `target`.
-        ValueError: a gate is given for a method that has none; `source` is damaged, needs code to be read, or does not
-            fit `model_name` and `num_classes`.
+        ValueError: a setting that the method does not have or that is out of range; `source` is damaged, needs code to
+            be read, or does not fit `model_name` and `num_classes`.
     """
     if not timm.is_model(model_name):
-        names = ", ".join(AVIT | ADAVIT | PEERS)
+        names = ", ".join([*AVIT, *ADAVIT, *EVIT, *DYNAMICVIT, DYNAMICVIT_256])
         raise ValueError(f"model_name must be a timm ViT or one of {names}, got {model_name!r}")
-    chosen = {"gate_scale": gate_scale, "gate_center": gate_center}
+    chosen = {"gate_scale": gate_scale, "gate_center": gate_center, "keep_rate": keep_rate, "fuse": fuse}
     given = {name: value for name, value in chosen.items() if value is not None}
-    if given and model_name in ADAVIT:
-        raise ValueError(f"{model_name} is an AdaViT, which has no gate: leave out {' and '.join(given)}")
-    if given and model_name in PEERS:
-        raise ValueError(f"{model_name} has no gate: leave out {' and '.join(given)}")
+    if wrong := [name for name in given if name not in _told(model_name)]:
+        raise ValueError(f"{model_name} has no {' and no '.join(wrong)}: leave out what its method does not have")
     source = _existing(source)
     tensors, trained_with = _read_weights(source)
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
-    model = _untrained(model_name, trained_with, gate_in_name(source) | given, settings)
+    model = _untrained(model_name, trained_with, source, given, settings)
     own = model.state_dict()
     wanted = {_stored_name(key): own[key] for key in own}
     if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
@@ -218,15 +223,26 @@ def convert(
     return model
 
 
+def _told(model_name: str) -> tuple[str, ...]:
+    """What the tensors of a published file do not say of its method, as arguments of `convert`."""
+    if model_name in ADAVIT:
+        return ()
+    if model_name in EVIT:
+        return ("keep_rate", "fuse")
+    if model_name in DYNAMICVIT or model_name == DYNAMICVIT_256:
+        return ("keep_rate",)
+    return GATE
+
+
 def _untrained(
-    model_name: str, trained_with: dict[str, Any], gate: dict[str, Any], settings: dict[str, Any]
+    model_name: str, trained_with: dict[str, Any], source: Path, given: dict[str, Any], settings: dict[str, Any]
 ) -> AdaptiveViT:
     """The model that `convert` fills: a name's own method; else A-ViT, but around a T2T-ViT only with a gate."""
     if model_name in ADAVIT:
         return timm.create_model(model_name, **settings, **adavit_official.settings(trained_with))
-    if model_name in PEERS:
-        return timm.create_model(model_name, **settings)
-    gate = {name: trained_with[name] for name in trained_with.keys() & {"gate_scale", "gate_center"}} | gate
+    if _told(model_name) != GATE:
+        return timm.create_model(model_name, **settings, **given)
+    gate = {name: trained_with[name] for name in trained_with.keys() & {*GATE}} | gate_in_name(source) | given
     if model_name in AVIT:
         return timm.create_model(model_name, **settings, **gate)
     made = timm.create_model(model_name, **settings)

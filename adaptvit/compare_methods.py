@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model, start_from
@@ -56,6 +56,8 @@ class MethodsConfig:
     """An adaptvit file of a plain ViT, or the name of a timm ViT with its own weights."""
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
+    dataset: str = ""
+    """A data set of the Hub instead, as `DataConfig.dataset` takes it; not a stream."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, as adaptvit files; each is measured as it is."""
     methods: tuple[str, ...] = UNTRAINED
@@ -224,6 +226,8 @@ class _Compared:
                     "models of the same classes can be compared"
                 )
         split = self.split(self.dense)
+        if isinstance(split, IterableDataset):
+            raise ValueError(f"{config.dataset} is a stream, of which no images can be set aside")
         check_classes(split, self.dense, config.root, config.class_map)
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = Subset(split, self.aside)
@@ -233,7 +237,7 @@ class _Compared:
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
-        source = DataConfig(root=self.config.root, class_map=self.config.class_map)
+        source = DataConfig(root=self.config.root, dataset=self.config.dataset, class_map=self.config.class_map)
         return open_split(source, resolve_model_data_config(model), self.config.split)
 
     def some(self, model: AdaptiveViT, count: int) -> Tensor:
@@ -245,7 +249,8 @@ class _Compared:
         model = self.files.get(entry.name)
         known = self.known_by if model is None else digest(model, (model.config, model.shape))
         settings = sorted(resolve_model_data_config(model or self.dense).items())
-        source = (str(self.config.root.resolve()), self.config.split, str(self.config.class_map))
+        images = self.config.dataset or str(self.config.root.resolve())
+        source = (images, self.config.split, str(self.config.class_map))
         default = None if entry.budget is None else METHODS[_method(entry)]()
         told = (entry, default, known, self.known_by, settings, source, self.aside, self.measured)
         return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
@@ -350,8 +355,9 @@ class _Compared:
     def introduction(self, dense: dict[str, Any]) -> list[str]:
         """What was done, in words."""
         unreadable = f" {len(dense['unreadable'])} cannot be read and are left out." if dense["unreadable"] else ""
+        source = self.config.dataset or self.config.root
         return [
-            f"{self.config.model}, {dense['images']} images of {self.config.root} measured; {len(self.aside)} others, "
+            f"{self.config.model}, {dense['images']} images of {source} measured; {len(self.aside)} others, "
             f"spread over the split, were set aside to fit methods and budgets.{unreadable}",
             "Nothing was trained here. Methods with a budget were fitted to it; files come fine-tuned, at their own. "
             f"{CONTROL} drops as many patches as ats, but any.",

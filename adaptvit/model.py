@@ -127,6 +127,11 @@ class AdaptiveViT(nn.Module, ABC):
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     @property
+    def learns_patches(self) -> bool:
+        """Whether `forward` learns from a teacher's patches, its `teacher`, while it trains."""
+        return False
+
+    @property
     def logits_only(self) -> "LogitsOnly":
         """This model as an ordinary module from images to logits, for other people's evaluation and serving loops."""
         return LogitsOnly(self)

@@ -31,17 +31,17 @@ AVIT = {f"avit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in SIZES
 ADAVIT = {f"ada_step_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
 ADAVIT |= {f"ada_step_t2t_vit_{depth}_lnorm": f"t2t_vit_{depth}" for depth in (14, 19)}
 """AdaViT's names, and the models inside."""
-PEERS = {
-    f"{method}_{size}_patch16_224": f"deit_{size}_patch16_224"
-    for method in ("evit", "dynamicvit")
-    for size in ("small", "base")
-}
-"""EViT's and DynamicViT's names, and the models inside."""
+EVIT = {f"evit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("small", "base")}
+"""EViT's names, and the models inside."""
+DYNAMICVIT = {f"dynamicvit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("small", "base")}
+"""DynamicViT's names, and the models inside, which timm has."""
+DYNAMICVIT_256 = "dynamicvit_256_patch16_224"
+"""DynamicViT around a model that timm does not have, a DeiT between tiny and small."""
 
 default_cfgs = generate_default_cfgs(  # timm looks for this name in the module of a registered function
     {
         f"{name}.{config.tag}" if config.tag else name: config
-        for name, inside in (AVIT | ADAVIT | PEERS).items()
+        for name, inside in (AVIT | ADAVIT | EVIT | DYNAMICVIT).items()
         for config in timm.models.get_arch_pretrained_cfgs(inside).values()
     }
 )
@@ -129,6 +129,14 @@ def dynamicvit_small_patch16_224(**options: Any) -> DynamicViT:
 def dynamicvit_base_patch16_224(**options: Any) -> DynamicViT:
     """DeiT-base (768 channels, 12 blocks, 12 heads) with predictors: published with weights."""
     return around(DynamicViTConfig, "deit_base_patch16_224", options)
+
+
+@register_model
+def dynamicvit_256_patch16_224(**options: Any) -> DynamicViT:
+    """DeiT-256 (256 channels, 12 blocks, 4 heads) with predictors: published with weights."""
+    if options.get("pretrained"):
+        raise ValueError(f"{DYNAMICVIT_256} has no weights to download: adaptvit.convert takes its authors' file")
+    return around(DynamicViTConfig, "deit_tiny_patch16_224", {"embed_dim": 256, "num_heads": 4, **options})
 
 
 def around(kind: type[MethodConfig], inside: str, options: dict[str, Any], **defaults: float) -> Any:

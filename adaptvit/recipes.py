@@ -153,9 +153,8 @@ def dynamicvit_small_imagenet() -> Run:
     """DynamicViT from DeiT-small for ImageNet on 8 GPUs with 128 images each: the published 30 epochs.
 
     Differs: the backbone learns from the start, at the published hundredth of the predictors' rate, not after epoch 5;
-    there is no loss on the teacher's patches, which a loop of one's own passes to `DynamicViT.forward`; mixed precision
-    is bfloat16. A share of 1/3 for the teacher makes its weight half that of the labels, and the other losses are
-    scaled to it.
+    mixed precision is bfloat16. A share of 1/3 for the teacher makes its weight half that of the labels, and the other
+    losses are scaled to it.
     """
     tiny = avit_tiny_imagenet()
     return replace(
@@ -163,7 +162,7 @@ def dynamicvit_small_imagenet() -> Run:
         model="deit_small_patch16_224",
         drop_path=0.0,
         teacher="deit_small_patch16_224",
-        method=DynamicViTConfig(ratio_weight=4 / 3),
+        method=DynamicViTConfig(ratio_weight=4 / 3, token_weight=1 / 3),
         data=replace(tiny.data, repeated_augmentation=1),
         recipe=replace(
             tiny.recipe,

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.budget import Trial, Unit, check_target, meet_target
-from adaptvit.checkpoints import open_model, save, start_from
+from adaptvit.checkpoints import digest, open_model, save, start_from
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import write_atomically
@@ -147,13 +147,14 @@ def run(config: Run, resume: bool = False) -> Outcome:
     }
     if config.weights is not None and not start_from(vit, config.weights):
         _tell(f"the head in {config.weights} is left out: {data.name} has {len(data.classes)} classes of its own")
-    teacher = None if config.teacher is None else open_model(config.teacher)
+    teacher: AdaptiveViT | None = None if config.teacher is None else open_model(config.teacher)
     if teacher is not None and teacher.num_classes != len(data.classes):
         raise ValueError(
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
         )
     method: Any = config.method
-    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds)
+    taught = None if teacher is None else digest(teacher, teacher.config)
+    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught)
     key = fingerprint(method.build(vit), data, config.recipe, fitted)
     if config.sharpness is not None:
         scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
@@ -167,6 +168,9 @@ def run(config: Run, resume: bool = False) -> Outcome:
     if config.fit_thresholds:
         assert config.target is not None
         fit_merging(model.eval(), spread_over(data.calibration, CALIBRATION).images, config.target)
+    lessons = None
+    if teacher is not None:
+        lessons = teacher.vit if isinstance(teacher.config, FullConfig) else teacher.logits_only
     history = train(
         model,
         data,
@@ -174,7 +178,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
         config.output,
         method.method,
         resume,
-        None if teacher is None else teacher.logits_only,
+        lessons,
         key,
     )
     model.eval()

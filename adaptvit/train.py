@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list, set_seed  # type: ignore[imp
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -41,6 +42,7 @@ from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.usage import Output
+from adaptvit.vit import prefix_tokens
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -186,12 +188,14 @@ def train(
         output: folder of the run, made if it is not there.
         name: what the progress bar calls it.
         resume: go on from a checkpoint of the same run; False refuses where there is one.
-        teacher: a model to distil from, giving (B, classes) logits; it sees the same images.
+        teacher: a model to distil from, giving (B, classes) logits; it sees the same images. A method that learns from
+            patches too (DynamicViT) needs a timm ViT of as many patches and channels.
         key: what the run is known by; None is the `fingerprint` of model, data and recipe.
     Raises:
         ChildProcessError: a process that decodes images died.
         FileExistsError: another training is writing to `output`, or there is a checkpoint and `resume` is False.
         FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
+        TypeError: the method learns from a teacher's patches, and the teacher is no timm ViT.
         ValueError: the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
             recipe has a target and the method no knob.
     """
@@ -237,7 +241,7 @@ class _Training:
     ) -> None:
         self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, name
         self.output = output
-        key = key or fingerprint(model, data, recipe)
+        key = key or fingerprint(model, data, recipe, None if teacher is None else digest(teacher, None))
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
         if recipe.target is not None and getattr(model.config, "knob", None) is None:
             raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
@@ -246,6 +250,11 @@ class _Training:
             raise ValueError(
                 f"Recipe.final_gate_temperature is {recipe.final_gate_temperature}, but {type(model.config).__name__} "
                 "has no temperature"
+            )
+        if teacher is not None and model.learns_patches and not isinstance(teacher, VisionTransformer):
+            raise TypeError(
+                f"{type(model).__name__} learns from a teacher's patches, which {type(teacher).__name__} does not "
+                "give: set token_weight to 0, or take a plain ViT"
             )
         freeze(model.vit, recipe.freeze)
         self.loader = self._loader()
@@ -396,16 +405,24 @@ class _Training:
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
             smoothing = 0.0  # Mixup's targets are smooth already
-        output = self.wrapped(images)
+        lesson, patches = (None, {}) if self.teacher is None else self._taught(images)
+        output = self.wrapped(images, **patches)
         logits = output.logits.float()
         task = cross_entropy(logits, targets, label_smoothing=smoothing)
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                lesson = self.teacher(images)
+        if lesson is not None:
             pupil = logits if output.distilled is None else output.distilled.float()
             taught = distillation(pupil, lesson.float(), recipe.distillation, recipe.temperature)
             task = (1 - recipe.distillation_weight) * task + recipe.distillation_weight * taught
         return output, task
+
+    def _taught(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits, and its patches as the method's forward takes them, if it does."""
+        teacher: Any = self.teacher
+        with torch.no_grad(), self.accelerator.autocast():
+            if not self.model.learns_patches:
+                return teacher(images), {}
+            features = teacher.forward_features(images)
+            return teacher.forward_head(features), {"teacher": features[:, prefix_tokens(teacher) :].float()}
 
     def _steer(self, images: Tensor, update: int) -> None:
         """Move the knob so that these images, in evaluation, cost what the target is by now."""

@@ -188,6 +188,14 @@ def test_the_command_prints_the_table(
     assert said[-1] == f"{tmp_path / 'report.html'}: the report"
 
 
+def test_a_data_set_by_name_is_the_same_as_its_folder(
+    finished: tuple[MethodsConfig, Outcome], folder: Path, tmp_path: Path
+) -> None:
+    config = settings(folder, tmp_path, dataset="torch/image_folder", methods=(), budgets=())
+    (row,) = compare_methods.compare_methods(config).rows
+    assert row.record == by_label(finished[1])["dense"].record
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

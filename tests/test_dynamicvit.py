@@ -178,16 +178,24 @@ def test_a_predictors_macs_are_those_of_its_maps() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["evit_small_patch16_224", "dynamicvit_small_patch16_224"])
-def test_published_weights_convert(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "told", "expected"),
+    [
+        ("evit_small_patch16_224", {}, EViTConfig()),
+        ("evit_small_patch16_224", {"keep_rate": 0.5, "fuse": False}, EViTConfig(keep_rate=0.5, fuse=False)),
+        ("dynamicvit_small_patch16_224", {"keep_rate": 0.8}, DynamicViTConfig(keep_rate=0.8)),
+        ("dynamicvit_256_patch16_224", {}, DynamicViTConfig()),
+    ],
+)
+def test_published_weights_convert(name: str, told: dict, expected: EViTConfig, tmp_path: Path) -> None:
     published = timm.create_model(name).state_dict()
     published = {key.removeprefix("vit."): value for key, value in published.items()}
     torch.save({"model": published}, tmp_path / "in.pth")
-    with pytest.raises(ValueError, match=f"^{name} has no gate: leave out gate_scale$"):
+    with pytest.raises(ValueError, match=f"^{name} has no gate_scale: leave out"):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", name, gate_scale=1.0)
-    adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", name)
+    adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", name, **told)
     model = adaptvit.load(tmp_path / "out.safetensors")
-    assert model.config == {"evit": EViTConfig(), "dynamicvit": DynamicViTConfig()}[model.config.method]
+    assert model.config == expected
     found = {key.removeprefix("vit."): value for key, value in model.state_dict().items()}
     assert found.keys() == published.keys()
     assert all(torch.equal(found[key], published[key]) for key in found)

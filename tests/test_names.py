@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import adaptvit
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
-from adaptvit.names import PEERS, default_cfgs
+from adaptvit.names import DYNAMICVIT, EVIT, default_cfgs
 
 NAMES = {
     "avit_tiny_patch16_224": (10.0, 30.0),
@@ -68,7 +68,7 @@ def test_adavit_is_evaluated_as_published(name: str) -> None:
 def test_timm_lists_the_names() -> None:
     assert set(timm.list_models("avit*")) == set(NAMES)
     assert set(timm.list_models("ada_step*")) == set(ADA_NAMES)
-    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES) | set(PEERS)
+    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES) | set(EVIT) | set(DYNAMICVIT)
 
 
 def test_arguments_go_to_the_config_or_to_timm() -> None:
@@ -114,6 +114,14 @@ def test_pretrained_loads_deits_weights(name: str) -> None:
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, depth=2)
     loaded: dict[str, Tensor] = model.vit.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in deit.state_dict().items())
+
+
+def test_dynamicvit_256_is_a_deit_of_256_channels() -> None:
+    model = timm.create_model("dynamicvit_256_patch16_224", keep_rate=0.8, num_classes=10)
+    assert (model.shape.dim, model.shape.depth, model.heads, model.num_classes) == (256, 12, 4, 10)
+    assert model.config == adaptvit.DynamicViTConfig(keep_rate=0.8)
+    with pytest.raises(ValueError, match="dynamicvit_256_patch16_224 has no weights to download"):
+        timm.create_model("dynamicvit_256_patch16_224", pretrained=True)
 
 
 def test_t2t_vit_has_no_weights_to_download() -> None:

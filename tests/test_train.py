@@ -16,7 +16,7 @@ from models import small_vit
 from torch import Tensor
 
 import adaptvit.train
-from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, FullConfig
+from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, DynamicViTConfig, FullConfig
 from adaptvit.data import Data, Images, Unreadable, digits
 from adaptvit.evaluate import evaluate
 from adaptvit.train import Recipe, fingerprint, train
@@ -245,6 +245,24 @@ def test_a_teacher_is_followed(kind: str, data: Data, tmp_path: Path) -> None:
     with torch.inference_mode():
         answers = pupil.eval()(data.train.images).logits.argmax(dim=1)
     assert (answers == 3).float().mean() > 0.9
+
+
+def test_dynamicvit_learns_from_a_teachers_patches(data: Data, tmp_path: Path) -> None:
+    size = {"img_size": 16, "patch_size": 4, "depth": 3, "in_chans": 1, "num_classes": 10}
+    teacher = small_vit(**size)
+    with torch.no_grad():
+        teacher.norm.weight.zero_()
+        teacher.norm.bias.fill_(30.0)  # all its patches are that, and the pupil's are far from it
+    recipe = replace(RECIPE, epochs=1, warmup_epochs=0, learning_rate=1e-6, evaluate_every=0)
+    pupil = model(DynamicViTConfig(token_weight=0.5))
+    (epoch,) = train(pupil, data, recipe, tmp_path / "taught", teacher=teacher)
+    assert epoch.terms["tokens"] == pytest.approx(0.5 * 30**2, rel=0.02)
+    (epoch,) = train(model(DynamicViTConfig(token_weight=0.0)), data, recipe, tmp_path / "0", teacher=teacher)
+    assert epoch.terms.keys() == {"ratio"}
+    with pytest.raises(TypeError, match="learns from a teacher's patches, which LogitsOnly does not give: set"):
+        train(pupil, data, recipe, tmp_path, teacher=FullConfig().build(teacher).logits_only)
+    with pytest.raises(ValueError, match="with token_weight=0 it learns its logits alone"):
+        train(pupil, data, recipe, tmp_path / "wide", teacher=small_vit(**{**size, "patch_size": 8}))
 
 
 def test_the_knob_is_steered_to_the_target(data: Data, tmp_path: Path) -> None:

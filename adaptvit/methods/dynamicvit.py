@@ -63,7 +63,7 @@ class DynamicViTConfig:
     ratio_weight: float = 2.0
     """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
     token_weight: float = 0.5
-    """Weight of the distance to a teacher's patches, where `forward` is given them."""
+    """Weight of the distance to a teacher's patches, where there is a teacher; 0 leaves them out."""
     token_loss: Literal["mse", "kl"] = "mse"
     """That distance: `mse` as released for DeiT, `kl` of the softmax over channels as for LV-ViT."""
     mode: Literal["clean", "official"] = "clean"
@@ -174,6 +174,10 @@ class DynamicViT(AdaptiveViT):
         self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))
         self.train(vit.training)
 
+    @property
+    def learns_patches(self) -> bool:
+        return self.config.token_weight > 0
+
     def forward(self, images: Tensor, layout: type[Tokens] | None = None, teacher: Tensor | None = None) -> Output:
         """Classify images.
 
@@ -279,7 +283,8 @@ class DynamicViT(AdaptiveViT):
             student = final_norm(self.vit, tokens.x)[:, self.prefix :]
             if teacher.shape != student.shape:
                 raise ValueError(
-                    f"the teacher's patches have shape {tuple(teacher.shape)}, but the student's {tuple(student.shape)}"
+                    f"the teacher's patches have shape {tuple(teacher.shape)}, but the student's "
+                    f"{tuple(student.shape)}: with token_weight=0 it learns its logits alone"
                 )
             terms["tokens"] = self.config.token_weight * token_loss(student, teacher, kept, self.config.token_loss)
         return Output(logits, self.usage(depth, grid), terms, distilled)
