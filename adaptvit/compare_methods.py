@@ -16,7 +16,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -37,7 +37,7 @@ from adaptvit.methods import METHODS
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, check_device
-from adaptvit.pictures import data_uri, depth_maps, mean_colours, tradeoff, write_png
+from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
 from adaptvit.timing import interleaved
@@ -184,7 +184,7 @@ def compare_methods(config: MethodsConfig) -> Outcome:
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
     write_csv(config.output / "methods.csv", [_line(row) for row in rows])
     write_atomically(config.output / "conditions.json", json.dumps(conditions | timed["machine"], indent=2) + "\n")
-    plots = _plots(rows)
+    plots = _plots(rows, {entry.name: model.config.method for entry, model in models.items() if entry.budget is None})
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
     shown = sorted(budgets)[(len(budgets) - 1) // 2] if budgets else None
@@ -300,7 +300,7 @@ class _Compared:
         settings += [config.device, torch.get_num_threads()]
         if path.exists() and (record := json.loads(path.read_text()))["settings"] == settings:
             return dict(record)
-        before = os.getloadavg()[0]
+        before = round(os.getloadavg()[0], 1)
         batches = {DENSE: self.some(self.dense, config.timed)}
         for entry in models:
             batches[entry] = self.some(models[entry], config.timed) if entry.name in self.files else batches[DENSE]
@@ -328,29 +328,38 @@ class _Compared:
                 own["ideal"] = dense_macs(self.dense.shape, usages[DENSE].grid) / executed
                 own["realised"] = median(slow / fast for slow, fast in zip(seconds["dense"], packed, strict=True))
             speeds[entry.label] = own
-        loads = {"load average before timing": before, "load average after timing": os.getloadavg()[0]}
+        loads = {"load average before timing": before, "load average after timing": round(os.getloadavg()[0], 1)}
         record = {"settings": settings, "speeds": speeds, "machine": machine(), **loads}
         write_atomically(path, json.dumps(record, indent=2) + "\n")
         return record
 
     def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Picture]:
-        """The same images, each with what a model did with its patches."""
-        made = []
+        """The same images, below them what each model did with their patches; none where they have odd channels."""
+        images = self.some(self.dense, self.config.pictures)
+        if images.shape[1] not in (1, 3):
+            return []
+        rows = {"": pixels(images.cpu(), resolve_model_data_config(self.dense))}
+        captions, depth = {}, self.dense.depth
         for entry, model in models.items():
             images = self.some(model, self.config.pictures)
             with torch.inference_mode():
                 usage = full_usage(model, images)
-            if usage.live is None or images.shape[1] not in (1, 3):
+            if usage.live is None:
                 continue
             seen = pixels(images.cpu(), resolve_model_data_config(model))
             groups = [one for one in last_groups(usage) if one is not None]
-            merged = mean_colours(seen, torch.stack(groups)) if groups else None
-            captions = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
-            figure = depth_maps(seen, usage.patch_depth, model.depth, 2, captions, True, merged=merged)
-            third = "the map over it" if merged is None else "the patches of each token in their mean colour"
-            caption = f"{entry.label}: the image, the blocks that worked on each patch, {third}."
-            made.append(Picture(data_uri(figure, "png"), caption))
-        return made
+            name = entry.label if entry.budget is not None else Path(entry.name).stem
+            rows[name] = (
+                mean_colours(seen, torch.stack(groups)) if groups else laid_over(seen, usage.patch_depth, depth)
+            )
+            captions[name] = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
+        if not captions:
+            return []
+        said = (
+            "A row for each model. Where it merges, the patches of each token are shown in their mean colour; where it "
+            "drops patches, the colour over each says how many blocks worked on it."
+        )
+        return [Picture(data_uri(one_below_another(rows, captions, depth), "png"), said, wide=True)]
 
     def introduction(self, dense: dict[str, Any]) -> list[str]:
         """What was done, in words."""
@@ -514,25 +523,27 @@ def _line(row: Row) -> dict[str, Any]:
     return line | {"config": json.dumps(record["config"])}
 
 
-def _plots(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
-    """Figures by file name, each with its caption."""
+def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
+    """Figures by file name, each with its caption; `methods` are those of the fine-tuned files, by name."""
     done = [row for row in rows if not row.record["refused"]]
     dense, others = done[0], done[1:]
 
-    def plot(x: Callable[[Row], float], label: str) -> Figure:
+    def plot(x: Callable[[Row], float], label: str, better: Literal["less", "more"]) -> Figure:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in others:
-            lines.setdefault(row.entry.name, []).append((x(row), row.record["top1"]))
-        return tradeoff(lines, (x(dense), dense.record["top1"]), label, dotted=(CONTROL,))
+            tuned = row.entry.budget is None
+            name = f"{methods[row.entry.name]}, tuned" if tuned else row.entry.name
+            lines.setdefault(name, []).append((x(row), row.record["top1"]))
+        return tradeoff(lines, (x(dense), dense.record["top1"]), label, (CONTROL,), better)
 
     return {
         "accuracy_gmacs": (
-            plot(lambda row: row.record["gmacs"], "GMACs, mean over images"),
-            "Top-1 against executed MACs: further left is cheaper. The star is the dense model.",
+            plot(lambda row: row.record["gmacs"], "GMACs, mean over images", "less"),
+            "Top-1 against executed MACs: further left is cheaper. The star is the dense model, the band the frontier.",
         ),
         "accuracy_speed": (
-            plot(lambda row: row.speed.get("realised", 1.0), "measured speed over the dense model's"),
-            "Top-1 against measured speed, in turns: further right is faster. The star is the dense model.",
+            plot(lambda row: row.speed.get("realised", 1.0), "measured speed over the dense model's", "more"),
+            "Top-1 against speed, measured in turns: further right is faster. The star and the band as above.",
         ),
     }
 

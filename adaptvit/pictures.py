@@ -7,7 +7,9 @@ import base64
 import io
 import warnings
 from collections.abc import Container, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -77,22 +79,30 @@ def depth_maps(
             picture.set_title("\n".join(" " * lines), fontsize=8.5, loc="left", pad=3)  # the room, and then the words:
             text = picture.annotate(captions[i], (0, 1), (0, 3), "axes fraction", "offset points", fontsize=8.5)
             text.set(color=INK, parse_math=False, in_layout=False)  # they may be wider than the panel
-    high = min(5.0, figure.get_figheight())  # inches
-    bar = figure.colorbar(
-        ScalarMappable(norm, palette),
-        ax=axes_grid,
-        ticks=_ticks(blocks, most=min(12, int(high / 0.2))),
-        fraction=0.03,
-        pad=0.01,
-        shrink=high / figure.get_figheight(),
-        aspect=max(20, high / 0.2),
-        anchor=(0, 1),
-        extend="min" if (depth < 1).any() else "neither",
-    )
-    bar.minorticks_off()
-    bar.set_label("blocks that worked on the patch", color=INK, fontsize=9)
-    bar.ax.tick_params(length=0, labelsize=8.5)
-    bar.outline.set_visible(False)
+    _depth_bar(figure, axes_grid, blocks, below=bool((depth < 1).any()))
+    return figure
+
+
+def one_below_another(rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], blocks: int) -> Figure:
+    """The same images in several versions, a row for each, beside the colours of the depth maps.
+
+    Args:
+        rows: by name, (B, channels, height, width), one channel or three, values in [0, 1].
+        captions: B short texts each, by the names of the rows that have some.
+        blocks: where the scale of depth ends.
+    """
+    columns, panel = max(len(row) for row in rows.values()), 1.75
+    tall = [panel * row.shape[2] / row.shape[3] + 0.22 for row in rows.values()]
+    figure = Figure(figsize=(panel * columns + 1.7, sum(tall)), layout="constrained")
+    axes_grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=tall)
+    for (name, images), line in zip(rows.items(), axes_grid, strict=True):
+        for axes, image, caption in zip(line, images, captions.get(name, [""] * columns), strict=True):
+            _draw(axes, image)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            axes.set_xlabel(caption, color=INK, fontsize=8, labelpad=2)
+        line[0].set_ylabel(name, color=INK, fontsize=9)
+    _depth_bar(figure, axes_grid, blocks)
     return figure
 
 
@@ -243,17 +253,27 @@ def tradeoff(
     dense: tuple[float, float],
     label: str,
     dotted: Container[str] = (),
+    better: Literal["less", "more"] = "less",
 ) -> Figure:
-    """Accuracy against what it costs: a line for each name, and a star for the dense model.
+    """Accuracy against what it costs: a line for each name, a star for the dense model, behind them the frontier.
+
+    The frontier is of the points than which none is both better and more accurate.
 
     Args:
-        lines: by name, what it costs and the accuracy in [0, 1]; in any order.
+        lines: by name, what it costs, or how fast it is, and the accuracy in [0, 1]; in any order.
         dense: the same of the dense model.
-        label: of the cost.
+        label: of that cost or speed.
         dotted: names whose lines are dotted.
+        better: whether `less` of it is better, or `more`.
     """
     figure, axes = _plot(label, "top-1")
     figure.set_size_inches(6.2, 4.2)
+    sign = {"less": 1, "more": -1}[better]
+    frontier: list[tuple[float, float]] = []
+    for point in sorted([*chain(*lines.values()), dense], key=lambda point: (sign * point[0], -point[1])):
+        if not frontier or point[1] > frontier[-1][1]:
+            frontier.append(point)
+    axes.plot(*zip(*frontier, strict=True), color=INK, alpha=0.12, linewidth=9, label="frontier")
     for number, (name, points) in enumerate(lines.items()):
         x, y = zip(*sorted(points), strict=True)
         style = ":" if name in dotted else "-"
@@ -297,6 +317,27 @@ def _scale(blocks: int) -> tuple[Colormap, BoundaryNorm]:
     """One colour for each block from 1 to `blocks`, and black for patches that none works on."""
     palette = matplotlib.colormaps[COLOURS].with_extremes(under="black")
     return palette, BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
+
+
+def _depth_bar(figure: Figure, axes_grid: np.ndarray, blocks: int, below: bool = False) -> None:
+    """The colours of the depths beside the pictures; `below`: some are below the first block."""
+    palette, norm = _scale(blocks)
+    high = min(5.0, figure.get_figheight())  # inches
+    bar = figure.colorbar(
+        ScalarMappable(norm, palette),
+        ax=axes_grid,
+        ticks=_ticks(blocks, most=min(12, int(high / 0.2))),
+        fraction=0.03,
+        pad=0.01,
+        shrink=high / figure.get_figheight(),
+        aspect=max(20, high / 0.2),
+        anchor=(0, 1),
+        extend="min" if below else "neither",
+    )
+    bar.minorticks_off()
+    bar.set_label("blocks that worked on the patch", color=INK, fontsize=9)
+    bar.ax.tick_params(length=0, labelsize=8.5)
+    bar.outline.set_visible(False)
 
 
 def _draw(axes: Axes, image: Tensor) -> None:

@@ -13,6 +13,7 @@ from adaptvit.pictures import (
     depth_maps,
     laid_over,
     mean_colours,
+    one_below_another,
     tokens_per_block,
     tradeoff,
     usage_per_block,
@@ -205,9 +206,29 @@ def test_groups_of_patches_are_shown_in_their_mean_colour() -> None:
     assert (shown[0, 1, 2:, 4:] == 0.5).all()
 
 
+def test_versions_of_images_stand_one_below_another() -> None:
+    image, other = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 8)
+    figure = one_below_another({"image": image, "other": other}, {"other": ["1 GMACs", "2 GMACs"]}, blocks=4)
+    *panels, bar = figure.axes
+    assert [axes.get_ylabel() for axes in panels] == ["image", "", "other", ""]
+    assert [axes.get_xlabel() for axes in panels] == ["", "", "1 GMACs", "2 GMACs"]
+    assert torch.equal(torch.tensor(panels[1].get_images()[0].get_array()), image[1].permute(1, 2, 0))
+    assert torch.equal(torch.tensor(panels[2].get_images()[0].get_array()), other[0, 0])
+    assert bar.get_ylabel() == "blocks that worked on the patch"
+
+
 def test_a_tradeoff_has_a_line_a_name_from_left_to_right_and_a_star() -> None:
     figure = tradeoff({"a": [(2.0, 0.5), (1.0, 0.4)], "b": [(1.5, 0.3)]}, (3.0, 0.6), "GMACs", dotted=("b",))
-    a, b, star = figure.axes[0].get_lines()
+    _, a, b, star = figure.axes[0].get_lines()
     assert [(*line.get_xdata(),) for line in (a, b, star)] == [(1.0, 2.0), (1.5,), (3.0,)]
     assert [(*line.get_ydata(),) for line in (a, b, star)] == [(0.4, 0.5), (0.3,), (0.6,)]
     assert (a.get_linestyle(), b.get_linestyle(), star.get_marker()) == ("-", ":", "*")
+
+
+@pytest.mark.parametrize(
+    ("better", "expected"), [("less", [(1.0, 0.4), (1.5, 0.45), (3.0, 0.6)]), ("more", [(3.0, 0.6)])]
+)
+def test_the_frontier_has_the_points_that_no_other_beats(better: str, expected: list[tuple[float, float]]) -> None:
+    lines = {"a": [(2.0, 0.45), (1.0, 0.4)], "b": [(1.5, 0.45), (1.5, 0.3)]}
+    frontier = tradeoff(lines, (3.0, 0.6), "", better=better).axes[0].get_lines()[0]
+    assert [*zip(frontier.get_xdata(), frontier.get_ydata(), strict=True)] == expected
