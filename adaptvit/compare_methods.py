@@ -349,9 +349,8 @@ class _Compared:
             seen = pixels(images.cpu(), resolve_model_data_config(model))
             groups = [one for one in last_groups(usage) if one is not None]
             name = entry.label if entry.budget is not None else Path(entry.name).stem
-            rows[name] = (
-                mean_colours(seen, torch.stack(groups)) if groups else laid_over(seen, usage.patch_depth, depth)
-            )
+            merged = mean_colours(seen, torch.stack(groups)) if groups else None
+            rows[name] = laid_over(seen, usage.patch_depth, depth) if merged is None else merged
             captions[name] = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
         if not captions:
             return []

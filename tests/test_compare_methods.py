@@ -19,6 +19,7 @@ from adaptvit import AdaptiveViT, AViTConfig, FullConfig, adapt, compare_methods
 from adaptvit.cli import main
 from adaptvit.compare_methods import MethodsConfig, Outcome, Row, table
 from adaptvit.data import DataConfig, open_split
+from adaptvit.pictures import one_below_another
 
 QUICK = {"workers": 0, "timed": 4, "rounds": 1, "latencies": 2, "calibration": 8, "pictures": 1}
 
@@ -104,15 +105,32 @@ def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
     for name in ("accuracy_gmacs", "accuracy_speed"):
         assert (config.output / f"{name}.png").stat().st_size > 10_000
     report = outcome.report.read_text()
-    assert report.count("<figure>") == 2 + len(compare_methods.UNTRAINED) + 1  # of one budget, and the file
+    assert (report.count("<figure>"), report.count('<figure class="wide">')) == (2, 1)
     assert "8 others, spread over the split, were set aside" in report
-    for entry, third in (
-        ("merge 0.6", "the patches of each token in their mean colour"),
-        ("ats 0.6", "the map over it"),
-    ):
-        assert f"{entry}: the image, the blocks that worked on each patch, {third}." in report
     assert 'src="http' not in report
     assert "meets the target of 0.05" in report
+
+
+def test_the_same_images_are_shown_through_every_model_of_one_budget_and_every_file(
+    finished: tuple[MethodsConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = finished
+    shown = {}
+
+    def draw(rows: dict, captions: dict, blocks: int) -> object:
+        shown.update(rows=rows, captions=captions, blocks=blocks)
+        return one_below_another(rows, captions, blocks)
+
+    monkeypatch.setattr(compare_methods, "one_below_another", draw)
+    compare_methods.compare_methods(
+        replace(config, output=shutil.copytree(config.output, tmp_path / "copy"), pictures=2)
+    )
+    budget = [f"{name} 0.6" for name in compare_methods.UNTRAINED]
+    assert [*shown["rows"]] == ["", *budget, "tuned"]
+    assert [*shown["captions"]] == [*budget, "tuned"]
+    assert {row.shape for row in shown["rows"].values()} == {torch.Size([2, 3, 64, 64])}
+    plain, *others = shown["rows"].values()
+    assert not any(torch.equal(plain, other) for other in others)
 
 
 def test_what_is_there_is_not_computed_again_and_the_rest_is(
