@@ -26,7 +26,6 @@ from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import replacing, write_atomically, write_csv
-from adaptvit.methods.avit import AViTConfig
 from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.recipes import RECIPES
@@ -341,17 +340,19 @@ def run_bench(arguments: Namespace) -> None:
 def convert_parser() -> ArgumentParser:
     """`adaptvit convert SOURCE TARGET MODEL_NAME`."""
     parser = ArgumentParser(
-        allow_abbrev=False, description="Turn published A-ViT, AdaViT, DeiT, T2T-ViT or timm weights into one file."
+        allow_abbrev=False,
+        description="Turn published A-ViT, AdaViT, EViT, DynamicViT, DeiT, T2T-ViT or timm weights into one file.",
     )
     parser.add_function_arguments(convert, as_positional=True)
     return parser
 
 
 def run_convert(arguments: Namespace) -> None:
-    """Write the file and say which gate it has, if any."""
+    """Write the file and say what it has that was not in the tensors."""
     config = convert(**arguments.as_dict()).config
-    gate = f", gate {config.gate_scale:g} / {config.gate_center:g}" if isinstance(config, AViTConfig) else ""
-    print(f"{arguments.target}: {arguments.model_name}{gate}")
+    names = [name for name in ("gate_scale", "gate_center", "keep_rate", "fuse") if hasattr(config, name)]
+    told = [f"{name} {getattr(config, name)}" for name in names]
+    print(", ".join([f"{arguments.target}: {arguments.model_name}", *told]))
 
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {

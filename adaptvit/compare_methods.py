@@ -231,7 +231,7 @@ class _Compared:
         check_classes(split, self.dense, config.root, config.class_map)
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = Subset(split, self.aside)
-        self.calibration = spread_over(aside, len(self.aside)).images.to(config.device)
+        self.calibration = spread_over(aside, len(self.aside)).images.to(next(self.dense.parameters()))
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
         self.turned: VisionTransformer | None = None  # with the gate that all budgets of A-ViT share
 
@@ -242,14 +242,14 @@ class _Compared:
 
     def some(self, model: AdaptiveViT, count: int) -> Tensor:
         """Measured images, spread over all of them."""
-        return spread_over(Subset(self.split(model), self.measured), count).images.to(self.config.device)
+        return spread_over(Subset(self.split(model), self.measured), count).images.to(next(model.parameters()))
 
     def key(self, entry: Entry) -> str:
         """Eight hexadecimal digits of all that decides a record."""
         model = self.files.get(entry.name)
         known = self.known_by if model is None else digest(model, (model.config, model.shape))
         settings = sorted(resolve_model_data_config(model or self.dense).items())
-        images = self.config.dataset or str(self.config.root.resolve())
+        images = f"{self.config.dataset} {self.config.root.resolve()}".strip()
         source = (images, self.config.split, str(self.config.class_map))
         default = None if entry.budget is None else METHODS[_method(entry)]()
         told = (entry, default, known, self.known_by, settings, source, self.aside, self.measured)
@@ -338,8 +338,8 @@ class _Compared:
         images = self.some(self.dense, self.config.pictures)
         if images.shape[1] not in (1, 3):
             return []
-        rows = {"": pixels(images.cpu(), resolve_model_data_config(self.dense))}
-        captions, depth = {}, self.dense.depth
+        rows = [("", pixels(images.cpu(), resolve_model_data_config(self.dense)), [""] * len(images))]
+        blocks, below = max(model.depth for model in models.values()), False
         for entry, model in models.items():
             images = self.some(model, self.config.pictures)
             with torch.inference_mode():
@@ -348,17 +348,21 @@ class _Compared:
                 continue
             seen = pixels(images.cpu(), resolve_model_data_config(model))
             groups = [one for one in last_groups(usage) if one is not None]
-            name = entry.label if entry.budget is not None else Path(entry.name).stem
-            merged = mean_colours(seen, torch.stack(groups)) if groups else None
-            rows[name] = laid_over(seen, usage.patch_depth, depth) if merged is None else merged
-            captions[name] = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
-        if not captions:
+            if groups:
+                shown = mean_colours(seen, torch.stack(groups))
+            else:
+                shown = laid_over(seen, usage.patch_depth, blocks)
+                below |= bool((usage.patch_depth < 1).any())
+            costs = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
+            name = entry.label if entry.budget is not None else "/".join(Path(entry.name).with_suffix("").parts[-2:])
+            rows.append((name, shown, costs))
+        if len(rows) == 1:
             return []
         said = (
             "A row for each model. Where it merges, the patches of each token are shown in their mean colour; where it "
             "drops patches, the colour over each says how many blocks worked on it."
         )
-        return [Picture(data_uri(one_below_another(rows, captions, depth), "png"), said, wide=True)]
+        return [Picture(data_uri(one_below_another(rows, blocks, below), "png"), said, wide=True)]
 
     def introduction(self, dense: dict[str, Any]) -> list[str]:
         """What was done, in words."""

@@ -143,10 +143,10 @@ def outputs(
     Raises:
         ValueError: a label that the model's head does not have.
     """
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
     for batch in tqdm(loader, desc="evaluating", leave=False):
-        output = _forward(model, batch.images.to(device), layout) if len(batch.labels) else None
+        output = _forward(model, batch.images.to(like), layout) if len(batch.labels) else None
         if output is not None:
             _check_labels(batch.labels, output.logits.shape[1])
         yield batch, output
@@ -220,7 +220,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     if config.rounds:
         loader = DataLoader(data, config.batch_size, collate_fn=collate)
         batch = next(batch for batch in loader if len(batch.labels))
-        timing = speed(model.vit, model, batch.images.to(config.device), config.rounds)
+        timing = speed(model.vit, model, batch.images.to(next(model.parameters())), config.rounds)
         figures |= {f"{name}_images_per_s": getattr(timing, name) for name in ("dense", "masked", "packed")}
         figures |= {"ideal_speedup": timing.ideal, "realised_speedup": timing.gain, "ratio": timing.ratio}
         figures |= {"load_average": os.getloadavg()[0], "timed_batch": len(batch.images)}

@@ -63,6 +63,18 @@ def whole_numbers(name: str, value: int | Iterable[int], hint: str = "") -> tupl
     return numbers
 
 
+def block_numbers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    """One or more blocks, 0-based and ascending, as a tuple.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    blocks = whole_numbers(name, value)
+    if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
+        raise ValueError(f"{name} must be block numbers from 0 on, ascending, got {blocks}")
+    return blocks
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not one, and CUDA where there is none.
 

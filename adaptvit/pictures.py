@@ -83,26 +83,26 @@ def depth_maps(
     return figure
 
 
-def one_below_another(rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], blocks: int) -> Figure:
+def one_below_another(rows: Sequence[tuple[str, Tensor, Sequence[str]]], blocks: int, below: bool = False) -> Figure:
     """The same images in several versions, a row for each, beside the colours of the depth maps.
 
     Args:
-        rows: by name, (B, channels, height, width), one channel or three, values in [0, 1].
-        captions: B short texts each, by the names of the rows that have some.
+        rows: a name, (B, channels, height, width) images of one channel or three, values in [0, 1], and B short texts.
         blocks: where the scale of depth ends.
+        below: some patches did not enter the first block.
     """
-    columns, panel = max(len(row) for row in rows.values()), 1.75
-    tall = [panel * row.shape[2] / row.shape[3] + 0.22 for row in rows.values()]
+    columns, panel = len(rows[0][1]), 1.75
+    tall = [panel * images.shape[2] / images.shape[3] + 0.22 for _, images, _ in rows]
     figure = Figure(figsize=(panel * columns + 1.7, sum(tall)), layout="constrained")
     axes_grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=tall)
-    for (name, images), line in zip(rows.items(), axes_grid, strict=True):
-        for axes, image, caption in zip(line, images, captions.get(name, [""] * columns), strict=True):
+    for (name, images, captions), line in zip(rows, axes_grid, strict=True):
+        for axes, image, caption in zip(line, images, captions, strict=True):
             _draw(axes, image)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             axes.set_xlabel(caption, color=INK, fontsize=8, labelpad=2)
         line[0].set_ylabel(name, color=INK, fontsize=9)
-    _depth_bar(figure, axes_grid, blocks)
+    _depth_bar(figure, axes_grid, blocks, below)
     return figure
 
 

@@ -28,7 +28,7 @@ from torch.nn.functional import interpolate
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checkpoints import open_model
 from adaptvit.data import HELD_OUT, digits, in_channels, open_image
-from adaptvit.draw import full_usage
+from adaptvit.draw import full_usage, pixels
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
@@ -230,11 +230,6 @@ class Subject:
         """Pictures as the model takes them: (B, channels, height, width)."""
         transform = create_transform(**self.settings)
         return torch.stack([transform(in_channels(picture, self.channels)) for picture in pictures])
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Images that the model takes as they are looked at: values in [0, 1]."""
-        mean, std = (torch.tensor(self.settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        return (images * std + mean).clamp(0, 1)
 
     def told(self, logits: Tensor) -> list[tuple[str, float]]:
         """The most probable classes of an image, and their probabilities."""
@@ -525,7 +520,7 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
     return View(
         model=model,
         method=adaptive.config.method,
-        pixels=subject.pixels(image),
+        pixels=pixels(image, subject.settings),
         usage=full_usage(adaptive, image),
         dense=Answer(subject.told(vit(image)), dense, 1e3 * median(seconds["dense"])),
         adaptive=Answer(subject.told(adaptive(image).logits), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),

@@ -147,7 +147,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
     }
     if config.weights is not None and not start_from(vit, config.weights):
         _tell(f"the head in {config.weights} is left out: {data.name} has {len(data.classes)} classes of its own")
-    teacher: AdaptiveViT | None = None if config.teacher is None else open_model(config.teacher)
+    teacher: AdaptiveViT | None = None if config.teacher is None else open_model(config.teacher).float()
     if teacher is not None and teacher.num_classes != len(data.classes):
         raise ValueError(
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
@@ -170,7 +170,8 @@ def run(config: Run, resume: bool = False) -> Outcome:
         fit_merging(model.eval(), spread_over(data.calibration, CALIBRATION).images, config.target)
     lessons = None
     if teacher is not None:
-        lessons = teacher.vit if isinstance(teacher.config, FullConfig) else teacher.logits_only
+        plain = isinstance(teacher.config, FullConfig)
+        lessons = teacher.vit if plain and model.learns_patches else teacher.logits_only
     history = train(
         model,
         data,
@@ -269,11 +270,12 @@ def set_budget(
         first = batch.unreadable[0].name
         warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
     labels = batch.labels if len(class_names(split)) == opened.num_classes else None
+    looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
     if plain:
-        opened = adapt(opened.vit, method or "merge", batch.images, target, unit, tolerance, labels, tell)
+        opened = adapt(opened.vit, method or "merge", looked_at, target, unit, tolerance, labels, tell)
     else:
-        meet_target(opened, batch.images, target, unit, tolerance, labels, tell)
+        meet_target(opened, looked_at, target, unit, tolerance, labels, tell)
     save(opened, output)
     return opened.config
 

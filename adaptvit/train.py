@@ -42,7 +42,7 @@ from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.usage import Output
-from adaptvit.vit import prefix_tokens
+from adaptvit.vit import check_images, prefix_tokens
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -421,6 +421,7 @@ class _Training:
         with torch.no_grad(), self.accelerator.autocast():
             if not self.model.learns_patches:
                 return teacher(images), {}
+            check_images(teacher, images)
             features = teacher.forward_features(images)
             return teacher.forward_head(features), {"teacher": features[:, prefix_tokens(teacher) :].float()}
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.budget import Trial, Unit, check_target, meet_target
+from adaptvit.budget import BATCH, Trial, Unit, check_target, meet_target
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.avit_gate import fit_gate
@@ -52,7 +52,7 @@ def adapt(
         case "tome":
             model = ToMeConfig().build(vit)
             if labels is None and unit != "images_per_s":
-                images = images[:1]  # all cost the same
+                images = images[:BATCH]  # all cost the same, and trials tell the speed of a batch
         case "merge":
             model = MergeConfig().build(vit)
             fit_merging(model, images, target, unit, tolerance)

@@ -159,9 +159,33 @@ def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, in
         ValueError: the images' shape or device does not fit the model.
         TypeError: the images are not floating point, or of another precision than the weights.
     """
-    _check_images(vit, images)
+    check_images(vit, images)
     x = vit.patch_embed(images)
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(x))), patch_grid(vit, images)
+
+
+def check_images(vit: VisionTransformer, images: Tensor) -> None:
+    """Refuse images that the ViT does not take.
+
+    Raises:
+        TypeError: they are of another precision.
+        ValueError: they are of another shape, or on another device.
+    """
+    name, weight = model_name(vit), next(vit.parameters())
+    if images.ndim != 4 or images.shape[1] != vit.in_chans:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, but {name} takes (batch, {vit.in_chans}, height, width)"
+        )
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
+    if images.device != weight.device:
+        raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
+    size = tuple(vit.patch_embed.img_size)
+    if not vit.dynamic_img_size and tuple(images.shape[2:]) != size:
+        raise ValueError(
+            f"images are {images.shape[2]} x {images.shape[3]} pixels, but {name} takes {size[0]} x {size[1]}; "
+            "create it with img_size=... or dynamic_img_size=True"
+        )
 
 
 def patch_grid(vit: VisionTransformer, images: Tensor | None = None) -> tuple[int, int]:
@@ -557,24 +581,6 @@ def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
     if isinstance(drop_path, DropPath) and drop_path.training:
         branch = branch * tokens.spread(drop_path(branch.new_ones(tokens.shape[0], 1, 1)))
     return tokens.with_x(tokens.x + branch)
-
-
-def _check_images(vit: VisionTransformer, images: Tensor) -> None:
-    name, weight = model_name(vit), next(vit.parameters())
-    if images.ndim != 4 or images.shape[1] != vit.in_chans:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}, but {name} takes (batch, {vit.in_chans}, height, width)"
-        )
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
-    if images.device != weight.device:
-        raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
-    size = tuple(vit.patch_embed.img_size)
-    if not vit.dynamic_img_size and tuple(images.shape[2:]) != size:
-        raise ValueError(
-            f"images are {images.shape[2]} x {images.shape[3]} pixels, but {name} takes {size[0]} x {size[1]}; "
-            "create it with img_size=... or dynamic_img_size=True"
-        )
 
 
 def _linear_macs(module: nn.Module | None) -> int:

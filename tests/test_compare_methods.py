@@ -15,7 +15,7 @@ from models import small_vit
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from adaptvit import AdaptiveViT, AViTConfig, FullConfig, adapt, compare_methods, load, macs, save
+from adaptvit import AdaptiveViT, AViTConfig, DynamicViTConfig, FullConfig, adapt, compare_methods, load, macs, save
 from adaptvit.cli import main
 from adaptvit.compare_methods import MethodsConfig, Outcome, Row, table
 from adaptvit.data import DataConfig, open_split
@@ -115,22 +115,47 @@ def test_the_same_images_are_shown_through_every_model_of_one_budget_and_every_f
     finished: tuple[MethodsConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = finished
-    shown = {}
+    shown: dict = {}
 
-    def draw(rows: dict, captions: dict, blocks: int) -> object:
-        shown.update(rows=rows, captions=captions, blocks=blocks)
-        return one_below_another(rows, captions, blocks)
+    def draw(rows: list, blocks: int, below: bool) -> object:
+        shown.update(rows=rows, blocks=blocks, below=below)
+        return one_below_another(rows, blocks, below)
 
     monkeypatch.setattr(compare_methods, "one_below_another", draw)
-    compare_methods.compare_methods(
-        replace(config, output=shutil.copytree(config.output, tmp_path / "copy"), pictures=2)
-    )
-    budget = [f"{name} 0.6" for name in compare_methods.UNTRAINED]
-    assert [*shown["rows"]] == ["", *budget, "tuned"]
-    assert [*shown["captions"]] == [*budget, "tuned"]
-    assert {row.shape for row in shown["rows"].values()} == {torch.Size([2, 3, 64, 64])}
-    plain, *others = shown["rows"].values()
-    assert not any(torch.equal(plain, other) for other in others)
+    files = []
+    for run, blocks in (("one", 4), ("other", 6)):
+        (tmp_path / run).mkdir()
+        files.append(str(tmp_path / run / "model.safetensors"))
+        save(DynamicViTConfig(blocks=(0, 1)).build(small_vit(img_size=64, depth=blocks)), files[-1])
+    copy = shutil.copytree(config.output, tmp_path / "copy")
+    compare_methods.compare_methods(replace(config, output=copy, pictures=2, files=tuple(files)))
+    names, images, _ = zip(*shown["rows"], strict=True)
+    assert [*names] == ["", *(f"{name} 0.6" for name in compare_methods.UNTRAINED), "one/model", "other/model"]
+    assert {row.shape for row in images} == {torch.Size([2, 3, 64, 64])}
+    assert not any(torch.equal(images[0], other) for other in images[1:])
+    assert (shown["blocks"], shown["below"]) == (6, True)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "budget", "compare"])
+def test_a_model_in_half_precision_is_given_images_of_its_own(command: str, folder: Path, tmp_path: Path) -> None:
+    file, root = tmp_path / "half.safetensors", folder / "images"
+    save(load(folder / "vit.safetensors").to(torch.bfloat16), file)
+    quick = ["--workers=0", "--rounds=1"]
+    commands = {
+        "evaluate": ["evaluate", file, root, *quick],
+        "budget": ["budget", file, root, tmp_path / "out.safetensors", "--target=0.6"],
+        "compare": [
+            "compare",
+            "methods",
+            file,
+            root,
+            *quick,
+            "--latencies=2",
+            "--budgets=[0.7]",
+            f"--output={tmp_path}",
+        ],
+    }
+    assert main([str(word) for word in commands[command]]) == 0
 
 
 def test_what_is_there_is_not_computed_again_and_the_rest_is(

@@ -55,6 +55,11 @@ def test_a_keep_rate_out_of_range_is_refused_at_run_time() -> None:
         model(images(model.vit), keep_rate=(0.5, 0.5))
 
 
+def test_a_block_that_keeps_all_does_so_at_any_rate() -> None:
+    config = EViTConfig(blocks=(0, 1, 2), keep_rate=(0.5, 1.0, 0.5), rate=0.75)
+    assert config.build(small_vit()).kept(16) == {0: 6, 2: 3}
+
+
 @pytest.mark.parametrize(
     ("settings", "counts"),
     [({}, [139, 99, 71]), ({"fuse": False}, [138, 97, 68])],

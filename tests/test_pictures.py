@@ -208,7 +208,7 @@ def test_groups_of_patches_are_shown_in_their_mean_colour() -> None:
 
 def test_versions_of_images_stand_one_below_another() -> None:
     image, other = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 8)
-    figure = one_below_another({"image": image, "other": other}, {"other": ["1 GMACs", "2 GMACs"]}, blocks=4)
+    figure = one_below_another([("image", image, ["", ""]), ("other", other, ["1 GMACs", "2 GMACs"])], blocks=4)
     *panels, bar = figure.axes
     assert [axes.get_ylabel() for axes in panels] == ["image", "", "other", ""]
     assert [axes.get_xlabel() for axes in panels] == ["", "", "1 GMACs", "2 GMACs"]

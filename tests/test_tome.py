@@ -182,7 +182,7 @@ def test_matching_has_no_gradient_and_means_do() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": -1}, r"ToMeConfig\.r must be a whole number from 0 on, or several, got -1"),
+        ({"r": -1}, r"ToMeConfig\.r must be 0 or more, got -1"),
         ({"r": (8, -1.0)}, r"ToMeConfig\.r must be .* got \(8, -1\.0\)"),
         ({"r": ()}, r"ToMeConfig\.r must be .* got \(\)"),
         ({"rate": -0.5}, r"ToMeConfig\.rate must be 0 or more, got -0\.5"),

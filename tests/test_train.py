@@ -265,6 +265,14 @@ def test_dynamicvit_learns_from_a_teachers_patches(data: Data, tmp_path: Path) -
         train(pupil, data, recipe, tmp_path / "wide", teacher=small_vit(**{**size, "patch_size": 8}))
 
 
+@pytest.mark.parametrize("config", [DynamicViTConfig(), FullConfig()], ids=lambda config: config.method)
+def test_a_teacher_of_another_size_is_refused_in_a_sentence(config: Any, data: Data, tmp_path: Path) -> None:
+    pupil, teacher = model(config), small_vit(img_size=24, patch_size=4, in_chans=1, num_classes=10)
+    lessons = teacher if pupil.learns_patches else FullConfig().build(teacher).logits_only
+    with pytest.raises(ValueError, match=r"images are 16 x 16 pixels, but .* takes 24 x 24"):
+        train(pupil, data, RECIPE, tmp_path, teacher=lessons)
+
+
 def test_the_knob_is_steered_to_the_target(data: Data, tmp_path: Path) -> None:
     recipe = replace(RECIPE, target=0.6, ease_epochs=2, steer_every=1, evaluate_every=1)
     trained = model()

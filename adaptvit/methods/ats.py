@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.methods import ats_released
-from adaptvit.model import AdaptiveViT, Knob, whole_numbers
+from adaptvit.model import AdaptiveViT, Knob, block_numbers, whole_numbers
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -64,10 +64,7 @@ class ATSConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            blocks = whole_numbers("ATSConfig.blocks", self.blocks)
-            if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
-                raise ValueError(f"ATSConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
-            object.__setattr__(self, "blocks", blocks)
+            object.__setattr__(self, "blocks", block_numbers("ATSConfig.blocks", self.blocks))
         if self.tokens is not None:
             counts = whole_numbers("ATSConfig.tokens", self.tokens, "; rate=0.5 takes half of them")
             if min(counts) < 1:

@@ -8,7 +8,6 @@ Symbols of the paper: pi probability of keeping a patch, rho keep ratio.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 from adaptvit.gated import Gates, run_gated
 from adaptvit.gates import gumbel_difference, straight_through
 from adaptvit.losses import mean_over_processes
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, block_numbers
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import check_attention, check_norms, classify, embed, final_norm, model_name, run_block
@@ -78,15 +77,7 @@ class DynamicViTConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            try:
-                blocks = tuple(map(operator.index, self.blocks))
-            except TypeError:
-                blocks = ()
-            if not blocks or list(blocks) != sorted({*blocks}) or blocks[0] < 0:
-                raise ValueError(
-                    f"DynamicViTConfig.blocks must be block numbers from 0 on, ascending, got {self.blocks!r}"
-                )
-            object.__setattr__(self, "blocks", blocks)
+            object.__setattr__(self, "blocks", block_numbers("DynamicViTConfig.blocks", self.blocks))
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"DynamicViTConfig.keep_rate must lie in (0, 1], got {self.keep_rate}")
         if not 0 <= self.threshold < 1:

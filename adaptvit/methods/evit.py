@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.gated import gated_macs
-from adaptvit.model import AdaptiveViT, Knob, whole_numbers
+from adaptvit.model import AdaptiveViT, Knob, block_numbers, whole_numbers
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -63,10 +63,7 @@ class EViTConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            blocks = whole_numbers("EViTConfig.blocks", self.blocks)
-            if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
-                raise ValueError(f"EViTConfig.blocks must be block numbers from 0 on, ascending, got {blocks}")
-            object.__setattr__(self, "blocks", blocks)
+            object.__setattr__(self, "blocks", block_numbers("EViTConfig.blocks", self.blocks))
         if isinstance(self.keep_rate, Iterable):
             object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
         _check_rates("EViTConfig.keep_rate", self.keep_rate)
@@ -173,7 +170,9 @@ class EViT(AdaptiveViT):
             configured = self._of_each("EViTConfig.keep_rate", config.keep_rate)[place]
             if config.tokens is not None:
                 wanted = config.rate * self._of_each("EViTConfig.tokens", config.tokens)[place]
-            elif keep_rate is not None and configured < 1:
+            elif configured == 1:
+                wanted = patches
+            elif keep_rate is not None:
                 wanted = self._of_each("keep_rate", keep_rate)[place] * patches
             else:
                 wanted = config.rate * configured * patches

@@ -8,7 +8,6 @@ Symbols of the paper: A and B the two sets of tokens, r the tokens merged in a b
 Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
 """
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adaptvit.macs import block_macs
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, whole_numbers
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -62,14 +61,9 @@ class ToMeConfig:
     """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
 
     def __post_init__(self) -> None:
-        several = isinstance(self.r, Iterable)
-        given = tuple(self.r) if isinstance(self.r, Iterable) else (self.r,)
-        try:
-            numbers = tuple(map(operator.index, given))
-        except TypeError:
-            numbers = ()
-        if not numbers or min(numbers) < 0:
-            raise ValueError(f"ToMeConfig.r must be a whole number from 0 on, or several, got {self.r!r}")
+        several, numbers = isinstance(self.r, Iterable), whole_numbers("ToMeConfig.r", self.r)
+        if min(numbers) < 0:
+            raise ValueError(f"ToMeConfig.r must be 0 or more, got {self.r}")
         object.__setattr__(self, "r", numbers if several else numbers[0])
         if not -1 <= self.inflection <= 1:
             raise ValueError(f"ToMeConfig.inflection must lie in [-1, 1], got {self.inflection}")
@@ -126,10 +120,10 @@ class MergeConfig:
     method: ClassVar[str] = "merge"
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
-    thresholds: float | Sequence[float] = 0.5
+    thresholds: float | Sequence[float] = 0.7
     """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
     a block merges nothing. `fit_thresholds` finds those of a schedule."""
-    relative: float = 0.5
+    relative: float = 0.25
     """How much of the image's mean cosine is taken off, in [0, 1]."""
     shift: float = 0.0
     """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
