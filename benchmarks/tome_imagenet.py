@@ -1,10 +1,12 @@
 """Merging off the shelf: ToMe, and thresholds in its place, at equal numbers of tokens: accuracy against GMACs.
 
+Then both at one budget, merging evenly or more in later blocks.
+
     python benchmarks/tome_imagenet.py WEIGHTS IMAGES OUTPUT
 
 WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class folders, OUTPUT a path without ending: the
 script writes .csv and .json (the conditions). Every fifth image fits the thresholds, the others are measured. It takes
-ten minutes on one core.
+fifteen minutes on one core.
 """
 
 import csv
@@ -18,16 +20,19 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs
+from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig, open_split
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
+from adaptvit.untrained import INFLECTIONS
 
 BATCH, THREADS = 50, 1
 SCHEDULES = (8, 12, 16)
 RELATIVE = (0.25, 0.0, 0.5)
+SHARE = 0.75
+"""Of the dense MACs, where schedules that rise with depth are compared."""
 
 
 def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +95,16 @@ def main(weights: Path, folder: Path, output: Path) -> None:
             model = MergeConfig(relative=relative).build(vit)
             fit_thresholds(model, calibration, schedule)
             measure(f"merge r={r} relative={relative}", model, tome)
+    even = None
+    for inflection in INFLECTIONS:
+        like = ToMeConfig(inflection=inflection).build(vit)
+        met = meet_target(like, calibration[:1], SHARE)
+        found = measure(f"tome {SHARE:.0%} inflection={inflection}", like, even)
+        even = even or found
+        model = MergeConfig().build(vit)
+        fit_thresholds(model, calibration, ToMeConfig(r=[max(1, r) for r in met.schedule(model.depth)]))
+        meet_target(model, calibration, SHARE)
+        measure(f"merge {SHARE:.0%} inflection={inflection}", model, even)
 
 
 if __name__ == "__main__":

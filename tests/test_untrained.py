@@ -6,9 +6,10 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import adapt, load, meet_target, save
+from adaptvit import MergeConfig, ToMeConfig, adapt, load, meet_target, save
 from adaptvit.budget import attempt
-from adaptvit.untrained import UNTRAINED
+from adaptvit.methods.tome import fit_thresholds
+from adaptvit.untrained import INFLECTIONS, UNTRAINED, fit_merging
 
 
 @pytest.mark.parametrize("target", [0.55, 0.8])
@@ -28,6 +29,33 @@ def test_tome_at_a_budget_merges_as_evenly_as_it_can() -> None:
     vit = small_vit(img_size=64).eval()
     r = adapt(vit, "tome", images(vit, count=2), 0.6).config.schedule(4)
     assert max(r) - min(r) <= 1
+
+
+@pytest.mark.parametrize("target", [0.7, 0.6])
+def test_merging_rises_with_depth_as_changes_predictions_least(target: float) -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=24)
+    model = MergeConfig().build(vit)
+    fit_merging(model, batch, target)
+    chosen, divergence = model.config, {}
+    with torch.inference_mode():
+        dense = vit(batch).log_softmax(dim=1)
+        for inflection in INFLECTIONS:
+            like = ToMeConfig(inflection=inflection).build(vit)
+            meet_target(like, batch, target)
+            fit_thresholds(model, batch, ToMeConfig(r=[max(1, r) for r in like.config.schedule(4)]))
+            merged = model(batch).logits.log_softmax(dim=1)
+            divergence[model.config] = (dense.exp() * (dense - merged)).sum(dim=1).mean().item()
+    assert len({*divergence.values()}) > 1
+    assert chosen == min(divergence, key=lambda config: divergence[config])
+
+
+def test_merging_goes_as_low_as_an_even_schedule() -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=24)
+    with pytest.raises(ValueError, match="no rate meets the target"):
+        meet_target(ToMeConfig(inflection=1.0).build(vit), batch, 0.45)
+    assert attempt(adapt(vit, "merge", batch, 0.45), batch).share == pytest.approx(0.45, abs=0.02)
 
 
 def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> None:
