@@ -69,7 +69,7 @@ METHODS = {
     "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
     "tome": ToMeConfig(r=3),
     "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
-    "merge": MergeConfig(thresholds=0.3),
+    "merge": MergeConfig(thresholds=0.45),
     "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
 }
 DROP_NOTHING = {
