@@ -11,7 +11,6 @@ import glob
 import io
 import json
 import os
-import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model
-from adaptvit.data import IMAGE_SUFFIXES, Unreadable, collate, read_image
+from adaptvit.data import FolderImages, Unreadable, collate, find_images
 from adaptvit.files import replacing, write_atomically
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
@@ -158,46 +157,6 @@ def predict(config: PredictConfig) -> Prediction:
         earlier=len(done),
         unreadable=tuple(sorted(found, key=lambda one: order[one.name])),
     )
-
-
-def find_images(folder: Path) -> list[str]:
-    """Paths of the images in a folder, from there, with / between names: `a2.png` before `a10.png`.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no images.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"PredictConfig.folder is {str(folder)!r}, which is not a folder")
-    found = [
-        Path(root, name).relative_to(folder).as_posix()
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-    if not found:
-        raise ValueError(f"PredictConfig.folder is {str(folder)!r}, which holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(found, key=_natural)
-
-
-class FolderImages(Dataset):
-    """Images prepared as a model expects them; an item is (image, index) or `Unreadable`."""
-
-    def __init__(self, folder: Path, names: Sequence[str], preparation: dict[str, Any]) -> None:
-        """`preparation` is what `timm.data.resolve_model_data_config` says."""
-        self.folder, self.names = folder, names
-        self.channels, self.transform = preparation["input_size"][0], create_transform(**preparation)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        try:
-            with open(self.folder / self.names[index], "rb") as file:
-                image = read_image(file, self.channels)
-        except Exception as error:  # Pillow raises half a dozen kinds
-            return Unreadable(self.names[index], str(error) or type(error).__name__)
-        return self.transform(image), index
 
 
 class Row(NamedTuple):
@@ -413,12 +372,6 @@ def _settings(
         "class names": None if isinstance(classes, range) else list(classes),
         "preparation": json.loads(json.dumps(preparation)),
     }
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """A key that orders numbers in names by value; the name itself tells those that differ in nothing else."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def _decimals(values: Sequence[float]) -> list[str]:

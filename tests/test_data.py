@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from adaptvit import data as data_module
+from adaptvit.data import sets as data_module
 from adaptvit.data import (
     HELD_OUT,
     DataConfig,

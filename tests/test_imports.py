@@ -30,6 +30,8 @@ LAYERS: list[set[str]] = [
     {"flax.ats_vit"},
     {"flax", "flax.convert"},
     {"names"},
+    {"data.images"},
+    {"data.folders", "data.sets"},
     {"budget", "pictures", "checkpoints", "data"},
     {"evaluate", "bench", "report", "untrained"},
     {"train", "predict", "draw"},

@@ -9,9 +9,7 @@ from pathlib import Path, PurePath
 from tarfile import TarError
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import ImageDataset, create_dataset, create_transform
@@ -20,22 +18,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif"),
-    *(".tiff", ".webp"),
-)
-"""Of the files that count as images in a folder without classes, readable or not."""
+from adaptvit.data.images import Unreadable, read_image
+
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
-
-
-class Unreadable(NamedTuple):
-    """What stands in a data set where an image cannot be decoded."""
-
-    name: str
-    """Of the file."""
-    reason: str
-    """What the decoder said."""
 
 
 class Batch(NamedTuple):
@@ -152,38 +138,6 @@ class Samples(Dataset):
         except Exception as error:  # Pillow raises half a dozen kinds
             return Unreadable(self.name(index), str(error) or type(error).__name__)
         return self.transform(image), -1 if label is None else int(label)
-
-
-def read_image(file: Any, channels: int = 3) -> Image.Image:
-    """The first frame of an image as 8-bit grey (1 channel) or RGB (3), whatever its own mode.
-
-    Differs from timm's `convert`, which turns 16-bit grey to white and warns of transparent palettes.
-
-    Raises:
-        Exception: of several kinds, where Pillow cannot decode it.
-    """
-    return in_channels(open_image(file), channels)
-
-
-def open_image(file: Any) -> Image.Image:
-    """The first frame of an image, of which no pixel is decoded yet.
-
-    Raises:
-        Exception: of several kinds, where Pillow does not know it.
-    """
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        raise OSError("not an image, or of a kind that Pillow does not know") from None
-
-
-def in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image as 8-bit grey (1 channel) or RGB (3)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    return image.convert("RGB" if channels == 3 else "L")
 
 
 def collate(items: Sequence[Any], fill: bool = False) -> Batch:
