@@ -26,6 +26,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.seeds import begin_stream
 from adaptvit.train import Epoch, Recipe, fingerprint, train
 from adaptvit.untrained import adapt, fit_merging
 from adaptvit.vit import check
@@ -130,7 +131,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
         raise ValueError(
             f"{data.name} is a stream, of which no calibration images can be picked: no fitting and no target"
         )
-    torch.manual_seed(config.recipe.seed)
+    begin_stream("weights", config.recipe.seed)
     vit: VisionTransformer = timm.create_model(
         config.model,
         pretrained=config.pretrained,

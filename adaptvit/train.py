@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils import broadcast_object_list, set_seed  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -41,6 +41,7 @@ from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
+from adaptvit.seeds import begin_stream, stream
 from adaptvit.usage import Output
 from adaptvit.vit import check_images, prefix_tokens
 
@@ -105,7 +106,8 @@ class Recipe:
     tensorboard: bool = False
     """Also log to TensorBoard, in the run's folder."""
     seed: int = 0
-    """Decides the order of the images and how they are augmented, together with the number of the epoch."""
+    """Decides the starting weights, and with the number of the epoch the order of the images and all that is drawn in
+    training; seeds, epochs and processes share nothing of it."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "steer_every"):
@@ -328,7 +330,7 @@ class _Training:
             if self.data.repeats > 1:
                 sampler = RepeatAugSampler(split, **place, num_repeats=self.data.repeats)
             else:
-                sampler = DistributedSampler(split, **place, seed=recipe.seed, drop_last=True)
+                sampler = DistributedSampler(split, **place, drop_last=True)
         return DataLoader(
             split,
             recipe.batch_size,
@@ -342,9 +344,11 @@ class _Training:
     def _epoch(self, number: int) -> Epoch:
         recipe, accelerator = self.recipe, self.accelerator
         start = time.perf_counter()
-        set_seed(recipe.seed + number, device_specific=True)  # all randomness of an epoch hangs on its number, so that
-        if hasattr(self.loader.sampler, "set_epoch"):  # resuming is exact
-            self.loader.sampler.set_epoch(number)
+        # all randomness of an epoch hangs on its number, so that resuming is exact
+        begin_stream("epoch", recipe.seed, number, accelerator.process_index)
+        for part in (self.loader.sampler, self.loader.dataset):  # the seed of either's order, which processes share
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(stream("order", recipe.seed, number) % 2**31)
         self.wrapped.train()
         if self.teacher is not None:
             self.teacher.eval()

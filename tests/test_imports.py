@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "adaptvit"
 
 LAYERS: list[set[str]] = [
-    {"files", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
+    {"files", "seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs", "parts"},
     {"vit"},
     {"model", "gated"},
