@@ -12,7 +12,6 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
-from adaptvit.data import sets as data_module
 from adaptvit.data import (
     HELD_OUT,
     DataConfig,
@@ -23,6 +22,7 @@ from adaptvit.data import (
     open_data,
     open_split,
 )
+from adaptvit.data import sets as data_module
 
 SETTINGS = {
     "input_size": (3, 32, 32),
