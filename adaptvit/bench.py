@@ -21,6 +21,7 @@ from adaptvit.data import IMAGE_SUFFIXES
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.process import as_found
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import join
@@ -85,6 +86,7 @@ class BenchConfig:
             raise ValueError(f"timm {timm.__version__} has no model named {self.model!r}{hint}")
 
 
+@as_found()
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Move the method's knob to the target on the bench images, then time dense, masked and packed execution in turns.
 

@@ -23,6 +23,7 @@ from adaptvit.data import open_data
 from adaptvit.files import write_atomically, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
+from adaptvit.process import as_found
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
 from adaptvit.timing import interleaved
@@ -69,6 +70,7 @@ class Row:
         return (mean(values), stdev(values)) if len(values) > 1 else None
 
 
+@as_found()
 def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int = 1) -> list[Row]:
     """Train every variant with every seed, then measure speeds in turns and write the report.
 

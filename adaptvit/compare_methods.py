@@ -38,6 +38,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
+from adaptvit.process import as_found
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
 from adaptvit.timing import interleaved
@@ -152,6 +153,7 @@ class Outcome:
     """What to open first."""
 
 
+@as_found()
 def compare_methods(config: MethodsConfig) -> Outcome:
     """Evaluate every method at every budget and every file, time all of them in turns, and write the results.
 

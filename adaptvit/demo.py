@@ -17,6 +17,7 @@ from adaptvit.macs import macs
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
+from adaptvit.process import as_found
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.tokens import Masked, Packed
 from adaptvit.train import Epoch, Recipe, train
@@ -80,6 +81,7 @@ class Outcome:
     """The HTML file."""
 
 
+@as_found()
 def run(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> Outcome:
     """Train, fine-tune, evaluate, draw and report; what an earlier run of the same config finished is not repeated.
 

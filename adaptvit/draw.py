@@ -26,6 +26,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT, check_device
 from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
+from adaptvit.process import as_found
 from adaptvit.usage import Usage, join
 
 PAGE = 24
@@ -110,6 +111,7 @@ class Seen:
         return self.depth.double().std(correction=0).item()
 
 
+@as_found()
 def draw(config: DrawConfig) -> Drawing:
     """Draw what a model computes for pictures, each as the model saw it: resized, cropped.
 

@@ -22,6 +22,7 @@ from adaptvit.checkpoints import open_model
 from adaptvit.data import Batch, DataConfig, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.process import as_found
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
@@ -96,6 +97,7 @@ class Speed:
         return self.gain / self.ideal
 
 
+@as_found()
 def evaluate(
     model: AdaptiveViT | VisionTransformer,
     data: Dataset,
@@ -103,7 +105,7 @@ def evaluate(
     batch_size: int = 120,
     workers: int = 0,
 ) -> Result:
-    """Run every image once, in evaluation mode; the model's own mode is restored.
+    """Run every image once, in evaluation mode; the model's own mode is restored, and the state of the process.
 
     Args:
         model: an adaptive model, or a timm ViT as it is, which takes every token through every block.
@@ -146,6 +148,7 @@ def outputs(
     like = next(model.parameters())
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
     for batch in tqdm(loader, desc="evaluating", leave=False):
+        batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
         output = _forward(model, batch.images.to(like), layout) if len(batch.labels) else None
         if output is not None:
             _check_labels(batch.labels, output.logits.shape[1])
@@ -203,6 +206,7 @@ class EvaluateConfig:
         check_device(self.device)
 
 
+@as_found()
 def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     """Open model and images, evaluate, and time one batch; also everything as JSON-able figures.
 

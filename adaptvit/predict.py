@@ -30,6 +30,7 @@ from adaptvit.data import FolderImages, Unreadable, collate, find_images
 from adaptvit.files import replacing, write_atomically
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
+from adaptvit.process import as_found
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""
@@ -85,6 +86,7 @@ class Prediction:
     """Files that cannot be decoded, in the order of their paths."""
 
 
+@as_found()
 def predict(config: PredictConfig) -> Prediction:
     """Run every image of a folder once; lines come in the natural order of the paths.
 

@@ -26,6 +26,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream
 from adaptvit.train import Epoch, Recipe, fingerprint, train
 from adaptvit.untrained import adapt, fit_merging
@@ -109,6 +110,7 @@ class Outcome:
     """The model."""
 
 
+@as_found()
 def run(config: Run, resume: bool = False) -> Outcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
@@ -223,6 +225,7 @@ def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]
     return {name: getattr(config, name) or settings[name] for name in names if name in settings}
 
 
+@as_found()
 def set_budget(
     model: str,
     folder: Path,

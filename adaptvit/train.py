@@ -41,6 +41,7 @@ from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
+from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.usage import Output
 from adaptvit.vit import check_images, prefix_tokens
@@ -169,6 +170,7 @@ class Epoch:
     """Duration."""
 
 
+@as_found()
 def train(
     model: AdaptiveViT,
     data: Data,
@@ -182,7 +184,8 @@ def train(
     """Train in place and return what happened, epoch by epoch; finished epochs of the same run are not repeated.
 
     Writes `checkpoint-XXXXXXXX.pt` and `log-XXXXXXXX.jsonl` in `output` after every epoch, each whole or not at all.
-    Started by torchrun, every process takes its share of the images of each epoch.
+    Started by torchrun, every process takes its share of the images of each epoch. The process group stays for the next
+    training in the same processes; all else that training changes of the process comes back as it was.
 
     Args:
         model: any adaptive model; a plain ViT trains as `FullConfig().build(vit)`. Its config ends with the knob
@@ -201,7 +204,7 @@ def train(
         ValueError: the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
             recipe has a target and the method no knob.
     """
-    AcceleratorState._reset_state()  # accelerate has one precision a process otherwise
+    AcceleratorState._reset_state()  # accelerate has one precision a process otherwise; `as_found` brings it back
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or processes of torchrun would not find each other
         mixed_precision=PRECISIONS[recipe.precision],
@@ -315,7 +318,8 @@ class _Training:
             if self.accelerator.is_main_process:
                 self._save()
             self.accelerator.log(_flat(self.history[-1]), step=number)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # its own `end_training` takes the process group down too
+            tracker.finish()
         if self.recipe.final_gate_temperature is not None:
             self._cool(1.0)  # a finished run that is read back has taken no step
         if self.ema is not None:

@@ -1,0 +1,62 @@
+"""The process that calls: what a long call changes of it comes back as it was."""
+
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState  # type: ignore[import-untyped]
+from torch.utils.data._utils import signal_handling
+
+SHARED = (PartialState, AcceleratorState, GradientState)
+"""What accelerate knows of a process: each keeps its attributes in one dictionary for all of its instances."""
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Leave the caller's process as it was, also where the block raises; as a decorator, `@as_found()`.
+
+    That is the random state of torch, numpy and Python, torch's number of threads, accelerate's state, warnings filters
+    and signal handlers. A process group that was started stays for the next call: the processes of torchrun do not find
+    each other twice.
+    """
+    randomness = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    threads = torch.get_num_threads()
+    shared = [dict(state._shared_state) for state in SHARED]
+    handlers = _handlers()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_rng_state(randomness[0])
+        np.random.set_state(randomness[1])
+        random.setstate(randomness[2])
+        if torch.cuda.is_initialized():
+            if cuda is None:  # first used in the block: from the seed that it would have had
+                torch.cuda.manual_seed_all(torch.initial_seed())
+            else:
+                torch.cuda.set_rng_state_all(cuda)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for state, before in zip(SHARED, shared, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(before)
+        for number, handler in _handlers().items():
+            if handler != handlers.get(number, handler):
+                signal.signal(number, handlers[number])
+                if number == signal.SIGCHLD:
+                    signal_handling._SIGCHLD_handler_set = False  # or torch's loaders would set theirs no more
+
+
+def _handlers() -> dict[int, Any]:
+    """By signal, those that Python can set again; none but in the main thread, which alone may set them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    return {number: handler for number, handler in found.items() if handler is not None}
