@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
+from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import IMAGE_SUFFIXES
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
-from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
@@ -35,49 +36,42 @@ class BenchConfig:
 
     model: str
     """Name of a timm ViT; its weights are random, which its speed does not depend on."""
-    method: str = "avit"
+    method: Annotated[str, OneOf(METHODS)] = "avit"
     """Adaptive method: a key of `adaptvit.methods.METHODS`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
-    target: float | None = 0.5
+    target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
     """Share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it, and `full` has none."""
-    batch_size: int = 32
+    batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images per forward pass."""
-    images: int = 32
+    images: Annotated[int, In("[1, inf)")] = 32
     """Images in all, at least `batch_size`; budget and speed are averages over them."""
-    img_size: int | None = None
+    img_size: Annotated[int | None, In("[1, 65536]")] = None
     """Side of the input in pixels; None is the model's own."""
     data: Path | None = None
     """Folder of images; None takes random crops of scikit-learn's two photographs."""
     train: bool = False
     """Time a training step, forward and backward, instead of evaluation."""
-    rounds: int = 10
+    rounds: Annotated[int, In("[1, inf)")] = 10
     """Timed turns of each execution."""
-    threads: int = 2
+    threads: Annotated[int, In("[1, 1024]")] = 2
     """CPU threads of torch."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Precision of weights and images: float32, bfloat16 or float16."""
-    seed: int = 0
+    seed: Annotated[int, In("[0, 4294967295]")] = 0
     """Seed of weights and crops."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "images", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         known = [field.name for field in fields(METHODS[self.method])]
         for name in self.settings:
             if name not in known:
                 raise ValueError(f"settings of {self.method} must be some of {', '.join(known)}, got {name!r}")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {self.target}")
         if self.images % self.batch_size:
             raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
-        check_device(self.device)
+        check_device("BenchConfig.device", self.device)
         if not timm.is_model(self.model):
             near = sorted(
                 timm.list_models(f"*{self.model.split('_')[0]}*"), key=lambda name: not name.startswith(self.model)

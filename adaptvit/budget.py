@@ -4,11 +4,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.usage import join
@@ -62,18 +63,18 @@ def check_target(target: float, unit: Unit) -> None:
     Raises:
         ValueError: naming both.
     """
-    if unit == "share" and not 0 < target <= 1:
-        raise ValueError(f"target must lie in (0, 1], the share of the dense MACs, got {target}; 60 % is 0.6")
-    if not 0 < target < float("inf"):
-        raise ValueError(f"target must be above 0 and finite, got {target} ({unit})")
+    valid("unit", unit, Unit)
+    share = In("(0, 1]", "the share of the dense MACs", "60 % is 0.6")
+    valid("target", target, Annotated[float, share if unit == "share" else In("(0, inf)", unit)])
 
 
+@checked
 def meet_target(
     model: AdaptiveViT,
     images: Tensor,
     target: float,
     unit: Unit = "share",
-    tolerance: float = 0.01,
+    tolerance: Annotated[float, In("(0, 1)")] = 0.01,
     labels: Tensor | None = None,
     tell: Callable[[Trial], object] | None = None,
 ) -> Any:

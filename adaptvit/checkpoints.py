@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import timm
@@ -29,6 +29,7 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adaptvit.checks import In, checked
 from adaptvit.files import replacing
 from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
@@ -157,17 +158,18 @@ def digest(model: nn.Module, what: object) -> str:
     return found.hexdigest()
 
 
+@checked
 def convert(
     source: Path | str,
     target: Path | str,
     model_name: str,
     *,
-    gate_scale: float | None = None,
-    gate_center: float | None = None,
-    keep_rate: float | None = None,
+    gate_scale: Annotated[float | None, In("(0, 1e6]")] = None,
+    gate_center: Annotated[float | None, In("[-1e9, 1e9]")] = None,
+    keep_rate: Annotated[float | None, In("(0, 1]")] = None,
     fuse: bool | None = None,
-    num_classes: int = 1000,
-    img_size: int | None = None,
+    num_classes: Annotated[int, In("[0, 1048576]")] = 1000,
+    img_size: Annotated[int | None, In("[1, 65536]")] = None,
 ) -> AdaptiveViT:
     """Turn published weights into a file for `load`.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from adaptvit.checkpoints import load
+from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data
 from adaptvit.files import write_atomically, write_csv
 from adaptvit.macs import dense_macs, macs
@@ -42,6 +43,7 @@ class Comparison:
     """Runs by name, alike but for what is compared; the others are held against the first, seed by seed."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.variants) < 2:
             raise ValueError(f"a comparison needs two variants or more, got {list(self.variants)}")
         folders = [_folder(name) for name in self.variants]
@@ -70,8 +72,14 @@ class Row:
         return (mean(values), stdev(values)) if len(values) > 1 else None
 
 
+@checked
 @as_found()
-def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int = 1) -> list[Row]:
+def compare(
+    comparison: Comparison,
+    output: Path,
+    seeds: Annotated[int, In("[2, inf)", "for there is no spread over fewer")] = 3,
+    processes: Annotated[int, In("[1, 1024]")] = 1,
+) -> list[Row]:
     """Train every variant with every seed, then measure speeds in turns and write the report.
 
     Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, plots, `report.html`, and a folder for each run.
@@ -84,10 +92,6 @@ def compare(comparison: Comparison, output: Path, seeds: int = 3, processes: int
         ValueError: fewer than two seeds or one process, or a folder holds a run of other settings.
         And what `adaptvit.run.run` raises, but for a loss that does not stay finite, which is counted.
     """
-    if seeds < 2:
-        raise ValueError(f"seeds must be 2 or more, for there is no spread over fewer, got {seeds}")
-    if processes < 1:
-        raise ValueError(f"processes must be 1 or more, got {processes}")
     jobs = {
         name: [
             replace(config, recipe=replace(config.recipe, seed=seed), output=output / _folder(name) / f"seed-{seed}")

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model, start_from
+from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import DataConfig, Unreadable, open_split
 from adaptvit.draw import full_usage, last_groups, pixels
 from adaptvit.evaluate import check_classes, outputs
@@ -36,7 +37,7 @@ from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
-from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.process import as_found
 from adaptvit.report import Picture, Report, Section, Table, machine, write
@@ -61,9 +62,14 @@ class MethodsConfig:
     """A data set of the Hub instead, as `DataConfig.dataset` takes it; not a stream."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, as adaptvit files; each is measured as it is."""
-    methods: tuple[str, ...] = UNTRAINED
+    methods: Annotated[tuple[str, ...], OneOf(UNTRAINED)] = UNTRAINED
     """What the model becomes without training; `random` drops as many patches as ATS, but any."""
-    budgets: tuple[float, ...] = (0.85, 0.7, 0.6, 0.5)
+    budgets: Annotated[tuple[float, ...], In("(0, 1]", "shares of the dense MACs", "60 % is 0.6", empty=True)] = (
+        0.85,
+        0.7,
+        0.6,
+        0.5,
+    )
     """Shares of the dense MACs, in (0, 1], that each of these methods is brought to."""
     weights: Path | None = None
     """File to give the timm ViT its weights, in timm's names; None takes timm's own."""
@@ -73,37 +79,29 @@ class MethodsConfig:
     """The split of the data."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line."""
-    calibration: int | None = None
+    calibration: Annotated[int | None, In("[1, inf)")] = None
     """Images that are set aside to fit methods and budgets, spread over the split; the others are measured. None is a
     fifth of them, 256 at most."""
-    limit: int | None = None
+    limit: Annotated[int | None, In("[2, inf)")] = None
     """Most images measured, spread over those that are not set aside."""
-    batch_size: int = 64
+    batch_size: Annotated[int, In("[1, inf)")] = 64
     """Images per forward pass."""
-    workers: int = 2
+    workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
-    timed: int = 32
+    timed: Annotated[int, In("[1, inf)")] = 32
     """Images in a timed batch."""
-    rounds: int = 10
+    rounds: Annotated[int, In("[1, inf)")] = 10
     """Timed turns of that batch, all models after one another in each."""
-    latencies: int = 100
+    latencies: Annotated[int, In("[2, inf)")] = 100
     """Timed turns of one image, likewise."""
-    pictures: int = 4
+    pictures: Annotated[int, In("[0, inf)")] = 4
     """Images on which the report shows what each method kept or merged."""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.methods if name not in UNTRAINED]:
-            raise ValueError(f"methods must be some of {', '.join(UNTRAINED)}, got {unknown[0]!r}")
-        if wrong := [share for share in self.budgets if not 0 < share <= 1]:
-            raise ValueError(f"budgets must lie in (0, 1], shares of the dense MACs, got {wrong[0]}; 60 % is 0.6")
-        least = {"calibration": 1, "limit": 2, "batch_size": 1, "workers": 0, "timed": 1, "rounds": 1, "latencies": 2}
-        for name, lowest in {**least, "pictures": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} must be {lowest} or more, got {value}")
-        check_device(self.device)
+        check_fields(self)
+        check_device("MethodsConfig.device", self.device)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import save
+from adaptvit.checks import In, check_fields
 from adaptvit.data import Data, digits
 from adaptvit.evaluate import Result, Speed, evaluate, speed
 from adaptvit.macs import macs
@@ -33,15 +35,15 @@ ADAPTIVE = Recipe(epochs=6, evaluate_every=0, batch_size=48, learning_rate=3e-4)
 class DemoConfig:
     """Sizes of the demo. The defaults take about two minutes on two CPU cores."""
 
-    size: int = 32
+    size: Annotated[int, In("[1, 65536]")] = 32
     """Height and width of the images in pixels."""
-    patch: int = 4
+    patch: Annotated[int, In("[1, 65536]")] = 4
     """Height and width of a patch in pixels."""
-    dim: int = 96
+    dim: Annotated[int, In("[4, 65536]")] = 96
     """Channels of a token, a multiple of 4 and of `heads`."""
-    blocks: int = 8
+    blocks: Annotated[int, In("[1, 1024]")] = 8
     """Transformer blocks."""
-    heads: int = 3
+    heads: Annotated[int, In("[1, 65536]")] = 3
     """Attention heads."""
     dense: Recipe = DENSE
     """How the plain ViT is trained."""
@@ -49,18 +51,25 @@ class DemoConfig:
     """How it is fine-tuned with halting."""
     method: AViTConfig = METHOD
     """Token halting; its gate is calibrated before the fine-tuning and again after it."""
-    target: float = 0.5
+    target: Annotated[float, In("(0, 1]", "the share of the dense MACs")] = 0.5
     """Share of the dense MACs that the gate is calibrated to."""
-    calibration: int = 240
+    calibration: Annotated[int, In("[1, inf)")] = 240
     """Training images that it is calibrated on."""
-    batch: int = 240
+    batch: Annotated[int, In("[1, inf)")] = 240
     """Test images in a timed forward pass."""
-    rounds: int = 10
+    rounds: Annotated[int, In("[1, inf)")] = 10
     """Timed turns of each execution."""
-    threads: int = 2
+    threads: Annotated[int, In("[1, 1024]")] = 2
     """CPU threads of torch."""
-    seed: int = 0
+    seed: Annotated[int, In("[0, 4294967295]")] = 0
     """Of the starting weights."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.size % self.patch:
+            raise ValueError(f"DemoConfig.patch {self.patch} does not divide size {self.size}: choose one that does")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"DemoConfig.dim must be a multiple of 4 and of heads {self.heads}, got {self.dim}")
 
 
 @dataclass(frozen=True)

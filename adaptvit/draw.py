@@ -10,7 +10,7 @@ Letters: B images.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
 from matplotlib.figure import Figure
@@ -21,10 +21,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
+from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
-from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.process import as_found
 from adaptvit.usage import Usage, join
@@ -51,21 +52,19 @@ class DrawConfig:
     summary: bool = False
     """Look at all images, with their class folders or without: draw what the blocks use, what images cost, and the
     cheapest, dearest, easiest and hardest images."""
-    limit: int | None = None
+    limit: Annotated[int | None, In("[1, inf)")] = None
     """Most images drawn, or classes, in the order of their names: 24 unless told. With `summary`, most images looked
     at, evenly spread over all: 1000 unless told."""
-    batch_size: int = 32
+    batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images per forward pass."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.summary and self.per_class:
             raise ValueError("summary and per_class are two kinds of drawing: choose one")
-        for name, value in (("limit", self.most), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        check_device(self.device)
+        check_device("DrawConfig.device", self.device)
         folder, output = self.folder.resolve(), self.output.resolve()
         if output == folder or ((self.per_class or self.summary) and folder in output.parents):
             raise ValueError(f"output must lie outside the folder that is read, {str(self.folder)!r}: name another")

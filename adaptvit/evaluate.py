@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
+from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import Batch, DataConfig, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
-from adaptvit.model import AdaptiveViT, check_device
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -97,13 +98,14 @@ class Speed:
         return self.gain / self.ideal
 
 
+@checked
 @as_found()
 def evaluate(
     model: AdaptiveViT | VisionTransformer,
     data: Dataset,
     layout: type[Tokens] | None = None,
-    batch_size: int = 120,
-    workers: int = 0,
+    batch_size: Annotated[int, In("[1, inf)")] = 120,
+    workers: Annotated[int, In("[0, 1024]")] = 0,
 ) -> Result:
     """Run every image once, in evaluation mode; the model's own mode is restored, and the state of the process.
 
@@ -132,13 +134,14 @@ def evaluate(
     return _result(torch.cat(logits), torch.cat(labels), join(usages), model, tuple(unreadable))
 
 
+@checked
 @torch.inference_mode()
 def outputs(
     model: AdaptiveViT | VisionTransformer,
     data: Dataset,
     layout: type[Tokens] | None = None,
-    batch_size: int = 120,
-    workers: int = 0,
+    batch_size: Annotated[int, In("[1, inf)")] = 120,
+    workers: Annotated[int, In("[0, 1024]")] = 0,
 ) -> Iterator[tuple[Batch, Output | None]]:
     """Each batch of a data set and what a model makes of it, in its present mode; None where no image can be read.
 
@@ -190,20 +193,18 @@ class EvaluateConfig:
     """The split of it."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line."""
-    batch_size: int = 64
+    batch_size: Annotated[int, In("[1, inf)")] = 64
     """Images per forward pass."""
-    workers: int = 2
+    workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
-    rounds: int = 10
+    rounds: Annotated[int, In("[0, inf)")] = 10
     """Timed turns of dense, masked and packed execution of one batch; 0 measures no speed."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0), ("rounds", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        check_device(self.device)
+        check_fields(self)
+        check_device("EvaluateConfig.device", self.device)
 
 
 @as_found()

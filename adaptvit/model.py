@@ -1,12 +1,9 @@
 """What every adaptive model has in common."""
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -32,6 +29,7 @@ class Knob:
     """A small move, with which a search begins."""
 
 
+@runtime_checkable
 class MethodConfig(Protocol):
     """A frozen dataclass of a method's numbers that builds its model: what a method kept elsewhere provides."""
 
@@ -46,47 +44,6 @@ class MethodConfig(Protocol):
     def build(self, vit: VisionTransformer) -> "AdaptiveViT":
         """The adaptive model around `vit`, sharing its weights."""
         ...
-
-
-def whole_numbers(name: str, value: int | Iterable[int], hint: str = "") -> tuple[int, ...]:
-    """One or more whole numbers as a tuple.
-
-    Raises:
-        ValueError: there is none, or something else; the message ends with `hint`.
-    """
-    try:
-        numbers = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
-    except TypeError:
-        numbers = ()
-    if not numbers:
-        raise ValueError(f"{name} must be a whole number or several, got {value!r}{hint}")
-    return numbers
-
-
-def block_numbers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    """One or more blocks, 0-based and ascending, as a tuple.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    blocks = whole_numbers(name, value)
-    if list(blocks) != sorted({*blocks}) or blocks[0] < 0:
-        raise ValueError(f"{name} must be block numbers from 0 on, ascending, got {blocks}")
-    return blocks
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not one, and CUDA where there is none.
-
-    Raises:
-        ValueError: naming the device.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda with a number, got {device!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no CUDA here; use --device cpu")
 
 
 class AdaptiveViT(nn.Module, ABC):

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -33,6 +33,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.t2t import linear_macs, sinusoid
 from adaptvit.tokens import Tokens
 
@@ -41,56 +42,39 @@ from adaptvit.tokens import Tokens
 class ViTConfig:
     """Names of parts, and sizes. The defaults are DeiT-tiny."""
 
-    position: str = "learned"
+    position: Annotated[str, OneOf(lambda: POSITIONS)] = "learned"
     """How a token's place is known, a name in `POSITIONS`."""
-    norm: str = "layer"
+    norm: Annotated[str, OneOf(lambda: NORMS)] = "layer"
     """What is normalised before each sub-layer, a name in `NORMS`."""
-    attention: str = "dot"
+    attention: Annotated[str, OneOf(lambda: ATTENTIONS)] = "dot"
     """How a query and a key are compared, a name in `ATTENTIONS`."""
-    block: str = "attention"
+    block: Annotated[str, OneOf(lambda: BLOCKS)] = "attention"
     """How tokens reach one another, a name in `BLOCKS`; a channel MLP follows in each."""
-    img_size: int | tuple[int, int] = 224
+    img_size: Annotated[int | tuple[int, int], In("[1, 65536]")] = 224
     """Pixels of a side, or height and width."""
-    patch_size: int | tuple[int, int] = 16
+    patch_size: Annotated[int | tuple[int, int], In("[1, 65536]")] = 16
     """Pixels of a patch's side, or its height and width."""
-    in_chans: int = 3
+    in_chans: Annotated[int, In("[1, 65536]")] = 3
     """Channels of the images."""
-    num_classes: int = 1000
+    num_classes: Annotated[int, In("[0, 1048576]")] = 1000
     """Classes of the head; 0 leaves it out."""
-    global_pool: str = "token"
+    global_pool: Literal["token", "avg"] = "token"
     """What is classified: `token`, a class token; `avg`, the mean of the patches, without a class token."""
-    embed_dim: int = 192
+    embed_dim: Annotated[int, In("[1, 65536]")] = 192
     """D, channels of a token."""
-    depth: int = 12
+    depth: Annotated[int, In("[1, 1024]")] = 12
     """Blocks."""
-    num_heads: int = 3
+    num_heads: Annotated[int, In("[1, 65536]")] = 3
     """H, which blocks without attention do not have."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, In("(0, 1024]")] = 4.0
     """Hidden channels of the MLP, over D."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Annotated[float, In("[0, 1)")] = 0.0
     """Stochastic depth at the last block; it grows from 0 at the first."""
 
     def __post_init__(self) -> None:
-        for name, table in (
-            ("position", POSITIONS),
-            ("norm", NORMS),
-            ("attention", ATTENTIONS),
-            ("block", BLOCKS),
-            ("global_pool", ("token", "avg")),
-        ):
-            if getattr(self, name) not in table:
-                raise ValueError(f"ViTConfig.{name} must be one of {', '.join(table)}, got {getattr(self, name)!r}")
-        for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1), ("depth", 1), ("num_heads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"ViTConfig.{name} must be {least} or more, got {getattr(self, name)}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"ViTConfig.mlp_ratio must be above 0, got {self.mlp_ratio}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"ViTConfig.drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
+        check_fields(self)
         image, patch = to_2tuple(self.img_size), to_2tuple(self.patch_size)
         for name, sides in (("img_size", image), ("patch_size", patch)):
-            if min(sides) < 1:
-                raise ValueError(f"ViTConfig.{name} must be 1 or more, got {getattr(self, name)}")
             object.__setattr__(self, name, sides)
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"ViTConfig.patch_size {patch} does not divide img_size {image}: choose one that does")

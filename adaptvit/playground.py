@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from torch.nn.functional import interpolate
 
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checkpoints import open_model
+from adaptvit.checks import In, check_fields
 from adaptvit.data import HELD_OUT, digits, in_channels, open_image
 from adaptvit.draw import full_usage, pixels
 from adaptvit.macs import dense_macs, macs
@@ -81,12 +82,11 @@ class PlaygroundConfig:
     class_names: Path | None = None
     """File with the name of a class on each line, in the order of these models' classes. None: ImageNet's where there
     are as many, else numbers."""
-    port: int = 7860
+    port: Annotated[int, In("[1, 65535]")] = 7860
     """Of the page, which is on 127.0.0.1 only."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"PlaygroundConfig.port must lie in 1..65535, got {self.port}")
+        check_fields(self)
         if self.class_names is not None and not self.class_names.is_file():
             raise FileNotFoundError(f"PlaygroundConfig.class_names is {str(self.class_names)!r}, which is not a file")
         if self.class_names is not None and not self.models:

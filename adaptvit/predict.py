@@ -15,7 +15,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model
+from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import FolderImages, Unreadable, collate, find_images
 from adaptvit.files import replacing, write_atomically
 from adaptvit.macs import macs
@@ -46,11 +47,11 @@ class PredictConfig:
     """Folder whose images, at any depth, are classified."""
     output: Path = Path("predictions.csv")
     """File to write: .csv, or .jsonl for JSON lines. One that an interrupted run left is gone on with."""
-    top: int = 5
+    top: Annotated[int, In("[1, inf)")] = 5
     """Classes told of each image, the most probable first."""
-    batch_size: int = 32
+    batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images in a forward pass."""
-    workers: int = 2
+    workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode, for each that computes; 0 decodes there."""
     device: str = "cpu"
     """torch's name of it; under torchrun its kind only, each process taking one of its own."""
@@ -58,18 +59,11 @@ class PredictConfig:
     """File with the name of a class on each line, in the order of the model's; None tells them by number."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.output.suffix not in FORMATS:
             allowed = " or ".join(FORMATS)
             raise ValueError(f"PredictConfig.output must end in {allowed}, got {str(self.output)!r}")
-        for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"PredictConfig.{name} must be {least} or more, got {getattr(self, name)}")
-        try:
-            torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"PredictConfig.device must be cpu, cuda, cuda:1, ..., got {self.device!r}") from None
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"PredictConfig.device is {self.device!r}, but torch finds no CUDA here; use cpu")
+        check_device("PredictConfig.device", self.device)
 
 
 @dataclass(frozen=True)

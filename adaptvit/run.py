@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.checkpoints import digest, open_model, save, start_from
+from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import write_atomically
@@ -44,9 +45,9 @@ class Run:
     """Name of a timm ViT."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `timm.create_model`."""
-    img_size: int | None = None
+    img_size: Annotated[int | None, In("[1, 65536]")] = None
     """Side of the input in pixels; None is the model's own."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, In("[0, 1)")] = 0.0
     """Rate of stochastic depth at the last block; it grows from 0 at the first."""
     weights: Path | None = None
     """File to start from; a head of other classes is left out. None starts afresh, or from `pretrained`."""
@@ -56,7 +57,7 @@ class Run:
     """A timm name or an adaptvit file to distil from, of the same classes."""
     method: MethodConfig
     """The adaptive method."""
-    sharpness: float | None = None
+    sharpness: Annotated[float | None, In("(0, 1e6]")] = None
     """Fit A-ViT's gate to the weights before training (`fit_gate`), the logits of its scores spreading by this: 1 lets
     patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
     fit_policies: bool = False
@@ -71,12 +72,11 @@ class Run:
     """Folder of the results."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not timm.is_model(self.model):
             raise ValueError(f"Run.model must be the name of a timm ViT, got {self.model!r}")
         if self.weights is not None and self.pretrained:
             raise ValueError(f"Run.weights is {str(self.weights)!r} and Run.pretrained is true: one of them")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"Run.drop_path must lie in [0, 1), got {self.drop_path}")
         if self.fit_policies and not isinstance(self.method, AdaViTConfig):
             raise ValueError(f"Run.fit_policies is for AdaViT, but the method is {self.method.method}")
         if self.fit_policies and self.target is None:
@@ -225,6 +225,7 @@ def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]
     return {name: getattr(config, name) or settings[name] for name in names if name in settings}
 
 
+@checked
 @as_found()
 def set_budget(
     model: str,
@@ -233,7 +234,7 @@ def set_budget(
     target: float | None = None,
     unit: Unit = "share",
     method: Literal["merge", "tome", "ats", "avit", "evit"] | None = None,
-    images: int = CALIBRATION,
+    images: Annotated[int, In("[1, inf)")] = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
 ) -> MethodConfig:
     """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
@@ -259,8 +260,6 @@ def set_budget(
         raise ValueError(f"unit {unit!r} needs a target")
     target = 0.5 if target is None else target
     check_target(target, unit)
-    if images < 1:
-        raise ValueError(f"images must be at least 1, got {images}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(output)!r}: there is no folder {str(output.parent)!r}")
     opened = open_model(model)

@@ -11,7 +11,7 @@ D channels of the ViT.
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,6 +20,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from adaptvit.checks import In, checked
 
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 """Kernel, stride and padding of the three soft splits."""
@@ -34,18 +36,19 @@ TokensType = Literal["performer", "transformer"]
 class TokensToToken(nn.Module):
     """Images (B, channels, height, width) -> tokens (B, n, D), where timm's ViT has its patch embedding."""
 
+    @checked
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
+        img_size: Annotated[int | tuple[int, int], In("[1, 65536]")] = 224,
         patch_size: int | tuple[int, int] = PATCH,
-        in_chans: int = 3,
-        embed_dim: int = 768,
+        in_chans: Annotated[int, In("[1, 65536]")] = 3,
+        embed_dim: Annotated[int, In("[1, 65536]")] = 768,
         bias: bool = True,
         strict_img_size: bool = True,
         output_fmt: str | None = None,
         dynamic_img_pad: bool = False,
         tokens_type: TokensType = "performer",
-        token_dim: int = 64,
+        token_dim: Annotated[int, In("[1, 65536]")] = 64,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -64,8 +67,6 @@ class TokensToToken(nn.Module):
             raise ValueError("dynamic_img_pad is True, but the tokens-to-token stem pads by itself: leave it off")
         if output_fmt not in (None, "NHWC"):
             raise ValueError(f"output_fmt must be None or 'NHWC' for the tokens-to-token stem, got {output_fmt!r}")
-        if tokens_type not in ATTENTION:
-            raise ValueError(f"tokens_type must be one of {', '.join(ATTENTION)}, got {tokens_type!r}")
         self.patch_size = (PATCH, PATCH)
         self.strict_img_size, self.dynamic_img_pad = strict_img_size, dynamic_img_pad
         self.flatten, self.output_fmt = output_fmt is None, Format(output_fmt or "NCHW")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import digest
+from adaptvit.checks import In, check_fields
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import replacing, write_atomically
@@ -53,87 +54,67 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 class Recipe:
     """How to train."""
 
-    epochs: int
+    epochs: Annotated[int, In("[1, inf)")]
     """Passes over the training split."""
-    batch_size: int = 64
+    batch_size: Annotated[int, In("[1, inf)")] = 64
     """Images per step and process; the images left over at the end of an epoch are skipped."""
-    accumulate: int = 1
+    accumulate: Annotated[int, In("[1, inf)")] = 1
     """Steps whose gradients are averaged into one update."""
     optimizer: str = "adamw"
     """A name of `timm.optim.list_optimizers()`."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, In("(0, inf)")] = 1e-3
     """Peak of the learning rate, after the warm-up; from there it falls along a cosine."""
-    method_learning_rate: float = 1.0
+    method_learning_rate: Annotated[float, In("(0, inf)")] = 1.0
     """Of the method's own parameters, over that of the ViT's."""
-    warmup_learning_rate: float = 0.0
+    warmup_learning_rate: Annotated[float, In("[0, inf)")] = 0.0
     """Where the warm-up begins."""
-    least_learning_rate: float | None = None
+    least_learning_rate: Annotated[float | None, In("[0, inf)")] = None
     """Where the cosine ends; None is a hundredth of the peak."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, In("[0, inf)")] = 0.05
     """Weight decay of matrices; biases and norms have none."""
-    warmup_epochs: int = 1
+    warmup_epochs: Annotated[int, In("[0, inf)")] = 1
     """Epochs of linear warm-up, below `epochs`."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, In("[0, 1)")] = 0.1
     """Share of the target spread over all classes, in [0, 1)."""
-    mixup: float = 0.0
+    mixup: Annotated[float, In("[0, 1000]")] = 0.0
     """Alpha of mixup; 0 is off."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, In("[0, 1000]")] = 0.0
     """Alpha of cutmix; 0 is off. With both, each batch takes one of them at random."""
-    clip_grad: float | None = 1.0
+    clip_grad: Annotated[float | None, In("(0, inf)")] = 1.0
     """Largest norm of the gradient of an update; None does not clip."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float | None, In("(0, 1)")] = None
     """Decay of the averaged weights, in (0, 1). They are what is evaluated, and what a finished run leaves in the
     model; None averages nothing."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the forward pass; weights, gradients and halting stay float32."""
     distillation: Literal["soft", "hard"] = "soft"
     """What a teacher teaches: its distribution, or its first choice."""
-    distillation_weight: float = 0.5
+    distillation_weight: Annotated[float, In("[0, 1]")] = 0.5
     """Share of the teacher in the task's loss, in [0, 1]."""
-    temperature: float = 1.0
+    temperature: Annotated[float, In("[0.001, 1e6]")] = 1.0
     """Of soft distillation."""
     freeze: tuple[str, ...] = ()
     """Parameters of the ViT to leave as they are, by patterns of their names: patch_embed.*, blocks.0.*, pos_embed."""
-    final_gate_temperature: float | None = None
+    final_gate_temperature: Annotated[float | None, In("[0.001, 1e6]")] = None
     """Temperature of the method's gates at the end; it falls to that by equal factors. None keeps the method's."""
-    target: float | None = None
+    target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = None
     """Share of the dense MACs in (0, 1] that the method's knob is steered to while training; None leaves the knob."""
-    ease_epochs: float = 0.0
+    ease_epochs: Annotated[float, In("[0, inf)")] = 0.0
     """Epochs over which the target comes down from 1, so that pretrained features are not wrecked at the first step."""
-    steer_every: int = 40
+    steer_every: Annotated[int, In("[1, inf)")] = 40
     """Updates between two settings of the knob, each on the images at hand."""
-    evaluate_every: int = 1
+    evaluate_every: Annotated[int, In("[0, inf)")] = 1
     """Epochs between two evaluations of the test split, the last epoch's always included; 0 never evaluates."""
     tensorboard: bool = False
     """Also log to TensorBoard, in the run's folder."""
-    seed: int = 0
+    seed: Annotated[int, In("[0, 4294967295]")] = 0
     """Decides the starting weights, and with the number of the epoch the order of the images and all that is drawn in
     training; seeds, epochs and processes share nothing of it."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "steer_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Recipe.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "method_learning_rate", "clip_grad", "temperature", "final_gate_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Recipe.{name} must be positive, got {value}")
-        for name in ("mixup", "cutmix", "ease_epochs", "evaluate_every", "weight_decay", "warmup_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Recipe.{name} must be 0 or more, got {getattr(self, name)}")
+        check_fields(self)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"Recipe.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"Recipe.distillation_weight must lie in [0, 1], got {self.distillation_weight}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"Recipe.ema_decay must lie in (0, 1), got {self.ema_decay}")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise ValueError(f"Recipe.target must lie in (0, 1], the share of the dense MACs, got {self.target}")
-        for name, allowed in (("precision", tuple(PRECISIONS)), ("distillation", ("soft", "hard"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"Recipe.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"Recipe.batch_size must be even for mixup and cutmix, got {self.batch_size}")
 

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.budget import BATCH, Trial, Unit, check_target, meet_target
+from adaptvit.checks import In, checked
 from adaptvit.losses import distillation
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViT, AViTConfig
@@ -27,13 +28,14 @@ SHARPNESS = 6.0
 """How far the logits of A-ViT's scores spread: patches halt neither all at similar depths nor some at once."""
 
 
+@checked
 def adapt(
     vit: VisionTransformer,
     method: Untrained,
     images: Tensor,
     target: float,
     unit: Unit = "share",
-    tolerance: float = 0.01,
+    tolerance: Annotated[float, In("(0, 1)")] = 0.01,
     labels: Tensor | None = None,
     tell: Callable[[Trial], object] | None = None,
 ) -> AdaptiveViT:
@@ -50,8 +52,6 @@ def adapt(
         ValueError: A-ViT and a ViT without a class token, or a target that cannot be met.
     """
     check_target(target, unit)
-    if method not in UNTRAINED:
-        raise ValueError(f"method must be one of {', '.join(UNTRAINED)}, got {method!r}")
     model: AdaptiveViT
     match method:
         case "tome":

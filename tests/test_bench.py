@@ -81,7 +81,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         ("deit_tiny_patch16_224 --target 0", r"target must lie in (0, 1], the share of the dense MACs, got 0"),
         ("deit_tiny_patch16_224 --target half", "half"),
-        ("deit_tiny_patch16_224 --batch-size 0", "batch_size must be at least 1, got 0"),
+        ("deit_tiny_patch16_224 --batch-size 0", "BenchConfig.batch_size must be 1 or more, got 0"),
         ("deit_tiny_patch16_224 --batch-size 5", "images must be a multiple of batch_size, got 32 and 5"),
         ("deit_tiny_patch16_224 --dtype float8", "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ("deit_tiny_patch16_224 --data /nowhere/at/all", "'/nowhere/at/all', which is not a folder"),

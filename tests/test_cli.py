@@ -161,7 +161,7 @@ def test_a_printed_config_is_one_to_start_from(
         (["fly"], f"recipe must be one of {', '.join(RECIPES)}, got 'fly'"),
         (["--recipe.epochs", "3", "imagenette_avit"], "comes before all options: adaptvit train imagenette_avit"),
         (["digits", "--recipe.epoch", "3"], "epoch"),
-        (["digits", "--recipe.epochs", "0"], "Recipe.epochs must be at least 1, got 0"),
+        (["digits", "--recipe.epochs", "0"], "Recipe.epochs must be 1 or more, got 0"),
         (["digits", "--recipe.epochs", "many"], "many"),
         (["digits", "--model", "vit_of_nobody"], "Run.model must be the name of a timm ViT, got 'vit_of_nobody'"),
         (["imagenette_dense", "--sharpness", "6"], "Run.sharpness is for A-ViT's gate"),

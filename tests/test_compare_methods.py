@@ -242,8 +242,8 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--methods=[fly]"], "methods must be some of merge, tome, ats, evit, avit, random, got 'fly'"),
-        (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got 60.0; 60 % is 0.6"),
+        (["--methods=[fly]"], "methods must be some of merge, tome, ats, evit, avit, random, got ('fly',)"),
+        (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got (0.5, 60.0); 60 % is 0.6"),
         (["--calibration=34"], "has 35 images, of which 34 are set aside for calibration: two or more must be left"),
         (["--rounds=0"], "rounds must be 1 or more, got 0"),
         (["five.safetensors"], "has 5 classes, but "),

@@ -301,7 +301,7 @@ def test_rank_correlation_is_that_of_scipy() -> None:
         ([], {"per_class": True}, ValueError, "has no images"),
         (["broken.png"], {}, ValueError, "none of 1 pictures.*'broken.png': not an image"),
         (["a.png"], {"model": "no_such_model"}, ValueError, "no_such_model"),
-        (["a.png"], {"limit": 0}, ValueError, "limit must be at least 1, got 0"),
+        (["a.png"], {"limit": 0}, ValueError, "DrawConfig.limit must be 1 or more, got 0"),
         (["a.png"], {"device": "abacus"}, ValueError, "device must be .*'abacus'"),
         (["a.png"], {"output": "own"}, ValueError, "output must lie outside"),
         (["k/a.png"], {"output": "own/out", "per_class": True}, ValueError, "output must lie outside"),
@@ -309,7 +309,7 @@ def test_rank_correlation_is_that_of_scipy() -> None:
         (["k/a.png"], {"summary": True, "per_class": True}, ValueError, "choose one"),
         (["broken.png"], {"summary": True}, ValueError, "none of 1 pictures.*'broken.png': not an image"),
         ([], {"summary": True}, ValueError, "has no images"),
-        (["a.png"], {"summary": True, "limit": 0}, ValueError, "limit must be at least 1, got 0"),
+        (["a.png"], {"summary": True, "limit": 0}, ValueError, "DrawConfig.limit must be 1 or more, got 0"),
     ],
     ids=str,
 )

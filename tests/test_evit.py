@@ -24,8 +24,11 @@ LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout:
         ({"tokens": (9, 11, 4)}, r"tokens must not grow from block to block, got \(9, 11, 4\)"),
         ({"tokens": (9, 10), "fuse": False}, r"tokens must not grow from block to block"),
         ({"tokens": 0}, r"tokens must be 1 or more, got 0"),
-        ({"tokens": 0.5}, r"tokens must be a whole number or several, got 0.5; keep_rate=0.5 keeps half of them"),
-        ({"rate": -1.0}, r"rate must be 0 or more and finite, got -1.0"),
+        (
+            {"tokens": 0.5},
+            r"tokens must be a whole number or several, 1 or more, or None, got 0.5; keep_rate=0.5 keeps half of them",
+        ),
+        ({"rate": -1.0}, r"rate must lie in \[0, 1e9\], got -1.0"),
     ],
 )
 def test_wrong_values_fail_when_the_config_is_made(settings: dict, message: str) -> None:

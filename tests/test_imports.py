@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "adaptvit"
 
 LAYERS: list[set[str]] = [
+    {"checks"},
     {"process"},
     {"files", "seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs", "parts"},

@@ -185,9 +185,9 @@ def test_matching_has_no_gradient_and_means_do() -> None:
         ({"r": -1}, r"ToMeConfig\.r must be 0 or more, got -1"),
         ({"r": (8, -1.0)}, r"ToMeConfig\.r must be .* got \(8, -1\.0\)"),
         ({"r": ()}, r"ToMeConfig\.r must be .* got \(\)"),
-        ({"rate": -0.5}, r"ToMeConfig\.rate must be 0 or more, got -0\.5"),
+        ({"rate": -0.5}, r"ToMeConfig\.rate must lie in \[0, 1e9\], got -0\.5"),
         ({"r": 8, "inflection": 1.5}, r"ToMeConfig\.inflection must lie in \[-1, 1\], got 1\.5"),
-        ({"r": (8, 4), "inflection": -1}, r"ToMeConfig\.inflection=-1 is for one number r, but r is \(8, 4\)"),
+        ({"r": (8, 4), "inflection": -1}, r"ToMeConfig\.inflection=-1\.0 is for one number r, but r is \(8, 4\)"),
     ],
 )
 def test_wrong_schedules_are_refused(settings: dict, message: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tarfile import TarError
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from adaptvit.checks import In, check_fields, checked
 from adaptvit.data.images import Unreadable, read_image
 
 HELD_OUT = 360
@@ -85,36 +86,35 @@ class DataConfig:
     """Split to evaluate on."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line; None numbers the folders by name."""
-    mean: tuple[float, ...] | None = None
+    mean: Annotated[tuple[float, ...] | None, In("[0, 1]")] = None
     """Of the pixels in [0, 1], by channel."""
-    std: tuple[float, ...] | None = None
+    std: Annotated[tuple[float, ...] | None, In("[0.001, 1000]")] = None
     """Of the pixels in [0, 1], by channel."""
     interpolation: str | None = None
     """bilinear, bicubic, ..."""
-    crop_pct: float | None = None
+    crop_pct: Annotated[float | None, In("(0, 1]")] = None
     """Side of the evaluated centre crop over that of the resized image, in (0, 1]."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[float, float], In("(0, 1]")] = (0.08, 1.0)
     """Area of a random training crop, over that of the image."""
-    hflip: float = 0.5
+    hflip: Annotated[float, In("[0, 1]")] = 0.5
     """Probability of mirroring a training image."""
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, In("[0, 100]")] = 0.0
     """Strength; not used together with `auto_augment`."""
     auto_augment: str | None = None
     """timm's name of a policy, such as rand-m9-mstd0.5-inc1."""
-    re_prob: float = 0.0
+    re_prob: Annotated[float, In("[0, 1]")] = 0.0
     """Probability of erasing a random rectangle of a training image."""
-    repeated_augmentation: int = 0
+    repeated_augmentation: Annotated[int, In("[0, 1024]")] = 0
     """Times each image comes in an epoch of unchanged length, as DeiT is trained; 0 or 1: once."""
-    workers: int = 2
+    workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode, for each loader; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "repeated_augmentation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"DataConfig.{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("hflip", "re_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"DataConfig.{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_fields(self)
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(
+                f"DataConfig.scale must be the least and the largest area, in this order, got {self.scale}"
+            )
 
 
 class Samples(Dataset):
@@ -303,7 +303,12 @@ class Images(Dataset):
         return (image if self.augment is None else self.augment(image)), int(self.labels[index])
 
 
-def digits(size: int = 32, margin: int = 4, seed: int = 0) -> Data:
+@checked
+def digits(
+    size: Annotated[int, In("[1, 65536]")] = 32,
+    margin: Annotated[int, In("[0, 65536]")] = 4,
+    seed: Annotated[int, In("[0, 4294967295]")] = 0,
+) -> Data:
     """Handwritten digits, 8 x 8 pixels enlarged to `size` - 2 `margin` on black; the training split moves them about.
 
     Args:
@@ -313,7 +318,7 @@ def digits(size: int = 32, margin: int = 4, seed: int = 0) -> Data:
     Raises:
         ValueError: the margin leaves no room for a digit.
     """
-    if not 0 <= margin < size / 2:
+    if margin >= size / 2:
         raise ValueError(f"digits' margin must lie in [0, {size / 2:g}), half its size of {size}, got {margin}")
     bunch = load_digits()
     small = torch.as_tensor(bunch.images, dtype=torch.float32)[:, None] / 16

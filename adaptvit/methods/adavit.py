@@ -9,13 +9,14 @@ Symbols of the paper: m decision, tau temperature of the gates.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.gated import Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
 from adaptvit.gates import entropy, gate, gumbel_difference, log_odds, probability
 from adaptvit.losses import mean_over_processes
@@ -49,11 +50,11 @@ class AdaViTConfig:
     method: ClassVar[str] = "adavit"
     knob: ClassVar[Knob | None] = Knob("lean", sign=1, lowest=-30.0, highest=30.0, step=0.25)
 
-    policies: tuple[str, ...] = KINDS
+    policies: Annotated[tuple[str, ...], OneOf(KINDS)] = KINDS
     """What is decided: any of patches, heads and sublayers."""
-    first_block: int = 1
+    first_block: Annotated[int, In("[0, inf)")] = 1
     """First block, from 0, with policies over heads and sub-layers."""
-    first_patch_block: int = 0
+    first_patch_block: Annotated[int, In("[0, inf)")] = 0
     """First block with a policy over patches."""
     patches_skip: Literal["attention and mlp", "attention"] = "attention and mlp"
     """The sub-layers that a patch which is off is left out of."""
@@ -62,36 +63,36 @@ class AdaViTConfig:
     MLP's hidden channels (released as head_v2); "identity", nothing: its attention becomes the identity (head_attn)."""
     norm_policies: bool = False
     """The policies over heads and sub-layers read a normalised token, by a layer norm of their own."""
-    patch_threshold: float = 0.6
+    patch_threshold: Annotated[float, In("(0, 1)")] = 0.6
     """A patch is on where the sigmoid of its logit is above this."""
-    threshold: float = 0.5
+    threshold: Annotated[float, In("(0, 1)")] = 0.5
     """The same for heads and sub-layers."""
-    temperature: float = 5.0
+    temperature: Annotated[float, In("[0.001, 1e6]")] = 5.0
     """tau of the Gumbel gates."""
-    noise: float = 1.0
+    noise: Annotated[float, In("[0, 1000]")] = 1.0
     """Scale of the Gumbel noise in training; 0 decides as evaluation does, which leaves pretrained features whole."""
-    initial_bias: float = 0.0
+    initial_bias: Annotated[float, In("[-1000, 1000]")] = 0.0
     """Of the policies' maps before they are trained; 3 leaves nearly everything on, so that pretrained features are not
     wrecked at the first step."""
-    lean: float = 0.0
+    lean: Annotated[float, In("[-1000, 1000]")] = 0.0
     """Added to every logit: steers a trained model to other budgets."""
     random: bool = False
     """Draw every decision anew instead, each on with the probability of a logit of `lean`: the control."""
-    macs_target: float | None = 0.5
+    macs_target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
     """Share of the dense MACs to train for; None trains without that loss."""
-    macs_weight: float = 4.0
+    macs_weight: Annotated[float, In("[0, inf)")] = 4.0
     """Weight of the squared distance from it."""
-    usage_targets: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    usage_targets: Annotated[tuple[float, float, float], In("(0, 1]")] = (0.5, 0.5, 0.5)
     """Shares of patches, heads and sub-layers that the usage losses want on."""
-    usage_weight: float = 0.0
+    usage_weight: Annotated[float, In("[0, inf)")] = 0.0
     """Weight of the usage losses, 2 as released."""
-    diversity_weight: float = 0.0
+    diversity_weight: Annotated[float, In("[0, inf)")] = 0.0
     """Within them, of each head's and sub-layer's own distance from the target."""
-    entropy_weight: float = 0.0
+    entropy_weight: Annotated[float, In("[0, inf)")] = 0.0
     """Within them, of the entropy of the decisions over heads and sub-layers, which is rewarded."""
-    minimums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    minimums: Annotated[tuple[float, float, float], In("[0, 1]")] = (0.0, 0.0, 0.0)
     """Shares of an image's patches, of each head and of each sub-layer below which a penalty sets in."""
-    minimum_weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    minimum_weights: Annotated[tuple[float, float, float], In("[0, inf)")] = (0.0, 0.0, 0.0)
     """Within the usage losses, of those penalties."""
     attention_mask: Literal["keys", "keys with gradient", "after softmax"] = "keys"
     """`official` training: patches that are off are hidden before the softmax, with or without a gradient through the
@@ -102,49 +103,15 @@ class AdaViTConfig:
     """`official` reproduces the released code's training; evaluation is the same in both."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.policies, str):
-            raise ValueError(f"AdaViTConfig.policies must be some of {KINDS} in a tuple, got {self.policies!r}")
-        unknown = [kind for kind in self.policies if kind not in KINDS]
-        for name in ("policies", "usage_targets", "minimums", "minimum_weights"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"AdaViTConfig.policies must be some of {KINDS}, each once, got {self.policies}")
-        for name in ("first_block", "first_patch_block"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"AdaViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("patch_threshold", "threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"AdaViTConfig.{name} must lie in (0, 1), got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"AdaViTConfig.temperature must be above 0, got {self.temperature}")
-        if self.macs_target is not None and not 0 < self.macs_target <= 1:
+        check_fields(self)
+        if not self.policies or len(set(self.policies)) < len(self.policies):
             raise ValueError(
-                f"AdaViTConfig.macs_target must lie in (0, 1], the share of the dense MACs, got {self.macs_target}"
-            )
-        for name in ("usage_targets", "minimums"):
-            values = getattr(self, name)
-            least = "(0" if name == "usage_targets" else "[0"
-            if len(values) != 3 or not all(0 <= value <= 1 for value in values) or (least == "(0" and 0 in values):
-                raise ValueError(f"AdaViTConfig.{name} must be three shares in {least}, 1], got {values}")
-        if len(self.minimum_weights) != 3 or not all(weight >= 0 for weight in self.minimum_weights):
-            raise ValueError(
-                f"AdaViTConfig.minimum_weights must be three numbers, 0 or more, got {self.minimum_weights}"
+                f"AdaViTConfig.policies must be some of {', '.join(KINDS)}, each once, got {self.policies}"
             )
         if not self.usage_weight and (self.diversity_weight or self.entropy_weight or any(self.minimum_weights)):
             raise ValueError(
                 "AdaViTConfig.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
             )
-        for name in ("noise", "macs_weight", "usage_weight", "diversity_weight", "entropy_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"AdaViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
-        for name, allowed in (
-            ("patches_skip", ("attention and mlp", "attention")),
-            ("heads_take", ("input", "hidden", "identity")),
-            ("attention_mask", ("keys", "keys with gradient", "after softmax")),
-            ("mode", ("clean", "official")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"AdaViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.mode == "official" and self.macs_target is not None:
             raise ValueError(
                 "AdaViTConfig.mode='official' has no loss on MACs: set macs_target=None, in AdaViTConfig itself, "

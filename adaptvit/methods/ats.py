@@ -8,16 +8,17 @@ Symbols of the paper: A attention, V values, S significance score.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods import ats_released
-from adaptvit.model import AdaptiveViT, Knob, block_numbers, whole_numbers
+from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -27,9 +28,13 @@ from adaptvit.vit import (
     classify,
     embed,
     model_name,
+    patch_grid,
     project,
     run_block,
 )
+
+MOST_POINTS = 65536
+"""Sampling points of an image, where a sampler handles them one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,12 @@ class ATSConfig:
     method: ClassVar[str] = "ats"
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0, step=0.05)
 
-    blocks: Sequence[int] | None = None
+    blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that sample, 0-based; None is all but the first quarter, 3 to 11 of 12 as released."""
-    tokens: int | Sequence[int] | None = None
+    tokens: Annotated[int | Sequence[int] | None, In("[1, 65536]", hint="rate=0.5 takes half of them")] = None
     """K, the sampling points: a number for all these blocks, or one for each, not growing. None is the number of
     patches, as released. An image keeps at most K patches."""
-    rate: float = 1.0
+    rate: Annotated[float, In("[0, 1e9]")] = 1.0
     """K is taken times this: the one number by which a model is steered to a budget."""
     sampler: Literal["inverse_transform", "released", "gumbel", "random"] = "inverse_transform"
     """`inverse_transform`: the K midpoint quantiles of the scores (the paper). `released`: the released code's grid,
@@ -63,23 +68,9 @@ class ATSConfig:
     """
 
     def __post_init__(self) -> None:
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", block_numbers("ATSConfig.blocks", self.blocks))
-        if self.tokens is not None:
-            counts = whole_numbers("ATSConfig.tokens", self.tokens, "; rate=0.5 takes half of them")
-            if min(counts) < 1:
-                raise ValueError(f"ATSConfig.tokens must be 1 or more, got {self.tokens}")
-            if list(counts) != sorted(counts, reverse=True):
-                raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {counts}")
-            object.__setattr__(self, "tokens", counts if isinstance(self.tokens, Iterable) else counts[0])
-        if not 0 <= self.rate < float("inf"):
-            raise ValueError(f"ATSConfig.rate must be 0 or more and finite, got {self.rate}")
-        for name, allowed in (
-            ("sampler", ("inverse_transform", "released", "gumbel", "random")),
-            ("mode", ("mask", "single", "prune")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ATSConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_fields(self)
+        if isinstance(self.tokens, Sequence) and list(self.tokens) != sorted(self.tokens, reverse=True):
+            raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {self.tokens}")
         if self.mode != "mask" and self.sampler != "released":
             raise ValueError(f"ATSConfig.mode={self.mode!r} is for sampler='released', but sampler is {self.sampler!r}")
 
@@ -121,6 +112,8 @@ class ATS(AdaptiveViT):
             self.points.pop(self.depth - 1, None)  # nothing would read what it keeps
         if not self.points:
             raise ValueError(f"ATSConfig.blocks={blocks} is the last block only, of which just the class token is read")
+        for block in self.points:
+            self.sampling_points(block, math.prod(patch_grid(vit)))
 
     def forward(
         self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
@@ -184,7 +177,7 @@ class ATS(AdaptiveViT):
     ) -> Tensor:
         """The slots that block number `block` hands on: (B, N) bool; `order` is for `random`."""
         patches = live[:, self.prefix :]
-        points = max(1.0, self.config.rate * (self.points[block] or score.shape[1]))
+        points = self.sampling_points(block, score.shape[1])
         match self.config.sampler:
             case "released":
                 chosen = ats_released.sample(score, patches, round(points), self.config.mode)
@@ -197,6 +190,19 @@ class ATS(AdaptiveViT):
             case _:
                 chosen = inverse_transform(score, points)
         return torch.cat([live[:, : self.prefix], chosen], dim=1)
+
+    def sampling_points(self, block: int, patches: int) -> float:
+        """K of a block that samples, for images of so many patches.
+
+        Raises:
+            ValueError: more than a sampler can hold that draws each by itself.
+        """
+        points, config = max(1.0, self.config.rate * (self.points[block] or patches)), self.config
+        if config.sampler in ("released", "gumbel") and points > MOST_POINTS:
+            raise ValueError(
+                f"ATSConfig.rate times tokens is at most {MOST_POINTS} with sampler {config.sampler}, got {points:g}"
+            )
+        return points
 
     def deciding(self, held: Tensor) -> Tensor:
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""

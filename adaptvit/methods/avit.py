@@ -8,12 +8,13 @@ Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and b
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.losses import mean_over_processes
 from adaptvit.methods import avit_official
 from adaptvit.model import AdaptiveViT, Knob
@@ -46,23 +47,23 @@ class AViTConfig:
     method: ClassVar[str] = "avit"
     knob: ClassVar[Knob | None] = Knob("gate_center", sign=1, lowest=-1000.0, highest=1000.0, step=0.5)
 
-    gate_scale: float = 10.0
+    gate_scale: Annotated[float, In("(0, 1e6]")] = 10.0
     """gamma: the halting score is sigmoid(gate_scale * t - gate_center), t being channel 0 of the token."""
-    gate_center: float = 30.0
+    gate_center: Annotated[float, In("[-1e9, 1e9]")] = 30.0
     """-beta: larger values halt later. The released small model uses 75."""
-    epsilon: float = 0.01
+    epsilon: Annotated[float, In("(0, 1)")] = 0.01
     """A token halts once its scores add up to 1 - epsilon."""
-    ponder_weight: float = 5e-4
+    ponder_weight: Annotated[float, In("[0, inf)")] = 5e-4
     """alpha_p, the weight of the ponder loss."""
-    prior_weight: float = 1e-3
+    prior_weight: Annotated[float, In("[0, inf)")] = 1e-3
     """alpha_d, the weight of the distribution loss; 0 switches it off."""
-    prior: tuple[str, ...] | str = "gaussian"
+    prior: Annotated[tuple[str, ...] | str, OneOf(PRIORS)] = "gaussian"
     """Target distribution of the halting depth, a name in `adaptvit.priors.PRIORS`."""
-    prior_depth: tuple[float, ...] | float | None = None
+    prior_depth: Annotated[tuple[float, ...] | float | None, In("[1, inf)")] = None
     """Where the prior peaks, in blocks, 1-based; None is three quarters of the depth, 9 of 12 as released."""
-    prior_scale: tuple[float, ...] | float = 1.0
+    prior_scale: Annotated[tuple[float, ...] | float, In("[0.001, 1000]")] = 1.0
     """Width of the prior, in blocks."""
-    prior_weights: tuple[float, ...] | None = None
+    prior_weights: Annotated[tuple[float, ...] | None, In("(0, 1e6]")] = None
     """With two numbers the prior is a mixture of two, which have these shares, and `prior`, `prior_depth` and
     `prior_scale` may hold one value for both or one for each; with more, of more. None is no mixture."""
     divergence: Literal["target||model", "model||target"] = "target||model"
@@ -74,9 +75,7 @@ class AViTConfig:
     """`official` reproduces the released code's losses and gradients; logits and depths are the same in both."""
 
     def __post_init__(self) -> None:
-        for name in ("prior", "prior_depth", "prior_scale", "prior_weights"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
         parts = len(self.prior_weights or ())
         for name in ("prior", "prior_depth", "prior_scale"):
             value = getattr(self, name)
@@ -85,33 +84,11 @@ class AViTConfig:
                     f"AViTConfig.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
                     "weight for each"
                 )
-        for name, low, high in (
-            ("gate_scale", 0.0, float("inf")),
-            ("epsilon", 0.0, 1.0),
-            ("prior_scale", 0.0, float("inf")),
-            ("prior_weights", 0.0, float("inf")),
-        ):
-            for value in _each(getattr(self, name)):
-                if not low < value < high:
-                    raise ValueError(f"AViTConfig.{name} must lie in ({low:g}, {high:g}), got {value}")
-        for name in ("ponder_weight", "prior_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"AViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
-        for prior in _each(self.prior):
-            if prior not in PRIORS:
-                raise ValueError(f"AViTConfig.prior must be one of {', '.join(PRIORS)}, got {prior!r}")
         for depth in _each(self.prior_depth) if self.mode == "official" else ():
             if depth < 2 or depth % 1:
                 raise ValueError(
                     f"AViTConfig.prior_depth must be a whole block from the second on in mode='official', got {depth}"
                 )
-        for name, allowed in (
-            ("divergence", ("target||model", "model||target")),
-            ("class_token", ("halts", "stays")),
-            ("mode", ("clean", "official")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"AViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     def build(self, vit: VisionTransformer) -> "AViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -149,6 +126,11 @@ class AViT(AdaptiveViT):
         prior = avit_official.target if official else halting_prior
         weights = config.prior_weights or (1.0,)
         each = [_each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]
+        for depth in _each(config.prior_depth):
+            if not 1 <= depth <= blocks:
+                raise ValueError(
+                    f"AViTConfig.prior_depth must lie in 1..{blocks}, the blocks of this ViT, got {depth:g}"
+                )
         parts = [prior(name, blocks, peak, scale) for name, peak, scale in zip(*each, strict=True)]
         self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)
 

@@ -11,17 +11,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 
+from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.gated import Gates, run_gated
 from adaptvit.gates import gumbel_difference, straight_through
 from adaptvit.losses import mean_over_processes
-from adaptvit.model import AdaptiveViT, Knob, block_numbers
+from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import check_attention, check_norms, classify, embed, final_norm, model_name, run_block
@@ -47,21 +48,21 @@ class DynamicViTConfig:
 
     method: ClassVar[str] = "dynamicvit"
 
-    blocks: Sequence[int] | None = None
+    blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,
     6 and 9 of 12."""
-    keep_rate: float = 0.7
+    keep_rate: Annotated[float, In("(0, 1]")] = 0.7
     """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches."""
     select: Literal["top-k", "threshold"] = "top-k"
     """`top-k`: in evaluation every image keeps as many patches, those of the largest pi; in training each is asked for
     its share. `threshold`: each keeps those whose pi is above `threshold`; in training the batch is asked for the
     share, so that images may differ (the released code's `dynamic`)."""
-    threshold: float = 0.5
+    threshold: Annotated[float, In("[0, 1)")] = 0.5
     """pi above which a patch is kept, in [0, 1); in evaluation, with `select="threshold"`. The patch of an image that
     has the largest pi always is. 0.5 is what training decides by, apart from its noise."""
-    ratio_weight: float = 2.0
+    ratio_weight: Annotated[float, In("[0, inf)")] = 2.0
     """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
-    token_weight: float = 0.5
+    token_weight: Annotated[float, In("[0, inf)")] = 0.5
     """Weight of the distance to a teacher's patches, where there is a teacher; 0 leaves them out."""
     token_loss: Literal["mse", "kl"] = "mse"
     """That distance: `mse` as released for DeiT, `kl` of the softmax over channels as for LV-ViT."""
@@ -76,22 +77,7 @@ class DynamicViTConfig:
         return Knob("keep_rate", sign=1, lowest=0.01, highest=1.0, step=0.05)
 
     def __post_init__(self) -> None:
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", block_numbers("DynamicViTConfig.blocks", self.blocks))
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"DynamicViTConfig.keep_rate must lie in (0, 1], got {self.keep_rate}")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"DynamicViTConfig.threshold must lie in [0, 1), got {self.threshold}")
-        for name in ("ratio_weight", "token_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"DynamicViTConfig.{name} must be 0 or more, got {getattr(self, name)}")
-        for name, allowed in (
-            ("select", ("top-k", "threshold")),
-            ("token_loss", ("mse", "kl")),
-            ("mode", ("clean", "official")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"DynamicViTConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_fields(self)
 
     def build(self, vit: VisionTransformer) -> "DynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained.

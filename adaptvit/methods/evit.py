@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.gated import gated_macs
-from adaptvit.model import AdaptiveViT, Knob, block_numbers, whole_numbers
+from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -35,6 +36,8 @@ from adaptvit.vit import (
     run_block,
 )
 
+KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EViTConfig:
@@ -48,34 +51,23 @@ class EViTConfig:
     method: ClassVar[str] = "evit"
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=8.0, step=0.05)
 
-    blocks: Sequence[int] | None = None
+    blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that reduce, 0-based; None is one after each quarter of the depth, 3, 6 and 9 of 12 as released."""
-    keep_rate: float | Sequence[float] = 0.7
+    keep_rate: KeepRate = 0.7
     """kappa, in (0, 1]: a number for all these blocks, or one for each. Of n tokens beside the prefix, a fused one
     included, a block keeps kappa x n, rounded up; with 1 it leaves its tokens alone."""
-    tokens: int | Sequence[int] | None = None
+    tokens: Annotated[int | Sequence[int] | None, In("[1, inf)", hint="keep_rate=0.5 keeps half of them")] = None
     """Patches to keep instead, the fused token not counted: a number for all these blocks, or one for each, not
     growing but for the fused one, with which a block keeps all it gets."""
     fuse: bool = True
     """Fuse what is dropped into one token; False drops it for good."""
-    rate: float = 1.0
+    rate: Annotated[float, In("[0, 1e9]")] = 1.0
     """Keep rates and token counts are taken times this: the one number by which a model is steered to a budget."""
 
     def __post_init__(self) -> None:
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", block_numbers("EViTConfig.blocks", self.blocks))
-        if isinstance(self.keep_rate, Iterable):
-            object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
-        _check_rates("EViTConfig.keep_rate", self.keep_rate)
-        if self.tokens is not None:
-            counts = whole_numbers("EViTConfig.tokens", self.tokens, "; keep_rate=0.5 keeps half of them")
-            if min(counts) < 1:
-                raise ValueError(f"EViTConfig.tokens must be 1 or more, got {self.tokens}")
-            if any(after > before + self.fuse for before, after in pairwise(counts)):
-                raise ValueError(f"EViTConfig.tokens must not grow from block to block, got {counts}")
-            object.__setattr__(self, "tokens", counts if isinstance(self.tokens, Iterable) else counts[0])
-        if not 0 <= self.rate < float("inf"):
-            raise ValueError(f"EViTConfig.rate must be 0 or more and finite, got {self.rate}")
+        check_fields(self)
+        if isinstance(self.tokens, Sequence) and any(b > a + self.fuse for a, b in pairwise(self.tokens)):
+            raise ValueError(f"EViTConfig.tokens must not grow from block to block, got {self.tokens}")
 
     def build(self, vit: VisionTransformer) -> "EViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -163,7 +155,7 @@ class EViT(AdaptiveViT):
         """k of the blocks that drop something, by block number, for images of so many patches."""
         config, kept = self.config, {}
         if keep_rate is not None:
-            _check_rates("keep_rate", keep_rate)
+            keep_rate = valid("keep_rate", keep_rate, KeepRate)
         for place, block in enumerate(self.reducing):
             if self.read is not None and block == self.depth - 1:
                 break
@@ -270,9 +262,3 @@ def keep_rate_at(
         return keep_rate
     progress = (update - start * updates) / (updates * (end - start))
     return keep_rate + (highest - keep_rate) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _check_rates(name: str, value: float | Sequence[float]) -> None:
-    for rate in value if isinstance(value, Iterable) else (value,):
-        if not 0 < rate <= 1:
-            raise ValueError(f"{name} must lie in (0, 1], got {value}")

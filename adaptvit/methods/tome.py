@@ -8,18 +8,19 @@ Symbols of the paper: A and B the two sets of tokens, r the tokens merged in a b
 Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from adaptvit.checks import In, check_fields
 from adaptvit.macs import block_macs
-from adaptvit.model import AdaptiveViT, Knob, whole_numbers
+from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
@@ -48,28 +49,21 @@ class ToMeConfig:
     method: ClassVar[str] = "tome"
     knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
 
-    r: int | Sequence[int] = 8
+    r: Annotated[int | Sequence[int], In("[0, inf)")] = 8
     """Tokens merged in each block, at most half of the patches it has: one number for all blocks, or one for each, of
     which those left out at the end are 0."""
-    inflection: float = 0.0
+    inflection: Annotated[float, In("[-1, 1]")] = 0.0
     """Of one number r, in [-1, 1]: what blocks merge runs linearly from r (1 + inflection) in the last back to
     r (1 - inflection) in the first. -1 is the paper's decreasing schedule."""
-    rate: float = 1.0
+    rate: Annotated[float, In("[0, 1e9]")] = 1.0
     """The numbers r are multiplied by this, rounded so that the sums up to every block are: the one number by which a
     model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
 
     def __post_init__(self) -> None:
-        several, numbers = isinstance(self.r, Iterable), whole_numbers("ToMeConfig.r", self.r)
-        if min(numbers) < 0:
-            raise ValueError(f"ToMeConfig.r must be 0 or more, got {self.r}")
-        object.__setattr__(self, "r", numbers if several else numbers[0])
-        if not -1 <= self.inflection <= 1:
-            raise ValueError(f"ToMeConfig.inflection must lie in [-1, 1], got {self.inflection}")
-        if not 0 <= self.rate < float("inf"):
-            raise ValueError(f"ToMeConfig.rate must be 0 or more, got {self.rate}")
-        if several and self.inflection:
+        check_fields(self)
+        if isinstance(self.r, Sequence) and self.inflection:
             raise ValueError(f"ToMeConfig.inflection={self.inflection} is for one number r, but r is {self.r}")
 
     def schedule(self, depth: int) -> tuple[int, ...]:
@@ -120,26 +114,18 @@ class MergeConfig:
     method: ClassVar[str] = "merge"
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
-    thresholds: float | Sequence[float] = 0.7
+    thresholds: Annotated[float | Sequence[float], In("[-1, 1]")] = 0.7
     """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1
     a block merges nothing. `fit_thresholds` finds those of a schedule."""
-    relative: float = 0.25
+    relative: Annotated[float, In("[0, 1]")] = 0.25
     """How much of the image's mean cosine is taken off, in [0, 1]."""
-    shift: float = 0.0
+    shift: Annotated[float, In("[-2, 2]")] = 0.0
     """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together."""
 
     def __post_init__(self) -> None:
-        several = isinstance(self.thresholds, Iterable)
-        values = tuple(self.thresholds) if isinstance(self.thresholds, Iterable) else (self.thresholds,)
-        if not values or not all(-1 <= value <= 1 for value in values):
-            raise ValueError(f"MergeConfig.thresholds must lie in [-1, 1], got {self.thresholds}")
-        object.__setattr__(self, "thresholds", values if several else values[0])
-        if not 0 <= self.relative <= 1:
-            raise ValueError(f"MergeConfig.relative must lie in [0, 1], got {self.relative}")
-        if not abs(self.shift) <= 2:
-            raise ValueError(f"MergeConfig.shift must lie in [-2, 2], got {self.shift}")
+        check_fields(self)
 
     def schedule(self, depth: int) -> tuple[float, ...]:
         """The threshold of each of `depth` blocks, shifted.
