@@ -36,6 +36,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
+from adaptvit.records import stable
 from adaptvit.t2t import MODELS as T2T_MODELS
 from adaptvit.t2t import published_names
 from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
@@ -150,8 +151,8 @@ def _is_turned(table: Tensor | None, own: Tensor) -> bool:
 
 
 def digest(model: nn.Module, what: object) -> str:
-    """SHA-256, in hexadecimal digits, of `what` as it prints and of the model's tensors: what a result is known by."""
-    found = hashlib.sha256(repr(what).encode())
+    """SHA-256, in hexadecimal digits, of settings and of the model's tensors: what a result is known by."""
+    found = hashlib.sha256(stable(what).encode())
     for name, value in model.state_dict().items():
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

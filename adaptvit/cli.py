@@ -1,16 +1,21 @@
 """Vision transformers that spend compute where an image needs it."""
 
-import csv
 import json
+import os
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from dis import opmap
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed
 from accelerate import PartialState  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -18,53 +23,127 @@ from adaptvit import demo
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.budget import Trial
 from adaptvit.checkpoints import convert
-from adaptvit.compare import compare, table
+from adaptvit.compare import Row, compare, table
 from adaptvit.compare_methods import MethodsConfig, compare_methods
 from adaptvit.compare_methods import table as compared_table
 from adaptvit.comparisons import COMPARISONS
 from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.files import replacing, write_atomically, write_csv
+from adaptvit.files import append_csv, check_output, read_csv, write_atomically
 from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
+from adaptvit.process import as_found
 from adaptvit.recipes import RECIPES
+from adaptvit.report import Table
 from adaptvit.run import Run, run, set_budget
+from adaptvit.terminal import leave, say
 
 Config = TypeVar("Config")
 
 
+TRACEBACK = "ADAPTVIT_TRACEBACK"
+"""Variable of the environment that shows where an error came from, before the sentence that says it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake ends in one sentence and exit code 2."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    """Run a command; what cannot be done ends in one sentence and exit code 2, a fault of ours in a traceback.
+
+    Ctrl+C ends it with exit code 130, and SIGTERM in the same way with 143.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    with _stoppable() as came, as_found():
+        warnings.showwarning = _say  # type: ignore[assignment]
+        try:
+            return _command(words)
+        except BrokenPipeError:
+            leave(sys.stdout)
+            return 128 + signal.SIGPIPE
+        except (ArgumentError, FloatingPointError, OSError, TypeError, ValueError) as error:
+            if os.environ.get(TRACEBACK):
+                for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+                    say(line, sys.stderr)
+            say(f"adaptvit: {_sentence(error)}", sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            say(f"adaptvit: {str(stop) or 'interrupted'}", sys.stderr)
+            return 128 + (came[-1] if came else signal.SIGINT)
+        except Exception as error:
+            error.add_note("This is a fault of adaptvit, not yours: please report it with the lines above.")
+            raise
+        finally:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                leave(sys.stdout)
+
+
+def _command(words: list[str]) -> int:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
+    commands.add_subcommand(
+        "compare", compare_parser(words), help="train variants, or methods on one model: one report"
+    )
+    commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
+    commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
+    commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
+    commands.add_subcommand("budget", budget_parser(), help="make a model meet a MACs or speed budget, untrained")
+    commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
+    commands.add_subcommand("playground", playground_parser(), help="a local page: your pictures, dense and adaptive")
+    commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
+    commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
+    arguments = parser.parse_args([_underscored(word) for word in words])
+    of_the_caller = torch.distributed.is_initialized()
+    code = COMMANDS[arguments.command](arguments[arguments.command]) or 0
+    if torch.distributed.is_initialized() and not of_the_caller:
+        torch.distributed.destroy_process_group()  # of torchrun, which has served
+    return code
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """SIGTERM ends the block as Ctrl+C does; the signals that came."""
+    came: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
+    before = signal.signal(signal.SIGTERM, stop) if own else None
     try:
-        parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
-        commands = parser.add_subcommands(dest="command")
-        commands.add_subcommand("train", train_parser(words), help="train a recipe, on your own images or the digits")
-        commands.add_subcommand(
-            "compare", compare_parser(words), help="train variants, or methods on one model: one report"
-        )
-        commands.add_subcommand("evaluate", evaluate_parser(), help="accuracy, GMACs, depth and speed on a data set")
-        commands.add_subcommand("predict", predict_parser(), help="classes, GMACs and tokens left, image by image")
-        commands.add_subcommand("draw", draw_parser(), help="images beside the depth of their tokens, as PNG files")
-        commands.add_subcommand("budget", budget_parser(), help="make a model meet a MACs or speed budget, untrained")
-        commands.add_subcommand("demo", demo_parser(), help="train, adapt, measure and draw, on data already here")
-        commands.add_subcommand(
-            "playground", playground_parser(), help="a local page: your pictures, dense and adaptive"
-        )
-        commands.add_subcommand("bench", bench_parser(), help="time dense, masked and packed runs beside their MACs")
-        commands.add_subcommand("convert", convert_parser(), help="turn published weights into an adaptvit file")
-        arguments = parser.parse_args([_underscored(word) for word in words])
-        with warnings.catch_warnings():
-            warnings.showwarning = _say  # type: ignore[assignment]
-            return COMMANDS[arguments.command](arguments[arguments.command]) or 0
-    except (ArgumentError, FloatingPointError, OSError, TypeError, ValueError) as error:
-        print(f"adaptvit: {str(error).strip().splitlines()[-1].strip()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"adaptvit: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
+        yield came
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
+        return f"{error.strerror}{where}"
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    if isinstance(error, ArgumentError):
+        return lines[-1]  # which follows the whole of the parser's thoughts
+    if _own_fault(error):
+        fault = f"{type(error).__name__}, which looks like a fault of adaptvit itself; {TRACEBACK}=1 shows where"
+        return f"{fault}: {lines[-1]}"
+    return " ".join(lines)
+
+
+def _own_fault(error: Exception) -> bool:
+    """Whether Python itself found an error in a line of ours, rather than a line of ours a mistake of the user's."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or isinstance(error, OSError | UnicodeError):
+        return False
+    code = place.tb_frame.f_code
+    ours = Path(code.co_filename).is_relative_to(Path(__file__).parent)
+    return ours and code.co_code[place.tb_lasti] not in (opmap["RAISE_VARARGS"], opmap["RERAISE"])
 
 
 def train_parser(words: Sequence[str]) -> ArgumentParser:
@@ -110,8 +189,8 @@ def run_train(arguments: Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if PartialState().is_main_process:
-        print(_listed(outcome.result.figures))
-        print(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+        _say_listed(outcome.result.figures)
+        say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 
 
 def compare_parser(words: Sequence[str]) -> ArgumentParser:
@@ -129,7 +208,7 @@ def compare_parser(words: Sequence[str]) -> ArgumentParser:
     )
     parser.add_argument("--epochs", type=int, default=None, help="Other than the comparison's.")
     parser.add_argument("--output", type=Path, default=None, help="Folder of the results; runs/NAME by default.")
-    parser.add_function_arguments(compare, skip={"comparison", "output"})
+    parser.add_function_arguments(compare, skip={"comparison", "output", "tell"})
     return parser
 
 
@@ -158,8 +237,8 @@ def run_compare(arguments: Namespace) -> int:
 
 def _compare_methods(arguments: Namespace) -> int:
     arguments.files = tuple(arguments.files)
-    outcome = compare_methods(_config(MethodsConfig, arguments))
-    print(f"{compared_table(outcome.rows).text()}\n\n{outcome.report}: the report")
+    outcome = compare_methods(_config(MethodsConfig, arguments), lambda rows: _say_table(compared_table(rows)))
+    say(f"{outcome.report}: the report")
     return _say_unreadable(outcome.unreadable)
 
 
@@ -175,9 +254,19 @@ def _compare_variants(arguments: Namespace) -> int:
             name: replace(run, recipe=replace(run.recipe, epochs=arguments.epochs)) for name, run in variants.items()
         }
     output = arguments.output or Path("runs") / arguments.name
-    rows = compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes)
-    print(f"{comparison.question}\n\n{table(rows).text()}\n\n{output / 'report.html'}: the report")
+
+    def tell(rows: list[Row]) -> None:
+        say(comparison.question)
+        say("")
+        _say_table(table(rows))
+
+    compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes, tell)
+    say(f"{output / 'report.html'}: the report")
     return 0
+
+
+KNOWN_BY = ("model", "data", "images")
+"""Columns of a CSV file that `evaluate` adds lines to."""
 
 
 def evaluate_parser() -> ArgumentParser:
@@ -195,14 +284,16 @@ def run_evaluate(arguments: Namespace) -> int:
     """Print the figures, write them where asked; 1 where images could not be read."""
     config = _config(EvaluateConfig, arguments)
     for path in (arguments.json, arguments.csv):
-        if path and not path.parent.is_dir():
-            raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path:
+            check_output(path)
+    if arguments.csv:
+        read_csv(arguments.csv, KNOWN_BY)
     result, figures = evaluate_model(config)
-    print(_listed(figures))
+    _say_listed(figures)
     if arguments.json:
         write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
     if arguments.csv:
-        _append(arguments.csv, figures)
+        append_csv(arguments.csv, figures, KNOWN_BY)
     return _say_unreadable(result.unreadable)
 
 
@@ -219,7 +310,7 @@ def run_predict(arguments: Namespace) -> int:
     if not PartialState().is_main_process:
         return 0
     earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
-    print(f"{result.output}: {result.images} images{earlier}")
+    say(f"{result.output}: {result.images} images{earlier}")
     return _say_unreadable(result.unreadable)
 
 
@@ -236,13 +327,13 @@ def run_draw(arguments: Namespace) -> int:
     """Say what was drawn; 1 where images could not be read."""
     config = _config(DrawConfig, arguments)
     drawing = draw(config)
-    print(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
+    say(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
     if drawing.beyond_limit:
         what = "classes" if config.per_class else "pictures"
         done = "looked at" if config.summary else "drawn"
-        print(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
+        say(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
     if drawing.finding:
-        print(drawing.finding)
+        say(drawing.finding)
     return _say_unreadable(drawing.unreadable)
 
 
@@ -261,12 +352,12 @@ def run_budget(arguments: Namespace) -> None:
 
     def tell(trial: Trial) -> None:
         top1 = "" if trial.top1 is None else f", top-1 {trial.top1:.1%}"
-        print(f"{trial.knob:10.4g}: {trial.share:.1%} of the MACs, {trial.gmacs:.3f} GMACs, ", end="")
-        print(f"{trial.images_per_s:.0f} images/s{top1}", flush=True)
+        cost = f"{trial.share:.1%} of the MACs, {trial.gmacs:.3f} GMACs, {trial.images_per_s:.0f} images/s"
+        say(f"{trial.knob:10.4g}: {cost}{top1}")
 
     config = set_budget(**arguments.as_dict(), tell=tell)
     assert config.knob is not None  # or there would have been nothing to move
-    print(f"{arguments.output}: {config.knob.field} {getattr(config, config.knob.field):g}")
+    say(f"{arguments.output}: {config.knob.field} {getattr(config, config.knob.field):g}")
 
 
 def demo_parser() -> ArgumentParser:
@@ -320,21 +411,22 @@ def bench_parser() -> ArgumentParser:
 def run_bench(arguments: Namespace) -> None:
     """Print the figures as a table and write them where asked."""
     config = _config(BenchConfig, arguments)
-    with replacing(arguments.json) if arguments.json else nullcontext() as partial:
-        figures = bench(config)
-        if partial is not None:
-            partial.write_text(json.dumps(figures, indent=2) + "\n")
+    if arguments.json:
+        check_output(arguments.json)
+    figures = bench(config)
     for name in ("dense_images_per_s", "masked_images_per_s", "packed_images_per_s"):
-        print(f"{name:>22} {figures[name]:10.2f}")
+        say(f"{name:>22} {figures[name]:10.2f}")
     for name in ("ideal_speedup", "realised_speedup", "ratio"):
-        print(f"{name:>22} {figures[name]:10.3f}")
+        say(f"{name:>22} {figures[name]:10.3f}")
     for name in ("macs_dense", "macs_executed"):
-        print(f"{name:>22} {figures[name] / 1e9:10.3f} G")
+        say(f"{name:>22} {figures[name] / 1e9:10.3f} G")
     tokens = figures["tokens_per_block"]
     for name in ("mean", "min", "max"):
-        print(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
+        say(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
     loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
-    print(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
+    say(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
 
 
 def convert_parser() -> ArgumentParser:
@@ -349,10 +441,11 @@ def convert_parser() -> ArgumentParser:
 
 def run_convert(arguments: Namespace) -> None:
     """Write the file and say what it has that was not in the tensors."""
+    check_output(arguments.target)
     config = convert(**arguments.as_dict()).config
     names = [name for name in ("gate_scale", "gate_center", "keep_rate", "fuse") if hasattr(config, name)]
     told = [f"{name} {getattr(config, name)}" for name in names]
-    print(", ".join([f"{arguments.target}: {arguments.model_name}", *told]))
+    say(", ".join([f"{arguments.target}: {arguments.model_name}", *told]))
 
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
@@ -369,29 +462,25 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
 }
 
 
-def _listed(figures: dict[str, Any]) -> str:
+def _say_listed(figures: dict[str, Any]) -> None:
     """A figure a line, names aligned."""
     width = max(map(len, figures))
     shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in figures.items()}
-    return "\n".join(f"{name:>{width}}  {'-' if value is None else value}" for name, value in shown.items())
+    for name, value in shown.items():
+        say(f"{name:>{width}}  {'-' if value is None else value}")
 
 
-def _append(path: Path, figures: dict[str, Any]) -> None:
-    """Add a line to a CSV file, and columns for figures that its earlier lines do not have."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    rows.append({name: "" if value is None else value for name, value in figures.items()})
-    write_csv(path, rows)
+def _say_table(cells: Table) -> None:
+    for line in [*cells.text().split("\n"), ""]:
+        say(line)
 
 
 def _say_unreadable(unreadable: Sequence[Unreadable]) -> int:
     """Name what could not be read; the exit code."""
     for name, reason in unreadable:
-        print(f"adaptvit: cannot read {name}: {reason}", file=sys.stderr)
+        say(f"adaptvit: cannot read {name}: {reason}", sys.stderr)
     if unreadable:
-        print(f"adaptvit: {len(unreadable)} images could not be read and are left out", file=sys.stderr)
+        say(f"adaptvit: {len(unreadable)} images could not be read and are left out", sys.stderr)
     return 1 if unreadable else 0
 
 
@@ -400,7 +489,7 @@ def _config(kind: type[Config], arguments: Namespace | dict[str, Any]) -> Config
 
 
 def _say(message: Warning | str, *_: object) -> None:
-    print(f"adaptvit: warning: {message}", file=sys.stderr)
+    say(f"adaptvit: warning: {message}", sys.stderr)
 
 
 def _underscored(word: str) -> str:

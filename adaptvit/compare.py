@@ -1,14 +1,14 @@
 """Comparisons: runs that differ in one thing, each with several seeds, in one table with means and spreads."""
 
-import hashlib
-import json
 import math
 import multiprocessing
 import re
+import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Annotated, Any
@@ -21,10 +21,11 @@ from tqdm import tqdm
 from adaptvit.checkpoints import load
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data
-from adaptvit.files import write_atomically, write_csv
+from adaptvit.files import check_output_folder, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
 from adaptvit.process import as_found
+from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
 from adaptvit.timing import interleaved
@@ -79,17 +80,19 @@ def compare(
     output: Path,
     seeds: Annotated[int, In("[2, inf)", "for there is no spread over fewer")] = 3,
     processes: Annotated[int, In("[1, 1024]")] = 1,
+    tell: Callable[[list[Row]], object] | None = None,
 ) -> list[Row]:
     """Train every variant with every seed, then measure speeds in turns and write the report.
 
     Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, plots, `report.html`, and a folder for each run.
-    Finished runs are read back; one that was interrupted goes on after its last epoch.
+    Finished runs of the same version are read back; one that was interrupted goes on after its last epoch.
 
     Args:
         seeds: seeds 0, 1, ... of each variant, two or more.
         processes: runs at a time, each in a process of its own with its share of the CPU threads; 1 trains here.
+        tell: called with what was found, before any of it is written.
     Raises:
-        ValueError: fewer than two seeds or one process, or a folder holds a run of other settings.
+        ValueError: fewer than two seeds or one process, or a folder holds a run of other settings or images.
         And what `adaptvit.run.run` raises, but for a loss that does not stay finite, which is counted.
     """
     jobs = {
@@ -99,14 +102,17 @@ def compare(
         ]
         for name, config in comparison.variants.items()
     }
+    check_output_folder(output)
+    looked_at = cache(contents)
+    settings = {job.output: _settings(job, looked_at) for runs in jobs.values() for job in runs}
     everything = [job for runs in jobs.values() for job in runs]
-    waiting = [job for job in everything if _finished(job) is None]
+    waiting = [job for job in everything if _finished(job, settings[job.output]) is None]
     output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(everything), initial=len(everything) - len(waiting), desc="runs", position=1) as bar:
-        for _ in _trained(waiting, processes):
+        for _ in _trained(waiting, settings, processes):
             bar.update()
-    found = {name: [_read(job) for job in runs] for name, runs in jobs.items()}
-    speeds = _speeds({name: runs[0] for name, runs in jobs.items() if found[name][0]["figures"]}, output)
+    found = {name: [_read(job, settings[job.output]) for job in runs] for name, runs in jobs.items()}
+    speeds = _speeds({name: runs[0] for name, runs in jobs.items() if found[name][0]["figures"]}, settings, output)
     first = next(iter(found.values()))
     rows = [
         Row(
@@ -118,6 +124,8 @@ def compare(
         )
         for name, results in found.items()
     ]
+    if tell is not None:
+        tell(rows)
     lines = [
         {"variant": name, "seed": seed, **(one["figures"] or {}), "diverged": one["diverged"]}
         for name, results in found.items()
@@ -160,31 +168,39 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(columns + [name.removeprefix("term ") + " loss" for name in terms], cells, note)
 
 
-def _trained(jobs: Sequence[Run], processes: int) -> Iterator[None]:
+def _trained(jobs: Sequence[Run], settings: Mapping[Path, dict[str, Any]], processes: int) -> Iterator[None]:
     """Train them, yielding as each ends."""
     if processes == 1:
         for job in jobs:
-            _train(job, None)
+            _train(job, settings[job.output], None)
             yield
         return
     threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_train, job, threads) for job in jobs]
+    others = {*multiprocessing.active_children()}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _leave_interrupts) as pool:
+        futures = [pool.submit(_train, job, settings[job.output], threads) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in {*multiprocessing.active_children()} - others:
+                process.terminate()  # what it was at goes on after its last epoch
             raise
 
 
-def _train(job: Run, threads: int | None) -> None:
+def _leave_interrupts() -> None:
+    """To the process that started this one: it is told as well, and says so once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train(job: Run, settings: dict[str, Any], threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     job.output.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"settings": _settings(job), "figures": None, "diverged": None}
+    record: dict[str, Any] = {"settings": plain(settings), "figures": None, "diverged": None}
     try:
-        outcome = run(job, resume=True)
+        outcome = run(job, resume=True, known_by=version())
     except FloatingPointError as error:
         record["diverged"] = str(error)
     else:
@@ -192,39 +208,43 @@ def _train(job: Run, threads: int | None) -> None:
         terms = {f"term {name}": value for name, value in last.terms.items()}
         own = {"seed": job.recipe.seed, "train_accuracy": last.accuracy, **terms}
         record["figures"] = outcome.result.figures | own
-    write_atomically(job.output / "finished.json", json.dumps(record, indent=2) + "\n")
+    write_record(job.output / "finished.json", record)
 
 
-def _finished(job: Run) -> dict[str, Any] | None:
+def _finished(job: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What a finished run left; None where it is not finished.
 
     Raises:
         ValueError: its folder holds the run of other settings.
     """
-    path = job.output / "finished.json"
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["settings"] != _settings(job):
-        raise ValueError(f"{str(job.output)!r} holds a run of other settings: choose another output, or remove it")
+    record = known(job.output / "finished.json")
+    if record is not None and not same(record["settings"], settings):
+        raise ValueError(
+            f"{str(job.output)!r} holds a run of other settings or images: choose another output, or remove it"
+        )
     return record
 
 
-def _read(job: Run) -> dict[str, Any]:
-    record = _finished(job)
+def _read(job: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    record = _finished(job, settings)
     assert record is not None
     return record
 
 
-def _settings(job: Run) -> str:
-    """A digest of all that the run was told, but for where its results are."""
-    return hashlib.sha256(repr(replace(job, output=Path())).encode()).hexdigest()[:16]
+def _settings(job: Run, contents: Callable[[Path | None], str]) -> dict[str, Any]:
+    """What decides a run: all that it was told, but for where its results are, and the state of the files it reads."""
+    teacher = None if job.teacher is None else Path(job.teacher)
+    files = {"weights": job.weights, "teacher": teacher, "images": job.data.root, "class map": job.data.class_map}
+    return {"run": replace(job, output=Path()), **{name: contents(path) for name, path in files.items()}}
 
 
-def _speeds(jobs: Mapping[str, Run], output: Path) -> dict[str, dict[str, float]]:
+def _speeds(
+    jobs: Mapping[str, Run], settings: Mapping[Path, dict[str, Any]], output: Path
+) -> dict[str, dict[str, float]]:
     """Packed images per second, realised and ideal gain of these models, all in turns; measured once."""
-    path, settings = output / "speed.json", {name: _settings(job) for name, job in jobs.items()}
-    if path.exists() and (record := json.loads(path.read_text()))["settings"] == settings:
+    path, told = output / "speed.json", {name: settings[job.output] for name, job in jobs.items()}
+    record = known(path)
+    if record is not None and same(record["settings"], told):
         return dict(record["speeds"])
     models = {name: load(job.output / "model.safetensors").eval() for name, job in jobs.items()}
     calls: dict[str, Callable[[], object]] = {}
@@ -245,7 +265,10 @@ def _speeds(jobs: Mapping[str, Run], output: Path) -> dict[str, dict[str, float]
             "realised": median(slow / fast for slow, fast in zip(dense, packed, strict=True)),
             "ideal": dense_macs(model.shape, usages[name].grid) / executed,
         }
-    write_atomically(path, json.dumps({"settings": settings, "speeds": speeds, **machine()}, indent=2) + "\n")
+    try:
+        write_record(path, {"settings": plain(told), "speeds": speeds, **machine()})
+    except OSError as error:  # what was measured is still to be told
+        warnings.warn(str(error), stacklevel=2)
     return speeds
 
 

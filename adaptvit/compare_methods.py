@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -32,7 +33,7 @@ from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import DataConfig, Unreadable, open_split
 from adaptvit.draw import full_usage, last_groups, pixels
 from adaptvit.evaluate import check_classes, outputs
-from adaptvit.files import write_atomically, write_csv
+from adaptvit.files import check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.avit_gate import fit_gate
@@ -40,6 +41,7 @@ from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.process import as_found
+from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
 from adaptvit.timing import interleaved
@@ -152,17 +154,20 @@ class Outcome:
 
 
 @as_found()
-def compare_methods(config: MethodsConfig) -> Outcome:
+def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] | None = None) -> Outcome:
     """Evaluate every method at every budget and every file, time all of them in turns, and write the results.
 
-    Each entry leaves a record in `output/records`, known by all that decides it, and is never evaluated twice: an
-    interrupted comparison goes on with the next entry. What the model cannot do has a row that says why.
+    Each entry leaves a record in `output/records`, known by all that decides it, and is never evaluated twice by one
+    version: an interrupted comparison goes on with the next entry. What the model cannot do has a row that says why.
 
+    Args:
+        tell: called with what was found, before the table, plots and report of it are written.
     Raises:
         FileNotFoundError: no such model, file or folder.
         TypeError: the model is not a ViT that this library reproduces.
         ValueError: the model is no plain ViT, a file or the data has other classes, or there are too few images.
     """
+    check_output_folder(config.output)
     what = _Compared(config)
     budgets = tuple(dict.fromkeys(config.budgets))
     untrained = [Entry(name, share) for name in dict.fromkeys(config.methods) for share in budgets]
@@ -181,6 +186,8 @@ def compare_methods(config: MethodsConfig) -> Outcome:
         )
         for entry, record in records.items()
     ]
+    if tell is not None:
+        tell(rows)
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
     write_csv(config.output / "methods.csv", [_line(row) for row in rows])
     write_atomically(config.output / "conditions.json", json.dumps(conditions | timed["machine"], indent=2) + "\n")
@@ -232,6 +239,7 @@ class _Compared:
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = Subset(split, self.aside)
         self.calibration = spread_over(aside, len(self.aside)).images.to(next(self.dense.parameters()))
+        self.images = [contents(path) for path in (config.root, config.class_map)]
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
         self.turned: VisionTransformer | None = None  # with the gate that all budgets of A-ViT share
 
@@ -247,20 +255,31 @@ class _Compared:
     def key(self, entry: Entry) -> str:
         """Eight hexadecimal digits of all that decides a record."""
         model = self.files.get(entry.name)
-        known = self.known_by if model is None else digest(model, (model.config, model.shape))
+        weights = self.known_by if model is None else digest(model, (model.config, model.shape))
         settings = sorted(resolve_model_data_config(model or self.dense).items())
         images = f"{self.config.dataset} {self.config.root.resolve()}".strip()
         source = (images, self.config.split, str(self.config.class_map))
         default = None if entry.budget is None else METHODS[_method(entry)]()
-        told = (entry, default, known, self.known_by, settings, source, self.aside, self.measured)
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+        told = (
+            version(),
+            entry,
+            default,
+            weights,
+            self.known_by,
+            settings,
+            source,
+            self.images,
+            self.aside,
+            self.measured,
+        )
+        return hashlib.sha256(stable(told).encode()).hexdigest()[:8]
 
     def record(self, entry: Entry) -> dict[str, Any]:
         """What is known of an entry: read back, or found out and stored."""
-        name = re.sub(r"[^\w.]+", "-", entry.label).strip("-")
+        name = re.sub(r"[^\w.]+", "-", entry.label).strip("-")[-80:]
         path = self.config.output / "records" / f"{name}-{self.key(entry)}.json"
-        if path.exists():
-            return dict(json.loads(path.read_text()))
+        if (found := known(path)) is not None:
+            return found
         record: dict[str, Any] = {"entry": entry.label, "refused": None, "config": None}
         try:
             model = self.made(entry)
@@ -271,9 +290,8 @@ class _Compared:
             runs = model.vit if entry == DENSE else model
             data = Subset(self.split(model), self.measured)
             record |= _measured(runs, model.shape, data, self.config.batch_size, self.config.workers)
-        text = json.dumps(record)
-        write_atomically(path, text + "\n")
-        return dict(json.loads(text))  # the same, tuples and lists, whether found out now or earlier
+        _keep(path, record)
+        return dict(json.loads(json.dumps(record)))  # the same, tuples and lists, whether found out now or earlier
 
     def made(self, entry: Entry) -> AdaptiveViT:
         """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
@@ -298,8 +316,8 @@ class _Compared:
         config, path = self.config, self.config.output / "speed.json"
         settings = [[self.key(entry) for entry in models], config.timed, config.rounds, config.latencies]
         settings += [config.device, torch.get_num_threads()]
-        if path.exists() and (record := json.loads(path.read_text()))["settings"] == settings:
-            return dict(record)
+        if (found := known(path)) is not None and same(found["settings"], settings):
+            return found
         before = round(os.getloadavg()[0], 1)
         batches = {DENSE: self.some(self.dense, config.timed)}
         for entry in models:
@@ -330,7 +348,7 @@ class _Compared:
             speeds[entry.label] = own
         loads = {"load average before timing": before, "load average after timing": round(os.getloadavg()[0], 1)}
         record = {"settings": settings, "speeds": speeds, "machine": machine(), **loads}
-        write_atomically(path, json.dumps(record, indent=2) + "\n")
+        _keep(path, record)
         return record
 
     def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Picture]:
@@ -418,6 +436,14 @@ def table(rows: Sequence[Row]) -> Table:
         "time, median and 95th percentile."
     )
     return Table(columns + ["why not"] * refused, cells, note)
+
+
+def _keep(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record; where that cannot be done the comparison still has it, and the next one has not."""
+    try:
+        write_record(path, record)
+    except OSError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 def _open_plain(config: MethodsConfig) -> AdaptiveViT:

@@ -15,14 +15,17 @@ from adaptvit.checkpoints import save
 from adaptvit.checks import In, check_fields
 from adaptvit.data import Data, digits
 from adaptvit.evaluate import Result, Speed, evaluate, speed
+from adaptvit.files import check_output_folder
 from adaptvit.macs import macs
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
 from adaptvit.process import as_found
+from adaptvit.records import version
 from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.terminal import say
 from adaptvit.tokens import Masked, Packed
-from adaptvit.train import Epoch, Recipe, train
+from adaptvit.train import Epoch, Recipe, fingerprint, train
 
 METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")
 """Tokens of a ViT trained for a minute are far larger than DeiT's, so its gate is flatter than the released one."""
@@ -108,12 +111,15 @@ def run(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> 
 
 
 def _run(output: Path, config: DemoConfig) -> Outcome:
+    check_output_folder(output)
     torch.set_num_threads(config.threads)
     output.mkdir(parents=True, exist_ok=True)
     data = digits(config.size, margin=config.size // 8)
 
     vit = small_vit(config, data)
-    learned = train(FullConfig().build(vit), data, config.dense, output / "dense", "training the ViT")
+    plain = FullConfig().build(vit)
+    key = fingerprint(plain, data, config.dense, version())
+    learned = train(plain, data, config.dense, output / "dense", "training the ViT", key=key)
     dense = evaluate(vit, data.test)
 
     adaptive_vit = small_vit(config, data)
@@ -121,7 +127,8 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
     calibration = _first(data.train, config.calibration)
     model = config.method.build(adaptive_vit).eval()
     meet_target(model, calibration, config.target)
-    adapted = train(model, data, config.adaptive, output / "avit", "fine-tuning with A-ViT")
+    key = fingerprint(model, data, config.adaptive, version())
+    adapted = train(model, data, config.adaptive, output / "avit", "fine-tuning with A-ViT", key=key)
     meet_target(model.eval(), calibration, config.target)
     save(model, output / "avit.safetensors")
 
@@ -136,7 +143,8 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
         report=output / "report.html",
     )
     write(_report(outcome, model, data, learned, adapted, config), outcome.report)
-    print(f"\n{_table(outcome).text()}\n\n{_headline(outcome)}\nReport: {outcome.report}")
+    for line in ["", *_table(outcome).text().split("\n"), "", _headline(outcome), f"Report: {outcome.report}"]:
+        say(line)
     return outcome
 
 

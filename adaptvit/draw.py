@@ -23,6 +23,7 @@ from tqdm import tqdm
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, collate, open_split
+from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT
@@ -128,6 +129,7 @@ def draw(config: DrawConfig) -> Drawing:
 def _draw(config: DrawConfig) -> Drawing:
     if not config.folder.is_dir():
         raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
+    check_output_folder(config.output)
     model = open_model(config.model).to(config.device)
     settings = resolve_model_data_config(model)
     channels = settings["input_size"][0]

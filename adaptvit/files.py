@@ -3,9 +3,13 @@
 import csv
 import io
 import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -14,6 +18,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+        OSError: naming `path`, where the block or the system cannot write it, as on a full disk.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -22,20 +27,150 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, partial, str(partial)):
+            raise
+        raise OSError(error.errno, f"cannot write {str(path)!r}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def check_output(path: Path | str) -> None:
+    """Refuse a file that could not be written, before the work whose results it is for.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        OSError: it is there and no file, or its folder takes no files: it is locked, read-only or full.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {str(path)!r}: it is there and is no file")
+    _try_to_write(path.parent, path)
+
+
+def check_output_folder(path: Path | str) -> None:
+    """Refuse a folder that could not be made or written to, before the work; makes nothing.
+
+    Raises:
+        OSError: a file stands in its way, or it takes no files: it is locked, read-only or full.
+    """
+    path = Path(path)
+    there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise OSError(f"cannot write to {str(path)!r}: {str(there)!r} is there and is no folder")
+    _try_to_write(there, path)
+
+
+def _try_to_write(folder: Path, path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+@contextmanager
+def locked(path: Path | str, wait: bool = False) -> Iterator[None]:
+    """Be the only one in a block of this kind for `path`; the system takes it back from a process that was killed.
+
+    Args:
+        wait: until the others are done; False refuses.
+    Raises:
+        FileExistsError: another is in it.
+    """
+    path = Path(path)
+    real = path.resolve()
+    file = real.with_name(f".{real.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise FileExistsError(f"another process is writing to {str(path)!r}: wait for it, or choose another") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # by its holder: who waits sees it and makes another
+        lock.release()
+
+
 def write_atomically(path: Path | str, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all; names that are none in it come out byte by byte as they are."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""How a cell begins that a spreadsheet would compute, with and without the mark that makes it text."""
+
+
+def as_cell(value: object) -> object:
+    """What a cell of a CSV file holds: text that a spreadsheet would compute gets a ' in front, as OWASP advises."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def from_cell(text: str) -> str:
+    """The text that `as_cell` made a cell of."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
 def write_csv(path: Path | str, lines: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV file with a column for each name in any of the lines, whole or not at all."""
+    """Write a CSV file with a column for each name in any of the lines, whole or not at all, as `as_cell` has it."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    cells = [names, *([as_cell(line.get(name)) for name in names] for line in lines)]
+    write_atomically(path, "".join(map(csv_line, cells)))
+
+
+def csv_line(cells: Sequence[object]) -> str:
+    """Cells as a line of a CSV file, with its end; one with a line break of any kind stands between quotes."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomically(path, text.getvalue())
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def read_csv(path: Path, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file and its lines, cell by cell as they stand; nothing where there is no file, or no line.
+
+    Args:
+        names: columns that make it a file of this kind.
+    Raises:
+        ValueError: it is of another kind, or a line has more or fewer cells than the header.
+    """
+    if not path.exists():
+        return [], []
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            lines = [line for line in csv.reader(file, strict=True) if line]
+        except csv.Error as error:
+            raise ValueError(f"{str(path)!r} is no CSV file: {error}") from error
+    if not lines:
+        return [], []
+    header, *rest = lines
+    if lacking := [name for name in names if name not in header]:
+        raise ValueError(f"{str(path)!r} has other columns, without {', '.join(lacking)}: name another file")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{str(path)!r} has two columns of one name: name another file")
+    for number, line in enumerate(rest, start=2):
+        if len(line) != len(header):
+            raise ValueError(
+                f"{str(path)!r} has {len(line)} cells in line {number} and {len(header)} in its header: mend it, or "
+                "name another file"
+            )
+    return header, rest
+
+
+def append_csv(path: Path, line: Mapping[str, object], names: Sequence[str]) -> None:
+    """Add a line to a CSV file, and columns that its earlier lines do not have; what stands there stays as it is.
+
+    Several processes may do so at once.
+
+    Raises:
+        ValueError: what `read_csv` raises of the file, which stays.
+    """
+    with locked(path, wait=True):
+        header, lines = read_csv(path, names)
+        columns = list(dict.fromkeys([*header, *line]))
+        longer = [earlier + [""] * (len(columns) - len(header)) for earlier in lines]
+        cells = [columns, *longer, [as_cell(line.get(name)) for name in columns]]
+        write_atomically(path, "".join(map(csv_line, cells)))

@@ -7,11 +7,13 @@ Letters: B images, L blocks, K classes told of each image.
 """
 
 import csv
+import errno
 import glob
 import io
 import json
 import os
 from collections.abc import Container, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,10 +30,11 @@ from tqdm import tqdm
 from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import FolderImages, Unreadable, collate, find_images
-from adaptvit.files import replacing, write_atomically
+from adaptvit.files import as_cell, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
+from adaptvit.records import VERSION, read_record, version, write_record
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""
@@ -94,12 +97,20 @@ def predict(config: PredictConfig) -> Prediction:
         ValueError: there are no images, the model has fewer classes than `top` or another number than `class_names`, or
             the output was made with other settings.
         ChildProcessError: a process that decodes died.
+        FileExistsError: another run is writing to the output.
+        OSError: the output cannot be written.
     """
     names = find_images(config.folder)
     if not config.output.parent.is_dir():
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
     device = torch.device(config.device)
+    check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
+    with locked(config.output) if state.is_main_process else nullcontext():
+        return _predict(config, names, device, state)
+
+
+def _predict(config: PredictConfig, names: list[str], device: torch.device, state: PartialState) -> Prediction:
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
     classes = _classes(config, model.num_classes)
@@ -132,6 +143,11 @@ def predict(config: PredictConfig) -> Prediction:
                 file.write("".join(lines))
                 file.flush()
                 written += len(lines)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = f"{str(config.output)!r} cannot be written, the same command goes on with it: {error.strerror}"
+        raise OSError(error.errno, what) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command goes on with {str(config.output)!r}") from None
     except RuntimeError as error:
@@ -176,12 +192,13 @@ class Csv:
 
     def line(self, name: str, row: Row) -> str:
         """An image's line, with its end."""
-        told = [cell for pair in zip(row.classes, _decimals(row.probabilities), strict=True) for cell in pair]
-        return self._joined([name, *told, *_decimals([row.gmacs]), *row.tokens])
+        classes = map(as_cell, row.classes)
+        told = [cell for pair in zip(classes, _decimals(row.probabilities), strict=True) for cell in pair]
+        return self._joined([as_cell(name), *told, *_decimals([row.gmacs]), *row.tokens])
 
     def name(self, line: str) -> str:
         """The image of a line."""
-        return next(csv.reader([line]))[0]
+        return from_cell(next(csv.reader([line]))[0])
 
     def _joined(self, cells: Sequence[object]) -> str:
         text = io.StringIO()
@@ -245,9 +262,11 @@ class _Files:
         if not self.record.is_file():
             raise ValueError(f"{str(self.output)!r} is there without its {self.record.name!r}: {choose}")
         try:
-            earlier = json.loads(self.record.read_text())
-        except ValueError:
-            earlier = {}
+            earlier = read_record(self.record)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, so that nobody can tell what {str(self.output)!r} was made with: {choose}"
+            ) from None
         other = [name for name, value in self.settings.items() if earlier.get(name) != value]
         if other:
             raise ValueError(f"{str(self.output)!r} was made with another {' and '.join(other)}: {choose}")
@@ -260,7 +279,7 @@ class _Files:
         """Cut off a last line that is not whole, and keep the settings."""
         for path in self._written():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        write_atomically(self.record, json.dumps(self.settings, indent=2) + "\n")
+        write_record(self.record, self.settings)
 
     def lines(self) -> dict[int, str]:
         """The whole lines by the index of their image, in the order in which they stand."""
@@ -362,6 +381,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the lines, as JSON holds it."""
     return {
+        VERSION: version(),
         "model": digest(model, (model.config, model.shape)),
         "folder": str(config.folder.resolve()),
         "top": config.top,

@@ -11,6 +11,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adaptvit.files import write_atomically
+from adaptvit.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Table:
 
     def text(self) -> str:
         """The same table for a terminal."""
-        lines = [self.columns, *self.rows]
+        lines = [[shown(cell) for cell in line] for line in (self.columns, *self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         return "\n".join(
             "  ".join(

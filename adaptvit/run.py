@@ -19,7 +19,7 @@ from adaptvit.checkpoints import digest, open_model, save, start_from
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
-from adaptvit.files import write_atomically
+from adaptvit.files import check_output, check_output_folder, write_atomically
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.adavit_fit import fit_policies
 from adaptvit.methods.avit import AViTConfig
@@ -29,6 +29,7 @@ from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream
+from adaptvit.terminal import say
 from adaptvit.train import Epoch, Recipe, fingerprint, train
 from adaptvit.untrained import adapt, fit_merging
 from adaptvit.vit import check
@@ -111,18 +112,22 @@ class Outcome:
 
 
 @as_found()
-def run(config: Run, resume: bool = False) -> Outcome:
+def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
     Where there is a target, the knob is set once more after the last epoch, on training images prepared as test images
     are.
 
+    Args:
+        resume: go on from a checkpoint of the same run; False refuses where there is one.
+        known_by: what else tells this run from others.
     Raises:
         FileNotFoundError: no such data or weights.
         TypeError: the model is not a ViT that this library reproduces.
         ValueError: data, weights, teacher and recipe do not go together.
         And what `adaptvit.train.train` raises.
     """
+    check_output_folder(config.output)
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
     settings = _settings(config.model, arguments)
@@ -157,7 +162,7 @@ def run(config: Run, resume: bool = False) -> Outcome:
         )
     method: Any = config.method
     taught = None if teacher is None else digest(teacher, teacher.config)
-    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught)
+    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught, known_by)
     key = fingerprint(method.build(vit), data, config.recipe, fitted)
     if config.sharpness is not None:
         scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
@@ -204,7 +209,7 @@ def _is_main() -> bool:
 def _tell(words: str) -> None:
     """Once, however many processes train."""
     if _is_main():
-        print(words)
+        say(words)
 
 
 def _settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -260,8 +265,7 @@ def set_budget(
         raise ValueError(f"unit {unit!r} needs a target")
     target = 0.5 if target is None else target
     check_target(target, unit)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {str(output)!r}: there is no folder {str(output.parent)!r}")
+    check_output(output)
     opened = open_model(model)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
     config: MethodConfig = opened.config
@@ -279,7 +283,12 @@ def set_budget(
         opened = adapt(opened.vit, method or "merge", looked_at, target, unit, tolerance, labels, tell)
     else:
         meet_target(opened, looked_at, target, unit, tolerance, labels, tell)
-    save(opened, output)
+    try:
+        save(opened, output)
+    except OSError as error:
+        knob = opened.config.knob
+        found = f"{knob.field} {getattr(opened.config, knob.field):g} meets the target"
+        raise OSError(error.errno, f"{error.strerror or error}; {found}") from error
     return opened.config
 
 

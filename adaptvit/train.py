@@ -37,13 +37,14 @@ from adaptvit.checkpoints import digest
 from adaptvit.checks import In, check_fields
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
-from adaptvit.files import replacing, write_atomically
+from adaptvit.files import check_output_folder, replacing, write_atomically
 from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream, stream
+from adaptvit.terminal import shown
 from adaptvit.usage import Output
 from adaptvit.vit import check_images, prefix_tokens
 
@@ -193,6 +194,7 @@ def train(
         log_with="tensorboard" if recipe.tensorboard else None,
         project_dir=output,
     )
+    check_output_folder(output)
     output.mkdir(parents=True, exist_ok=True)
     with _only_run(output) if accelerator.is_main_process else nullcontext():
         return _Training(accelerator, model, data, recipe, output, name, teacher, key).run(resume)
@@ -225,7 +227,7 @@ class _Training:
         teacher: nn.Module | None,
         key: str | None,
     ) -> None:
-        self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, name
+        self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, shown(name)
         self.output = output
         key = key or fingerprint(model, data, recipe, None if teacher is None else digest(teacher, None))
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"

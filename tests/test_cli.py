@@ -1,8 +1,14 @@
+import errno
+import json
+import os
+import signal
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from models import METHODS, small_vit
@@ -247,3 +253,146 @@ def test_a_mixture_of_priors_is_written_in_brackets() -> None:
     method = train_parser(["train", "digits"]).parse_args(words).method
     assert (method.prior, method.prior_depth, method.prior_weights) == (("gaussian", "cauchy"), (2, 10), (7, 3))
     assert train_parser(["train", "digits"]).parse_args(["--method.prior", "cauchy"]).method.prior == "cauchy"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_sigterm_says_what_sigint_says(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def long(folder: Path) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on") from None
+
+    monkeypatch.setattr(cli.demo, "run", long)
+    assert cli.main(["demo"]) == code
+    assert said(capsys) == "adaptvit: stopped; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interruption_without_words_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def stop(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.demo, "run", stop)
+    assert cli.main(["demo"]) == 130
+    assert said(capsys) == "adaptvit: interrupted\n"
+
+
+@pytest.mark.parametrize("fault", [AssertionError, KeyError, AttributeError, IndexError, RuntimeError], ids=str)
+def test_a_fault_of_ours_is_not_said_to_be_the_users(fault: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(folder: Path) -> None:
+        raise fault("ours")
+
+    monkeypatch.setattr(cli.demo, "run", wrong)
+    with pytest.raises(fault, match="ours") as told:
+        cli.main(["demo"])
+    assert told.value.__notes__ == ["This is a fault of adaptvit, not yours: please report it with the lines above."]
+
+
+def test_a_type_error_that_python_finds_in_our_lines_is_said_to_be_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "demo", None)  # which cannot be called
+    assert cli.main(["demo"]) == 2
+    assert said(capsys).startswith(
+        "adaptvit: TypeError, which looks like a fault of adaptvit itself; ADAPTVIT_TRACEBACK=1"
+    )
+
+
+def test_a_variable_shows_where_an_error_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["budget", "a\x1b[31m", "folder", "no/where/out.safetensors"]
+    assert cli.main(words) == 2
+    (sentence,) = said(capsys).splitlines()
+    monkeypatch.setenv("ADAPTVIT_TRACEBACK", "1")
+    assert cli.main(words) == 2
+    lines = said(capsys).splitlines()
+    assert lines[0].startswith("Traceback")
+    assert "in check_output" in "".join(lines)
+    assert lines[-1] == sentence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "no\x1b[31m\u202e.pth", "nowhere"],
+        ["fly\x1b[31m"],
+        ["bench", "vit\x1b[31m"],
+        ["train", "digits", "--recipe.epochs", "\x1b[31m"],
+        ["convert", "a\x1b[31m.pth", "b", "deit_tiny_patch16_224"],
+        ["compare", "\x1b[31m"],
+        ["predict", "m", "f\x1b[31m", "--output", "\x1b.txt"],
+    ],
+    ids=lambda words: words[0].strip("\x1b[31m"),
+)
+def test_escapes_in_a_name_are_shown(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(words) == 2
+    told = capsys.readouterr()
+    assert r"\x1b" in told.err
+    assert "\x1b" not in told.err + told.out
+    assert "\u202e" not in told.err + told.out
+
+
+TINY_BENCH = ["test_vit", "--method=full", "--img-size=32", "--images=2", "--batch-size=2", "--rounds=1", "--threads=1"]
+
+
+def test_a_reader_that_goes_away_leaves_the_command_quiet(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    target = tmp_path / "figures.json"
+    words = ["bench", *TINY_BENCH]
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert cli.main([*words, "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["rounds"] == 1
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["bench", "--help"])
+        assert stop.value.code == 0
+    assert capfd.readouterr().err == ""
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_figures_are_told_where_the_disk_is_full(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = tmp_path / "vit.safetensors"
+    save(METHODS["full"].build(small_vit(num_classes=2)), model)
+    target = tmp_path / "figures"
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    evaluate = [str(model), str(images), "--rounds", "0", "--workers", "0"]
+    commands = {
+        "ratio": ["bench", *TINY_BENCH, "--json", str(target)],
+        "top1": ["evaluate", *evaluate, "--json", str(target)],
+        "gmacs": ["evaluate", *evaluate, "--csv", str(target)],
+        "of the MACs": ["budget", str(model), str(images), str(target), "--target", "0.9", "--method", "ats"],
+    }
+    for figure, words in commands.items():
+        assert cli.main(words) == 2
+        told = capsys.readouterr()
+        assert figure in told.out
+        last = told.err.splitlines()[-1]
+        assert last.startswith("adaptvit: ")
+        assert "No space left on device" in last
+        assert str(target) in last
+    assert "rate" in last  # of the budget, whose knob was found
+    assert not target.exists()

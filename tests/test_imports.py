@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "adaptvit"
 
 LAYERS: list[set[str]] = [
     {"checks"},
-    {"process"},
-    {"files", "seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
+    {"files", "process", "terminal"},
+    {"records"},
+    {"seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs", "parts"},
     {"vit"},
     {"model", "gated"},

@@ -1,0 +1,32 @@
+"""Lines for a terminal: what a name holds is shown, never obeyed."""
+
+import os
+import sys
+from typing import TextIO
+
+
+def shown(text: object) -> str:
+    """Text on one line, each character that a terminal would obey or not show as Python writes it: \\x1b, \\u202e."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
+    )
+
+
+def say(line: object, file: TextIO | None = None) -> None:
+    """Print one line, at once, to the standard output unless told; what the encoding lacks is shown as `shown` does.
+
+    Where nobody reads any more, as after `| head`, this and what follows goes nowhere, and the work goes on.
+    """
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(shown(line).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except BrokenPipeError:
+        leave(file)
+
+
+def leave(file: TextIO) -> None:
+    """What is written to a file from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)

@@ -1,0 +1,49 @@
+import io
+import os
+
+import pytest
+
+from adaptvit.report import Picture, Report, Section, Table, write
+from adaptvit.terminal import say, shown
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202egnp.exe\u2066\r\n\x9b2J\udcff\u200b"
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    assert shown(HOSTILE) == (
+        r"\x1b]0;owned\x07\x1b[31mred\u202egnp.exe\u2066\r\n\x9b2J\udcff\u200b"  # a surrogate is a byte of a name
+    )
+    assert shown("Käfer, 甲虫 ± 1") == "Käfer, 甲虫 ± 1"
+
+
+def test_a_line_is_said_in_any_encoding() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    say("Käfer ± \x1b", file)
+    assert file.buffer.getvalue() == rb"K\xe4fer \xb1 \x1b" + os.linesep.encode()
+
+
+def test_where_nobody_reads_any_more_the_work_goes_on() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as file:
+        say("one", file)
+        say("two", file)
+
+
+def test_a_table_shows_names_and_a_report_quotes_them(tmp_path: pytest.TempPathFactory) -> None:
+    table = Table(["", "<b>top-1</b>"], [["a\x1b[31m<script>alert(1)</script>\n", "1"]], "note")
+    first, second = table.text().split("\n")
+    assert second.startswith(r"a\x1b[31m<script>")
+    assert len(first) == len(second)
+    picture = Picture("data:image/png;base64,", '"><script>alert(2)</script>')
+    name = "<script>alert(3)</script>"
+    report = Report(
+        title=name,
+        headline=name,
+        introduction=[name],
+        table=table,
+        sections=[Section(name, [picture])],
+        facts={name: {name: name}},
+    )
+    write(report, tmp_path / "report.html")
+    assert "<script" not in (tmp_path / "report.html").read_text()
