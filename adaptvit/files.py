@@ -118,8 +118,8 @@ def from_cell(text: str) -> str:
 def write_csv(path: Path | str, lines: Sequence[Mapping[str, object]]) -> None:
     """Write a CSV file with a column for each name in any of the lines, whole or not at all, as `as_cell` has it."""
     names = list(dict.fromkeys(name for line in lines for name in line))
-    cells = [names, *([as_cell(line.get(name)) for name in names] for line in lines)]
-    write_atomically(path, "".join(map(csv_line, cells)))
+    told = [csv_line([as_cell(line.get(name)) for name in names]) for line in lines]
+    write_atomically(path, "".join([csv_line(names), *told]))
 
 
 def csv_line(cells: Sequence[object]) -> str:
@@ -172,5 +172,5 @@ def append_csv(path: Path, line: Mapping[str, object], names: Sequence[str]) -> 
         header, lines = read_csv(path, names)
         columns = list(dict.fromkeys([*header, *line]))
         longer = [earlier + [""] * (len(columns) - len(header)) for earlier in lines]
-        cells = [columns, *longer, [as_cell(line.get(name)) for name in columns]]
-        write_atomically(path, "".join(map(csv_line, cells)))
+        added = csv_line([as_cell(line.get(name)) for name in columns])
+        write_atomically(path, "".join([csv_line(columns), *map(csv_line, longer), added]))
