@@ -155,13 +155,16 @@ def read_slots(vit: VisionTransformer) -> int | None:
 def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Images -> tokens (B, N, D) as the first block receives them, and the patch grid (rows, columns).
 
+    An image that is not finite has no finite token, so that whatever a method leaves out of it, its logits are NaN.
+
     Raises:
         ValueError: the images' shape or device does not fit the model.
         TypeError: the images are not floating point, or of another precision than the weights.
     """
     check_images(vit, images)
-    x = vit.patch_embed(images)
-    return vit.norm_pre(vit.patch_drop(vit._pos_embed(x))), patch_grid(vit, images)
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+    spoilt = 0 * x.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # 0, or NaN
+    return x + spoilt.to(x.dtype), patch_grid(vit, images)
 
 
 def check_images(vit: VisionTransformer, images: Tensor) -> None:

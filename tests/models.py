@@ -152,7 +152,7 @@ def _calibrate(policy: nn.Linear, read: Tensor, generator: torch.Generator) -> N
     own, shared = (torch.randn(policy.weight.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     weight = own / 2 + shared[:1]
     logits = read @ weight.T
-    weight = weight * 2 / logits.std(dim=0)[:, None]
+    weight = weight * 2 / logits.std(dim=0).clamp(min=1e-3)[:, None]  # 0 where all that is read is alike
     policy.weight.data.copy_(weight)
     policy.bias.data.copy_(-(read @ weight.T).mean(dim=0))
 

@@ -72,6 +72,29 @@ def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: typ
             assert torch.equal(alone.usage.live[0], together.usage.live[index])
 
 
+@LAYOUTS
+@pytest.mark.parametrize("flavour", ["class token", "average pool, no class token", "attention pool", "mixer"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
+    method: str, flavour: str, layout: type
+) -> None:
+    model = build(method, flavour, dtype=torch.float64).eval()
+    batch = images(model.vit, count=5, dtype=torch.float64)
+    spoilt = batch.clone()
+    spoilt[1] = torch.nan
+    spoilt[3, 0, 5, 3] = torch.inf  # in one patch
+    with torch.inference_mode():
+        whole, output = model(batch, layout), model(spoilt, layout)
+    sound = [0, 2, 4]
+    torch.testing.assert_close(output.logits[sound], whole.logits[sound], atol=1e-12, rtol=1e-10)
+    assert torch.equal(output.usage.live[sound], whole.usage.live[sound])
+    assert not output.logits[[1, 3]].isfinite().any()
+    with torch.inference_mode():
+        alone = model(spoilt[3:4], layout)
+    assert not alone.logits.isfinite().any()
+    assert torch.equal(alone.usage.live[0], output.usage.live[3])
+
+
 @pytest.mark.parametrize(
     "method",
     [

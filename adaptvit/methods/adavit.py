@@ -243,6 +243,7 @@ class AdaViT(AdaptiveViT):
     def gate(self, logits: Tensor, threshold: float, masked: bool) -> Tensor:
         """m: 0 or 1 for every logit; float with the gradient of a soft decision where `masked`, else bool."""
         config = self.config
+        logits = logits.nan_to_num(torch.inf, torch.inf, -torch.inf)  # NaN leaves nothing out: it shows in every layout
         if config.random:
             drawn = torch.rand_like(logits) < probability(config.lean - log_odds(threshold))
             return drawn.to(logits.dtype) + 0 * logits if masked else drawn  # every parameter stays in the graph

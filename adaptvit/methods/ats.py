@@ -124,13 +124,12 @@ class ATS(AdaptiveViT):
             images: (B, channels, height, width).
             layout: None packs.
             generator: for the draws of `gumbel`; in training None is torch's own.
-        Raises:
-            ValueError: scores that are not finite.
         """
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
         del x  # or it would stay to the end
-        live, finite = [tokens.live], []
+        live = [tokens.live]
+        sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
         order = random_order(images, tokens.shape[1] - self.prefix) if self.config.sampler == "random" else None
         reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
         for number, block in enumerate(self.vit.blocks):
@@ -138,8 +137,10 @@ class ATS(AdaptiveViT):
                 projected = project(block, tokens)
                 with torch.no_grad():
                     score = self.score(tokens, projected, live[-1])
-                    finite.append(score.isfinite().all())
-                    live.append(self.sample(score, live[-1], number, generator, order))
+                    finite = score.isfinite().all(dim=1, keepdim=True)
+                    alike = normalise(torch.zeros_like(score), live[-1][:, self.prefix :])
+                    live.append(self.sample(score.where(finite, alike), live[-1], number, generator, order))
+                    sound = sound & finite
                 tokens = run_block(block, tokens, live[-1], projected)
             elif number == self.depth - 1 and self.read is not None:
                 live.append(reading.expand(tokens.shape))
@@ -147,11 +148,9 @@ class ATS(AdaptiveViT):
             else:
                 live.append(live[-1])
                 tokens = run_block(block, tokens)
-        if not all(sound := torch.stack(finite).tolist()):
-            block = list(self.points)[sound.index(False)]
-            raise ValueError(f"ATS cannot score the patches in block {block}: its attention or values are not finite")
         x = tokens.first(tokens.x, self.read or tokens.shape[1])
         logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
+        logits = logits.masked_fill(~sound, torch.nan)  # of an image whose patches could not be scored
         held = torch.stack(live, dim=1)
         usage = Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
         return Output(logits, usage, distilled=distilled)

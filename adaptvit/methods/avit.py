@@ -234,7 +234,7 @@ def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tens
     Source: A-ViT, Algorithm 1. Differs: scores that add up to exactly 1 - epsilon halt; the released code loses them.
     """
     left = remainder - score
-    going = left > epsilon
+    going = ~(left <= epsilon)  # so does NaN, until it has spoilt the logits in every layout
     return torch.where(going, score, remainder), going, left
 
 

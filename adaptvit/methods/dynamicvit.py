@@ -163,7 +163,7 @@ class DynamicViT(AdaptiveViT):
             layout: None is `Masked` in training, whose masks pass gradients, and `Packed` in evaluation.
             teacher: in training, a teacher's patches for the same images, (B, P, D), after its last norm.
         Raises:
-            ValueError: `Packed` in training, a teacher in evaluation or of another shape, scores that are not finite.
+            ValueError: `Packed` in training, a teacher in evaluation or of another shape.
         """
         layout = layout or (Masked if self.training else Packed)
         if self.training:
@@ -176,12 +176,12 @@ class DynamicViT(AdaptiveViT):
         tokens = layout.of(x)
         del x  # or it would stay to the end
         depth = torch.full(tokens.shape, self.depth, device=images.device)
-        finite = []
+        sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
         for number, block in enumerate(self.vit.blocks):
             if number in self.stages:
                 stage = self.stages.index(number)
                 score = self.score_predictor[stage](tokens, self.prefix)
-                finite.append(tokens.rows(score).isfinite().all())
+                sound = sound & tokens.rows(score).isfinite().all(dim=1, keepdim=True)
                 before, tokens = tokens.live, self.drop(tokens, score, stage)
                 depth = depth.masked_fill(before & ~tokens.live, number)
             if number == self.depth - 1 and self.read is not None:
@@ -189,13 +189,9 @@ class DynamicViT(AdaptiveViT):
                 last, tokens = tokens, run_block(block, tokens, reading)
             else:
                 last = tokens = run_block(block, tokens)
-        if not all(sound := torch.stack(finite).tolist()):
-            raise ValueError(
-                f"DynamicViT cannot score the patches before block {self.stages[sound.index(False)]}: "
-                "its features are not finite"
-            )
         x = tokens.first(tokens.x, self.read or tokens.shape[1])
         logits, distilled = classify(self.vit, x, last.live[:, : x.shape[1]])
+        logits = logits.masked_fill(~sound, torch.nan)  # of an image whose patches could not be told apart
         return Output(logits, self.usage(depth, grid), distilled=distilled)
 
     def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:

@@ -117,14 +117,14 @@ class EViT(AdaptiveViT):
             keep_rate: in (0, 1], in place of the config's, for all blocks or for each; a block whose own is 1 still
                 leaves its tokens alone, and the config's `tokens` stand. None is the config's.
         Raises:
-            ValueError: scores that are not finite, or keep rates out of range or of another number than the blocks.
+            ValueError: keep rates out of range or of another number than the blocks.
         """
         x, grid = embed(self.vit, images)
         tokens = (layout or Packed).of(x)
         del x  # or it would stay to the end
         kept = self.kept(tokens.shape[1] - self.prefix, keep_rate)
         reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
-        live, finite = [tokens.live], []
+        live = [tokens.live]
         fused = [torch.zeros_like(live[0])]
         for number, block in enumerate(self.vit.blocks):
             live.append(live[-1])
@@ -133,7 +133,6 @@ class EViT(AdaptiveViT):
                 projected = project(block, tokens)
                 score = self.score(tokens, projected)
                 tokens = add_attention(block, tokens, projected=projected)
-                finite.append(score.isfinite().all())
                 tokens, place = self.reduce(tokens, score, kept[number])
                 live[-1] = tokens.live
                 fused[-1] = (fused[-1] | place) & live[-1]
@@ -143,9 +142,6 @@ class EViT(AdaptiveViT):
                 tokens = run_block(block, tokens, reading)
             else:
                 tokens = run_block(block, tokens)
-        if finite and not all(sound := torch.stack(finite).tolist()):
-            block = list(kept)[sound.index(False)]
-            raise ValueError(f"EViT cannot score the patches in block {block}: its attention is not finite")
         x = tokens.first(tokens.x, self.read or tokens.shape[1])
         logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
         usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), grid)
