@@ -25,7 +25,7 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
-from adaptvit.usage import join
+from adaptvit.usage import check_finite, join
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,7 +90,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         tokens attended to per block (mean, min, max over images), and the conditions of the run.
     Raises:
         TypeError: the model is not a ViT that the library reproduces.
-        ValueError: the images cannot be read, or the target cannot be met.
+        ValueError: the images cannot be read, the target cannot be met, or logits are not finite.
     """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -106,7 +106,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         meet_target(model, images, config.target)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
-        usage = join([model(batch).usage for batch in batches])
+        passes_made = [(output.logits.detach(), output.usage) for output in map(model, batches)]
+    logits, usages = zip(*passes_made, strict=True)
+    check_finite(torch.cat(logits), "logits")
+    usage = join(list(usages))
     load_before = os.getloadavg()[0]
     with torch.inference_mode(not config.train):
         step = _train_step if config.train else _evaluate

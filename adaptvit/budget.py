@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.usage import join
+from adaptvit.usage import check_finite, join
 
 BATCH = 32
 FINEST = 1e-3
@@ -40,16 +40,18 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
     """Run a model, in its present mode, on calibration images.
 
     In training mode no image leaves its batch early, so that the same knob executes more.
+
+    Raises:
+        ValueError: logits that are not finite; the image is named by its place.
     """
     config = model.config
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
         start = time.perf_counter()
         outputs = [model(batch) for batch in images.split(BATCH)]
-        top1 = None
-        if labels is not None:
-            predicted = torch.cat([output.logits for output in outputs]).argmax(dim=1)
-            top1 = (predicted == labels).double().mean().item()
+        logits = torch.cat([output.logits for output in outputs])
+        check_finite(logits, "logits")
+        top1 = None if labels is None else (logits.argmax(dim=1) == labels).double().mean().item()
         usage = join([output.usage for output in outputs])
         executed = macs(usage, model.shape).double().mean().item()  # an accelerator is waited for here
         seconds = time.perf_counter() - start
@@ -92,7 +94,8 @@ def meet_target(
         The model's new config. Where the cost jumps over the target, the value on the frugal side; where everything the
         method can compute costs less than the target, the value that computes it.
     Raises:
-        ValueError: the method has no knob, or no value of it meets the target; the model is as it was.
+        ValueError: the method has no knob, no value of it meets the target, or logits that are not finite; the model is
+            as it was.
     """
     check_target(target, unit)
     config = model.config

@@ -1,6 +1,5 @@
 """Vision transformers that spend compute where an image needs it."""
 
-import json
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ from adaptvit.comparisons import COMPARISONS
 from adaptvit.data import Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.files import append_csv, check_output, read_csv, write_atomically
+from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
 from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.process import as_found
@@ -291,7 +290,7 @@ def run_evaluate(arguments: Namespace) -> int:
     result, figures = evaluate_model(config)
     _say_listed(figures)
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
     if arguments.csv:
         append_csv(arguments.csv, figures, KNOWN_BY)
     return _say_unreadable(result.unreadable)
@@ -426,7 +425,7 @@ def run_bench(arguments: Namespace) -> None:
     loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
     say(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
     if arguments.json:
-        write_atomically(arguments.json, json.dumps(figures, indent=2) + "\n")
+        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
 
 
 def convert_parser() -> ArgumentParser:

@@ -33,7 +33,7 @@ from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import DataConfig, Unreadable, open_split
 from adaptvit.draw import full_usage, last_groups, pixels
 from adaptvit.evaluate import check_classes, outputs
-from adaptvit.files import check_output_folder, write_atomically, write_csv
+from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.avit_gate import fit_gate
@@ -190,7 +190,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
         tell(rows)
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
     write_csv(config.output / "methods.csv", [_line(row) for row in rows])
-    write_atomically(config.output / "conditions.json", json.dumps(conditions | timed["machine"], indent=2) + "\n")
+    write_atomically(config.output / "conditions.json", as_json(conditions | timed["machine"], indent=2) + "\n")
     plots = _plots(rows, {entry.name: model.config.method for entry, model in models.items() if entry.budget is None})
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
@@ -291,7 +291,7 @@ class _Compared:
             data = Subset(self.split(model), self.measured)
             record |= _measured(runs, model.shape, data, self.config.batch_size, self.config.workers)
         _keep(path, record)
-        return dict(json.loads(json.dumps(record)))  # the same, tuples and lists, whether found out now or earlier
+        return dict(json.loads(as_json(record)))  # the same, tuples and lists, whether found out now or earlier
 
     def made(self, entry: Entry) -> AdaptiveViT:
         """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
@@ -498,8 +498,9 @@ def _measured(
             attended += output.usage.attended.sum(dim=0).cpu()
     count = sum(map(len, right))
     if count < 2:
+        first = f": {unreadable[0].name}, {unreadable[0].reason}, is the first that is not" if unreadable else ""
         raise ValueError(
-            f"two images or more must be readable to be measured, got {count} of {count + len(unreadable)}"
+            f"two images or more must be readable to be measured, got {count} of {count + len(unreadable)}{first}"
         )
     correct, gmacs = torch.cat(right), torch.cat(costs)
     return {
@@ -520,8 +521,9 @@ def _method(entry: Entry) -> str:
 
 
 def _paired(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
-    """Mean and standard error of the difference in top-1, image by image; None of `base` itself and where refused."""
-    if record is base or record["refused"] or base["refused"]:
+    """Mean and standard error of the difference in top-1, image by image; None of `base` itself, where refused, and
+    where the two are of other images, as the logits of one are not finite for some."""
+    if record is base or record["refused"] or base["refused"] or record["unreadable"] != base["unreadable"]:
         return None
     own, other = (torch.tensor([float(digit) for digit in one["correct"]]).double() for one in (record, base))
     gap = own - other
@@ -549,7 +551,7 @@ def _line(row: Row) -> dict[str, Any]:
     line |= {f"{name}_gain": row.speed.get(name) for name in ("ideal", "realised")}
     line |= {f"ms_{name}": 1e3 * row.speed[name] for name in ("p50", "p95")}
     line["tokens_per_block"] = " ".join(f"{count:.0f}" for count in record["tokens_per_block"])
-    return line | {"config": json.dumps(record["config"])}
+    return line | {"config": as_json(record["config"])}
 
 
 def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:

@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.data import IMAGE_SUFFIXES, DataConfig, Samples, Unreadable, class_names, collate, open_split
+from adaptvit.data import IMAGE_SUFFIXES, NOT_FINITE, DataConfig, Samples, Unreadable, class_names, collate, open_split
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.process import as_found
-from adaptvit.usage import Usage, join
+from adaptvit.usage import Output, Usage, join
 
 PAGE = 24
 """Most images on a grid."""
@@ -239,14 +239,19 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
         items = [samples[index] for index in part]
         batch = collate(items)
         unreadable += batch.unreadable
-        readable += [index for index, item in zip(part, items, strict=True) if not isinstance(item, Unreadable)]
-        if len(batch.labels):
-            output = model(batch.images.to(like))
-            _check_tracked(model, output.usage)
-            logits = output.logits.double().cpu()
-            usages.append(output.usage)
-            classes.append(batch.labels if labelled else logits.argmax(dim=1))
-            difficulty.append(cross_entropy(logits, classes[-1], reduction="none"))
+        there = [index for index, item in zip(part, items, strict=True) if not isinstance(item, Unreadable)]
+        if not len(batch.labels):
+            continue
+        output = model(batch.images.to(like))
+        _check_tracked(model, output.usage)
+        logits = output.logits.double().cpu()
+        sound = logits.isfinite().all(dim=1)
+        unreadable += _spoilt(samples, there, sound)
+        readable += [index for index, fine in zip(there, sound.tolist(), strict=True) if fine]
+        usages.append(output.usage.to_keep().of_images(sound))
+        labels = batch.labels if labelled else logits.argmax(dim=1)
+        classes.append(labels[sound])
+        difficulty.append(cross_entropy(logits[sound], classes[-1], reduction="none"))
     if not readable:
         raise _none_readable(unreadable, config.folder)
     return Record(readable, join(usages), torch.cat(classes), torch.cat(difficulty), unreadable)
@@ -345,7 +350,17 @@ class Files:
 
 def full_usage(model: AdaptiveViT, images: Tensor) -> Usage:
     """The record of a run that no image leaves early, so that every token's depth is its own."""
-    return (model(images, early_exit=False) if isinstance(model, AViT) else model(images)).usage
+    return _full_output(model, images).usage
+
+
+def _full_output(model: AdaptiveViT, images: Tensor) -> Output:
+    return model(images, early_exit=False) if isinstance(model, AViT) else model(images)
+
+
+def _spoilt(samples: Samples, indices: Sequence[int], sound: Tensor) -> list[Unreadable]:
+    """The images whose logits are not finite."""
+    pairs = zip(indices, sound.tolist(), strict=True)
+    return [Unreadable(samples.name(index), NOT_FINITE) for index, fine in pairs if not fine]
 
 
 def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
@@ -395,14 +410,18 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
         items: list[Any] = [samples[index] for index in part]
         good = [item[0] for item in items if not isinstance(item, Unreadable)]
         if good:
-            usage = full_usage(model, torch.stack(good).to(like))
+            output = _full_output(model, torch.stack(good).to(like))
+            usage = output.usage
             _check_tracked(model, usage)
-            maps = iter(zip(usage.patch_depth.cpu(), last_groups(usage), strict=True))
+            sound = output.logits.isfinite().all(dim=1).tolist()
+            maps = iter(zip(sound, usage.patch_depth.cpu(), last_groups(usage), strict=True))
         for index, item in zip(part, items, strict=True):
             if isinstance(item, Unreadable):
                 yield item
-            else:
-                yield Seen(samples.name(index), item[1], item[0], *next(maps))
+                continue
+            fine, depth, groups = next(maps)
+            name = samples.name(index)
+            yield Seen(name, item[1], item[0], depth, groups) if fine else Unreadable(name, NOT_FINITE)
 
 
 @torch.inference_mode()

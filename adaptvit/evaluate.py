@@ -5,7 +5,7 @@ Letters: B images, L blocks, N token slots.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -15,12 +15,12 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields, checked
-from adaptvit.data import Batch, DataConfig, Unreadable, class_names, collate, open_split
+from adaptvit.data import NOT_FINITE, Batch, DataConfig, Samples, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
@@ -61,13 +61,13 @@ class Result:
     depth_spread_within: float | None
     """Standard deviation of the depth over the patches of an image, mean over images."""
     usage: Usage
-    """The record of every image, in the order of the data set."""
+    """The record of every image, in the order of the data set, without `fused` and `groups`, which `outputs` has."""
     losses: Tensor
     """(images,) cross-entropy of each."""
     correct: Tensor
     """(images,) bool, whose label has the largest logit."""
     unreadable: tuple[Unreadable, ...]
-    """Images that could not be decoded, and are not counted anywhere else."""
+    """Images that could not be decoded, or whose logits are not finite; they are not counted anywhere else."""
 
     @property
     def figures(self) -> dict[str, float | int | None]:
@@ -115,23 +115,26 @@ def evaluate(
         layout: as in the adaptive model's forward.
         workers: processes that decode; 0 decodes here.
     Raises:
-        ValueError: the data set has no image that can be read, or a label that the model's head does not have.
+        ValueError: the data set has no image that can be read and has finite logits, or a label that the model's head
+            does not have.
     """
     training = model.training
     model.eval()
-    logits, labels, usages, unreadable = [], [], [], []
+    losses, places, usages, unreadable = [], [], [], []
     try:
         for batch, output in outputs(model, data, layout, batch_size, workers):
             unreadable += batch.unreadable
             if output is not None:
-                logits.append(output.logits.float().cpu())
-                labels.append(batch.labels)
-                usages.append(_on_host(output.usage))
+                logits = output.logits.float().cpu()
+                losses.append(cross_entropy(logits, batch.labels, reduction="none"))
+                places.append((logits.argsort(dim=1, descending=True) == batch.labels[:, None]).int().argmax(dim=1))
+                usages.append(output.usage.to_keep())
     finally:
         model.train(training)
     if not usages:
-        raise ValueError("evaluate needs at least one image that can be read, and the data set has none")
-    return _result(torch.cat(logits), torch.cat(labels), join(usages), model, tuple(unreadable))
+        first = f": {unreadable[0].name}, {unreadable[0].reason}, is the first" if unreadable else ""
+        raise ValueError(f"evaluate needs at least one image that can be read, and the data set has none{first}")
+    return _result(torch.cat(losses), torch.cat(places), logits.shape[1], join(usages), model, tuple(unreadable))
 
 
 @checked
@@ -145,17 +148,44 @@ def outputs(
 ) -> Iterator[tuple[Batch, Output | None]]:
     """Each batch of a data set and what a model makes of it, in its present mode; None where no image can be read.
 
+    An image whose logits are not finite is left out of both and named with the unreadable ones.
+
     Raises:
         ValueError: a label that the model's head does not have.
     """
     like = next(model.parameters())
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
+    seen = 0
     for batch in tqdm(loader, desc="evaluating", leave=False):
         batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
         output = _forward(model, batch.images.to(like), layout) if len(batch.labels) else None
         if output is not None:
             _check_labels(batch.labels, output.logits.shape[1])
+        items = range(seen, seen + len(batch.labels) + len(batch.unreadable))
+        seen = items.stop
+        if output is not None and not (sound := output.logits.isfinite().all(dim=1)).all():
+            batch, output = _sound(batch, output, sound, data, items)
         yield batch, output
+
+
+def _sound(batch: Batch, output: Output, sound: Tensor, data: Dataset, items: range) -> tuple[Batch, Output | None]:
+    """What is left of a batch, its items numbered in the data set, without the images whose logits are not finite."""
+    read = [item for item in items if not isinstance(data[item], Unreadable)] if batch.unreadable else list(items)
+    names = [_name(data, item) for item, fine in zip(read, sound.tolist(), strict=True) if not fine]
+    spoilt = [Unreadable(name, NOT_FINITE) for name in names]
+    there = sound.cpu()
+    batch = Batch(batch.images[there], batch.labels[there], batch.unreadable + spoilt)
+    if not there.any():
+        return batch, None
+    distilled = None if output.distilled is None else output.distilled[sound]
+    return batch, replace(output, logits=output.logits[sound], usage=output.usage.of_images(sound), distilled=distilled)
+
+
+def _name(data: Dataset, item: int) -> str:
+    """Of an image, by its number in the data set."""
+    if isinstance(data, Subset):
+        return _name(data.dataset, data.indices[item])
+    return data.name(item) if isinstance(data, Samples) else f"image {item}"
 
 
 def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: int = 10) -> Speed:
@@ -260,27 +290,22 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"the model has {classes} classes, 0 to {classes - 1}, but the data set has the label {wrong}")
 
 
-def _on_host(usage: Usage) -> Usage:
-    parts = {name: part.cpu() for name, part in vars(usage).items() if isinstance(part, Tensor)}
-    return Usage(**parts, grid=usage.grid, prefix=usage.prefix)
-
-
 def _result(
-    logits: Tensor,
-    labels: Tensor,
+    losses: Tensor,
+    places: Tensor,
+    classes: int,
     usage: Usage,
     model: AdaptiveViT | VisionTransformer,
     unreadable: tuple[Unreadable, ...],
 ) -> Result:
+    """Of (images,) cross-entropies and places of the right class among `classes`, the most probable at 0."""
     shape = model.shape if isinstance(model, AdaptiveViT) else shape_of(model)
     cost = macs(usage, shape).double() / 1e9
-    ranked = logits.argsort(dim=1, descending=True)
-    losses = cross_entropy(logits, labels, reduction="none")
     depth = None if usage.live is None else usage.patch_depth.double().flatten(1)
     return Result(
-        images=len(labels),
-        top1=(ranked[:, 0] == labels).double().mean().item(),
-        top5=(ranked[:, :5] == labels[:, None]).any(dim=1).double().mean().item() if logits.shape[1] > 5 else None,
+        images=len(losses),
+        top1=(places == 0).double().mean().item(),
+        top5=(places < 5).double().mean().item() if classes > 5 else None,
         loss=losses.mean().item(),
         gmacs=cost.mean().item(),
         gmacs_dense=dense_macs(shape, usage.grid) / 1e9,
@@ -293,6 +318,6 @@ def _result(
         depth_spread_within=None if depth is None else depth.std(dim=1, correction=0).mean().item(),
         usage=usage,
         losses=losses,
-        correct=ranked[:, 0] == labels,
+        correct=places == 0,
         unreadable=unreadable,
     )

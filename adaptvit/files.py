@@ -2,12 +2,15 @@
 
 import csv
 import io
+import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -106,7 +109,10 @@ FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def as_cell(value: object) -> object:
-    """What a cell of a CSV file holds: text that a spreadsheet would compute gets a ' in front, as OWASP advises."""
+    """What a cell of a CSV file holds: nothing for a number that is not finite; text that a spreadsheet would compute
+    gets a ' in front, as OWASP advises."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 
@@ -174,3 +180,16 @@ def append_csv(path: Path, line: Mapping[str, object], names: Sequence[str]) -> 
         longer = [earlier + [""] * (len(columns) - len(header)) for earlier in lines]
         added = csv_line([as_cell(line.get(name)) for name in columns])
         write_atomically(path, "".join([csv_line(columns), *map(csv_line, longer), added]))
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+    """A value as JSON; a number that is not finite, for which JSON has none, is null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {name: finite(inside) for name, inside in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inside) for inside in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -232,7 +232,13 @@ class Subject:
         return torch.stack([transform(in_channels(picture, self.channels)) for picture in pictures])
 
     def told(self, logits: Tensor) -> list[tuple[str, float]]:
-        """The most probable classes of an image, and their probabilities."""
+        """The most probable classes of an image, and their probabilities.
+
+        Raises:
+            ValueError: the logits are not finite.
+        """
+        if not logits.isfinite().all():
+            raise ValueError("What the model says of this picture is not finite.")
         best = logits[0].softmax(dim=0).topk(min(TOP, len(self.classes)))
         return [(self.classes[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 

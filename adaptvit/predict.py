@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.data import FolderImages, Unreadable, collate, find_images
-from adaptvit.files import as_cell, check_output, from_cell, locked, replacing
+from adaptvit.data import NOT_FINITE, FolderImages, Unreadable, collate, find_images
+from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
@@ -80,7 +80,7 @@ class Prediction:
     earlier: int
     """Those of them that were there before."""
     unreadable: tuple[Unreadable, ...]
-    """Files that cannot be decoded, in the order of their paths."""
+    """Files that cannot be decoded, or whose logits are not finite, in the order of their paths."""
 
 
 @as_found()
@@ -95,7 +95,7 @@ def predict(config: PredictConfig) -> Prediction:
     Raises:
         FileNotFoundError: the folder, the model, the class names or the folder of the output do not exist.
         ValueError: there are no images, the model has fewer classes than `top` or another number than `class_names`, or
-            the output was made with other settings.
+            the output was made with other settings, or there is no image whose logits are finite.
         ChildProcessError: a process that decodes died.
         FileExistsError: another run is writing to the output.
         OSError: the output cannot be written.
@@ -138,8 +138,9 @@ def _predict(config: PredictConfig, names: list[str], device: torch.device, stat
             )
             for batch in tqdm(loader, desc="predicting", unit="batch", disable=not state.is_main_process):
                 unreadable += batch.unreadable
-                rows = zip(batch.labels.tolist(), _rows(model, batch.images, classes, config.top), strict=True)
-                lines = [form.line(names[index], row) for index, row in rows if index not in done]
+                rows = list(zip(batch.labels.tolist(), _rows(model, batch.images, classes, config.top), strict=True))
+                unreadable += [Unreadable(names[index], NOT_FINITE) for index, row in rows if row is None]
+                lines = [form.line(names[index], row) for index, row in rows if row is not None and index not in done]
                 file.write("".join(lines))
                 file.flush()
                 written += len(lines)
@@ -157,11 +158,15 @@ def _predict(config: PredictConfig, names: list[str], device: torch.device, stat
             f"a process that decodes images died; the same command goes on with {str(config.output)!r}"
         ) from error
 
-    state.wait_for_everyone()
-    if state.is_main_process:
-        files.settle()
-    counts: list[int] = gather_object([written])  # waits for the main process too
+    counts: list[int] = gather_object([written])  # waits for all
     found: list[Unreadable] = gather_object(unreadable)
+    spoilt = [one.name for one in found if one.reason == NOT_FINITE]
+    nothing = not done and not sum(counts) and bool(spoilt)
+    if state.is_main_process:
+        files.remove() if nothing else files.settle()
+    state.wait_for_everyone()
+    if nothing:
+        raise ValueError(f"{config.model}: the logits are not finite for any image, {spoilt[0]!r} being the first")
     order = {name: index for index, name in enumerate(names)}
     return Prediction(
         output=config.output,
@@ -220,7 +225,7 @@ class JsonLines:
             {"class": kind, "probability": round(probability, 6)}
             for kind, probability in zip(row.classes, row.probabilities, strict=True)
         ]
-        return json.dumps({"file": name, "top": told, "gmacs": round(row.gmacs, 6), "tokens": row.tokens}) + "\n"
+        return as_json({"file": name, "top": told, "gmacs": round(row.gmacs, 6), "tokens": row.tokens}) + "\n"
 
     def name(self, line: str) -> str:
         """The image of a line."""
@@ -302,6 +307,11 @@ class _Files:
         for part in parts:
             part.unlink()
 
+    def remove(self) -> None:
+        """Leave nothing, as there is no line."""
+        for path in (self.output, self.record, *self._parts()):
+            path.unlink(missing_ok=True)
+
     def _parts(self) -> list[Path]:
         return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.part-*-of-*"))
 
@@ -335,18 +345,25 @@ def _batches(
     return run, unreadable
 
 
-def _rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, top: int) -> list[Row]:
+def _rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, top: int) -> list[Row | None]:
+    """What is told of each image; None where its logits are not finite."""
     if not len(images):
         return []
     parameter = next(model.parameters())
     with torch.inference_mode():
         output = model(images.to(parameter.device, parameter.dtype))
+        sound = output.logits.isfinite().all(dim=1)
         best = output.logits.float().softmax(dim=1).topk(top, dim=1)
         cost = macs(output.usage, model.shape).double() / 1e9
     return [
-        Row([classes[index] for index in indices], *rest)
-        for indices, *rest in zip(
-            best.indices.tolist(), best.values.tolist(), cost.tolist(), output.usage.attended.tolist(), strict=True
+        Row([classes[index] for index in indices], *rest) if finite else None
+        for finite, indices, *rest in zip(
+            sound.tolist(),
+            best.indices.tolist(),
+            best.values.tolist(),
+            cost.tolist(),
+            output.usage.attended.tolist(),
+            strict=True,
         )
     ]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptvit.files import write_atomically
+from adaptvit.files import as_json, write_atomically
 
 VERSION, CHECKSUM = "version of adaptvit", "sha256"
 """What a record says of itself."""
@@ -74,7 +74,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, whole or not at all."""
-    told = json.loads(json.dumps({VERSION: version(), **record}))  # as it will be read
+    told = json.loads(as_json({VERSION: version(), **record}))  # as it will be read
     write_atomically(path, json.dumps(told | {CHECKSUM: _checksum(told)}, indent=2) + "\n")
 
 

@@ -1,6 +1,5 @@
 """A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from adaptvit.checkpoints import digest, open_model, save, start_from
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
-from adaptvit.files import check_output, check_output_folder, write_atomically
+from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.adavit_fit import fit_policies
 from adaptvit.methods.avit import AViTConfig
@@ -198,7 +197,7 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     file = config.output / "model.safetensors"
     if _is_main():
         save(model, file)
-        write_atomically(config.output / "result.json", json.dumps(result.figures, indent=2) + "\n")
+        write_atomically(config.output / "result.json", as_json(result.figures, indent=2) + "\n")
     return Outcome(model, history, result, file)
 
 

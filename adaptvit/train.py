@@ -5,7 +5,6 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 """
 
 import fnmatch
-import json
 import time
 import warnings
 from collections import defaultdict
@@ -37,7 +36,7 @@ from adaptvit.checkpoints import digest
 from adaptvit.checks import In, check_fields
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
-from adaptvit.files import check_output_folder, replacing, write_atomically
+from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
 from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
@@ -466,7 +465,7 @@ class _Training:
                 raise OSError(
                     f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {fault}"
                 ) from error
-        write_atomically(self.log, "".join(json.dumps(asdict(epoch)) + "\n" for epoch in self.history))
+        write_atomically(self.log, "".join(as_json(asdict(epoch)) + "\n" for epoch in self.history))
 
     def _restore(self) -> None:
         saved = torch.load(self.checkpoint, map_location=self.accelerator.device)

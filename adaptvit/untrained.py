@@ -18,6 +18,7 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig, MergingViT, ToMeConfig, fit_thresholds
 from adaptvit.model import AdaptiveViT
+from adaptvit.usage import check_finite
 
 Untrained = Literal["merge", "tome", "ats", "evit", "avit", "random"]
 """Methods that need no training; `random` is ATS that keeps any patches, which the others are held against."""
@@ -83,10 +84,11 @@ def fit_merging(
 
     Raises:
         TypeError: the model is of another method.
-        ValueError: no number of merged tokens meets the target.
+        ValueError: no number of merged tokens meets the target, or logits that are not finite.
     """
     some = images if unit == "images_per_s" else images[:1]  # all cost the same
     dense = _logits(FullConfig().build(model.vit), images)
+    check_finite(dense, "logits")
     found: list[tuple[float, MergeConfig]] = []
     for inflection in INFLECTIONS:
         like = ToMeConfig(inflection=inflection).build(model.vit)

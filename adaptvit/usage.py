@@ -3,13 +3,13 @@
 Letters: B images, L blocks, N token slots, of which the first `prefix` are class, distillation and register tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Usage:
     """Per image and block, what was computed. Integer tensors are int64; nothing here carries gradients."""
 
@@ -91,8 +91,20 @@ class Usage:
         """(B, rows, columns) blocks each patch entered."""
         return self.depth[:, self.prefix :].unflatten(1, self.grid)
 
+    def of_images(self, rows: Tensor) -> "Usage":
+        """The record of some images: (n,) their numbers, or (B,) bool."""
+        parts = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **parts)
 
-@dataclass(frozen=True)
+    def to_keep(self) -> "Usage":
+        """What a data set's record keeps of a batch, on the host: all but `fused` and `groups`, by far the largest."""
+        parts: dict[str, Tensor | None] = {
+            name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
+        return replace(self, **parts | {"fused": None, "groups": None})
+
+
+@dataclass(frozen=True, eq=False)
 class Output:
     """What an adaptive model returns."""
 
@@ -123,3 +135,19 @@ def join(usages: list[Usage]) -> Usage:
         known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
         parts[name] = torch.cat(known) if len(known) == len(usages) else None
     return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse what a model made of calibration images, (B, ...), where it is not finite.
+
+    Raises:
+        ValueError: naming the image by its place, from 0.
+    """
+    sound = values.flatten(1).isfinite().all(dim=1)
+    if not sound.all():
+        spoilt = (~sound).nonzero().flatten().tolist()
+        which = "all" if len(spoilt) == len(sound) else f"{len(spoilt)} of"
+        raise ValueError(
+            f"the {what} of {which} {len(sound)} images are not finite, image {spoilt[0]} being the first: "
+            "look at its pixels and at the weights"
+        )

@@ -6,7 +6,7 @@ sets     data sets: folders of classes, whatever else timm reads, scikit-learn's
 """
 
 from adaptvit.data.folders import IMAGE_SUFFIXES, FolderImages, find_images
-from adaptvit.data.images import Unreadable, in_channels, open_image, read_image
+from adaptvit.data.images import NOT_FINITE, Unreadable, in_channels, open_image, read_image
 from adaptvit.data.sets import (
     HELD_OUT,
     Batch,
@@ -25,6 +25,7 @@ from adaptvit.data.sets import (
 __all__ = [
     "HELD_OUT",
     "IMAGE_SUFFIXES",
+    "NOT_FINITE",
     "Batch",
     "Data",
     "DataConfig",

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+NOT_FINITE = "the model's logits for it are not finite"
+"""Why an image that can be decoded is treated like one that cannot."""
+
 
 class Unreadable(NamedTuple):
     """What stands in a data set where an image cannot be decoded."""

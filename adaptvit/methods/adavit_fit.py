@@ -13,8 +13,9 @@ from torch import Tensor
 from adaptvit.gated import run_gated
 from adaptvit.gates import log_odds
 from adaptvit.methods.adavit import AdaViT, Policies
-from adaptvit.methods.regression import Regression
+from adaptvit.methods.regression import Regression, importance
 from adaptvit.tokens import Masked, Tokens
+from adaptvit.usage import check_finite
 from adaptvit.vit import attention_norm, attention_received, embed, patch_grid, project_normed, run_block
 
 BATCH = 32
@@ -32,7 +33,8 @@ def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
     Returns:
         The share of the variance of the patches' logarithmic attention that the maps explain, mean over blocks.
     Raises:
-        ValueError: no policy over patches, no class token, or a share that patches alone cannot come down to.
+        ValueError: no policy over patches, no class token, a share that patches alone cannot come down to, or attention
+            that is not finite or tells no patch from another.
     """
     if not model.patch_policy:
         raise ValueError(f"fit_policies needs policies over patches, but the model decides {model.config.policies}")
@@ -43,15 +45,23 @@ def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
     kept = _kept(model, share)
     training = model.training
     model.eval()
+    try:
+        return _fit_all(model, images, kept)
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
+    """Fit block after block, so that each keeps its share; of the variance, what the maps explain, mean over blocks."""
     explained = []
-    with torch.inference_mode():
-        batches: list[Tokens] = [Masked.of(embed(model.vit, batch)[0]) for batch in images.split(BATCH)]
-        seen = [_attention(model, tokens) for tokens in batches]
-        for number in range(model.depth):
-            if str(number) in model.patch_policy:
-                explained.append(_fit(model, number, batches, seen, kept[number]))
-            batches = [_run(model, number, tokens) for tokens in batches]
-    model.train(training)
+    batches: list[Tokens] = [Masked.of(embed(model.vit, batch)[0]) for batch in images.split(BATCH)]
+    seen = [_attention(model, tokens) for tokens in batches]
+    check_finite(torch.cat(seen), "attention weights")
+    for number in range(model.depth):
+        if str(number) in model.patch_policy:
+            explained.append(_fit(model, number, batches, seen, kept[number]))
+        batches = [_run(model, number, tokens) for tokens in batches]
     return torch.stack(explained).mean().item()
 
 
@@ -70,8 +80,7 @@ def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], k
     regression = Regression(model.shape.dim, batches[0].x.device)
     patches = [attention_norm(model.vit, block, tokens.x)[:, model.prefix :] for tokens in batches]
     for features, attention in zip(patches, seen, strict=True):
-        matters = attention[:, block:].double().mean(dim=1).log()
-        regression.add(features, (matters - matters.mean()) / matters.std())
+        regression.add(features, importance(attention[:, block:].double().mean(dim=1)))
     weights, _, explained = regression.solve()
     logits = SPREAD * torch.cat([(features.double() @ weights).flatten() for features in patches])
     policy, config = model.patch_policy[str(block)], model.config

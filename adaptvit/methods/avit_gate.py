@@ -10,8 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.methods.regression import Regression
+from adaptvit.methods.regression import Regression, importance
 from adaptvit.tokens import Masked, Tokens
+from adaptvit.usage import check_finite
 from adaptvit.vit import (
     attention_received,
     check_attention,
@@ -38,7 +39,7 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
         the patches' importance that channel 0 explains, in [0, 1].
     Raises:
         TypeError: the ViT has no attention, or a part that cannot be turned.
-        ValueError: it has no class token.
+        ValueError: it has no class token, its attention is not finite, or tells no patch from another.
     """
     if read_slots(vit) is None:
         raise ValueError("fit_gate needs a ViT with a class token, whose attention tells which patches matter")
@@ -53,8 +54,9 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
                 seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, prefix:])
                 tokens = run_block(block, tokens)
                 features.append(tokens.x[:, prefix:].double())
-            matters = torch.stack(seen).double().mean(dim=0).log()  # (B, patches)
-            little = -(matters - matters.mean()) / matters.std()
+            attention = torch.stack(seen).double().mean(dim=0)  # (B, patches)
+            check_finite(attention, "attention weights")
+            little = -importance(attention)
             for x in features[:-1]:
                 regression.add(x - x.mean(dim=-1, keepdim=True), little)
     direction, _, explained = regression.solve()

@@ -32,3 +32,16 @@ class Regression:
         solution = torch.linalg.solve(gram + ridge, moment)
         explained = (2 * solution @ moment - solution @ gram @ solution) / self.squares
         return solution[:-1], solution[-1:], explained
+
+
+def importance(attention: Tensor) -> Tensor:
+    """Logarithm of the attention that patches receive, (B, P) in float64, with mean 0 and variance 1 over all of them.
+
+    Raises:
+        ValueError: all receive the same.
+    """
+    matters = attention.clamp(min=torch.finfo(torch.float32).tiny).log()  # what underflowed is finite too
+    spread = matters.std()
+    if not spread > 1e-6:  # what rounding in float32 leaves
+        raise ValueError("all patches receive the same attention, so that nothing tells which of them matter")
+    return (matters - matters.mean()) / spread

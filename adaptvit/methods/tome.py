@@ -22,7 +22,7 @@ from adaptvit.checks import In, check_fields
 from adaptvit.macs import block_macs
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.usage import Output, Usage, check_finite
 from adaptvit.vit import (
     add_attention,
     add_mlp,
@@ -279,6 +279,7 @@ def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> M
         The model's new config, without a shift.
     Raises:
         TypeError: the model is of another method.
+        ValueError: logits that are not finite.
     """
     if not isinstance(model.config, MergeConfig):
         raise TypeError(f"fit_thresholds needs a model of MergeConfig, got one of {type(model.config).__name__}")
@@ -291,7 +292,7 @@ def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> M
     model.config = fitting
     try:
         with torch.inference_mode():
-            model(images)
+            check_finite(model(images).logits, "logits")
     finally:
         model.config = config
     model.config = replace(config, thresholds=tuple(fitting.thresholds), shift=0.0)
