@@ -4,6 +4,7 @@ Letters: B images, L blocks, N token slots, of which the first `prefix` are clas
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,14 +94,12 @@ class Usage:
 
     def of_images(self, rows: Tensor) -> "Usage":
         """The record of some images: (n,) their numbers, or (B,) bool."""
-        parts = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        parts: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts)
 
     def to_keep(self) -> "Usage":
         """What a data set's record keeps of a batch, on the host: all but `fused` and `groups`, by far the largest."""
-        parts: dict[str, Tensor | None] = {
-            name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)
-        }
+        parts: dict[str, Any] = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts | {"fused": None, "groups": None})
 
 
