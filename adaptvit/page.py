@@ -4,24 +4,33 @@ Nothing is fetched from anywhere, and nothing is told to anybody.
 """
 
 import os
+import tempfile
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 import matplotlib
 import numpy as np
+from gradio.routes import App
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adaptvit.pictures import COLOURS
 from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
 
 FILE_SIZE = "100mb"
 """Largest file that is taken."""
-VISITORS = 32
+VISITORS = 64
 """Sessions that are kept; the one unused for longest goes first."""
+WAITING = 256
+"""Requests that may wait for one another; who comes when there are more is told so."""
+STORED = 256 * 2**20
+"""Bytes of uploaded and shown pictures that are kept for the browsers; the oldest go first."""
 KEPT_S = 3600
 """Seconds that a session or an uploaded file is kept."""
 SHARE = 50
@@ -127,6 +136,8 @@ def build(playground: Playground) -> gr.Blocks:
                 own.add(picture.image, name)
             except ValueError as error:
                 return refused(error)
+            finally:
+                Path(path).unlink(missing_ok=True)
             if picture.note:
                 gr.Info(escape(picture.note), title="Picture")
             return look(own, before, block, name, way, per_cent)
@@ -175,6 +186,84 @@ def build(playground: Playground) -> gr.Blocks:
     return blocks
 
 
+class OwnHost:
+    """Lets through what asks for this page by its own name and from its own pages, before gradio sees it.
+
+    A page elsewhere reaches 127.0.0.1 through the browser that shows it: by a name of its own that it points here (the
+    `Host` tells), or as another origin (`Origin` tells, and `Sec-Fetch-Site` where no `Origin` is sent).
+    """
+
+    def __init__(self, app: ASGIApp, port: int, folder: Path) -> None:
+        self.app = app
+        self.folder = folder
+        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+        if port == 80:
+            self.hosts |= {"127.0.0.1", "localhost"}  # browsers leave out the port of http
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or hand on to gradio."""
+        if scope["type"] in ("http", "websocket"):
+            reason = self.refusal(scope)
+            if reason is not None and scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1008, "reason": reason})
+                return
+            if reason is not None:
+                await PlainTextResponse(reason + "\n", status_code=403)(scope, receive, send)
+                return
+            if scope["path"].rstrip("/").endswith("/upload"):
+                tidy(self.folder, STORED)
+        await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> str | None:
+        """Why a request is not answered, in a sentence; None where it is."""
+        sent: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            sent.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").lower())
+        hosts, origins = sent.get("host", []), sent.get("origin", [])
+        if len(hosts) != 1 or hosts[0] not in self.hosts:
+            return f"This page answers to {' and '.join(sorted(self.hosts))} only."
+        for origin in origins:
+            try:
+                parts = urlsplit(origin)
+            except ValueError:
+                return "This page answers to its own origin only."
+            if parts.scheme != "http" or parts.netloc not in self.hosts:
+                return "This page answers to its own origin only."
+        opened = scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] == "/"
+        if not opened and any(site in ("cross-site", "same-site") for site in sent.get("sec-fetch-site", [])):
+            return "This page answers to its own origin only."  # a link elsewhere may open the page, and no more
+        return None
+
+
+class OwnApp(App):
+    """gradio's application behind `OwnHost`: a middleware that is added would come after gradio's own, which answer."""
+
+    guard: OwnHost
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or hand on to gradio."""
+        await self.guard(scope, receive, send)
+
+
+def tidy(folder: Path, most: int) -> None:
+    """Delete the oldest files of a folder until they have at most so many bytes."""
+    files = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        except FileNotFoundError:  # another request was faster
+            continue
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= most:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
+
+
 def serve(config: PlaygroundConfig) -> None:
     """Open the models and show the page until stopped.
 
@@ -182,18 +271,24 @@ def serve(config: PlaygroundConfig) -> None:
         OSError: the port is taken.
         And what `Playground` raises.
     """
-    blocks = build(Playground(config))
-    try:
-        launch(blocks, config.port)
-    except OSError as error:
-        raise OSError(f"port {config.port} of 127.0.0.1 is taken: choose another with --port") from error
-    print(f"http://127.0.0.1:{config.port} shows the playground; Ctrl+C stops it", flush=True)
-    blocks.block_thread()
+    playground = Playground(config)
+    with tempfile.TemporaryDirectory(prefix="adaptvit-playground-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
+        blocks = build(playground)
+        try:
+            launch(blocks, config.port, Path(folder))
+        except OSError as error:
+            raise OSError(f"port {config.port} of 127.0.0.1 is taken: choose another with --port") from error
+        print(f"http://127.0.0.1:{config.port} shows the playground; Ctrl+C stops it", flush=True)
+        blocks.block_thread()
 
 
-def launch(blocks: gr.Blocks, port: int) -> None:
-    """Start to serve the page in the background, to this machine only."""
-    blocks.queue(api_open=False).launch(
+def launch(blocks: gr.Blocks, port: int, folder: Path) -> None:
+    """Start to serve the page in the background, to this machine only; pictures are stored in `folder`."""
+    app = OwnApp()
+    app.guard = OwnHost(super(OwnApp, app).__call__, port, folder)
+    blocks.queue(api_open=False, max_size=WAITING).launch(
+        _app=app,
         server_name="127.0.0.1",
         server_port=port,
         share=False,

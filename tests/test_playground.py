@@ -1,5 +1,7 @@
 """The playground: what it computes, without a page, and the page in a headless Chromium where there is one."""
 
+import asyncio
+import os
 import re
 import shutil
 import socket
@@ -340,6 +342,66 @@ def test_without_gradio_the_command_names_what_to_install(
     monkeypatch.delitem(sys.modules, "adaptvit.page", raising=False)
     assert cli.main(["playground"]) == 2
     assert capsys.readouterr().err == "adaptvit: the playground needs gradio: pip install 'adaptvit[playground]'\n"
+
+
+def answered(headers: list[tuple[str, str]], method: str = "GET", path: str = "/config", kind: str = "http") -> bool:
+    """Whether a request gets past the page's guard; what does not gets 403 and no CORS header."""
+    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    reached, sent = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "method": method, "path": path, "headers": [(k.encode(), v.encode()) for k, v in headers]}
+    asyncio.run(page.OwnHost(app, 7860, Path("nowhere"))(scope, receive, send))
+    assert bool(reached) != bool(sent)
+    if sent and kind == "http":
+        assert sent[0]["status"] == 403
+        assert not [name for name, _ in sent[0]["headers"] if name.startswith(b"access-control")]
+    elif sent:
+        assert sent[0]["type"] == "websocket.close"
+    return bool(reached)
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/file=a"])
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_the_page_answers_to_its_own_names_only(path: str, kind: str) -> None:
+    for host in ("127.0.0.1:7860", "localhost:7860", "LOCALHOST:7860"):
+        assert answered([("host", host)], path=path, kind=kind)
+        assert answered([("host", host), ("origin", f"http://{host}")], "POST", path, kind)
+    for host in ("evil.example", "evil.example:7860", "127.0.0.1", "127.0.0.1:1", "127.0.0.1:7860.evil.example", ""):
+        assert not answered([("host", host)], path=path, kind=kind)
+    assert not answered([], path=path, kind=kind)
+    assert not answered([("host", "127.0.0.1:7860"), ("host", "evil.example")], path=path, kind=kind)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_the_page_answers_to_its_own_origin_only(method: str) -> None:
+    host = ("host", "127.0.0.1:7860")
+    for origin in ("http://evil.example", "null", "https://127.0.0.1:7860", "http://127.0.0.1:8000", "http://[", ""):
+        assert not answered([host, ("origin", origin)], method)
+    for site in ("cross-site", "same-site"):
+        assert not answered([host, ("sec-fetch-site", site)], method)
+    for site in ("same-origin", "none"):
+        assert answered([host, ("sec-fetch-site", site)], method)
+    assert answered([host, ("sec-fetch-site", "cross-site")], path="/")  # a link from elsewhere
+
+
+def test_the_oldest_stored_pictures_are_deleted_first(tmp_path: Path) -> None:
+    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        path = tmp_path / str(number) / "a.png"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (number, number))
+    page.tidy(tmp_path, 250)
+    assert sorted(path.parent.name for path in tmp_path.rglob("*.png")) == ["4", "5"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
