@@ -130,6 +130,8 @@ def build(playground: Playground) -> gr.Blocks:
         def take(
             path: str, own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
         ) -> list[Any] | dict[str, Any]:
+            if not isinstance(path, str):
+                return refused(ValueError("Choose one picture."))
             own = own or Session(playground)
             try:
                 picture = open_picture(path)
