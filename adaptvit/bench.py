@@ -68,16 +68,24 @@ class BenchConfig:
         known = [field.name for field in fields(METHODS[self.method])]
         for name in self.settings:
             if name not in known:
-                raise ValueError(f"settings of {self.method} must be some of {', '.join(known)}, got {name!r}")
+                raise ValueError(
+                    f"BenchConfig.settings of {self.method} must be some of {', '.join(known)}, got {name!r}"
+                )
+        try:
+            METHODS[self.method](**self.settings)
+        except ValueError as error:
+            raise ValueError(f"BenchConfig.settings: {error}") from None
         if self.images % self.batch_size:
-            raise ValueError(f"images must be a multiple of batch_size, got {self.images} and {self.batch_size}")
+            raise ValueError(
+                f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
+            )
         check_device("BenchConfig.device", self.device)
         if not timm.is_model(self.model):
             near = sorted(
                 timm.list_models(f"*{self.model.split('_')[0]}*"), key=lambda name: not name.startswith(self.model)
             )[:3]
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"timm {timm.__version__} has no model named {self.model!r}{hint}")
+            raise ValueError(f"BenchConfig.model: timm {timm.__version__} has no model named {self.model!r}{hint}")
 
 
 @as_found()

@@ -46,10 +46,10 @@ class Comparison:
     def __post_init__(self) -> None:
         check_fields(self)
         if len(self.variants) < 2:
-            raise ValueError(f"a comparison needs two variants or more, got {list(self.variants)}")
+            raise ValueError(f"Comparison.variants must be two variants or more, got {list(self.variants)}")
         folders = [_folder(name) for name in self.variants]
         if len(set(folders)) < len(folders):
-            raise ValueError(f"variants must differ in more than punctuation, their folders being {folders}")
+            raise ValueError(f"Comparison.variants must differ in more than punctuation, their folders being {folders}")
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,13 @@ class DrawConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.summary and self.per_class:
-            raise ValueError("summary and per_class are two kinds of drawing: choose one")
+            raise ValueError("DrawConfig.summary and per_class are two kinds of drawing: choose one")
         check_device("DrawConfig.device", self.device)
         folder, output = self.folder.resolve(), self.output.resolve()
         if output == folder or ((self.per_class or self.summary) and folder in output.parents):
-            raise ValueError(f"output must lie outside the folder that is read, {str(self.folder)!r}: name another")
+            raise ValueError(
+                f"DrawConfig.output must lie outside the folder that is read, {str(self.folder)!r}: name another"
+            )
 
     @property
     def most(self) -> int:

@@ -51,7 +51,7 @@ def log_odds(threshold: float) -> float:
 
 def probability(logit: float) -> float:
     """The sigmoid of one number."""
-    return 1 / (1 + math.exp(-logit))
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - probability(-logit)
 
 
 def annealed(start: float, end: float, progress: float) -> float:

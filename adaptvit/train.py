@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import digest
-from adaptvit.checks import In, check_fields
+from adaptvit.checks import In, check_fields, shown
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
@@ -113,6 +113,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.optimizer.lower().removeprefix("lookahead_") not in list_optimizers():
+            raise ValueError(
+                f"Recipe.optimizer must be a name of timm.optim.list_optimizers(), got {shown(self.optimizer)}"
+            )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

@@ -185,19 +185,28 @@ def test_evaluation_is_that_of_the_released_code_in_both_modes() -> None:
     assert torch.equal(clean(batch, Masked).logits, official(batch, Masked).logits)
 
 
-def test_random_decisions_ignore_the_image_and_keep_their_rate() -> None:
+@pytest.mark.parametrize("lean", [0.0, 1.0, -2.0])
+def test_random_decisions_ignore_the_image_and_are_on_with_the_probability_of_lean(lean: float) -> None:
     vit = small_vit()
-    model = vary(replace(FREE, random=True, lean=1.0).build(vit)).eval()
+    model = vary(replace(FREE, random=True, lean=lean).build(vit)).eval()
     kept = []
     for seed in (0, 1):
         torch.manual_seed(5)
         kept.append(decided(model, images(vit, count=256, seed=seed)))
     for kind in KINDS:
         assert torch.equal(getattr(kept[0], kind), getattr(kept[1], kind))
-    rate = {"patches": 1 / (1 + 1.5 * math.exp(-1)), "heads": 1 / (1 + math.exp(-1))}
-    assert kept[0].patches.mean().item() == pytest.approx(rate["patches"], abs=0.02)
-    assert kept[0].heads[:, 1:].mean().item() == pytest.approx(rate["heads"], abs=0.05)
-    assert kept[0].sublayers[:, 1:].mean().item() == pytest.approx(rate["heads"], abs=0.05)
+    rate = 1 / (1 + math.exp(-lean))  # a half at 0, whatever the thresholds are
+    assert FREE.patch_threshold != FREE.threshold
+    assert kept[0].patches.mean().item() == pytest.approx(rate, abs=0.02)
+    assert kept[0].heads[:, 1:].mean().item() == pytest.approx(rate, abs=0.05)
+    assert kept[0].sublayers[:, 1:].mean().item() == pytest.approx(rate, abs=0.05)
+
+
+@pytest.mark.parametrize(("lean", "share"), [(-1000.0, 0.0), (1000.0, 1.0)])
+def test_random_decisions_are_all_off_and_all_on_at_the_ends(lean: float, share: float) -> None:
+    vit = small_vit()
+    patches = replace(FREE, policies=("patches",), random=True, lean=lean)
+    assert decided(patches.build(vit).eval(), images(vit)).patches.mean().item() == share
 
 
 # ---- training

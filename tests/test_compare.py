@@ -107,7 +107,7 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison, folder: Path
         compare.compare(comparison, folder, seeds=1)
     with pytest.raises(ValueError, match=r"processes must lie in 1..1024, got 0"):
         compare.compare(comparison, folder, processes=0)
-    with pytest.raises(ValueError, match=r"two variants or more, got \['late'\]"):
+    with pytest.raises(ValueError, match=r"must be two variants or more, got \['late'\]"):
         Comparison(question="?", variants={"late": comparison.variants["late"]})
     with pytest.raises(ValueError, match="more than punctuation"):
         Comparison(question="?", variants=dict.fromkeys(("a b", "a-b"), comparison.variants["late"]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from tarfile import TarError
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from adaptvit.checks import In, check_fields, checked
+from adaptvit.checks import In, check_fields, checked, shown
 from adaptvit.data.images import Unreadable, read_image
 
 HELD_OUT = 360
@@ -90,8 +90,8 @@ class DataConfig:
     """Of the pixels in [0, 1], by channel."""
     std: Annotated[tuple[float, ...] | None, In("[0.001, 1000]")] = None
     """Of the pixels in [0, 1], by channel."""
-    interpolation: str | None = None
-    """bilinear, bicubic, ..."""
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None = None
+    """How pixels are found when an image is resized."""
     crop_pct: Annotated[float | None, In("(0, 1]")] = None
     """Side of the evaluated centre crop over that of the resized image, in (0, 1]."""
     scale: Annotated[tuple[float, float], In("(0, 1]")] = (0.08, 1.0)
@@ -115,6 +115,16 @@ class DataConfig:
             raise ValueError(
                 f"DataConfig.scale must be the least and the largest area, in this order, got {self.scale}"
             )
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"DataConfig.mean and std must have as many channels, got {self.mean} and {self.std}")
+        if self.auto_augment is not None:
+            try:
+                create_transform(32, is_training=True, auto_augment=self.auto_augment)
+            except (AssertionError, LookupError, TypeError, ValueError):  # how timm says that it knows no such policy
+                raise ValueError(
+                    "DataConfig.auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got "
+                    f"{shown(self.auto_augment)}"
+                ) from None
 
 
 class Samples(Dataset):

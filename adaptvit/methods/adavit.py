@@ -77,7 +77,8 @@ class AdaViTConfig:
     lean: Annotated[float, In("[-1000, 1000]")] = 0.0
     """Added to every logit: steers a trained model to other budgets."""
     random: bool = False
-    """Draw every decision anew instead, each on with the probability of a logit of `lean`: the control."""
+    """Draw every decision anew, each on with probability sigmoid(`lean`), 0.5 at 0, whatever the thresholds are:
+    the control."""
     macs_target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
     """Share of the dense MACs to train for; None trains without that loss."""
     macs_weight: Annotated[float, In("[0, inf)")] = 4.0
@@ -245,7 +246,7 @@ class AdaViT(AdaptiveViT):
         config = self.config
         logits = logits.nan_to_num(torch.inf, torch.inf, -torch.inf)  # NaN leaves nothing out: it shows in every layout
         if config.random:
-            drawn = torch.rand_like(logits) < probability(config.lean - log_odds(threshold))
+            drawn = torch.rand_like(logits) < probability(config.lean)
             return drawn.to(logits.dtype) + 0 * logits if masked else drawn  # every parameter stays in the graph
         if not masked:
             return logits > log_odds(threshold) - config.lean

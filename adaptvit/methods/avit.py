@@ -79,7 +79,7 @@ class AViTConfig:
         parts = len(self.prior_weights or ())
         for name in ("prior", "prior_depth", "prior_scale"):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != parts:
+            if isinstance(value, tuple) and (len(value) != parts or not parts):
                 raise ValueError(
                     f"AViTConfig.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
                     "weight for each"
