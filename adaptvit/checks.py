@@ -181,7 +181,7 @@ def valid(name: str, value: Any, kind: Any) -> Any:
     except Unfit:
         words = f"must be {_words(kind)}"
     hints = [one.hint for one in get_args(kind)[1:] if isinstance(one, In)] if get_origin(kind) is Annotated else []
-    raise ValueError(f"{name} {words}, got {shown(value)}{''.join(hints)}")
+    raise ValueError(f"{name} {words}, got {quoted(value)}{''.join(hints)}")
 
 
 def _fit(value: Any, kind: Any) -> Any:
@@ -308,7 +308,7 @@ def _is_fixed(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[-1] is not ...
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value in a message, on one line and not too long."""
     if isinstance(value, np.generic | np.ndarray | Tensor):
         value = value.tolist()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import digest
-from adaptvit.checks import In, check_fields, shown
+from adaptvit.checks import In, check_fields, quoted
 from adaptvit.data import Batch, Data, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
@@ -115,7 +115,7 @@ class Recipe:
         check_fields(self)
         if self.optimizer.lower().removeprefix("lookahead_") not in list_optimizers():
             raise ValueError(
-                f"Recipe.optimizer must be a name of timm.optim.list_optimizers(), got {shown(self.optimizer)}"
+                f"Recipe.optimizer must be a name of timm.optim.list_optimizers(), got {quoted(self.optimizer)}"
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")

@@ -21,7 +21,7 @@ from models import images, small_vit
 
 import adaptvit
 from adaptvit.bench import BenchConfig
-from adaptvit.checks import Ascending, In, OneOf, check_device, check_fields, checked, shown
+from adaptvit.checks import Ascending, In, OneOf, check_device, check_fields, checked, quoted
 from adaptvit.compare import Comparison
 from adaptvit.compare_methods import MethodsConfig
 from adaptvit.data import DataConfig
@@ -168,7 +168,7 @@ def check_refusal(error: Exception, kind: type, given: dict[str, Any]) -> None:
     if len(given) == 1 and "must" in text:
         ((name, value),) = given.items()
         if f"{kind.__name__}.{name} must" in text and "got" in text and not isinstance(value, dict):
-            assert shown(value) in text or str(value) in text or repr(tuple(value)) in text, text
+            assert quoted(value) in text or str(value) in text or repr(tuple(value)) in text, text
 
 
 def made(kind: type, given: dict[str, Any]) -> Any:
@@ -340,7 +340,7 @@ def test_what_is_no_device_is_refused(device: str) -> None:
 
 
 def test_a_value_is_shown_on_one_line_and_not_at_length() -> None:
-    assert shown("a\nb") == r"'a\nb'"
-    assert shown(Path("x")) == "'x'"
-    assert len(shown(list(range(1000)))) <= 81
-    assert shown(10**5000) == "a number of thousands of digits"
+    assert quoted("a\nb") == r"'a\nb'"
+    assert quoted(Path("x")) == "'x'"
+    assert len(quoted(list(range(1000)))) <= 81
+    assert quoted(10**5000) == "a number of thousands of digits"

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from adaptvit.checks import In, check_fields, checked, shown
+from adaptvit.checks import In, check_fields, checked, quoted
 from adaptvit.data.images import Unreadable, read_image
 
 HELD_OUT = 360
@@ -123,7 +123,7 @@ class DataConfig:
             except (AssertionError, LookupError, TypeError, ValueError):  # how timm says that it knows no such policy
                 raise ValueError(
                     "DataConfig.auto_augment must be timm's name of a policy, such as rand-m9-mstd0.5-inc1, got "
-                    f"{shown(self.auto_augment)}"
+                    f"{quoted(self.auto_augment)}"
                 ) from None
 
 
