@@ -22,7 +22,7 @@ from adaptvit.data import IMAGE_SUFFIXES
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
@@ -56,8 +56,8 @@ class BenchConfig:
     """Timed turns of each execution."""
     threads: Annotated[int, In("[1, 1024]")] = 2
     """CPU threads of torch."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Precision of weights and images: float32, bfloat16 or float16."""
     seed: Annotated[int, In("[0, 4294967295]")] = 0

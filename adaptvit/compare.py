@@ -24,7 +24,7 @@ from adaptvit.data import open_data
 from adaptvit.files import check_output_folder, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
@@ -246,15 +246,16 @@ def _speeds(
     record = known(path)
     if record is not None and same(record["settings"], told):
         return dict(record["speeds"])
-    models = {name: load(job.output / "model.safetensors").eval() for name, job in jobs.items()}
+    models = {name: load(job.output / "model.safetensors").eval().to(best_device()) for name, job in jobs.items()}
     calls: dict[str, Callable[[], object]] = {}
     images = {}
     for name, model in models.items():
-        images[name] = spread_over(open_data(jobs[name].data, resolve_model_data_config(model)).test, TIMED).images
+        split = open_data(jobs[name].data, resolve_model_data_config(model)).test
+        images[name] = spread_over(split, TIMED).images.to(best_device())
         calls[f"{name}, dense"] = partial(model.vit, images[name])
         calls[f"{name}, packed"] = partial(model, images[name])
     with torch.inference_mode():
-        seconds = interleaved(calls, ROUNDS)
+        seconds = interleaved(calls, ROUNDS, torch.device(best_device()))
         usages = {name: model(images[name]).usage for name, model in models.items()}
     speeds = {}
     for name, model in models.items():
@@ -268,7 +269,7 @@ def _speeds(
     try:
         write_record(path, {"settings": plain(told), "speeds": speeds, **machine()})
     except OSError as error:  # what was measured is still to be told
-        warnings.warn(str(error), stacklevel=2)
+        warnings.warn(error.strerror or str(error), stacklevel=2)
     return speeds
 
 

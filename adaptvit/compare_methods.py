@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -40,7 +40,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
@@ -90,8 +90,8 @@ class MethodsConfig:
     """Images per forward pass."""
     workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one."""
     timed: Annotated[int, In("[1, inf)")] = 32
     """Images in a timed batch."""
     rounds: Annotated[int, In("[1, inf)")] = 10
@@ -443,7 +443,7 @@ def _keep(path: Path, record: Mapping[str, Any]) -> None:
     try:
         write_record(path, record)
     except OSError as error:
-        warnings.warn(str(error), stacklevel=2)
+        warnings.warn(error.strerror or str(error), stacklevel=2)
 
 
 def _open_plain(config: MethodsConfig) -> AdaptiveViT:

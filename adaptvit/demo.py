@@ -129,11 +129,12 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
     meet_target(model, calibration, config.target)
     key = fingerprint(model, data, config.adaptive, version())
     adapted = train(model, data, config.adaptive, output / "avit", "fine-tuning with A-ViT", key=key)
-    meet_target(model.eval(), calibration, config.target)
+    trained_on = next(model.parameters()).device
+    meet_target(model.eval(), calibration.to(trained_on), config.target)
     save(model, output / "avit.safetensors")
 
     masked, packed = (evaluate(model, data.test, layout) for layout in (Masked, Packed))
-    images = _first(data.test, config.batch)
+    images = _first(data.test, config.batch).to(trained_on)
     outcome = Outcome(
         dense=dense,
         masked=masked,

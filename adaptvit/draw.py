@@ -8,7 +8,7 @@ Letters: B images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -28,7 +28,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.usage import Output, Usage, join
 
 PAGE = 24
@@ -58,8 +58,8 @@ class DrawConfig:
     at, evenly spread over all: 1000 unless told."""
     batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images per forward pass."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one."""
 
     def __post_init__(self) -> None:
         check_fields(self)

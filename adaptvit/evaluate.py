@@ -5,7 +5,7 @@ Letters: B images, L blocks, N token slots.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import NOT_FINITE, Batch, DataConfig, Samples, Unreadable, class_names, collate, open_split
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
@@ -227,8 +227,8 @@ class EvaluateConfig:
     """Images per forward pass."""
     workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode."""
-    device: str = "cpu"
-    """Where to run: cpu or cuda."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one."""
     rounds: Annotated[int, In("[0, inf)")] = 10
     """Timed turns of dense, masked and packed execution of one batch; 0 measures no speed."""
 

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Container, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -33,7 +33,7 @@ from adaptvit.data import NOT_FINITE, FolderImages, Unreadable, collate, find_im
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.records import VERSION, read_record, version, write_record
 
 PATIENCE = timedelta(days=7)
@@ -56,8 +56,8 @@ class PredictConfig:
     """Images in a forward pass."""
     workers: Annotated[int, In("[0, 1024]")] = 2
     """Processes that decode, for each that computes; 0 decodes there."""
-    device: str = "cpu"
-    """torch's name of it; under torchrun its kind only, each process taking one of its own."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one. Under torchrun, one for each process."""
     class_names: Path | None = None
     """File with the name of a class on each line, in the order of the model's; None tells them by number."""
 

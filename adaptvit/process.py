@@ -1,4 +1,4 @@
-"""The process that calls: what a long call changes of it comes back as it was."""
+"""The process that calls: where it computes, and what a long call changes of it comes back as it was."""
 
 import random
 import signal
@@ -15,6 +15,11 @@ from torch.utils.data._utils import signal_handling
 
 SHARED = (PartialState, AcceleratorState, GradientState)
 """What accelerate knows of a process: each keeps its attributes in one dictionary for all of its instances."""
+
+
+def best_device() -> str:
+    """Where commands run unless told: cuda where torch finds one, as in training, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

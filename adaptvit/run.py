@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.checkpoints import digest, open_model, save, start_from
-from adaptvit.checks import In, check_fields, checked
+from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
@@ -26,7 +27,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say
 from adaptvit.train import Epoch, Recipe, fingerprint, train
@@ -163,18 +164,24 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     taught = None if teacher is None else digest(teacher, teacher.config)
     fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught, known_by)
     key = fingerprint(method.build(vit), data, config.recipe, fitted)
+    device = _process().device
+
+    def calibration() -> Tensor:
+        return spread_over(data.calibration, CALIBRATION).images.to(device)
+
     if config.sharpness is not None:
-        scale, explained = fit_gate(vit.eval(), spread_over(data.calibration, CALIBRATION).images)
+        scale, explained = fit_gate(vit.eval().to(device), calibration())
+        vit.cpu()  # where the method's own parameters are drawn
         _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
         method = replace(method, gate_scale=config.sharpness * scale)
-    model = method.build(vit.train())
+    model = method.build(vit.train()).to(device)
     if config.fit_policies:
         assert config.target is not None
-        explained = fit_policies(model, spread_over(data.calibration, CALIBRATION).images, config.target)
+        explained = fit_policies(model, calibration(), config.target)
         _tell(f"policies fitted: they explain {explained:.0%} of how much the class token attends to a patch")
     if config.fit_thresholds:
         assert config.target is not None
-        fit_merging(model.eval(), spread_over(data.calibration, CALIBRATION).images, config.target)
+        fit_merging(model.eval(), calibration(), config.target)
     lessons = None
     if teacher is not None:
         plain = isinstance(teacher.config, FullConfig)
@@ -191,8 +198,7 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     )
     model.eval()
     if config.target is not None:
-        images = spread_over(data.calibration, CALIBRATION).images
-        meet_target(model, images.to(next(model.parameters()).device), config.target)
+        meet_target(model, calibration(), config.target)
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
     if _is_main():
@@ -202,7 +208,11 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
 
 
 def _is_main() -> bool:
-    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    return _process().is_main_process
+
+
+def _process() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _tell(words: str) -> None:
@@ -240,6 +250,7 @@ def set_budget(
     method: Literal["merge", "tome", "ats", "avit", "evit"] | None = None,
     images: Annotated[int, In("[1, inf)")] = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
+    device: str | None = None,
 ) -> MethodConfig:
     """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
 
@@ -252,6 +263,7 @@ def set_budget(
         method: what a plain ViT becomes, `merge` by default. Thresholds of `merge` and the gate of `avit` are fitted.
         images: how many of them to look at.
         tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
+        device: where to run: cpu or cuda; None is cuda where there is one.
     Returns:
         The config written.
     Raises:
@@ -265,7 +277,9 @@ def set_budget(
     target = 0.5 if target is None else target
     check_target(target, unit)
     check_output(output)
-    opened = open_model(model)
+    device = best_device() if device is None else device
+    check_device("device", device)
+    opened = open_model(model).to(device)
     split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
     config: MethodConfig = opened.config
     plain = isinstance(config, FullConfig)
@@ -275,7 +289,7 @@ def set_budget(
     if batch.unreadable:
         first = batch.unreadable[0].name
         warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
-    labels = batch.labels if len(class_names(split)) == opened.num_classes else None
+    labels = batch.labels.to(device) if len(class_names(split)) == opened.num_classes else None
     looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
     if plain:

@@ -9,7 +9,8 @@ from statistics import mean, stdev
 
 import pytest
 
-from adaptvit import AViTConfig, compare
+from adaptvit import AViTConfig, compare, records
+from adaptvit import run as running
 from adaptvit.cli import main
 from adaptvit.compare import Comparison, Row
 from adaptvit.comparisons import COMPARISONS
@@ -86,6 +87,69 @@ def test_what_is_finished_is_not_run_again_and_the_rest_comes_out_the_same(
     for row, was in zip(rows, finished[1], strict=True):
         assert row.over_seeds("top1") == pytest.approx(was.over_seeds("top1"), abs=0.01)  # threads differ
         assert row.speed == was.speed
+
+
+@pytest.mark.parametrize(("name", "damage"), [("early/seed-1/finished.json", "changed"), ("speed.json", "{}")])
+def test_a_damaged_record_is_named_and_computed_again(
+    name: str, damage: str, comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path
+) -> None:
+    record = folder / name
+    whole = record.read_text()
+    record.write_text(
+        whole.replace('"diverged": null', '"diverged": 1').replace("0.", "1.") if damage == "changed" else damage
+    )
+    with pytest.warns(UserWarning, match=f"{record.name}' is damaged, .*: computed again"):
+        rows = compare.compare(comparison, folder, seeds=2)
+    for row, was in zip(rows, finished[1], strict=True):
+        assert row.runs == was.runs
+        assert row.speed.keys() == was.speed.keys()
+    assert json.loads(record.read_text()).keys() == json.loads(whole).keys()
+
+
+def test_an_upgraded_version_computes_everything_again(
+    comparison: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "version", lambda: "9.9")
+    monkeypatch.setattr(compare, "version", lambda: "9.9")
+    trained = []
+
+    def counted(job: Run, *arguments: object, **others: object) -> object:
+        trained.append(job)
+        return running.run(job, *arguments, **others)
+
+    monkeypatch.setattr(compare, "run", counted)
+    logs = set(folder.rglob("log-*.jsonl"))
+    with pytest.warns(UserWarning, match=r"is of adaptvit .*, and this is 9\.9: computed again"):
+        compare.compare(comparison, folder, seeds=2)
+    assert len(trained) == 4
+    assert len(set(folder.rglob("log-*.jsonl")) - logs) == 4  # trained, not read back from a checkpoint
+    assert json.loads((folder / "speed.json").read_text())["version of adaptvit"] == "9.9"
+
+
+def test_a_field_that_a_later_version_adds_does_not_refuse_a_folder(
+    comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path
+) -> None:
+    for path in folder.rglob("*.json"):
+        if path.name in ("finished.json", "speed.json"):
+            record = records.read_record(path)
+            runs = [record["settings"]] if path.name == "finished.json" else record["settings"].values()
+            for settings in runs:
+                del settings["run"]["drop_path"], settings["run"]["recipe"]["temperature"]
+            records.write_record(path, record)
+    before = (folder / "speed.json").stat().st_mtime_ns
+    rows = compare.compare(comparison, folder, seeds=2)
+    assert [row.runs for row in rows] == [row.runs for row in finished[1]]
+    assert (folder / "speed.json").stat().st_mtime_ns == before
+
+
+def test_a_run_is_known_by_the_weights_it_started_from(comparison: Comparison, tmp_path: Path) -> None:
+    weights = tmp_path / "vit.safetensors"
+    weights.write_bytes(b"one")
+    job = replace(comparison.variants["late"], weights=weights)
+    before = compare._settings(job, records.contents)
+    assert records.same(records.plain(before), compare._settings(job, records.contents))
+    weights.write_bytes(b"another")
+    assert not records.same(records.plain(before), compare._settings(job, records.contents))
 
 
 def test_a_run_that_diverges_is_counted_and_the_others_stand(comparison: Comparison, folder: Path) -> None:

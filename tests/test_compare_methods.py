@@ -1,7 +1,9 @@
 """Methods side by side on one pretrained ViT."""
 
 import csv
+import errno
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +217,56 @@ def test_a_timm_name_takes_weights_from_a_file(folder: Path, tmp_path: Path) -> 
     torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"weights.pth' has no head of the 1000 classes of test_vit"):
         compare_methods.compare_methods(config)
+
+
+@pytest.mark.parametrize(("name", "damage"), [("dense", "changed"), ("speed", "{}")])
+def test_a_damaged_record_is_named_and_computed_again(name: str, damage: str, folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path, methods=(), budgets=(), pictures=0)
+    whole = compare_methods.compare_methods(config)
+    (record,) = [path for path in tmp_path.rglob("*.json") if path.name.startswith(name)]
+    text = record.read_text()
+    record.write_text(text.replace("0.", "1.") if damage == "changed" else damage)
+    with pytest.warns(UserWarning, match=f"{re.escape(record.name)}' is damaged, .*: computed again"):
+        again = compare_methods.compare_methods(config)
+    assert [row.record for row in again.rows] == [row.record for row in whole.rows]
+    assert json.loads(record.read_text()).keys() == json.loads(text).keys()
+
+
+@pytest.mark.parametrize("change", ["version", "image", "class map"])
+def test_what_decides_a_record_has_one_of_its_own(
+    change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, names = tmp_path / "images", tmp_path / "names.txt"
+    shutil.copytree(folder / "images", root)
+    names.write_text("".join(f"{label}\n" for label in range(7)))
+    config = settings(folder, tmp_path / "output", methods=(), budgets=(), root=root, class_map=names)
+    compare_methods.compare_methods(config)
+    if change == "version":
+        monkeypatch.setattr(compare_methods, "version", lambda: "9.9")
+    if change == "image":
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(root / "0" / "0.png")
+    if change == "class map":
+        names.write_text("".join(f"{label}\n" for label in range(7)) + "\n")
+    before = set((tmp_path / "output" / "records").iterdir())
+    compare_methods.compare_methods(config)
+    assert len(set((tmp_path / "output" / "records").iterdir()) - before) == 1
+
+
+@pytest.mark.filterwarnings("ignore:cannot write")
+def test_figures_are_told_where_the_disk_is_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["compare", "methods", str(folder / "vit.safetensors"), str(folder / "images"), "--methods=[evit]"]
+    options = [f"--{name}={value}" for name, value in {**QUICK, "pictures": 0}.items()]
+    assert main([*words, "--budgets=[0.8]", *options, f"--output={tmp_path / 'out'}"]) == 2
+    told = capsys.readouterr()
+    assert "evit 0.8" in told.out
+    last = told.err.splitlines()[-1]
+    assert "methods.csv': No space left on device" in last
 
 
 def test_the_command_prints_the_table(

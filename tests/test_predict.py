@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import multiprocessing
@@ -339,3 +340,110 @@ def test_an_unreadable_item_says_which_file_and_why(folder: Path) -> None:
     (batch,) = DataLoader(images, batch_size=3, collate_fn=list)
     assert [item.name for item in batch] == UNREADABLE
     assert "truncated" in batch[2].reason
+
+
+def test_a_second_run_on_one_output_is_refused(
+    config: PredictConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, forward = [], AViT.forward
+
+    def start_another(self: AViT, *arguments: Any) -> Any:
+        with pytest.raises(FileExistsError, match=r"another process is writing to '.*out\.csv'") as error:
+            predict.predict(config)
+        refused.append(error)
+        return forward(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AViT, "forward", start_another)
+        predict.predict(config)
+    assert refused
+    assert config.output.read_bytes() == whole[".csv"]
+    predict_all(config)
+
+
+def run_until(config: PredictConfig, told: Any) -> None:
+    forward = AViT.forward
+
+    def wait_at_the_second(self: AViT, *arguments: Any) -> Any:
+        if config.output.read_bytes().count(b"\n") > 1:
+            told.put("there")
+            multiprocessing.Event().wait()
+        return forward(self, *arguments)
+
+    AViT.forward = wait_at_the_second
+    predict.predict(config)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_that_was_killed_is_no_obstacle(config: PredictConfig, whole: dict[str, bytes]) -> None:
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    other = context.Process(target=run_until, args=(config, told))
+    other.start()
+    told.get(timeout=60)
+    with pytest.raises(FileExistsError, match="another process"):
+        predict.predict(config)
+    other.kill()
+    other.join()
+    assert predict_all(config).earlier > 0
+    assert config.output.read_bytes() == whole[".csv"]
+
+
+def test_names_that_a_spreadsheet_would_compute_are_text_and_found_again(config: PredictConfig, tmp_path: Path) -> None:
+    folder, names = tmp_path / "images", ["+1.png", "-1.png", "'=1.png", "=1.png", "@1.png", "a.png"]
+    folder.mkdir()
+    for seed, name in enumerate(names):
+        Image.fromarray(noise(seed)).save(folder / name)
+    classes = tmp_path / "names.txt"
+    classes.write_text("".join(f"=class {index}\n" for index in range(7)))
+    config = replace(config, folder=folder, class_names=classes)
+    assert predict.predict(config).images == 6
+    rows = list(csv.DictReader(io.StringIO(config.output.read_text())))
+    assert sorted(row["file"] for row in rows) == sorted([*(f"'{name}" for name in names[:-1]), "a.png"])
+    assert all(row["class_1"].startswith("'=class ") for row in rows)
+    written = config.output.read_bytes()
+    config.output.write_bytes(b"".join(written.splitlines(keepends=True)[:4]))
+    assert predict.predict(config).earlier == 3
+    assert config.output.read_bytes() == written
+    config = replace(config, output=config.output.with_suffix(".jsonl"))
+    predict.predict(config)
+    assert {json.loads(line)["file"] for line in config.output.read_text().splitlines()} == set(names)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "{}", '{"model": 1}'])
+def test_damaged_settings_are_named_and_the_output_stays(config: PredictConfig, damage: str) -> None:
+    predict_all(config)
+    written, record = config.output.read_bytes(), config.output.with_name("out.csv.settings.json")
+    record.write_text(damage)
+    with pytest.raises(
+        ValueError, match=r"out\.csv\.settings\.json' is damaged.*: choose another output, or remove it"
+    ):
+        predict.predict(config)
+    assert config.output.read_bytes() == written
+
+
+def test_lines_of_another_version_are_not_gone_on_with(config: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict_all(config)
+    monkeypatch.setattr(predict, "version", lambda: "9.9")
+    with pytest.raises(ValueError, match="was made with another version of adaptvit: choose"):
+        predict.predict(config)
+
+
+def test_a_full_disk_is_said_with_the_output_and_the_same_command_goes_on(
+    config: PredictConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, calls = predict._rows, []
+
+    def full(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rows(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "_rows", full)
+        with pytest.raises(OSError, match=r"out\.csv' cannot be written, the same command goes on .*No space left"):
+            predict.predict(config)
+    assert predict_all(config).earlier > 0
+    assert config.output.read_bytes() == whole[".csv"]

@@ -9,7 +9,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ CALLS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "compare"])  # which is `run` over and over
 @pytest.mark.usefixtures("caller")
 def test_the_callers_process_comes_back_as_it_was(name: str, folder: Path, tmp_path: Path) -> None:
     before = state()
@@ -269,3 +269,20 @@ def test_two_trainings_follow_one_another_in_the_processes_of_torchrun(tmp_path:
         one.join(timeout=60)
         assert one.exitcode == 0
     assert weights["0", 0] == weights["1", 0] != weights["0", 1] == weights["1", 1]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_commands_run_on_the_accelerator_where_there_is_one(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    for kind in (BenchConfig, DrawConfig, EvaluateConfig, MethodsConfig, PredictConfig):
+        (device,) = (field for field in fields(kind) if field.name == "device")
+        assert device.default_factory() == ("cuda" if there else "cpu")
+
+
+def test_a_budget_is_met_on_the_device_that_is_named(folder: Path, tmp_path: Path) -> None:
+    words = [str(folder / "vit.safetensors"), folder / "images", tmp_path / "out.safetensors", 0.9]
+    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda with a number, got 'fridge'"):
+        set_budget(*words, device="fridge")
+    assert not words[2].exists()
+    set_budget(*words, method="ats", device="cpu")
+    assert words[2].exists()
