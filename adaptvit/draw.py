@@ -92,7 +92,7 @@ class Drawing:
     """Of a summary: whether images that are harder cost more, in one line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """An image and what the model made of it."""
 
@@ -212,7 +212,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
     return Drawing(tuple(files), tuple(record.unreadable), beyond, _finding(gmacs, record.difficulty, labelled))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """What the images of a summary used, and what the model made of them; B of them could be read."""
 

@@ -30,7 +30,7 @@ from adaptvit.usage import Output, Usage, join
 from adaptvit.vit import patch_grid, shape_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """A model on a data set. Depths are blocks entered by patch tokens, None where the method does not track them."""
 

@@ -40,7 +40,7 @@ Runs = tuple[tuple[int, int], ...]
 """Heads that are on, as ranges (first, one past the last)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gates:
     """What of a block is on: 0 or 1, with gradients, where `Masked` runs; bool where `Packed` does; None is all."""
 
@@ -181,7 +181,7 @@ def _add(
     return added
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """Images of a batch that use the same heads and sub-layers, and which of their tokens run."""
 

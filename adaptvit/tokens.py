@@ -132,7 +132,7 @@ class Tokens(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Masked(Tokens):
     """Every slot computed, dead ones hidden from attention. x is (B, N, D)."""
 
@@ -181,6 +181,8 @@ class Masked(Tokens):
         t.masked_fill_(self.live, value)
 
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+        if not len(place):
+            return self, weight
         live = self.live
         slots = int(place.masked_fill(~live, -1).max()) + 1
         place, weight = place.clamp(max=slots - 1), weight * live
@@ -214,7 +216,7 @@ class Masked(Tokens):
         return _received(q, k, self.mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed(Tokens):
     """Live tokens end to end, image after image, in slot order. x is (T, D): no padding, ever."""
 
@@ -313,6 +315,8 @@ class Packed(Tokens):
         t.view(-1).index_fill_(0, self.slots, value)
 
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+        if not len(place):
+            return self, weight
         images, slots = self.shape[0], int(self.spread(place).max()) + 1  # waits for the device
         goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
         leaves = self.spread(moved)

@@ -426,10 +426,16 @@ class _Training:
         eased = recipe.ease_epochs * self.updates
         progress = min(1.0, update / eased) if eased else 1.0
         model.eval()
-        with self.accelerator.autocast():
-            config = meet_target(model, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
+        config, fault = model.config, None
+        try:
+            with self.accelerator.autocast():
+                config = meet_target(model, images, 1 - (1 - recipe.target) * progress, tolerance=0.02)
+        except ValueError as error:  # a batch that cannot meet it: the next ones may
+            fault = str(error)
         model.train()
-        (model.config,) = broadcast_object_list([config])
+        model.config, fault = broadcast_object_list([config, fault])  # the main process's, on all
+        if fault is not None and self.accelerator.is_main_process:
+            warnings.warn(f"the knob stays as it was at update {update + 1}: {fault}", stacklevel=2)
 
     def _cool(self, progress: float) -> None:
         """Set the temperature of the gates to what it is by now."""

@@ -140,8 +140,10 @@ def check_finite(values: Tensor, what: str) -> None:
     """Refuse what a model made of calibration images, (B, ...), where it is not finite.
 
     Raises:
-        ValueError: naming the image by its place, from 0.
+        ValueError: naming the image by its place, from 0; or there is none.
     """
+    if not len(values):
+        raise ValueError("there are no calibration images: one or more are needed")
     sound = values.flatten(1).isfinite().all(dim=1)
     if not sound.all():
         spoilt = (~sound).nonzero().flatten().tolist()

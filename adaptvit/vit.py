@@ -80,6 +80,11 @@ def check(vit: Any) -> None:
             raise TypeError(f"{name}.{part} is a {type(module).__name__}, which is not supported; allowed: {names}")
     if any(isinstance(block.norm1, TokenPart) and getattr(block.attn, "gate", None) for block in vit.blocks):
         raise TypeError(f"{name} has gated attention after a norm over tokens, which is not supported")
+    if (rate := getattr(vit.patch_drop, "prob", 0)) > 0:
+        raise TypeError(
+            f"{name} has patch_drop_rate={rate:g}, which takes patches out of their slots in training and is not "
+            "supported: create it with patch_drop_rate=0"
+        )
     if vit.grad_checkpointing:
         raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
 from adaptvit.methods import ats_released
-from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise
+from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise, random_order
 from adaptvit.parts import Rotary
 from adaptvit.tokens import ROWS
 from adaptvit.vit import attention_received, project
@@ -345,6 +345,13 @@ def test_random_patches_are_as_many_as_the_scores_would_keep_and_of_each_image_i
     share = best.double().sum(dim=1).mean() / best.shape[1]
     assert ((any_.double().mean(dim=0) - share).abs() < 5 * (share * (1 - share) / len(batch)) ** 0.5).all()
     assert len({tuple(row) for row in any_.tolist()}) == len(batch)
+
+
+def test_images_of_the_same_pixels_in_other_places_have_other_orders() -> None:
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    one, mirrored, again = random_order(torch.cat([image, image.flip(3), image]), 30)
+    assert not torch.equal(one, mirrored)
+    assert torch.equal(one, again)
 
 
 @LAYOUTS

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit.methods import METHODS as ALL
 from adaptvit.model import AdaptiveViT, MethodConfig
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -204,3 +205,37 @@ def test_a_reset_classifier_counts() -> None:
     model.vit.reset_classifier(21)
     assert model.shape.head == 3 * before
     assert model.num_classes == 21
+
+
+@LAYOUTS
+@pytest.mark.parametrize("flavour", ["class token", "average pool, no class token"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_has_no_logits(method: str, flavour: str, layout: type) -> None:
+    model = build(method, flavour).eval()
+    output = model(images(model.vit, count=0), layout)
+    assert output.logits.shape == (0, 7)
+    assert macs(output.usage, model.shape).shape == (0,)
+    assert output.usage.patch_depth.shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["full", "avit", "evit", "tome", "merge"])
+def test_one_block_is_enough(name: str) -> None:
+    vit = small_vit(depth=1)
+    model, batch = ALL[name]().build(vit), images(vit)
+    for layout in (Masked, Packed):
+        assert model.train()(batch, layout).logits.isfinite().all()
+        assert model.eval()(batch, layout).usage.live.shape[1] == 1
+
+
+@pytest.mark.parametrize(("name", "field"), [("ats", "blocks"), ("adavit", "first_block"), ("dynamicvit", "blocks")])
+def test_one_block_is_refused_by_name_where_it_is_too_few(name: str, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{type(ALL[name]()).__name__}\.{field}"):
+        ALL[name]().build(small_vit(depth=1))
+
+
+def test_outputs_and_records_compare_by_identity() -> None:
+    model = build("merge", "class token").eval()
+    one, other = (model(images(model.vit)) for _ in range(2))
+    assert one != other
+    assert one.usage != other.usage
+    assert len({one, other, one.usage, other.usage}) == 4

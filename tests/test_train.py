@@ -284,6 +284,22 @@ def test_the_knob_is_steered_to_the_target(data: Data, tmp_path: Path) -> None:
     assert shares[-1] == pytest.approx(0.6, abs=0.1)
 
 
+def test_a_batch_that_cannot_meet_the_target_leaves_the_knob_and_the_run_goes_on(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = model()
+    center = trained.config.gate_center
+
+    def out_of_reach(*_: object, **__: object) -> None:
+        raise ValueError("no gate_center meets the target")
+
+    monkeypatch.setattr(adaptvit.train, "meet_target", out_of_reach)
+    recipe = replace(RECIPE, target=0.6, steer_every=2)
+    with pytest.warns(UserWarning, match=r"the knob stays as it was at update \d: no gate_center meets the target"):
+        history = train(trained, data, recipe, tmp_path)
+    assert [epoch.knob for epoch in history] == [center] * 3
+
+
 def test_a_target_needs_a_knob(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="FullConfig has no knob"):
         train(model(FullConfig()), data, replace(RECIPE, target=0.5), tmp_path)

@@ -132,7 +132,7 @@ class AdaViTConfig:
         return AdaViT(vit, self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policies:
     """Decisions of all blocks: 0 or 1, with gradients in training; 1 where a block decides nothing."""
 

@@ -7,6 +7,7 @@ Letters: B images, N token slots (prefix tokens first, then P patches), L blocks
 Symbols of the paper: A attention, V values, S significance score.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -264,7 +265,8 @@ def gumbel_noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generato
 def random_order(images: Tensor, patches: int) -> Tensor:
     """The place of each patch in an order drawn for each image, (B, P) int64: by its own pixels, not by its batch."""
     order = torch.empty(len(images), patches, dtype=torch.long)
-    seeds = images.flatten(1).contiguous().view(torch.uint8).sum(dim=1).tolist()
-    for row, seed in zip(order, seeds, strict=True):
+    pixels = images.detach().cpu().flatten(1).contiguous().view(torch.uint8).numpy()
+    for row, bytes_ in zip(order, pixels, strict=True):
+        seed = int.from_bytes(hashlib.blake2b(bytes_, digest_size=8).digest(), "big")
         torch.randperm(patches, generator=torch.Generator().manual_seed(seed), out=row)
     return order.to(images.device)

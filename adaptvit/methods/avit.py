@@ -247,7 +247,7 @@ def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:
 
 def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
     """Say so when the gate leaves nothing after the first block."""
-    if not going.any():
+    if going.numel() and not going.any():
         warnings.warn(
             f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or find a gate "
             "with adaptvit.meet_target",

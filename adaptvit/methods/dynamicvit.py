@@ -146,6 +146,10 @@ class DynamicViT(AdaptiveViT):
             raise ValueError(
                 f"DynamicViTConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}"
             )
+        if not self.stages:
+            raise ValueError(
+                f"{name} has {self.depth} block, too few for a stage after a quarter: set DynamicViTConfig.blocks"
+            )
         if dim % 4:
             raise ValueError(f"{name} has {dim} channels, but DynamicViT's predictors need a multiple of 4")
         self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))
