@@ -1,6 +1,7 @@
 """Vision transformers that spend compute where an image needs it."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -126,7 +127,9 @@ def _sentence(error: Exception) -> str:
         return f"{error.strerror}{where}"
     lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
     if isinstance(error, ArgumentError):
-        return lines[-1]  # which follows the whole of the parser's thoughts
+        key = re.search(r'Parser key "([^"]+)"', str(error))
+        name = f"{key[1]}: " if key and key[1] not in lines[-1] else ""
+        return name + lines[-1]  # which follows the whole of the parser's thoughts
     if _own_fault(error):
         fault = f"{type(error).__name__}, which looks like a fault of adaptvit itself; {TRACEBACK}=1 shows where"
         return f"{fault}: {lines[-1]}"
