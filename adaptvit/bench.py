@@ -1,6 +1,7 @@
 """Measured speed beside the MACs that were saved: timm's own model, masked and packed execution, in turns."""
 
 import os
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Annotated, Any
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import IMAGE_SUFFIXES
+from adaptvit.data import Unreadable, list_folder, open_pictures
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -189,7 +190,7 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     side = config.img_size or settings["input_size"][-1]
     settings["input_size"] = (settings["input_size"][0], side, side)
     if config.data is not None:
-        return _folder(config.data, config.images, create_transform(**settings))
+        return _folder(config.data, config.images, settings)
     crop = v2.Compose(
         [
             v2.ToImage(),
@@ -202,16 +203,18 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     return torch.stack([crop(photographs[i % len(photographs)]) for i in range(config.images)])
 
 
-def _folder(folder: Path, count: int, transform: Any) -> Tensor:
-    if not folder.is_dir():
-        raise ValueError(f"data is {str(folder)!r}, which is not a folder")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if len(files) < count:
-        raise ValueError(f"data folder {str(folder)!r} holds {len(files)} images, but the bench wants {count}")
+def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
+    listing = list_folder(folder, "data")
+    pictures = open_pictures(listing, settings)
+    size = len(pictures)
+    if size < count:
+        raise ValueError(f"data folder {str(folder)!r} holds {size} images, but the bench wants {count}")
+    for one in listing.left_out:
+        warnings.warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     images = []
-    for file in files[:: len(files) // count][:count]:
-        try:
-            images.append(transform(Image.open(file).convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{str(file)!r} cannot be read as an image: {error}") from None
+    for index in range(0, size, size // count)[:count]:
+        item = pictures[index]
+        if isinstance(item, Unreadable):
+            raise ValueError(f"{str(folder / item.name)!r} cannot be read as an image: {item.reason}")
+        images.append(item[0])
     return torch.stack(images)

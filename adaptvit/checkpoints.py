@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.checks import In, checked
-from adaptvit.files import replacing
+from adaptvit.files import check_is_file, replacing
 from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
@@ -337,8 +337,12 @@ def _existing(path: Path | str) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file")
+    try:
+        check_is_file(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(str(error)) from None
     return path
 
 

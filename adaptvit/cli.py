@@ -27,7 +27,7 @@ from adaptvit.compare import Row, compare, table
 from adaptvit.compare_methods import MethodsConfig, compare_methods
 from adaptvit.compare_methods import table as compared_table
 from adaptvit.comparisons import COMPARISONS
-from adaptvit.data import Unreadable
+from adaptvit.data import LeftOut, Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
@@ -241,7 +241,7 @@ def _compare_methods(arguments: Namespace) -> int:
     arguments.files = tuple(arguments.files)
     outcome = compare_methods(_config(MethodsConfig, arguments), lambda rows: _say_table(compared_table(rows)))
     say(f"{outcome.report}: the report")
-    return _say_unreadable(outcome.unreadable)
+    return _say_unused(outcome.unreadable, outcome.left_out)
 
 
 def _compare_variants(arguments: Namespace) -> int:
@@ -296,7 +296,7 @@ def run_evaluate(arguments: Namespace) -> int:
         write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
     if arguments.csv:
         append_csv(arguments.csv, figures, KNOWN_BY)
-    return _say_unreadable(result.unreadable)
+    return _say_unused(result.unreadable, result.left_out)
 
 
 def predict_parser() -> ArgumentParser:
@@ -313,7 +313,7 @@ def run_predict(arguments: Namespace) -> int:
         return 0
     earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
     say(f"{result.output}: {result.images} images{earlier}")
-    return _say_unreadable(result.unreadable)
+    return _say_unused(result.unreadable, result.left_out)
 
 
 def draw_parser() -> ArgumentParser:
@@ -336,7 +336,7 @@ def run_draw(arguments: Namespace) -> int:
         say(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
     if drawing.finding:
         say(drawing.finding)
-    return _say_unreadable(drawing.unreadable)
+    return _say_unused(drawing.unreadable, drawing.left_out)
 
 
 def budget_parser() -> ArgumentParser:
@@ -477,8 +477,10 @@ def _say_table(cells: Table) -> None:
         say(line)
 
 
-def _say_unreadable(unreadable: Sequence[Unreadable]) -> int:
-    """Name what could not be read; the exit code."""
+def _say_unused(unreadable: Sequence[Unreadable], left_out: Sequence[LeftOut]) -> int:
+    """Name what could not be read, and the first few of what was left out; the exit code."""
+    for one in left_out:
+        say(f"adaptvit: left out: {one}", sys.stderr)
     for name, reason in unreadable:
         say(f"adaptvit: cannot read {name}: {reason}", sys.stderr)
     if unreadable:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model, start_from
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import DataConfig, Unreadable, open_split
+from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, open_split
 from adaptvit.draw import full_usage, last_groups, pixels
 from adaptvit.evaluate import check_classes, outputs
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
@@ -151,6 +151,8 @@ class Outcome:
     """Images that could not be decoded and are in no figure."""
     report: Path
     """What to open first."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the images and is not used."""
 
 
 @as_found()
@@ -209,7 +211,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
     )
     write(report, config.output / "report.html")
     unreadable = [Unreadable(*one) for one in records[DENSE]["unreadable"]]
-    return Outcome(rows, unreadable, config.output / "report.html")
+    return Outcome(rows, unreadable, config.output / "report.html", what.left_out)
 
 
 class _Compared:
@@ -236,6 +238,7 @@ class _Compared:
         if isinstance(split, IterableDataset):
             raise ValueError(f"{config.dataset} is a stream, of which no images can be set aside")
         check_classes(split, self.dense, config.root, config.class_map)
+        self.left_out = split.left_out if isinstance(split, Samples) else ()
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = Subset(split, self.aside)
         self.calibration = spread_over(aside, len(self.aside)).images.to(next(self.dense.parameters()))

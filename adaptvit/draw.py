@@ -10,19 +10,30 @@ Letters: B images.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
-from timm.data import create_transform, resolve_model_data_config
-from timm.utils import natural_key
+from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.data import IMAGE_SUFFIXES, NOT_FINITE, DataConfig, Samples, Unreadable, class_names, collate, open_split
+from adaptvit.data import (
+    IMAGE_SUFFIXES,
+    NOT_FINITE,
+    DataConfig,
+    LeftOut,
+    Samples,
+    Unreadable,
+    class_names,
+    collate,
+    list_images,
+    open_pictures,
+    open_split,
+)
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.avit import AViT
@@ -90,6 +101,8 @@ class Drawing:
     """Pictures, or classes, that were not looked at."""
     finding: str = ""
     """Of a summary: whether images that are harder cost more, in one line."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies in the folder and is not looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +154,7 @@ def _draw(config: DrawConfig) -> Drawing:
             f"model {config.model!r} takes {channels} channels and its record of the weights normalises {means}: "
             "pictures can be drawn where both are 1 or both are 3"
         )
-    if config.per_class or (config.summary and not _pictures(config.folder)):
-        samples = open_split(DataConfig(root=config.folder), settings, "validation")
-    else:
-        samples = Samples(Files(config.folder), channels, create_transform(**settings))
-    assert isinstance(samples, Samples)
+    samples = _samples(config, settings)
     if config.summary:
         return _summary(model, samples, settings, config)
     if config.per_class:
@@ -177,7 +186,20 @@ def _draw(config: DrawConfig) -> Drawing:
         figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel, merged=merged)
         files.append(config.output / f"{name}.png")
         write_png(figure, files[-1])
-    return Drawing(tuple(files), tuple(unreadable), beyond)
+    return Drawing(tuple(files), tuple(unreadable), beyond, left_out=samples.left_out)
+
+
+def _samples(config: DrawConfig, settings: dict[str, Any]) -> Samples:
+    """The pictures that lie in the folder; those of its folders of classes where it is told to, or has no others."""
+    listing = list_images(config.folder, below=False)
+    if config.per_class or (config.summary and not listing.names):
+        samples = open_split(DataConfig(root=config.folder), settings, "validation")
+        assert isinstance(samples, Samples)
+        return samples
+    if not listing.names:
+        hint = "; for folders of classes, pass --per-class true" if "folders" in listing.skipped else ""
+        raise ValueError(f"folder {str(config.folder)!r} has no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
+    return open_pictures(listing, settings)
 
 
 def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], config: DrawConfig) -> Drawing:
@@ -209,7 +231,8 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
     for file, figure in zip(files, tqdm(figures.values(), "drawing", leave=False), strict=True):
         write_png(figure(), file)
     beyond = len(samples) - len(gmacs) - len(record.unreadable)
-    return Drawing(tuple(files), tuple(record.unreadable), beyond, _finding(gmacs, record.difficulty, labelled))
+    finding = _finding(gmacs, record.difficulty, labelled)
+    return Drawing(tuple(files), tuple(record.unreadable), beyond, finding, samples.left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,38 +341,6 @@ def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:
         raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """In the folder itself, in the natural order of their names."""
-    there = [path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
-    return sorted((p for p in there if p.suffix.lower() in IMAGE_SUFFIXES), key=lambda path: natural_key(path.name))
-
-
-class Files:
-    """The pictures of a folder, handed out as timm's readers do."""
-
-    def __init__(self, folder: Path) -> None:
-        """List them.
-
-        Raises:
-            ValueError: there are none.
-        """
-        self.files = _pictures(folder)
-        if not self.files:
-            folders = any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
-            hint = "; for folders of classes, pass --per-class true" if folders else ""
-            raise ValueError(f"folder {str(folder)!r} has no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, None]:
-        return self.files[index].open("rb"), None
-
-    def filename(self, index: int) -> str:
-        """Without the folder."""
-        return self.files[index].name
-
-
 def full_usage(model: AdaptiveViT, images: Tensor) -> Usage:
     """The record of a run that no image leaves early, so that every token's depth is its own."""
     return _full_output(model, images).usage
@@ -389,12 +380,12 @@ def _most_varied(
     """
     classes = class_names(samples)
     labels = [label for _, label in samples.reader.samples]
-    if "" in classes:
-        loose = samples.name(labels.index(classes.index("")))
+    if not classes:
+        loose = samples.name(0)
         raise ValueError(f"per_class needs a folder for each class, but {str(config.folder)!r} itself holds {loose!r}")
     best: dict[int, Seen] = {}
     unreadable = []
-    wanted = [index for index, label in enumerate(labels) if label < config.most]
+    wanted = [index for index, label in enumerate(labels) if label is not None and label < config.most]
     for one in _look(model, samples, wanted, config.batch_size):
         if isinstance(one, Unreadable):
             unreadable.append(one)

@@ -20,7 +20,18 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields, checked
-from adaptvit.data import NOT_FINITE, Batch, DataConfig, Samples, Unreadable, class_names, collate, open_split
+from adaptvit.data import (
+    NOT_FINITE,
+    Batch,
+    ClassFolders,
+    DataConfig,
+    LeftOut,
+    Samples,
+    Unreadable,
+    class_names,
+    collate,
+    open_split,
+)
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
@@ -68,11 +79,13 @@ class Result:
     """(images,) bool, whose label has the largest logit."""
     unreadable: tuple[Unreadable, ...]
     """Images that could not be decoded, or whose logits are not finite; they are not counted anywhere else."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the images and is not used."""
 
     @property
     def figures(self) -> dict[str, float | int | None]:
         """The numbers of the whole data set, JSON-able."""
-        parts = ("usage", "losses", "correct", "unreadable")
+        parts = ("usage", "losses", "correct", "unreadable", "left_out")
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in parts}
         return whole | {"unreadable": len(self.unreadable)}
 
@@ -251,6 +264,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     data = open_split(source, settings, config.split)
     check_classes(data, model, config.root, config.class_map)
     result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)
+    result = replace(result, left_out=data.left_out if isinstance(data, Samples) else ())
     figures: dict[str, Any] = {"model": config.model, "data": str(config.dataset or config.root), **result.figures}
     if config.rounds:
         loader = DataLoader(data, config.batch_size, collate_fn=collate)
@@ -268,11 +282,23 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
     Raises:
         ValueError: naming both numbers.
     """
-    classes = class_names(data)
+    classes, reader = class_names(data), getattr(data, "reader", None)
+    without = ""
+    if isinstance(reader, ClassFolders):
+        if not classes:
+            raise ValueError(
+                f"{str(root)!r} has images, but no folders of classes: {reader.filename(0)!r} lies in none"
+            )
+        without = f" ({', '.join(map(repr, reader.empty))} without images)" if reader.empty else ""
     if classes and class_map is None and len(classes) != model.num_classes:
         raise ValueError(
-            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes)}; if they are some of the "
-            "model's, pass class_map"
+            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes)}{without}; if they are "
+            "some of the model's, pass class_map"
+        )
+    named = class_names(data, class_map)
+    if class_map is not None and len(named) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but class_map {str(class_map)!r} has {len(named)}"
         )
 
 

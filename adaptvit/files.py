@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and files that others name, which may be no files."""
 
 import csv
 import io
@@ -6,13 +6,45 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_is_file(path: Path | str) -> None:
+    """Refuse what may never end when it is read.
+
+    Raises:
+        OSError: it cannot be looked at, is a folder, or is a pipe, a socket or a device.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()  # which says so where it is locked
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{str(path)!r} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file")
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a file to read its bytes.
+
+    Raises:
+        OSError: it cannot be opened, or what `check_is_file` raises.
+    """
+    check_is_file(path)
+    return open(path, "rb")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch.nn.functional import interpolate
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_fields
-from adaptvit.data import HELD_OUT, digits, in_channels, open_image
+from adaptvit.data import HELD_OUT, digits, in_channels, open_image, read_names
 from adaptvit.draw import full_usage, pixels
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
@@ -87,10 +87,10 @@ class PlaygroundConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.class_names is not None and not self.class_names.is_file():
-            raise FileNotFoundError(f"PlaygroundConfig.class_names is {str(self.class_names)!r}, which is not a file")
-        if self.class_names is not None and not self.models:
-            raise ValueError("PlaygroundConfig.class_names is for models of your own: name one")
+        if self.class_names is not None:
+            read_names(self.class_names, "PlaygroundConfig.class_names")
+            if not self.models:
+                raise ValueError("PlaygroundConfig.class_names is for models of your own: name one")
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class Playground:
         self.adapted: dict[tuple[str, str], AdaptiveViT] = {}
         names = None
         if config.class_names is not None:
-            names = config.class_names.read_text(encoding="utf-8").splitlines()
+            names = read_names(config.class_names, "PlaygroundConfig.class_names")
         for model in config.models:
             try:
                 self.subjects[model] = Subject.of(open_model(model), names)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.data import NOT_FINITE, FolderImages, Unreadable, collate, find_images
+from adaptvit.data import NOT_FINITE, FolderImages, LeftOut, Listing, Unreadable, collate, list_folder, read_names
+from adaptvit.data import find_images as find_images
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
@@ -80,7 +81,10 @@ class Prediction:
     earlier: int
     """Those of them that were there before."""
     unreadable: tuple[Unreadable, ...]
-    """Files that cannot be decoded, or whose logits are not finite, in the order of their paths."""
+    """Files that cannot be decoded, or whose logits are not finite, and folders that cannot be read, in the order of
+    their paths."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies in the folder and is no image."""
 
 
 @as_found()
@@ -100,17 +104,18 @@ def predict(config: PredictConfig) -> Prediction:
         FileExistsError: another run is writing to the output.
         OSError: the output cannot be written.
     """
-    names = find_images(config.folder)
+    listing = list_folder(config.folder, "PredictConfig.folder")
     if not config.output.parent.is_dir():
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
     device = torch.device(config.device)
     check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
     with locked(config.output) if state.is_main_process else nullcontext():
-        return _predict(config, names, device, state)
+        return _predict(config, listing, device, state)
 
 
-def _predict(config: PredictConfig, names: list[str], device: torch.device, state: PartialState) -> Prediction:
+def _predict(config: PredictConfig, listing: Listing, device: torch.device, state: PartialState) -> Prediction:
+    names = list(listing.names)
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
     classes = _classes(config, model.num_classes)
@@ -173,6 +178,7 @@ def _predict(config: PredictConfig, names: list[str], device: torch.device, stat
         images=len(done) + sum(counts),
         earlier=len(done),
         unreadable=tuple(sorted(found, key=lambda one: order[one.name])),
+        left_out=listing.left_out,
     )
 
 
@@ -374,11 +380,9 @@ def _classes(config: PredictConfig, count: int) -> Sequence[str] | range:
         raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
     if config.class_names is None:
         return range(count)
-    if not config.class_names.is_file():
-        raise FileNotFoundError(f"PredictConfig.class_names is {str(config.class_names)!r}, which is not a file")
-    names = config.class_names.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    names = read_names(config.class_names, "PredictConfig.class_names")
     if len(names) != count:
-        raise ValueError(f"{config.class_names} has {len(names)} lines, but {config.model} has {count} classes")
+        raise ValueError(f"{config.class_names} has {len(names)} names, but {config.model} has {count} classes")
     return names
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.checkpoints import digest, open_model, save, start_from
 from adaptvit.checks import In, check_device, check_fields, checked
-from adaptvit.data import Batch, DataConfig, class_names, collate, open_data, open_split
+from adaptvit.data import Batch, DataConfig, Samples, class_names, collate, open_data, open_split
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
 from adaptvit.methods.adavit import AdaViTConfig
@@ -132,6 +132,8 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     arguments = {**config.model_args, **size}
     settings = _settings(config.model, arguments)
     data = open_data(config.data, settings)
+    for one in data.left_out:
+        _tell(f"left out: {one}")
     if isinstance(data.train, IterableDataset) and (
         config.sharpness is not None or config.fit_policies or config.target is not None
     ):
@@ -285,6 +287,8 @@ def set_budget(
     plain = isinstance(config, FullConfig)
     if not plain and method not in (None, config.method):
         raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
+    for one in split.left_out if isinstance(split, Samples) else ():
+        warnings.warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     batch = spread_over(split, images)
     if batch.unreadable:
         first = batch.unreadable[0].name

@@ -305,7 +305,7 @@ def test_what_is_missing_is_told_before_anything_is_written(config: PredictConfi
         ({"folder": empty}, ValueError, "folder is .*empty', which holds no images"),
         ({"output": tmp_path / "none" / "out.csv"}, FileNotFoundError, "output lies in .*none', which is not"),
         ({"class_names": tmp_path / "none"}, FileNotFoundError, "class_names is .*none', which is not a file"),
-        ({"class_names": few}, ValueError, "has 2 lines, but .* has 7 classes"),
+        ({"class_names": few}, ValueError, "has 2 names, but .* has 7 classes"),
         ({"top": 8}, ValueError, "top is 8, but .* has 7 classes"),
         ({"model": "nothing"}, ValueError, "neither an adaptvit file nor the name of a timm model"),
     ]

@@ -1,11 +1,23 @@
 """Images to look at, to train and to evaluate on.
 
 images   one picture, decoded
-folders  which files of a folder are images
+tars     what is in a tar
+classes  names of classes
+folders  which files of a folder or a tar are images, and of which class
 sets     data sets: folders of classes, whatever else timm reads, scikit-learn's digits
 """
 
-from adaptvit.data.folders import IMAGE_SUFFIXES, FolderImages, find_images
+from adaptvit.data.classes import read_class_map, read_names
+from adaptvit.data.folders import (
+    IMAGE_SUFFIXES,
+    ClassFolders,
+    FolderImages,
+    LeftOut,
+    Listing,
+    find_images,
+    list_folder,
+    list_images,
+)
 from adaptvit.data.images import NOT_FINITE, Unreadable, in_channels, open_image, read_image
 from adaptvit.data.sets import (
     HELD_OUT,
@@ -19,6 +31,7 @@ from adaptvit.data.sets import (
     digits,
     filled,
     open_data,
+    open_pictures,
     open_split,
 )
 
@@ -27,10 +40,13 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "NOT_FINITE",
     "Batch",
+    "ClassFolders",
     "Data",
     "DataConfig",
     "FolderImages",
     "Images",
+    "LeftOut",
+    "Listing",
     "Samples",
     "Unreadable",
     "class_names",
@@ -39,8 +55,13 @@ __all__ = [
     "filled",
     "find_images",
     "in_channels",
+    "list_folder",
+    "list_images",
     "open_data",
     "open_image",
+    "open_pictures",
     "open_split",
+    "read_class_map",
     "read_image",
+    "read_names",
 ]

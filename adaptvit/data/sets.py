@@ -3,10 +3,9 @@
 An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
-from tarfile import TarError
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from adaptvit.checks import In, check_fields, checked, quoted
+from adaptvit.data.classes import labels_of, read_class_map
+from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split, told
 from adaptvit.data.images import Unreadable, read_image
 
 HELD_OUT = 360
@@ -64,6 +65,8 @@ class Data:
     """Times a training image comes in an epoch, of as many images as there are; 0 or 1: once."""
     workers: int = 0
     """Processes that decode, for each loader."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies beside the images and is not used; names begin with the split's."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images as they are looked at: values in [0, 1]."""
@@ -128,10 +131,14 @@ class DataConfig:
 
 
 class Samples(Dataset):
-    """The images of a timm reader that finds them by number. An unreadable one is `Unreadable`, never another one."""
+    """The images of a reader, ours or timm's, that finds them by number.
 
-    def __init__(self, reader: Any, channels: int, transform: Any) -> None:
+    An unreadable one is `Unreadable`, never another one. What is no image at all, or of no class, is in `left_out`.
+    """
+
+    def __init__(self, reader: Any, channels: int, transform: Any, left_out: Sequence[LeftOut] = ()) -> None:
         self.reader, self.channels, self.transform = reader, channels, transform
+        self.left_out = tuple(left_out)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -188,21 +195,33 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
     """
     if config.root is None and not config.dataset:
         return digits()
+    if not config.dataset:
+        missing = [name for name in (config.train_split, config.test_split) if not _has_split(config, name)]
+        if missing:
+            raise FileNotFoundError(f"{_where(config)} has no folder {' and none '.join(map(repr, missing))}")
     train = open_split(config, settings, config.train_split, augment=True)
     calibration = open_split(config, settings, config.train_split)
     test = open_split(config, settings, config.test_split)
-    if not config.dataset:
-        found = {config.train_split: train, config.test_split: test}
-        missing = [name for name, split in found.items() if split.reader.root == str(config.root)]  # type: ignore[attr-defined]
-        if missing:
-            raise FileNotFoundError(f"{_where(config)} has no folder {' and none '.join(map(repr, missing))}")
+    if isinstance(train, Samples) and isinstance(train.reader, ClassFolders) and train.reader.empty:
+        raise ValueError(f"{_where(config)} has no images of {_some(train.reader.empty)} to train on")
     classes = class_names(train, config.class_map)
+    if not classes and not config.dataset:
+        raise ValueError(f"{_where(config)} has images, but no folders of classes: {train.name(0)!r} lies in none")  # type: ignore[attr-defined]
     if not classes:
         raise ValueError(f"{_where(config)} does not name its classes: pass class_map")
     if len(classes) < 2:
         raise ValueError(f"{_where(config)} has images of the class {classes[0]!r} only to train on; two are the least")
-    if class_names(test, config.class_map) != classes:
-        raise ValueError(f"{_where(config)} has other classes to test on than the {len(classes)} to train on")
+    tested = class_names(test, config.class_map)
+    if tested != classes:
+        told = ", ".join(
+            f"only {split!r} has {_some(name for name in own if name not in others)}"
+            for split, own, others in ((config.train_split, classes, tested), (config.test_split, tested, classes))
+            if set(own) - set(others)
+        )
+        raise ValueError(
+            f"{_where(config)} has other classes to test on than the {len(classes)} to train on: "
+            + (told or "they are in another order")
+        )
     settings = _settings(config, settings)
     sizes = [len(split) if isinstance(split, Sized) else "streamed" for split in (train, test)]
     return Data(
@@ -218,45 +237,28 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         preparation=repr((replace(config, root=None, class_map=None, workers=0), sorted(settings.items()))),
         repeats=config.repeated_augmentation,
         workers=config.workers,
+        left_out=tuple(
+            replace(one, names=tuple(f"{name}/{inside}" for inside in one.names))
+            for name, split in ((config.train_split, train), (config.test_split, test))
+            for one in getattr(split, "left_out", ())
+        ),
     )
 
 
 def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment: bool = False) -> Dataset:
     """One split, its images as the model expects them or augmented for training.
 
-    A folder without one for the split is taken to be the split itself.
+    A folder without one for the split, nor for another one, is taken to be the split itself.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or it has other splits only.
         ValueError: it holds no images, or cannot be read with what is installed.
     """
-    if not config.dataset and (config.root is None or not config.root.exists()):
-        raise FileNotFoundError(f"{_where(config)} does not exist")
-    extra = {}
-    if config.class_map is not None:
-        if not config.class_map.is_file():
-            raise FileNotFoundError(f"class_map is {str(config.class_map)!r}, which is not a file")
-        if config.class_map.suffix != ".txt":
-            raise ValueError(
-                f"class_map must be a .txt file with a class name on each line, got {config.class_map.name!r}"
-            )
-        if not config.dataset.lower().startswith("wds/"):  # whose labels are numbers already
-            extra["class_map"] = str(config.class_map.absolute())
+    if not config.dataset:
+        _root(config)
+    names = None if config.class_map is None else read_class_map(config.class_map)
     settings = _settings(config, settings)
     channels = settings["input_size"][0]
-    try:
-        found = create_dataset(
-            config.dataset,
-            root=None if config.root is None else str(config.root),
-            split=split,
-            is_training=augment,
-            input_img_mode="RGB" if channels == 3 else "L",
-            **extra,
-        )
-    except ImportError as error:
-        raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
-    except (RuntimeError, AssertionError, ValueError, TarError) as error:  # how timm says that it found nothing
-        raise ValueError(f"{_where(config)} has no images that can be read: {_first_line(error)}") from error
     augmented = {
         "is_training": True,
         "scale": config.scale,
@@ -267,20 +269,70 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         "re_mode": "pixel",
     }
     transform = create_transform(**settings, **(augmented if augment else {}))
+    if not config.dataset:
+        folders = ClassFolders(_root(config), split, _where(config), names)
+        return Samples(folders, channels, transform, folders.left_out)
+    try:
+        found = create_dataset(
+            config.dataset,
+            root=None if config.root is None else str(config.root),
+            split=split,
+            is_training=augment,
+            input_img_mode="RGB" if channels == 3 else "L",
+        )
+    except ImportError as error:
+        raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
+    except (RuntimeError, AssertionError, ValueError) as error:  # how timm says that it found nothing
+        raise ValueError(f"{_where(config)} has no images that can be read: {_first_line(error)}") from error
     if isinstance(found, ImageDataset):
-        return Samples(found.reader, channels, transform)
+        reader = found.reader if names is None else _Renumbered(found.reader, names, _where(config))
+        return Samples(reader, channels, transform, getattr(reader, "left_out", ()))
     found.transform = transform  # a stream, or one of torchvision's own
     return found
 
 
+class _Renumbered:
+    """A data set of the Hub whose labels follow a class map; where it does not name its classes they do already.
+
+    Attributes:
+        left_out: classes that the map does not name.
+    """
+
+    def __init__(self, reader: Any, names: Sequence[str], where: str) -> None:
+        own = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+        labels = labels_of(own, names) if own else {name: label for label, name in enumerate(names)}
+        if own and not labels:
+            raise ValueError(f"class_map names none of the classes of {where}, the first being {own[0]!r}")
+        self.reader, self.class_to_idx = reader, {name: label for label, name in enumerate(names)}
+        self.labels = {reader.class_to_idx[name]: labels[name] for name in labels} if own else None
+        found = reader.dataset[reader.label_key]
+        self.indices = [index for index, label in enumerate(found) if self.labels is None or label in self.labels]
+        self.left_out = told({"classes that class_map does not name": [name for name in own if name not in labels]})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        file, label = self.reader[self.indices[index]][:2]
+        return file, label if self.labels is None else self.labels[label]
+
+    def filename(self, index: int) -> str:
+        """Of the file."""
+        return str(self.reader.filename(self.indices[index]))
+
+
+def open_pictures(listing: Listing, settings: dict[str, Any]) -> Samples:
+    """Images without classes, prepared as the model expects them; their label is -1."""
+    pictures = LoosePictures(listing)
+    return Samples(pictures, settings["input_size"][0], create_transform(**settings), pictures.left_out)
+
+
 def class_names(data: Dataset, class_map: Path | None = None) -> tuple[str, ...]:
     """Names of the labels 0, 1, ...; where the data set does not say, those of `class_map`; else empty."""
-    source = getattr(data, "reader", data)
-    for attribute in ("class_to_idx", "class_name_to_idx"):
-        numbers = getattr(source, attribute, None)
-        if numbers:
-            return tuple(PurePath(name).name for name in sorted(numbers, key=numbers.__getitem__))
-    return () if class_map is None else tuple(map(str.strip, class_map.read_text(encoding="utf-8").splitlines()))
+    numbers = getattr(getattr(data, "reader", data), "class_to_idx", None)
+    if numbers:
+        return tuple(sorted(numbers, key=numbers.__getitem__))
+    return () if class_map is None else read_class_map(class_map)
 
 
 def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +345,23 @@ def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _root(config: DataConfig) -> Path:
+    """The folder or tar, if it is there."""
+    if config.root is None or not config.root.exists():
+        raise FileNotFoundError(f"{_where(config)} does not exist")
+    return config.root
+
+
+def _has_split(config: DataConfig, split: str) -> bool:
+    return find_split(_root(config), split, _where(config)) is not None
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    told = list(map(repr, names))
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
 
 
 def _where(config: DataConfig) -> str:
