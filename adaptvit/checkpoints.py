@@ -167,7 +167,7 @@ def convert(
     *,
     gate_scale: Annotated[float | None, In("(0, 1e6]")] = None,
     gate_center: Annotated[float | None, In("[-1e9, 1e9]")] = None,
-    keep_rate: Annotated[float | None, In("(0, 1]")] = None,
+    keep_rate: Annotated[float | Sequence[float] | None, In("(0, 1]")] = None,
     fuse: bool | None = None,
     num_classes: Annotated[int, In("[0, 1048576]")] = 1000,
     img_size: Annotated[int | None, In("[1, 65536]")] = None,
@@ -189,7 +189,8 @@ def convert(
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
         gate_scale, gate_center: of A-ViT, where neither the file's name nor its training arguments are to say.
-        keep_rate: of EViT or DynamicViT, in (0, 1]; None is the released default, 0.7.
+        keep_rate: of EViT or DynamicViT, in (0, 1], a number or one for each block or stage that drops patches; None is
+            the released default, 0.7.
         fuse: whether EViT fuses what it drops; None is the released default, that it does.
         num_classes: classes of the head in `source`.
         img_size: pixels per side of the converted model, None for that of `model_name`. A position table of another

@@ -66,6 +66,7 @@ METHODS = {
     "unfused evit": EViTConfig(blocks=(0, 1, 2), keep_rate=(0.7, 1.0, 0.5), fuse=False),
     "evit, tokens": EViTConfig(blocks=(0, 2, 3), tokens=(6, 4, 4)),
     "dynamicvit": DynamicViTConfig(),
+    "dynamicvit, by stage": DynamicViTConfig(keep_rate=(0.9, 0.5, 0.5)),
     "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
     "tome": ToMeConfig(r=3),
     "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),

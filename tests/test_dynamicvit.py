@@ -25,6 +25,8 @@ def build(flavour: str = "class token", **settings: object) -> DynamicViT:
     [
         ({"keep_rate": 0.0}, r"keep_rate must lie in \(0, 1\], got 0.0"),
         ({"keep_rate": 1.1}, r"keep_rate must lie in \(0, 1\], got 1.1"),
+        ({"keep_rate": (0.5, 0.0)}, r"keep_rate must lie in \(0, 1\], got \(0.5, 0.0\)"),
+        ({"keep_rate": (0.5, 0.6)}, r"keep_rate must not grow from stage to stage, got \(0.5, 0.6\)"),
         ({"threshold": 1.0}, r"threshold must lie in \[0, 1\), got 1.0"),
         ({"blocks": (2, 2)}, r"blocks must be block numbers from 0 on, ascending, got \(2, 2\)"),
         ({"blocks": "3"}, r"blocks must be block numbers from 0 on, ascending, or None, got '3'"),
@@ -40,6 +42,8 @@ def test_wrong_values_fail_when_the_config_is_made(settings: dict, message: str)
 def test_what_the_vit_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"blocks names block 4, but test_vit has blocks 0\.\.3"):
         DynamicViTConfig(blocks=(1, 4)).build(small_vit())
+    with pytest.raises(ValueError, match=r"keep_rate has 2 numbers, but test_vit has 3 stages, before blocks \(1, 2, 3\)"):
+        DynamicViTConfig(keep_rate=[0.7, 0.5]).build(small_vit())
     with pytest.raises(ValueError, match="test_vit has 30 channels, but DynamicViT's predictors need a multiple of 4"):
         DynamicViTConfig().build(small_vit(embed_dim=30, num_heads=3))
 
@@ -48,6 +52,23 @@ def test_the_counts_follow_the_number_of_patches() -> None:
     model = build()
     assert [model.count(stage, 196) for stage in range(3)] == [137, 96, 67]
     assert [model.count(stage, 3) for stage in range(3)] == [2, 1, 1]
+
+
+@LAYOUTS
+def test_stages_keep_the_shares_of_a_list_which_no_power_gives(layout: type) -> None:
+    model = build(keep_rate=[0.8, 0.5, 0.45]).eval()
+    with torch.inference_mode():
+        live = model(images(model.vit), layout).usage.live
+    assert [live[:, block, 1:].sum(dim=1).unique().tolist() for block in model.stages] == [[12], [8], [7]]  # of 16
+    half = build(keep_rate=[0.8, 0.5, 0.45], rate=0.5)
+    assert [half.count(stage, 16) for stage in range(3)] == [6, 4, 3]
+    assert [build(keep_rate=[0.8, 0.5, 0.45], rate=2.0).count(stage, 16) for stage in range(3)] == [16, 16, 14]
+
+
+def test_the_loss_asks_each_stage_for_its_share_of_the_list() -> None:
+    model = build(keep_rate=[0.8, 0.5, 0.45])
+    decided = [torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.zeros(1, 4)]
+    assert model.ratio_loss(decided).item() == pytest.approx((0.2**2 + 0.0**2 + 0.45**2) / 3)
 
 
 @LAYOUTS
@@ -159,12 +180,18 @@ def test_misuse_is_told() -> None:
     assert not model(batch).logits.isfinite().any()
 
 
-@pytest.mark.parametrize(("select", "target"), [("top-k", 0.6), ("threshold", 0.6)])
-def test_the_knob_meets_a_budget(select: str, target: float) -> None:
-    model = vary(DynamicViTConfig(select=select).build(small_vit(img_size=128))).eval()
+@pytest.mark.parametrize(
+    ("settings", "knob"),
+    [({}, "keep_rate"), ({"keep_rate": (0.9, 0.5, 0.45)}, "rate"), ({"select": "threshold"}, "threshold")],
+)
+@pytest.mark.parametrize("target", [0.6])
+def test_the_knob_meets_a_budget(settings: dict, knob: str, target: float) -> None:
+    before = DynamicViTConfig(**settings)
+    model = vary(before.build(small_vit(img_size=128))).eval()
     batch = images(model.vit, count=6)
     config = meet_target(model, batch, target, tolerance=0.03)
-    assert getattr(config, config.knob.field) != getattr(DynamicViTConfig(select=select), config.knob.field)
+    assert config.knob.field == knob
+    assert getattr(config, knob) != getattr(before, knob)
     usage = model(batch).usage
     share = adaptvit.macs(usage, model.shape).double().mean() / adaptvit.dense_macs(model.shape, usage.grid)
     assert share.item() == pytest.approx(target, rel=0.03)
@@ -183,6 +210,7 @@ def test_a_predictors_macs_are_those_of_its_maps() -> None:
         ("evit_small_patch16_224", {}, EViTConfig()),
         ("evit_small_patch16_224", {"keep_rate": 0.5, "fuse": False}, EViTConfig(keep_rate=0.5, fuse=False)),
         ("dynamicvit_small_patch16_224", {"keep_rate": 0.8}, DynamicViTConfig(keep_rate=0.8)),
+        ("dynamicvit_small_patch16_224", {"keep_rate": [0.8, 0.5, 0.4]}, DynamicViTConfig(keep_rate=(0.8, 0.5, 0.4))),
         ("dynamicvit_256_patch16_224", {}, DynamicViTConfig()),
     ],
 )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -51,8 +52,9 @@ class DynamicViTConfig:
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,
     6 and 9 of 12."""
-    keep_rate: Annotated[float, In("(0, 1]")] = 0.7
-    """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches."""
+    keep_rate: Annotated[float | Sequence[float], In("(0, 1]")] = 0.7
+    """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches. Several: the share of all patches
+    that each stage keeps, not growing; they are steered by `rate`."""
     select: Literal["top-k", "threshold"] = "top-k"
     """`top-k`: in evaluation every image keeps as many patches, those of the largest pi; in training each is asked for
     its share. `threshold`: each keeps those whose pi is above `threshold`; in training the batch is asked for the
@@ -60,6 +62,9 @@ class DynamicViTConfig:
     threshold: Annotated[float, In("[0, 1)")] = 0.5
     """pi above which a patch is kept, in [0, 1); in evaluation, with `select="threshold"`. The patch of an image that
     has the largest pi always is. 0.5 is what training decides by, apart from its noise."""
+    rate: Annotated[float, In("[0, 1e9]")] = 1.0
+    """The shares asked for are taken times this, up to all patches: the one number by which a list of them is steered to
+    a budget."""
     ratio_weight: Annotated[float, In("[0, inf)")] = 2.0
     """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
     token_weight: Annotated[float, In("[0, inf)")] = 0.5
@@ -71,20 +76,25 @@ class DynamicViTConfig:
 
     @property
     def knob(self) -> Knob:
-        """`threshold` where it decides, else `keep_rate`."""
+        """`threshold` where it decides, else `keep_rate`, or `rate` where that is several."""
         if self.select == "threshold":
             return Knob("threshold", sign=-1, lowest=0.0, highest=0.9999, step=0.05)
+        if isinstance(self.keep_rate, Sequence):
+            return Knob("rate", sign=1, lowest=0.0, highest=min(1e9, 1 / min(self.keep_rate)), step=0.05)
         return Knob("keep_rate", sign=1, lowest=0.01, highest=1.0, step=0.05)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.keep_rate, Sequence) and any(b > a for a, b in pairwise(self.keep_rate)):
+            raise ValueError(f"DynamicViTConfig.keep_rate must not grow from stage to stage, got {self.keep_rate}")
 
     def build(self, vit: VisionTransformer) -> "DynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained.
 
         Raises:
             TypeError: the ViT is not one that this library reproduces.
-            ValueError: `blocks` names a block that the ViT lacks, or its channels are no multiple of 4.
+            ValueError: `blocks` names a block that the ViT lacks, `keep_rate` has another length, or the channels are no
+                multiple of 4.
         """
         return DynamicViT(vit, self)
 
@@ -150,6 +160,10 @@ class DynamicViT(AdaptiveViT):
             raise ValueError(
                 f"{name} has {self.depth} block, too few for a stage after a quarter: set DynamicViTConfig.blocks"
             )
+        rates = config.keep_rate
+        if isinstance(rates, Sequence) and len(rates) != len(self.stages):
+            stages = f"{len(self.stages)} stages, before blocks {self.stages}"
+            raise ValueError(f"DynamicViTConfig.keep_rate has {len(rates)} numbers, but {name} has {stages}")
         if dim % 4:
             raise ValueError(f"{name} has {dim} channels, but DynamicViT's predictors need a multiple of 4")
         self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))
@@ -215,7 +229,14 @@ class DynamicViT(AdaptiveViT):
 
     def count(self, stage: int, patches: int) -> int:
         """Patches that a stage keeps, of so many at first."""
-        return max(1, int(patches * self.config.keep_rate ** (stage + 1)))
+        return max(1, int(patches * self.shares[stage]))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all patches, what each stage is asked to keep."""
+        rho, rate = self.config.keep_rate, self.config.rate
+        several = rho if isinstance(rho, Sequence) else [rho ** (stage + 1) for stage in range(len(self.stages))]
+        return tuple(min(1.0, rate * share) for share in several)
 
     def usage(self, depth: Tensor, grid: tuple[int, int]) -> Usage:
         """The record, from the last block, 1-based, that each slot's token entered: (B, N)."""
@@ -276,7 +297,7 @@ class DynamicViT(AdaptiveViT):
         if self.config.select == "threshold":
             shares = shares.mean(dim=0)
             shares = shares if self.config.mode == "official" else mean_over_processes(shares)
-        asked = self.config.keep_rate ** torch.arange(1, len(decided) + 1, dtype=shares.dtype, device=shares.device)
+        asked = torch.tensor(self.shares[: len(decided)], dtype=shares.dtype, device=shares.device)
         return (shares - asked).square().mean()
 
 
