@@ -12,7 +12,8 @@ Letters: B images, N token slots (class token first), n patches, D channels, H h
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -296,6 +298,61 @@ class PartsViT(VisionTransformer):
         """
         size = " x ".join(map(str, self.patch_embed.img_size))
         raise ValueError(f"the parts of this ViT are made for {size} pixels: build another with img_size=...")
+
+
+class RepresentationHead(nn.Module):
+    """Linear, tanh, linear, where a ViT has its head: what timm's had up to 0.5 with `representation_size`."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(channels, size), act=nn.Tanh()))
+        self.fc = nn.Linear(size, num_classes)
+        for part in (self.pre_logits.fc, self.fc):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pre_logits(x))
+
+
+def add_representation(vit: VisionTransformer, size: int) -> None:
+    """Give a ViT, in place, a head with a representation layer of so many channels, with fresh weights.
+
+    Raises:
+        ValueError: it is distilled, or has no head; timm has had no such layer there.
+    """
+    if isinstance(vit, VisionTransformerDistilled) or not isinstance(vit.head, nn.Linear):
+        raise ValueError("a representation layer stands before the one head of a ViT, which this one does not have")
+    vit.head = RepresentationHead(vit.head.in_features, size, vit.num_classes).to(vit.head.weight)
+
+
+def set_head_dim(vit: VisionTransformer, head_dim: int) -> None:
+    """Give a ViT, in place, attention whose heads have so many channels, whatever its own width, with fresh weights.
+
+    Raises:
+        TypeError: its attention is not timm's plain one.
+    """
+    for block in vit.blocks:
+        old = block.attn
+        extras = (old.q_norm, old.k_norm, old.norm, old.gate) if type(old) is Attention else (old,)
+        if any(not isinstance(extra, nn.Identity | None) for extra in extras):
+            raise TypeError("heads of another width are for timm's attention without norms and gate inside")
+        biases = {"qkv_bias": old.qkv.bias is not None, "proj_bias": old.proj.bias is not None}
+        drops = {"attn_drop": old.attn_drop.p, "proj_drop": old.proj_drop.p}
+        dim, heads = old.qkv.in_features, old.num_heads
+        block.attn = Attention(dim, heads, attn_head_dim=head_dim, **biases, **drops).to(old.qkv.weight)
+
+
+def representation_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a ViT of timm's up to 0.5 with its representation layer where `add_representation` puts it.
+
+    One without that layer comes back as it is.
+    """
+    if "pre_logits.fc.weight" not in tensors:
+        return dict(tensors)
+    moved = {"pre_logits": "head.pre_logits", "head": "head.fc"}
+    parts = {key: key.partition(".") for key in tensors}
+    return {f"{moved.get(top, top)}{dot}{rest}": tensors[key] for key, (top, dot, rest) in parts.items()}
 
 
 def learned(vit: PartsViT) -> None:

@@ -21,7 +21,15 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit.macs import Shape
-from adaptvit.parts import Mixer, PartsViT, TokenPart, ViTConfig
+from adaptvit.parts import (
+    Mixer,
+    PartsViT,
+    RepresentationHead,
+    TokenPart,
+    ViTConfig,
+    add_representation,
+    set_head_dim,
+)
 from adaptvit.t2t import PATCH, TokensToToken, linear_macs, t2t_vit
 from adaptvit.tokens import Tokens
 
@@ -459,6 +467,8 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
         ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
     """
     arguments = _parts_arguments(vit) if isinstance(vit, PartsViT) else _timm_arguments(vit)
+    if isinstance(vit.head, RepresentationHead):
+        arguments["representation_size"] = vit.head.fc.in_features
     name, recorded = model_name(vit), timm_config(vit)
     data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
     description = {"architecture": name, "arguments": arguments, "data": data}
@@ -496,6 +506,8 @@ def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
         "dynamic_img_size": vit.dynamic_img_size,
         "dynamic_img_pad": vit.patch_embed.dynamic_img_pad,
     }
+    if block.attn.attn_dim != vit.embed_dim:
+        arguments["head_dim"] = block.attn.head_dim
     if type(block.mlp) is Mlp:
         arguments["mlp_ratio"] = block.mlp.fc1.out_features / vit.embed_dim
     if type(vit) is VisionTransformer:
@@ -517,6 +529,8 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
     arguments = {key: value for key, value in description["arguments"].items() if value is not None}
     for size in ("img_size", "patch_size"):
         arguments[size] = tuple(arguments[size])
+    representation_size = arguments.pop("representation_size", None)
+    head_dim = arguments.pop("head_dim", None)
     by_hand: dict[str, Callable[..., Any]] = {
         "VisionTransformer": t2t_vit if "tokens_type" in arguments else VisionTransformer,
         "VisionTransformerDistilled": VisionTransformerDistilled,
@@ -528,6 +542,10 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         vit = timm.create_model(name, pretrained=False, **arguments)
     else:
         raise ValueError(f"timm {timm.__version__} has no model named {name!r}")
+    if head_dim:
+        set_head_dim(vit, head_dim)
+    if representation_size:
+        add_representation(vit, representation_size)
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()}
     vit.pretrained_cfg = {**timm_config(vit), **data}
     return vit
@@ -537,7 +555,8 @@ def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]
     """Every norm of the residual stream, and the linear maps that read it."""
     pairs = [(block.norm1, [block.attn.qkv]) for block in vit.blocks]
     pairs += [(block.norm2, [block.mlp.fc1]) for block in vit.blocks]
-    heads = [head for head in (vit.head, getattr(vit, "head_dist", None)) if isinstance(head, nn.Linear)]
+    head = vit.head.pre_logits.fc if isinstance(vit.head, RepresentationHead) else vit.head
+    heads = [head for head in (head, getattr(vit, "head_dist", None)) if isinstance(head, nn.Linear)]
     return [*pairs, (vit.norm if isinstance(vit.norm, nn.LayerNorm) else vit.fc_norm, heads)]
 
 

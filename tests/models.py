@@ -20,6 +20,7 @@ from adaptvit import (
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.dynamicvit import DynamicViT
 from adaptvit.model import AdaptiveViT
+from adaptvit.parts import add_representation, set_head_dim
 
 PARTS = {"model_name": "parts_vit", "embed_dim": 48, "dynamic_img_size": None}
 FLAVOURS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "average pool, no class token": {"class_token": False, "global_pool": "avg"},
     "attention pool": {"model_name": "test_vit3"},
     "CLIP": {"model_name": "vit_xsmall_patch16_clip_224", "embed_dim": 48, "num_heads": 3},
+    "representation layer": {"representation_size": 40},
     "rectangular": {"img_size": (64, 32), "patch_size": (8, 16)},
     "tokens to token": {
         "model_name": "t2t_vit_7",
@@ -106,7 +108,13 @@ def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, 
     """A ViT of four blocks on 32-pixel images whose tokens differ enough from one another for methods to tell them."""
     torch.manual_seed(0)
     arguments = {"model_name": "test_vit", "img_size": 32, "patch_size": 8, "depth": 4, "num_classes": 7}
-    vit = timm.create_model(**{**arguments, "dynamic_img_size": False, **FLAVOURS[flavour], **settings})
+    arguments |= {"dynamic_img_size": False, **FLAVOURS[flavour], **settings}
+    head_dim, representation_size = (arguments.pop(name, None) for name in ("head_dim", "representation_size"))
+    vit = timm.create_model(**arguments)
+    if head_dim:
+        set_head_dim(vit, head_dim)
+    if representation_size:
+        add_representation(vit, representation_size)
     for name, parameter in vit.named_parameters():
         if name.endswith(("token", "pos_embed")) or parameter.ndim < 2:
             parameter.data += 0.3 * torch.randn_like(parameter)

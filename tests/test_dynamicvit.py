@@ -42,7 +42,9 @@ def test_wrong_values_fail_when_the_config_is_made(settings: dict, message: str)
 def test_what_the_vit_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"blocks names block 4, but test_vit has blocks 0\.\.3"):
         DynamicViTConfig(blocks=(1, 4)).build(small_vit())
-    with pytest.raises(ValueError, match=r"keep_rate has 2 numbers, but test_vit has 3 stages, before blocks \(1, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"keep_rate has 2 numbers, but test_vit has 3 stages, before blocks \(1, 2, 3\)"
+    ):
         DynamicViTConfig(keep_rate=[0.7, 0.5]).build(small_vit())
     with pytest.raises(ValueError, match="test_vit has 30 channels, but DynamicViT's predictors need a multiple of 4"):
         DynamicViTConfig().build(small_vit(embed_dim=30, num_heads=3))

@@ -3,12 +3,16 @@ import warnings
 import pytest
 import timm
 import torch
+from models import METHODS, small_vit, vary
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import adaptvit
 from adaptvit import FullConfig, Masked, Packed
-from adaptvit.vit import describe, rebuild
+from adaptvit.parts import representation_names
+from adaptvit.vit import describe, rebuild, set_channel, shape_of
 
 NAMES = [
     # DeiT: class token, distilled, DeiT III with LayerScale and positions without the class token
@@ -222,6 +226,38 @@ def test_a_described_vit_can_be_rebuilt(name: str) -> None:
     batch = images(vit)
     with torch.inference_mode():
         torch.testing.assert_close(twin.eval()(batch), vit.eval()(batch))
+
+
+def test_a_representation_layer_and_wide_heads_are_old_timms_and_are_rebuilt() -> None:
+    vit = small_vit("representation layer", head_dim=24).eval()  # two heads: 48, not 64 channels
+    batch = images(vit)
+    with torch.inference_mode():
+        x = vit.forward_head(vit.forward_features(batch), pre_logits=True)
+        state = vit.state_dict()
+        x = torch.tanh(x @ state["head.pre_logits.fc.weight"].T + state["head.pre_logits.fc.bias"])
+        expected = x @ state["head.fc.weight"].T + state["head.fc.bias"]
+        agree(vit, Packed, batch)
+        torch.testing.assert_close(vit(batch), expected)
+        old = {key.replace("head.pre_logits", "pre_logits").replace("head.fc", "head"): state[key] for key in state}
+        twin = rebuild(describe(vit)).eval()
+        twin.load_state_dict(representation_names(old))
+        assert torch.equal(twin(batch), vit(batch))
+    with FlopCounterMode(display=False) as counter:
+        vit(batch[:1])
+    assert counter.get_total_flops() // 2 == adaptvit.dense_macs(shape_of(vit), (4, 4))
+    with torch.no_grad():
+        set_channel(vit, torch.arange(64.0))
+        torch.testing.assert_close(vit(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["avit", "ats", "adavit, heads hidden", "evit", "dynamicvit", "tome", "merge"])
+def test_heads_of_another_width_than_the_vits_run_packed_as_masked(name: str) -> None:
+    model = vary(METHODS[name].build(small_vit(head_dim=24))).eval()
+    batch = images(model.vit)
+    with torch.inference_mode():
+        packed, masked = model(batch, Packed), model(batch, Masked)
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(adaptvit.macs(packed.usage, model.shape), adaptvit.macs(masked.usage, model.shape))
 
 
 def test_a_vit_that_cannot_be_rebuilt_is_not_described() -> None:

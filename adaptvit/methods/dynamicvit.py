@@ -53,8 +53,8 @@ class DynamicViTConfig:
     """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,
     6 and 9 of 12."""
     keep_rate: Annotated[float | Sequence[float], In("(0, 1]")] = 0.7
-    """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches. Several: the share of all patches
-    that each stage keeps, not growing; they are steered by `rate`."""
+    """rho, in (0, 1]: stage s, counted from 1, keeps the share rho ** s of all patches. Several: the share of all
+    patches that each stage keeps, not growing; they are steered by `rate`."""
     select: Literal["top-k", "threshold"] = "top-k"
     """`top-k`: in evaluation every image keeps as many patches, those of the largest pi; in training each is asked for
     its share. `threshold`: each keeps those whose pi is above `threshold`; in training the batch is asked for the
@@ -63,8 +63,8 @@ class DynamicViTConfig:
     """pi above which a patch is kept, in [0, 1); in evaluation, with `select="threshold"`. The patch of an image that
     has the largest pi always is. 0.5 is what training decides by, apart from its noise."""
     rate: Annotated[float, In("[0, 1e9]")] = 1.0
-    """The shares asked for are taken times this, up to all patches: the one number by which a list of them is steered to
-    a budget."""
+    """The shares asked for are taken times this, up to all patches: the one number by which a list of them is steered
+    to a budget."""
     ratio_weight: Annotated[float, In("[0, inf)")] = 2.0
     """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
     token_weight: Annotated[float, In("[0, inf)")] = 0.5
@@ -93,8 +93,8 @@ class DynamicViTConfig:
 
         Raises:
             TypeError: the ViT is not one that this library reproduces.
-            ValueError: `blocks` names a block that the ViT lacks, `keep_rate` has another length, or the channels are no
-                multiple of 4.
+            ValueError: `blocks` names a block that the ViT lacks, `keep_rate` has another length, or the channels are
+                no multiple of 4.
         """
         return DynamicViT(vit, self)
 

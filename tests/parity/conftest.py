@@ -1,18 +1,31 @@
-import json
-from pathlib import Path
-
 import pytest
-
-
-def cases(folder: Path, method: str) -> list[Path]:
-    """The recorded model runs of a method: json files that hold a manifest of weights."""
-    return [path for path in sorted((folder / method).glob("*.json")) if "manifest" in json.loads(path.read_text())]
+from recordings import KINDS, OURS, found, is_of_another_model, listed
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with a parameter `avit_case` runs once for every recorded case of `avit`, and so on."""
-    for name in metafunc.fixturenames:
-        if name.endswith("_case"):
-            folder = metafunc.config.getoption("--fixtures")
-            found = cases(folder, name.removesuffix("_case"))
-            metafunc.parametrize(name, found, ids=[path.stem for path in found])
+    """A test with a parameter of `KINDS` runs once for every recording of that kind."""
+    folder = metafunc.config.getoption("--fixtures")
+    for name in KINDS.keys() & {*metafunc.fixturenames}:
+        paths = found(folder, name)
+        if folder.resolve() == OURS and len(paths) != KINDS[name].ours:
+            where = folder / KINDS[name].folder
+            pytest.fail(f"{where} holds {len(paths)} recordings for {name}, not {KINDS[name].ours}", pytrace=False)
+        given = [pytest.param(path, id=path.stem) for path in paths]
+        none = pytest.mark.skip(reason=f"{folder} has no recording for {name}")
+        metafunc.parametrize(name, given or [pytest.param(None, marks=none, id="none")])
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """A folder given on the command line is of use, and all of it is replayed.
+
+    Raises:
+        pytest.UsageError: it holds no recording, or one of no kind.
+    """
+    folder = config.getoption("--fixtures")
+    if not any(found(folder, name) for name in KINDS):
+        raise pytest.UsageError(f"--fixtures {folder} holds no recordings: one folder for each method, with json files")
+    for method in sorted({kind.folder for kind in KINDS.values()}):
+        known = {path for name, kind in KINDS.items() if kind.folder == method for path in found(folder, name)}
+        lost = [path for path in listed(folder, method) if path not in known and not is_of_another_model(method, path)]
+        if lost:
+            raise pytest.UsageError(f"{lost[0]} is a recording of no kind that is replayed")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import weights
+from recordings import apart, filled, images, our_name, terms_of, vit_of
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -27,38 +27,28 @@ def load(path: Path) -> SimpleNamespace:
     return SimpleNamespace(case=json.loads(path.read_text()), arrays=dict(np.load(path.with_suffix(".npz"))))
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with a parameter `evaluated` runs once for every recorded model in evaluation, one with `trained` ..."""
-    folder = metafunc.config.getoption("--fixtures") / "dynamicvit"
-    for name, mode in (("evaluated", "eval"), ("trained", "train")):
-        if name in metafunc.fixturenames:
-            found = [path for path in sorted(folder.glob("*.json")) if load(path).case["mode"] == mode]
-            metafunc.parametrize(name, [load(path) for path in found], ids=[path.stem for path in found])
-
-
-def filled(given: dict) -> dict[str, Tensor]:
-    return {
-        key: torch.from_numpy(value)
-        for key, value in weights.fill(given["manifest"], given["seed"], given["scale"]).items()
-    }
-
-
-def plain_vit(case: dict) -> VisionTransformer:
-    given = case["model"]
-    assert (given["norm_eps"], given["predictor_norm_eps"]) == (1e-6, 1e-5)
-    names = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "qkv_bias")
-    return VisionTransformer(**{name: given[name] for name in names})
+def plain_vit(case: dict, given: dict) -> VisionTransformer:
+    """The recorded ViT, with the student's or the teacher's weights."""
+    state = {key: value for key, value in filled(given).items() if not key.startswith("score_")}
+    return vit_of(state, case["model"]["img_size"], case["model"]["num_heads"], case["model"]["norm_eps"])
 
 
 def build(case: dict, **settings: object) -> DynamicViT:
-    state = filled(case["weights"])
-    model = DynamicViTConfig(blocks=case["settings"]["pruning_loc"], **settings).build(plain_vit(case))
-    model.load_state_dict({key if key.startswith("score_") else f"vit.{key}": state[key] for key in state})
+    model = DynamicViTConfig(blocks=case["settings"]["pruning_loc"], **settings).build(plain_vit(case, case["weights"]))
+    predictors = {key: value for key, value in filled(case["weights"]).items() if key.startswith("score_")}
+    _, unknown = model.load_state_dict(predictors, strict=False)
+    assert not unknown
+    for predictor in model.score_predictor:
+        assert predictor.in_conv[0].eps == case["model"]["predictor_norm_eps"]
     return model
 
 
-def images(case: dict) -> Tensor:
-    return torch.from_numpy(weights.images(**case["input"]))
+def batch_of(case: dict) -> Tensor:
+    return images(case["input"], filled(case["weights"]))
+
+
+def logits_apart(case: dict, expected: np.ndarray, model: DynamicViT) -> float:
+    return apart(expected, terms_of(model.vit), case["checks"].get("f32_f64_maxabs", 0.0))
 
 
 def close(actual: Tensor, expected: np.ndarray, atol: float, rtol: float = 0.0) -> None:
@@ -66,23 +56,23 @@ def close(actual: Tensor, expected: np.ndarray, atol: float, rtol: float = 0.0) 
 
 
 @LAYOUTS
-def test_the_released_patches_and_logits(evaluated: SimpleNamespace, layout: type) -> None:
-    case, arrays = evaluated.case, evaluated.arrays
-    model = build(case, keep_rate=case["settings"]["token_ratio"][0]).eval()
+def test_the_released_patches_and_logits(dynamicvit_evaluated: Path, layout: type) -> None:
+    case, arrays = load(dynamicvit_evaluated).case, load(dynamicvit_evaluated).arrays
+    model = build(case, keep_rate=case["settings"]["token_ratio"]).eval()
     with torch.inference_mode():
-        output = model(images(case), layout)
+        output = model(batch_of(case), layout)
     for stage, block in enumerate(model.stages):
         live = output.usage.live[:, block, 1:]
         assert [row.nonzero().flatten().tolist() for row in live] == np.sort(arrays[f"kept_patch_{stage}"], 1).tolist()
         assert (live.sum(dim=1) == case["settings"]["kept_counts"][stage]).all()
-    close(output.logits, arrays["logits"], 2e-5)
+    close(output.logits, arrays["logits"], logits_apart(case, arrays["logits"], model))
 
 
 @LAYOUTS
-def test_the_released_scores(evaluated: SimpleNamespace, layout: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_released_scores(dynamicvit_evaluated: Path, layout: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a stage, in the order of its patches' scores in the stage before."""
-    case, arrays, seen = evaluated.case, evaluated.arrays, []
-    model = build(case, keep_rate=case["settings"]["token_ratio"][0]).eval()
+    case, arrays, seen = load(dynamicvit_evaluated).case, load(dynamicvit_evaluated).arrays, []
+    model = build(case, keep_rate=case["settings"]["token_ratio"]).eval()
     drop = DynamicViT.drop
     monkeypatch.setattr(
         DynamicViT,
@@ -90,30 +80,30 @@ def test_the_released_scores(evaluated: SimpleNamespace, layout: type, monkeypat
         lambda self, tokens, score, stage: seen.append(tokens.grid(score)) or drop(self, tokens, score, stage),
     )
     with torch.inference_mode():
-        model(images(case), layout)
+        model(batch_of(case), layout)
     order = torch.arange(seen[0].shape[1] - 1).expand(len(seen[0]), -1)
     for stage, score in enumerate(seen):
-        close(logsigmoid(score[:, 1:].gather(1, order)), arrays[f"score_{stage}"], atol=2e-5)
+        expected = arrays[f"score_{stage}"]
+        close(logsigmoid(score[:, 1:].gather(1, order)), expected, logits_apart(case, expected, model))
         order = torch.from_numpy(arrays[f"kept_patch_{stage}"]).long()
 
 
 def teacher_says(case: dict) -> tuple[Tensor, Tensor]:
     """The teacher's logits and its patches after the last norm."""
-    teacher = plain_vit(case)
-    teacher.load_state_dict(filled(case["teacher"]))
+    teacher = plain_vit(case, case["teacher"])
     with torch.no_grad():
-        tokens = Masked.of(embed(teacher.eval(), images(case))[0])
+        tokens = Masked.of(embed(teacher.eval(), batch_of(case))[0])
         for block in teacher.blocks:
             tokens = run_block(block, tokens)
-        return teacher(images(case)), final_norm(teacher, tokens.x)[:, 1:]
+        return teacher(batch_of(case)), final_norm(teacher, tokens.x)[:, 1:]
 
 
-def test_the_released_training(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, arrays = trained.case, trained.arrays
+def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, arrays = load(dynamicvit_trained).case, load(dynamicvit_trained).arrays
     settings = case["settings"]
     model = build(
         case,
-        keep_rate=settings["keep_ratio"][0],
+        keep_rate=settings["keep_ratio"],
         select="threshold" if settings["dynamic"] else "top-k",
         token_loss="mse" if settings["mse_token"] else "kl",
         ratio_weight=settings["ratio_weight"],
@@ -128,12 +118,12 @@ def test_the_released_training(trained: SimpleNamespace, monkeypatch: pytest.Mon
     monkeypatch.setattr(DynamicViT, "ratio_loss", lambda self, kept: decided.extend(kept) or ratio_loss(self, kept))
 
     lesson, patches = teacher_says(case)
-    output = model(images(case), teacher=patches)
+    output = model(batch_of(case), teacher=patches)
     for stage, kept in enumerate(decided):
         assert np.array_equal(kept.detach().numpy(), arrays[f"mask_{stage}"]), f"stage {stage}"
     assert np.array_equal(decided[-1].detach().numpy(), arrays["final_mask"])
     assert np.array_equal(output.usage.live[:, -1, 1:].numpy(), arrays["final_mask"] > 0)
-    close(output.logits, arrays["train_logits"], 2e-5)
+    close(output.logits, arrays["train_logits"], logits_apart(case, arrays["train_logits"], model))
     close(students[0].norm(dim=-1), arrays["features_l2"], atol=0, rtol=1e-4)
 
     task = -(torch.from_numpy(arrays["target"]) * output.logits.log_softmax(dim=1)).sum(dim=1).mean()
@@ -152,17 +142,18 @@ def test_the_released_training(trained: SimpleNamespace, monkeypatch: pytest.Mon
     total.backward()
     parameters = {name.removeprefix("vit."): parameter for name, parameter in model.named_parameters()}
     for name, norm in case["grad_norms"].items():
-        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+        assert parameters[our_name(name, parameters)].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+    recorded = {name.replace(".", "_"): our_name(name, parameters) for name in case["weights"]["manifest"]}
     for array in (name for name in arrays if name.startswith("grad__")):
-        (name,) = (name for name in parameters if name.replace(".", "_") == array.removeprefix("grad__"))
-        close(parameters[name].grad, arrays[array], atol=1e-3 * np.abs(arrays[array]).max())
+        close(
+            parameters[recorded[array.removeprefix("grad__")]].grad,
+            arrays[array],
+            atol=1e-3 * np.abs(arrays[array]).max(),
+        )
 
 
-def test_the_released_softmax_and_predictor(request: pytest.FixtureRequest) -> None:
-    path = request.config.getoption("--fixtures") / "dynamicvit" / "unit_softmax_predictor.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    recorded = load(path)
+def test_the_released_softmax_and_predictor(dynamicvit_units: Path) -> None:
+    recorded = load(dynamicvit_units)
     for unit in recorded.case["units"]:
         name, arrays = unit["id"], recorded.arrays
         policy, kept = (torch.from_numpy(arrays[f"{name}_{part}"]).float() for part in ("policy", "pred_policy"))
