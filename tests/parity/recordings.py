@@ -1,7 +1,7 @@
-"""What a folder of recordings holds, by kind; ViTs as recordings describe them; how far two runs in float32 lie apart.
+"""What a folder of recordings holds, by kind; ViTs as recordings describe them; how far runs in float32 lie apart.
 
-A kind is known by what its json says, not by its file's name, so that any folder laid out like this one replays. Of ours
-the number of recordings is known too: one that is lost fails.
+A kind is known by what its json says, not by its file's name, so that any folder laid out like this one replays. Of
+ours the number of recordings is known too: one that is lost fails.
 """
 
 import json
