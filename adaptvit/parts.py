@@ -305,9 +305,10 @@ class RepresentationHead(nn.Module):
 
     def __init__(self, channels: int, size: int, num_classes: int) -> None:
         super().__init__()
-        self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(channels, size), act=nn.Tanh()))
+        fc = nn.Linear(channels, size)
+        self.pre_logits = nn.Sequential(OrderedDict(fc=fc, act=nn.Tanh()))
         self.fc = nn.Linear(size, num_classes)
-        for part in (self.pre_logits.fc, self.fc):
+        for part in (fc, self.fc):
             nn.init.trunc_normal_(part.weight, std=0.02)
             nn.init.zeros_(part.bias)
 
