@@ -3,7 +3,7 @@
     save, load    our files; an A-ViT's holds exactly the tensors of its DeiT
     convert       published A-ViT, AdaViT, EViT, DynamicViT, DeiT, T2T-ViT and timm weights -> our files
     start_from    any of these -> a ViT to fine-tune
-    open_model    a file, or timm's name of a model, as a command line gives it
+    open_model    a file, or timm's or the Hub's name of a model, as a command line gives it
 
 Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method.`. The metadata's `adaptvit` is JSON:
 
@@ -16,35 +16,83 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.checks import In, checked
-from adaptvit.files import check_is_file, replacing
+from adaptvit.files import replacing
 from adaptvit.methods import METHODS, adavit_official
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
 from adaptvit.records import stable
-from adaptvit.t2t import MODELS as T2T_MODELS
 from adaptvit.t2t import published_names
-from adaptvit.vit import describe, model_name, prefix_tokens, rebuild
+from adaptvit.tensorfiles import (
+    check_finite,
+    check_fit,
+    check_state_dict,
+    existing,
+    read_json,
+    read_safetensors,
+    read_torch,
+    reason,
+)
+from adaptvit.vit import (
+    ARGUMENTS,
+    PREPROCESSING,
+    check,
+    check_described,
+    describe,
+    model_name,
+    patch_grid,
+    position_rows,
+    rebuild,
+    timm_config,
+)
 
 KEY = "adaptvit"
 VERSION = 1
 GATE = ("gate_scale", "gate_center")
 """Fields of `AViTConfig` that published files keep elsewhere than in their tensors."""
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+"""Of files with weights: a name that ends so is never a model's."""
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+"""What stands before a repository of the Hub, or before a folder with the files of one."""
+HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+"""Where such a folder has its weights; the first that is there."""
+UNTAUGHT = (*AVIT, *ADAVIT, *DYNAMICVIT)
+"""Names whose downloaded weights are a DeiT's, which never learnt what the method decides by."""
+NOT_FITTED = "what it drops says nothing of an image; train it, or let adaptvit budget fit a plain model"
+MADE_AT_MOST = 2**30
+"""Bytes of tables that a model makes for itself; those of the largest in use are some megabytes."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What somebody's file has."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    """Under our names."""
+    trained_with: dict[str, Any]
+    """Its training arguments, if any; `model` is the architecture."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches that its positions are for; None where the file does not say."""
 
 
 def save(model: AdaptiveViT, path: Path | str) -> None:
@@ -76,37 +124,165 @@ def load(path: Path | str, config_type: type[MethodConfig] | None = None) -> Ada
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, not ours, of another version, or of a method that is not known.
     """
-    tensors, metadata = _read_safetensors(_existing(path))
+    path = existing(path)
+    tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise ValueError(f"{path} holds weights but no adaptvit configuration: make one with adaptvit.convert")
-    try:
-        model = _build(json.loads(metadata[KEY]), config_type)
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error} in its adaptvit configuration: save it again") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be rebuilt: {error}") from error
+    with _rebuilding(path):
+        model = _build(_record(metadata), tensors, config_type)
     own = model.state_dict()
-    _check_fit(f"{path} does not fit its own configuration", tensors, {_stored_name(key): own[key] for key in own})
+    check_fit(f"{path} does not fit its own configuration", tensors, {_stored_name(key): own[key] for key in own})
+    check_finite(path, tensors)
     model.load_state_dict({key: tensors[_stored_name(key)] for key in own}, assign=True)  # keeps the file's precision
+    if len(kinds := {value.dtype for value in model.parameters()}) > 1:
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ValueError(f"{path} mixes weights of {names}, which do not run together: save it in one precision")
     return model
 
 
 def open_model(name: Path | str) -> AdaptiveViT:
-    """The model that a command line names, in evaluation mode: an adaptvit file, or a timm ViT with its own weights.
+    """The model that a command line names, in evaluation mode.
 
-    A timm ViT comes as `FullConfig().build(vit)`; its weights are downloaded where timm has not done so before.
+    An adaptvit file; a timm ViT by its name, by the Hub's (`hf-hub:OWNER/NAME`) or by a folder in that format
+    (`local-dir:FOLDER`, or the folder alone); or a training checkpoint of timm's or DeiT's, which says its model. A
+    plain ViT comes as `FullConfig().build(vit)`. What is not here is downloaded.
 
     Raises:
         FileNotFoundError: a file that is not there.
         TypeError: the timm model is not a ViT that this library reproduces.
-        ValueError: neither a file nor a timm name, or what `load` raises.
+        ValueError: none of these, weights that cannot be downloaded or do not say their model, or what `load` raises.
     """
-    if Path(name).suffix == ".safetensors" or Path(name).exists():
-        return load(name).eval()
-    if not timm.is_model(str(name)):
-        raise ValueError(f"model {str(name)!r} is neither an adaptvit file nor the name of a timm model")
-    model = timm.create_model(str(name), pretrained=True)
-    return (model if isinstance(model, AdaptiveViT) else FullConfig().build(model)).eval()
+    word = str(name)
+    for source, where in ((source, word.removeprefix(source)) for source in HUBS if word.startswith(source)):
+        return _open_folder(Path(where) if source == "local-dir:" else _downloaded(where), word).eval()
+    path = Path(name)
+    if path.is_dir() and (any((path / file).exists() for file in HUB_FILES) or not timm.is_model(word)):
+        return _open_folder(path, word).eval()
+    if path.exists() or path.suffix.lower() in SUFFIXES:
+        return _open_file(path).eval()
+    if not timm.is_model(word):
+        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model")
+    try:
+        model = timm.create_model(word, pretrained=True)
+    except Exception as error:  # timm and the Hub's client raise a dozen kinds
+        if isinstance(error, ValueError):  # ours, of models that nobody has weights of
+            raise
+        raise ValueError(
+            f"the weights of {word} are not here and cannot be downloaded ({reason(error)}): download them where there "
+            f"is a network, and turn them into a file with adaptvit convert FILE OUT {word}"
+        ) from error
+    if not isinstance(model, AdaptiveViT):
+        return FullConfig().build(model).eval()
+    if word in UNTAUGHT:
+        warnings.warn(f"{word} has {model.config.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
+    return model.eval()
+
+
+def _open_file(path: Path) -> AdaptiveViT:
+    """An adaptvit file, or one that says which model its weights are of."""
+    path = existing(path)
+    if _is_safetensors(path):
+        return load(path)
+    source = _read_weights(path)
+    name, settings = _told_model(source)
+    gate = _trained_gate(source) if _told(name) == GATE else {}
+    if name in AVIT:  # in other names two numbers may be a date
+        gate = gate_in_name(path) | gate
+    model = _untrained(name, source, gate, settings)
+    told = {key: source.trained_with.get(key) or None for key in PREPROCESSING}
+    try:
+        data = check_described("its training arguments'", told | {"input_size": None}, PREPROCESSING)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be opened: {error}") from error
+    model.vit.pretrained_cfg = timm_config(model.vit) | data
+    _filled(model, source, name)
+    _tell_unfitted(path, name, gate)
+    return model
+
+
+def _told_model(source: "_Source") -> tuple[str, dict[str, Any]]:
+    """timm's name of a model and arguments for it, as training arguments have them.
+
+    Raises:
+        ValueError: they do not.
+    """
+    told, path = source.trained_with, source.path
+    name = told.get("model")
+    if not isinstance(name, str) or not timm.is_model(name):
+        of = f", but {name[:80]!r}, which timm does not have" if isinstance(name, str) else ""
+        raise ValueError(
+            f"{path} does not say which timm model its weights are of{of}: make a file that does with adaptvit convert "
+            f"{path} OUT.safetensors NAME"
+        )
+    head = source.tensors.get("head.weight")
+    settings = {**(told.get("model_kwargs") or {})} if isinstance(told.get("model_kwargs"), Mapping) else {}
+    size = told.get("img_size") or told.get("input_size")
+    if size is not None:
+        settings["img_size"] = list(size)[-2:] if isinstance(size, (list, tuple)) else [size, size]
+    for key, other in (("in_chans", "in_chans"), ("gp", "global_pool")):
+        if told.get(key) is not None:
+            settings[other] = told[key]
+    settings["num_classes"] = 0 if head is None or not head.ndim else len(head)
+    try:
+        settings = check_described("its training argument", settings, ARGUMENTS)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be opened: {error}") from error
+    return name, settings
+
+
+def _open_folder(folder: Path, name: str) -> AdaptiveViT:
+    """A folder as timm's `save_for_hf` leaves it and the Hub holds it, or with one of our files in it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
+    found = [folder / file for file in HUB_FILES if (folder / file).exists()]
+    if not found:
+        raise FileNotFoundError(f"{str(folder)!r} is a folder without weights: none of {', '.join(HUB_FILES)} is in it")
+    if _is_safetensors(found[0]) and KEY in read_safetensors(existing(found[0]))[1]:
+        return load(found[0])
+    source = _read_weights(existing(found[0]))
+    config = existing(folder / "config.json")
+    told = read_json(config, config.read_bytes())
+    arguments = told.get("model_args") if isinstance(told, dict) else None
+    depth = arguments.get("depth") if isinstance(arguments, dict) else None
+    if isinstance(depth, int) and depth > len(source.tensors):
+        raise ValueError(f"{config} says {depth} blocks, but {found[0].name} has only {len(source.tensors)} tensors")
+
+    def made() -> Any:
+        return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+    with _rebuilding(config), torch.device("meta"):
+        twin = made()  # without memory: the file may claim any size
+        check(twin)
+    wanted = twin.state_dict()
+    _check_size(source, wanted)
+    with _rebuilding(config):
+        vit = made()
+        data = check_described("its images'", {key: timm_config(vit).get(key) for key in PREPROCESSING}, PREPROCESSING)
+        vit.pretrained_cfg = timm_config(vit) | data
+        model = FullConfig().build(vit)
+    return _filled(model, source, str(folder))
+
+
+def _downloaded(name: str) -> Path:
+    """The folder in which the Hub's client keeps a repository, `OWNER/NAME` or `OWNER/NAME@REVISION`.
+
+    Raises:
+        ValueError: it is neither here nor can it be downloaded.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        for file in HUB_FILES:
+            with suppress(EntryNotFoundError):
+                folder = Path(hf_hub_download(repository, file, revision=revision or None)).parent
+                with suppress(EntryNotFoundError):  # which our own files do without
+                    hf_hub_download(repository, "config.json", revision=revision or None)
+                return folder
+    except Exception as error:  # the Hub's client raises a dozen kinds
+        raise ValueError(
+            f"hf-hub:{name} is not here and cannot be downloaded ({reason(error)}): where there is no network, bring "
+            "the repository's files in a folder and name it as local-dir:FOLDER"
+        ) from error
+    raise ValueError(f"hf-hub:{name} has no weights: none of {', '.join(HUB_FILES)} is in it")
 
 
 def start_from(vit: VisionTransformer, source: Path | str) -> bool:
@@ -120,11 +296,11 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
         Whether the head came along.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, needs code to be read, or its other tensors do not fit.
+        ValueError: the file is damaged, needs code to be read, its other tensors do not fit or are not finite, or it is
+            not to be told which grid its positions are for.
     """
-    source = _existing(source)
-    tensors, _ = _read_weights(source, ours=True)
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("method.")}
+    found = _read_weights(existing(source), ours=True)
+    tensors = {key: value for key, value in found.tensors.items() if not key.startswith("method.")}
     own = vit.state_dict()
     heads = {key for key in own if key.startswith(("head.", "head_dist."))}
     fits = all(key in tensors and tensors[key].shape == own[key].shape for key in heads)
@@ -133,20 +309,20 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     if "pos_embed" in own and not vit.pos_embed.requires_grad:  # no other is of its kind but one turned with its stream
         if not _is_turned(tensors.get("pos_embed"), own["pos_embed"]):
             tensors["pos_embed"] = own["pos_embed"]
-    elif "pos_embed" in tensors and "pos_embed" in own:
-        prefix = prefix_tokens(vit)
-        side = math.isqrt(own["pos_embed"].shape[1] - prefix)
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], side, prefix)
+    else:
+        _fit_positions(replace(found, tensors=tensors), vit)
     wanted = own if fits else {key: own[key] for key in own if key not in heads}
-    _check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
+    check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
+    check_finite(source, tensors)
     vit.load_state_dict(tensors, strict=fits)
     return fits
 
 
 def _is_turned(table: Tensor | None, own: Tensor) -> bool:
     """Whether a table is `own` but for a rotation of the channels."""
-    if table is None or table.shape != own.shape:
+    if table is None or table.shape != own.shape or not table.is_floating_point():
         return False
+    table = table.to(own)
     return torch.allclose(table @ table.mT, own @ own.mT, atol=1e-3)
 
 
@@ -176,10 +352,11 @@ def convert(
 
     A-ViT and DeiT weights have the same tensors; the released A-ViT files keep their gate in the file name. Each of its
     two numbers is the argument here, else the name's (`tiny-10-30.pth`: scale 10, centre 30), else what the file's
-    training arguments say, else the default of `model_name`, so that plain DeiT weights can be converted too. T2T-ViT
-    weights without a gate become a file of `FullConfig`. AdaViT weights bring their policies, DynamicViT's their
-    predictors, and EViT's have the tensors of a DeiT; none of the three has a gate. What weights of EViT or DynamicViT
-    were trained to keep is not in the tensors: `keep_rate` and `fuse` say it.
+    training arguments say. Without any of these the weights are a plain ViT's and become a file of `FullConfig`; where
+    `model_name` is an A-ViT's, they get the gate of that name, and a warning says that it is not fitted to them.
+    AdaViT weights bring their policies, DynamicViT's their predictors, and EViT's have the tensors of a DeiT; none of
+    the three has a gate. What weights of EViT or DynamicViT were trained to keep is not in the tensors: `keep_rate` and
+    `fuse` say it.
 
     Args:
         source: a released A-ViT, AdaViT, EViT, DynamicViT, DeiT or T2T-ViT file, a training checkpoint with weights
@@ -200,7 +377,7 @@ def convert(
     Raises:
         FileNotFoundError: no `source`, or no folder for `target`.
         ValueError: a setting that the method does not have or that is out of range; `source` is damaged, needs code to
-            be read, or does not fit `model_name` and `num_classes`.
+            be read, is not finite, or does not fit `model_name` and `num_classes`.
     """
     if not timm.is_model(model_name):
         names = ", ".join([*AVIT, *ADAVIT, *EVIT, *DYNAMICVIT, DYNAMICVIT_256])
@@ -209,21 +386,28 @@ def convert(
     given = {name: value for name, value in chosen.items() if value is not None}
     if wrong := [name for name in given if name not in _told(model_name)]:
         raise ValueError(f"{model_name} has no {' and no '.join(wrong)}: leave out what its method does not have")
-    source = _existing(source)
-    tensors, trained_with = _read_weights(source)
+    found = _read_weights(existing(source))
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
-    model = _untrained(model_name, trained_with, source, given, settings)
+    if _told(model_name) == GATE:
+        given = _trained_gate(found) | gate_in_name(found.path) | given
+    model = _untrained(model_name, found, given, settings)
+    head = found.tensors.get("head.weight")
+    if head is not None and head.ndim and len(head) != num_classes:
+        raise ValueError(f"{source} has a head of {len(head)} classes, not {num_classes}: pass num_classes={len(head)}")
+    save(_filled(model, found, model_name), target)
+    _tell_unfitted(source, model_name, given)
+    return model
+
+
+def _filled(model: AdaptiveViT, source: "_Source", name: str) -> AdaptiveViT:
+    """The model with a file's weights, positions resized."""
     own = model.state_dict()
     wanted = {_stored_name(key): own[key] for key in own}
-    if "head.weight" in tensors and len(tensors["head.weight"]) != num_classes:
-        classes = len(tensors["head.weight"])
-        raise ValueError(f"{source} has a head of {classes} classes, not {num_classes}: pass num_classes={classes}")
-    if tensors.keys() == wanted.keys():
-        slots = wanted["pos_embed"].shape[1]
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], math.isqrt(slots - model.prefix), model.prefix)
-    _check_fit(f"{source} does not fit {model_name}", tensors, wanted)
-    model.load_state_dict({key: tensors[_stored_name(key)] for key in own})
-    save(model, target)
+    if source.tensors.keys() == wanted.keys():
+        _fit_positions(source, model.vit)
+    check_fit(f"{source.path} does not fit {name}", source.tensors, wanted)
+    check_finite(source.path, source.tensors)
+    model.load_state_dict({key: source.tensors[_stored_name(key)] for key in own})
     return model
 
 
@@ -238,38 +422,87 @@ def _told(model_name: str) -> tuple[str, ...]:
     return GATE
 
 
-def _untrained(
-    model_name: str, trained_with: dict[str, Any], source: Path, given: dict[str, Any], settings: dict[str, Any]
-) -> AdaptiveViT:
-    """The model that `convert` fills: a name's own method; else A-ViT, but around a T2T-ViT only with a gate."""
-    if model_name in ADAVIT:
-        return timm.create_model(model_name, **settings, **adavit_official.settings(trained_with))
-    if _told(model_name) != GATE:
-        return timm.create_model(model_name, **settings, **given)
-    gate = {name: trained_with[name] for name in trained_with.keys() & {*GATE}} | gate_in_name(source) | given
-    if model_name in AVIT:
-        return timm.create_model(model_name, **settings, **gate)
-    made = timm.create_model(model_name, **settings)
-    return FullConfig().build(made) if model_name in T2T_MODELS and not gate else AViTConfig(**gate).build(made)
-
-
-def resize_positions(table: Tensor, side: int, prefix: int) -> Tensor:
-    """A position table of one square grid resized to another: bicubic, no antialiasing, rows before the patches kept.
+def _untrained(model_name: str, source: "_Source", given: dict[str, Any], settings: dict[str, Any]) -> AdaptiveViT:
+    """The model that is filled: a name's own method; A-ViT around a timm ViT with a gate; else the plain ViT.
 
     Args:
-        table: (1, prefix + n * n, D).
-        side: patches per side of the new grid.
-        prefix: rows of class and distillation token.
-    Returns:
-        (1, prefix + side * side, D).
+        given: what is said of the method, its gate included.
+    """
+    try:
+        if model_name in ADAVIT:
+            given = adavit_official.settings(source.trained_with)
+        if model_name in AVIT or _told(model_name) != GATE:
+            return timm.create_model(model_name, **settings, **given)
+        config = AViTConfig(**given) if given else FullConfig()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source.path} cannot have {given}: {reason(error)}" if given else str(error)) from error
+    return config.build(timm.create_model(model_name, **settings))
+
+
+def _trained_gate(source: "_Source") -> dict[str, Any]:
+    """What a file's training arguments say of a gate."""
+    return {name: source.trained_with[name] for name in GATE if name in source.trained_with}
+
+
+def _tell_unfitted(path: Path | str, model_name: str, gate: dict[str, Any]) -> None:
+    """Say so where an A-ViT has the gate of its name alone, which nobody fitted to these weights."""
+    if model_name in AVIT and not gate:
+        warnings.warn(f"{path} has no gate that was fitted or trained: {NOT_FITTED}", stacklevel=3)
+
+
+def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:
+    """Resize the table of positions of a file to the ViT's grid, in `source.tensors`.
+
     Raises:
-        ValueError: the table's patches are not a square.
+        ValueError: the grid of the file's is not known, and not to be told from its size.
+    """
+    table, own = source.tensors.get("pos_embed"), vit.state_dict().get("pos_embed")
+    if table is None or own is None or table.ndim != 3 or (len(table), table.shape[2]) != (len(own), own.shape[2]):
+        return  # `check_fit` names it
+    prefix, new = _position_table(vit)
+    old, count = source.grid, table.shape[1] - prefix
+    side = math.isqrt(max(0, count))
+    if old is None and count == math.prod(new) != side**2:
+        old = new  # what the same number of patches is likeliest to be
+    elif old is None and count == math.prod(new) and new != (side, side):
+        raise ValueError(
+            f"{source.path} does not say whether its {count} positions are for {side} x {side} patches or for the "
+            f"{new[0]} x {new[1]} of {model_name(vit)}: make it an adaptvit file, which says so, with adaptvit.save"
+        )
+    if old is None or math.prod(old) == count:
+        source.tensors["pos_embed"] = resize_positions(table, new, prefix, old)
+
+
+def _position_table(vit: VisionTransformer) -> tuple[int, tuple[int, int]]:
+    """Rows of the position table before the patches, and the grid of those."""
+    return position_rows(vit), patch_grid(vit)
+
+
+def resize_positions(
+    table: Tensor, side: int | tuple[int, int], prefix: int, old: tuple[int, int] | None = None
+) -> Tensor:
+    """A position table of one grid resized to another: bicubic, no antialiasing, rows before the patches kept.
+
+    Args:
+        table: (1, prefix + n, D).
+        side: patches per side of the new grid, or its rows and columns.
+        prefix: rows of class and distillation token.
+        old: rows and columns that the table is for; None is a square.
+    Returns:
+        (1, prefix + rows * columns, D).
+    Raises:
+        ValueError: the table's patches are not a square, or not those of `old`.
     Source: A-ViT's and DeiT's released code, as it loads weights to fine-tune.
     """
     patches = table.shape[1] - prefix
-    if math.isqrt(patches) ** 2 != patches:
-        raise ValueError(f"the position table has {patches} patches, which do not make a square grid")
-    return resample_abs_pos_embed(table, [side, side], num_prefix_tokens=prefix, antialias=False)
+    if old is None:
+        old = (math.isqrt(max(0, patches)),) * 2
+        if patches < 1 or math.prod(old) != patches:
+            raise ValueError(f"the position table has {patches} patches, which do not make a square grid")
+    if math.prod(old) != patches:
+        raise ValueError(f"the position table has {patches} patches, but a grid of {old[0]} x {old[1]} has others")
+    new = (side, side) if isinstance(side, int) else side
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix, antialias=False)
 
 
 def gate_in_name(path: Path | str) -> dict[str, float]:
@@ -281,83 +514,121 @@ def gate_in_name(path: Path | str) -> dict[str, float]:
     return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
 
 
-def _read_weights(path: Path, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of somebody else's file, and its training arguments, if any."""
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-        if KEY in metadata and not ours:
+def _read_weights(path: Path, ours: bool = False) -> _Source:
+    """Somebody else's weights under our names; one of our own files too where `ours` is true."""
+    if _is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+        if KEY not in metadata:
+            return _Source(path, _under_our_names(path, check_state_dict(path, tensors)), {})
+        if not ours:
             raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
-        return _under_our_names(tensors), {}
-    content = _read_torch(path)
-    weights, arguments = content, None
+        with _rebuilding(path):
+            _, grid = _position_table(_twin(_record(metadata), tensors))
+        return _Source(path, tensors, {}, grid)
+    content = read_torch(path)
+    if isinstance(content, dict) and {"model", "optimizer", "history"} <= content.keys():
+        raise ValueError(f"{path} is what a training resumes from: take the model.safetensors beside it")
+    weights, trained_with = content, dict[str, Any]()
     if isinstance(content, dict):
         held = [content[key] for key in ("state_dict_ema", "state_dict", "model") if content.get(key) is not None]
-        weights, arguments = held[0] if held else content, content.get("args")
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict' or 'model'")
-    return _under_our_names(weights), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+        if held:
+            weights, arguments = held[0], content.get("args")
+            arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+            trained_with = {**arguments} if isinstance(arguments, Mapping) else {}
+            if "arch" in content:
+                trained_with.setdefault("model", content["arch"])
+    return _Source(path, _under_our_names(path, check_state_dict(path, weights)), trained_with)
 
 
-def _under_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _check_size(source: _Source, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse weights far from those of a model that is not built yet, positions aside.
+
+    Raises:
+        ValueError: naming them.
+    """
+    tensors = {key: value for key, value in source.tensors.items() if key != "pos_embed"}
+    complaint = f"{source.path} does not fit the config.json beside it"
+    check_fit(complaint, tensors, {key: value for key, value in wanted.items() if key != "pos_embed"})
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights as our files spell them.
 
     What is named otherwise: T2T-ViT's stem; AdaViT's queries, keys, values and policies; DynamicViT's predictors.
+
+    Raises:
+        ValueError: two tensors have one name then, or parts of one tensor do not go together.
     """
-    renamed = adavit_official.state_dict(published_names(clean_state_dict(tensors)))
+    cleaned = clean_state_dict(tensors)
+    if len(cleaned) < len(tensors):
+        raise ValueError(f"{path} holds a tensor twice: with and without the prefix that parallel training gives it")
+    try:
+        renamed = adavit_official.state_dict(published_names(cleaned))
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds queries, keys and values that do not go together: {reason(error)}") from error
     names = {key: key.removeprefix("vit.") if key.startswith("vit.score_predictor.") else key for key in renamed}
     return {_stored_name(names[key]): value for key, value in renamed.items()}
 
 
-def _read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, as long as it is tensors, plain values and an `argparse.Namespace`."""
+def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `save` wrote about a model, its outermost kinds checked."""
+    record = read_json("its configuration", metadata[KEY])
+    if not isinstance(record, dict):
+        raise ValueError(f"its configuration is no table, but {type(record).__name__}")
+    version = record["version"]
+    if not isinstance(version, int) or version != VERSION:
+        raise ValueError(f"it has format version {repr(version)[:80]}, and this adaptvit reads version {VERSION}")
+    for name in ("config", "vit"):
+        if not isinstance(record[name], dict):
+            raise ValueError(f"its {name} is no table, but {type(record[name]).__name__}")
+    return record
+
+
+@contextmanager
+def _rebuilding(path: Path) -> Iterator[None]:
+    """Whatever timm, torch and we say while a model is made from what a file tells is said of that file."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError and more
-        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needed:
-            raise ValueError(
-                f"{path} is refused: reading its {needed[1]} could run code; save its state dict alone"
-            ) from error
-        raise ValueError(f"{path} is damaged or was not written by torch.save") from error
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {str(error)[:80]} in its adaptvit configuration: save it again") from error
+    except Exception as error:  # timm asserts, torch overflows, memory runs out: what a number can do has no end
+        raise ValueError(f"{path} cannot be rebuilt: {reason(error)}") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            return file.get_tensors(), file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _existing(path: Path | str) -> Path:
-    """`path`, if a file is there."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        check_is_file(path)
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise ValueError(str(error)) from None
-    return path
-
-
-def _build(record: dict[str, Any], config_type: type[MethodConfig] | None) -> AdaptiveViT:
-    """The model that a file's metadata describes, with fresh weights."""
-    if record["version"] != VERSION:
-        raise ValueError(f"it has format version {record['version']}, and this adaptvit reads version {VERSION}")
+def _build(record: dict[str, Any], tensors: dict[str, Tensor], config_type: type[MethodConfig] | None) -> AdaptiveViT:
+    """The model that a file's record describes, with fresh weights, once its tensors are known to have that size."""
     method = record["method"]
+    if not isinstance(method, str):
+        raise ValueError(f"its method must be a word, got {repr(method)[:80]}")
     kind = config_type or METHODS.get(method)
     if kind is None:
         raise ValueError(f"its method {method!r} is none of {', '.join(METHODS)}: pass that method's config_type")
     if kind.method != method:
         raise ValueError(f"its method is {method!r}, but config_type {kind.__name__} is of {kind.method!r}")
-    return _restored_config(kind, record["config"]).build(rebuild(record["vit"]))
+    config = _restored_config(kind, record["config"])
+    _twin(record, tensors)
+    return config.build(rebuild(record["vit"]))
+
+
+def _twin(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> VisionTransformer:
+    """The ViT of a record without memory for its weights, which must be those of the file: it may claim any size."""
+    vit, weights = record["vit"], {key: value for key, value in tensors.items() if not key.startswith("method.")}
+    arguments = vit.get("arguments")
+    depth = arguments.get("depth") if isinstance(arguments, dict) else None
+    if isinstance(depth, int) and depth > len(weights):
+        raise ValueError(f"its configuration has {depth} blocks, but the file only {len(weights)} tensors")
+    with torch.device("meta"):
+        twin = rebuild(vit)
+    kept = twin.state_dict()
+    made = sum(part.nbytes for key, part in twin.named_buffers() if key not in kept)
+    if made > MADE_AT_MOST:
+        raise ValueError(f"its positions would take {made / 1e9:.0f} GB: it has too many patches")
+    check_fit("it does not fit its own configuration", weights, kept)
+    return twin
 
 
 def _stored_config(config: Any) -> dict[str, Any]:
@@ -397,29 +668,3 @@ def _tuples(value: Any) -> Any:
 def _stored_name(key: str) -> str:
     """A state-dict key of an adaptive model as files spell it: the ViT's own, or `method.` and the method's."""
     return key.removeprefix("vit.") if key.startswith("vit.") else f"method.{key}"
-
-
-def _check_fit(complaint: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ValueError: the complaint, and which tensors are missing, unexpected or misshaped.
-    """
-    faults = {
-        "missing": [key for key in wanted if key not in found],
-        "unexpected": [key for key in found if key not in wanted],
-        "misshaped": [
-            f"{key} {tuple(value.shape)} instead of {tuple(wanted[key].shape)}"
-            for key, value in found.items()
-            if key in wanted and value.shape != wanted[key].shape
-        ],
-    }
-    told = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
-    if told:
-        raise ValueError(f"{complaint}: {'; '.join(told)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three names and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -51,6 +51,8 @@ def open_file(path: Path | str) -> BinaryIO:
 def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write to, which takes its place when the block ends without an error.
 
+    It is on the disk before it does. What a writer that was killed left there of the same name is removed.
+
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
         OSError: naming `path`, where the block or the system cannot write it, as on a full disk.
@@ -58,16 +60,52 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    _clear_abandoned(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        _sync(partial, os.O_RDWR)
         os.replace(partial, path)
+        if os.name == "posix":
+            _sync(path.parent, os.O_RDONLY)  # the new name is not safe before
     except OSError as error:
         if error.errno is None or error.filename not in (None, partial, str(partial)):
             raise
         raise OSError(error.errno, f"cannot write {str(path)!r}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path, mode: int) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, mode)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove the temporary files of `path` whose writers are no longer running."""
+    if os.name != "posix":  # where asking for a process may end it
+        return
+    start, end = f".{path.name}.", ".partial"
+    with os.scandir(path.parent) as entries:
+        found = [entry.name for entry in entries if entry.name.startswith(start) and entry.name.endswith(end)]
+    for name in found:
+        writer = name[len(start) : -len(end)]
+        if writer.isdecimal() and not _runs(int(writer)):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def check_output(path: Path | str) -> None:

@@ -5,8 +5,10 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 """
 
 import fnmatch
+import os
 import time
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,6 +45,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream, stream
+from adaptvit.tensorfiles import existing, read_torch, reason
 from adaptvit.terminal import shown
 from adaptvit.usage import Output
 from adaptvit.vit import check_images, prefix_tokens
@@ -169,6 +172,8 @@ def train(
     """Train in place and return what happened, epoch by epoch; finished epochs of the same run are not repeated.
 
     Writes `checkpoint-XXXXXXXX.pt` and `log-XXXXXXXX.jsonl` in `output` after every epoch, each whole or not at all.
+    The checkpoint of the epoch before is kept as `previous-XXXXXXXX.pt`: a training whose last one is damaged goes on
+    from there, and says so.
     Started by torchrun, every process takes its share of the images of each epoch. The process group stays for the next
     training in the same processes; all else that training changes of the process comes back as it was.
 
@@ -234,6 +239,8 @@ class _Training:
         self.output = output
         key = key or fingerprint(model, data, recipe, None if teacher is None else digest(teacher, None))
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
+        self.previous = output / f"previous-{key}.pt"
+        self.last: Path | None = None
         if recipe.target is not None and getattr(model.config, "knob", None) is None:
             raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
         self.first_temperature = getattr(model.config, "temperature", None)
@@ -284,7 +291,7 @@ class _Training:
         self.unreadable: dict[str, str] = {}
 
     def run(self, resume: bool) -> list[Epoch]:
-        if self.checkpoint.exists():
+        if self.checkpoint.exists() or self.previous.exists():
             if not resume:
                 raise FileExistsError(
                     f"{str(self.output)!r} holds a checkpoint of this very run: resume it, or choose another folder"
@@ -454,12 +461,13 @@ class _Training:
             return evaluate(model, self.data.test, batch_size=self.recipe.batch_size, workers=self.data.workers).figures
 
     def _report_unreadable(self, batch: Batch) -> None:
-        for name, reason in batch.unreadable:
+        for name, why in batch.unreadable:
             if name not in self.unreadable:
-                self.unreadable[name] = reason
-                warnings.warn(f"training image {name!r} cannot be read, another took its place: {reason}", stacklevel=2)
+                self.unreadable[name] = why
+                warnings.warn(f"training image {name!r} cannot be read, another took its place: {why}", stacklevel=2)
 
     def _save(self) -> None:
+        """Write the checkpoint of the last epoch; the one before it is kept, under another name."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -471,24 +479,88 @@ class _Training:
             try:
                 torch.save(state, partial)
             except RuntimeError as error:  # what torch makes of a full disk
-                fault = str(error).splitlines()[0]
                 raise OSError(
-                    f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {fault}"
+                    f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {reason(error)}"
                 ) from error
+            if self.last == self.checkpoint:  # or what is there is damaged, and the previous one better
+                os.replace(self.checkpoint, self.previous)
+        self.last = self.checkpoint
+        self._write_log()
+
+    def _write_log(self) -> None:
         write_atomically(self.log, "".join(as_json(asdict(epoch)) + "\n" for epoch in self.history))
 
     def _restore(self) -> None:
-        saved = torch.load(self.checkpoint, map_location=self.accelerator.device)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.history = [Epoch(**epoch) for epoch in saved["history"]]
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        """Go back to the last checkpoint, or to the one before it where that is damaged.
+
+        Raises:
+            ValueError: neither can be read; or the training was finished, which its last checkpoint alone can tell.
+        """
+        saved = self._read_checkpoints()
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(saved["ema"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(self.last)!r} does not fit this training: {reason(error)}") from error
         knob = getattr(self.model.config, "knob", None)
         if knob is not None and self.recipe.target is not None:
             self.model.config = replace(self.model.config, **{knob.field: self.history[-1].knob})
+        if self.accelerator.is_main_process:
+            self._write_log()  # it may have an epoch more, or one less where a process was killed before it wrote
+
+    def _read_checkpoints(self) -> dict[str, Any]:
+        device, faults = self.accelerator.device, []
+        for path in (self.checkpoint, self.previous):
+            if not path.exists():
+                continue
+            try:
+                saved = read_checkpoint(path, device)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            self.last, self.history = path, saved["history"]
+            epochs = len(self.history)
+            if faults and epochs + 1 == self.recipe.epochs:
+                raise ValueError(
+                    f"{faults[0]}; the training was finished, and its model is model.safetensors beside it: remove the "
+                    f"damaged file to train epoch {epochs + 1} again from {path.name}"
+                )
+            if faults and self.accelerator.is_main_process:
+                warnings.warn(f"{faults[0]}; going on from {path.name}, after epoch {epochs}", stacklevel=5)
+            return saved
+        raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a training resumes from, its checksums compared.
+
+    torch's file is a zip archive, which has a checksum (CRC-32) of every tensor and of all that says what they are;
+    torch itself does not compare them.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+    """
+    try:
+        with zipfile.ZipFile(existing(path)) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises BadZipFile, zlib's errors, and what wrong offsets make it stumble on
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{str(path)!r} is damaged: {reason(error)}") from error
+    if damaged is not None:
+        raise ValueError(f"{str(path)!r} is damaged: the checksum of {damaged} is wrong")
+    saved = read_torch(path, device)
+    try:
+        history = [Epoch(**epoch) for epoch in saved["history"]]
+    except (KeyError, TypeError):
+        history = []
+    if not history:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a training that this adaptvit can go on with")
+    return saved | {"history": history}
 
 
 def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ some, and `adaptvit.flax.convert`.
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -37,18 +37,76 @@ SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standa
 MLP_ROWS = 1024
 """Tokens that go through an MLP at a time in evaluation on the CPU: few enough for the hidden features to stay in its
 caches, enough for full matrix products. At batch 32 the MLPs of DeiT-S take 0.77 of the time, a fifth of the memory."""
-PREPROCESSING = (
-    "input_size",
-    "fixed_input_size",
-    "interpolation",
-    "mean",
-    "std",
-    "crop_pct",
-    "crop_mode",
-    "test_input_size",
-    "test_crop_pct",
-)
+Rule = tuple[str, Callable[[Any], bool]]
+"""What is allowed, in words and as a question."""
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _whole(least: int, most: int = 2**24) -> Rule:
+    return f"a whole number from {least} to {most}", lambda value: _is(value, int) and least <= value <= most
+
+
+def _number(above: float, most: float) -> Rule:
+    words = f"a number above {above:g}, {most:g} at most"
+    return words, lambda value: _is(value, int, float) and above < value <= most
+
+
+def _one_of(*names: str) -> Rule:
+    return f"one of {', '.join(map(repr, names))}", lambda value: isinstance(value, str) and value in names
+
+
+def _several(rule: Rule, least: int, most: int) -> Rule:
+    def allowed(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and least <= len(value) <= most and all(map(rule[1], value))
+
+    return f"{least} to {most} of {rule[0]}" if most > least else f"{least} of {rule[0]}", allowed
+
+
+SIDE = _whole(1, 2**16)
+WORD: Rule = ("a word", lambda value: isinstance(value, str))
+FLAG: Rule = ("true or false", lambda value: isinstance(value, bool))
+PREPROCESSING: dict[str, Rule] = {
+    "input_size": _several(SIDE, 3, 3),
+    "fixed_input_size": FLAG,
+    "interpolation": _one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"),
+    "mean": _several(_number(-1e6, 1e6), 1, 2**16),
+    "std": _several(_number(0, 1e6), 1, 2**16),
+    "crop_pct": _number(0.05, 20),
+    "crop_mode": _one_of("center", "squash", "border"),
+    "test_input_size": _several(SIDE, 3, 3),
+    "test_crop_pct": _number(0.05, 20),
+}
 """What timm's `pretrained_cfg` says about the images."""
+ARGUMENTS: dict[str, Rule] = {
+    "img_size": _several(SIDE, 2, 2),
+    "patch_size": _several(SIDE, 2, 2),
+    "in_chans": SIDE,
+    "num_classes": _whole(0),
+    "global_pool": _one_of("", "token", "avg", "avgmax", "max", "map"),
+    "embed_dim": SIDE,
+    "depth": SIDE,
+    "num_heads": SIDE,
+    "mlp_ratio": _number(0, 2**10),
+    "qkv_bias": FLAG,
+    "qk_norm": FLAG,
+    "init_values": _number(0, 1e6),
+    "no_embed_class": FLAG,
+    "reg_tokens": _whole(0, 2**16),
+    "pre_norm": FLAG,
+    "dynamic_img_size": FLAG,
+    "dynamic_img_pad": FLAG,
+    "class_token": FLAG,
+    "pool_include_prefix": FLAG,
+    "tokens_type": WORD,
+    "token_dim": SIDE,
+    "representation_size": SIDE,
+    "head_dim": SIDE,
+    **dict.fromkeys(("position", "norm", "attention", "block"), WORD),
+}
+"""Arguments of a ViT that a file may name; whatever else timm's `create_model` takes could read another file."""
 
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -156,6 +214,11 @@ def class_count(vit: VisionTransformer) -> int:
 def prefix_tokens(vit: VisionTransformer) -> int:
     """Class, distillation and register tokens: the slots before the first patch."""
     return vit.num_prefix_tokens
+
+
+def position_rows(vit: VisionTransformer) -> int:
+    """Rows of the position table before those of the patches; DeiT III and ViTs with registers may have none."""
+    return 0 if vit.no_embed_class else vit.num_prefix_tokens
 
 
 def read_slots(vit: VisionTransformer) -> int | None:
@@ -523,10 +586,12 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
     """The ViT of `describe`, with fresh weights.
 
     Raises:
-        ValueError: timm does not know the architecture.
+        KeyError: the description lacks something.
+        ValueError: timm does not know the architecture, or the description has something that none of ours has.
     """
     name = description["architecture"]
-    arguments = {key: value for key, value in description["arguments"].items() if value is not None}
+    arguments = check_described("its ViT's argument", description["arguments"], ARGUMENTS)
+    recorded = check_described("its images'", description["data"], PREPROCESSING)
     for size in ("img_size", "patch_size"):
         arguments[size] = tuple(arguments[size])
     representation_size = arguments.pop("representation_size", None)
@@ -536,6 +601,8 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         "VisionTransformerDistilled": VisionTransformerDistilled,
         "PartsViT": lambda **fields: ViTConfig(**fields).build(),
     }
+    if not isinstance(name, str):
+        raise ValueError(f"the name of its ViT must be a word, got {repr(name)[:80]}")
     if name in by_hand:
         vit = by_hand[name](**arguments)
     elif timm.is_model(name):
@@ -546,9 +613,27 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         set_head_dim(vit, head_dim)
     if representation_size:
         add_representation(vit, representation_size)
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()}
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
     vit.pretrained_cfg = {**timm_config(vit), **data}
     return vit
+
+
+def check_described(what: str, values: Any, rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """The values of a description that are told, which is what others may have written.
+
+    Raises:
+        ValueError: one of them is of a kind or size that none of ours has.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}s must be a table of names and values, got {type(values).__name__}")
+    told = {name: value for name, value in values.items() if value is not None}
+    for name, value in told.items():
+        if name not in rules:
+            raise ValueError(f"{what} {str(name)[:80]!r} is not known; a newer adaptvit may have written it")
+        words, allowed = rules[name]
+        if not allowed(value):
+            raise ValueError(f"{what} {name} must be {words}, got {repr(value)[:80]}")
+    return told
 
 
 def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]]]:

@@ -306,10 +306,9 @@ def test_a_gate_is_read_from_the_file_name(name: str, gate: tuple[float, float] 
         ("a-1-2.pth", {"gate_scale": 3.0, "gate_center": 4.0}, {"gate_scale": 5.0, "gate_center": 6.0}, (5.0, 6.0)),
         ("a-1-2.pth", {"gate_scale": 3.0, "gate_center": 4.0}, {"gate_center": 0.0}, (1.0, 0.0)),
         ("a.pth", {"gate_scale": 3.0, "gate_center": 4.0}, {}, (3.0, 4.0)),
-        ("a.pth", {"lr": 1e-3}, {}, (10.0, 30.0)),
     ],
 )
-def test_a_gate_is_the_argument_else_the_names_else_the_trainings_else_the_default(
+def test_a_gate_is_the_argument_else_the_names_else_the_trainings(
     name: str,
     training: dict[str, float],
     given: dict[str, float],
@@ -322,6 +321,37 @@ def test_a_gate_is_the_argument_else_the_names_else_the_trainings_else_the_defau
     assert (config.gate_scale, config.gate_center) == gate
 
 
+def test_plain_weights_become_a_plain_model(deit: dict[str, Tensor], tmp_path: Path) -> None:
+    target = tmp_path / "out.safetensors"
+    with torch.no_grad():
+        deit = {key: value.clone() for key, value in deit.items()}
+        deit["pos_embed"][:, 1::2, 0] = 5.0  # channel 0 tells half of the patches to halt, but nobody made it do so
+    torch.save({"model": deit, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "in.pth")
+    plain = timm.create_model("deit_tiny_patch16_224").eval()
+    plain.load_state_dict(deit)
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    adaptvit.convert(tmp_path / "in.pth", target, "deit_tiny_patch16_224")
+    model = adaptvit.load(target).eval()
+    assert model.config == FullConfig()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image).logits, plain(image))
+
+
+@pytest.mark.parametrize("given", [{"gate_scale": 4.0, "gate_center": 2.0}, {}])
+def test_a_gate_told_makes_plain_weights_an_avit(given: dict, deit: dict[str, Tensor], tmp_path: Path) -> None:
+    source = tmp_path / ("in.pth" if given else "in-4-2.pth")
+    torch.save(deit, source)
+    model = adaptvit.convert(source, tmp_path / "out.safetensors", "deit_tiny_patch16_224", **given)
+    assert model.config == AViTConfig(gate_scale=4.0, gate_center=2.0)
+
+
+def test_a_gate_that_nobody_fitted_is_said(deit: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"model": deit, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "in.pth")
+    with pytest.warns(UserWarning, match=r"in\.pth has no gate that was fitted or trained"):
+        model = adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", TINY)
+    assert (model.config.gate_scale, model.config.gate_center) == (10.0, 30.0)
+
+
 def test_every_wrapping_of_the_same_weights_converts_alike(deit: dict[str, Tensor], tmp_path: Path) -> None:
     parallel = {f"module.{key}": value for key, value in deit.items()}
     wrappings = {"bare": deit, "model": {"model": deit}, "parallel": parallel, "nested": {"state_dict": parallel}}
@@ -330,7 +360,7 @@ def test_every_wrapping_of_the_same_weights_converts_alike(deit: dict[str, Tenso
     save_file(deit, tmp_path / "timm.safetensors")
     target = tmp_path / "out.safetensors"
     for source in [*(tmp_path / f"{name}.pth" for name in wrappings), tmp_path / "timm.safetensors"]:
-        adaptvit.convert(source, target, TINY)
+        adaptvit.convert(source, target, "deit_tiny_patch16_224")
         assert all(torch.equal(value, deit[key]) for key, value in load_file(target).items())
 
 
@@ -390,7 +420,7 @@ def test_another_number_of_classes_has_to_be_named(deit: dict[str, Tensor], tmp_
     with pytest.raises(ValueError, match="has a head of 7 classes, not 1000: pass num_classes=7"):
         adaptvit.convert(tmp_path / "in.pth", target, TINY)
     assert not target.exists()
-    adaptvit.convert(tmp_path / "in.pth", target, TINY, num_classes=7)
+    adaptvit.convert(tmp_path / "in.pth", target, TINY, num_classes=7, gate_scale=10.0)
     assert adaptvit.load(target).num_classes == 7
 
 
@@ -564,7 +594,7 @@ def test_positions_are_resized_as_recorded_from_the_released_code(pytestconfig: 
 def test_a_converted_position_table_has_the_size_asked_for(deit: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(deit, tmp_path / "in.pth")
     target = tmp_path / "out.safetensors"
-    adaptvit.convert(tmp_path / "in.pth", target, TINY, img_size=64)
+    adaptvit.convert(tmp_path / "in.pth", target, "deit_tiny_patch16_224", img_size=64)
     loaded = adaptvit.load(target)
     assert torch.equal(loaded.vit.state_dict()["pos_embed"], resize_positions(deit["pos_embed"], 4, prefix=1))
     assert resolve_model_data_config(loaded)["input_size"] == (3, 64, 64)

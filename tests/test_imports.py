@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "adaptvit"
 LAYERS: list[set[str]] = [
     {"checks"},
     {"files", "process", "terminal"},
-    {"records"},
+    {"records", "tensorfiles"},
     {"seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs", "parts"},
     {"vit"},
