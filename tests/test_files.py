@@ -169,3 +169,26 @@ def test_a_lock_is_refused_to_a_second_and_given_back_by_a_process_that_was_kill
     with locked(path):
         pass
     assert {file.name for file in tmp_path.iterdir()} == {"out.csv", "link.csv"}
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    gone = multiprocessing.get_context("spawn").Process()
+    gone.start()
+    gone.join()
+    dead, others = tmp_path / f".figures.json.{gone.pid}.partial", tmp_path / f".more.json.{gone.pid}.partial"
+    running, odd = tmp_path / f".figures.json.{os.getppid()}.partial", tmp_path / ".figures.json.x.partial"
+    for path in (dead, others, running, odd):
+        path.write_text("half")
+    write_atomically(tmp_path / "figures.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [others.name, running.name, odd.name, "figures.json"]
+    )
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("sync"), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
+    write_atomically(tmp_path / "figures.json", "whole")
+    assert done == ["sync", "rename", "sync"]

@@ -120,7 +120,76 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(
     with pytest.raises(KeyboardInterrupt):
         train(model(), data, RECIPE, tmp_path)
     assert checkpoint.read_bytes() == before
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.name != ".lock") == [".jsonl", ".pt"]
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.name != ".lock") == [".jsonl", ".pt", ".pt"]
+
+
+def interrupted(data: Data, output: Path, epochs: int) -> tuple[Path, Path]:
+    """A training stopped after so many epochs: its last two checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs))
+        with pytest.raises(KeyboardInterrupt):
+            train(model(), data, RECIPE, output)
+    (last,) = output.glob("checkpoint-*.pt")
+    (before,) = output.glob("previous-*.pt") if epochs > 1 else (None,)
+    return last, before
+
+
+def flipped(path: Path) -> None:
+    """One bit of a weight is another, which torch reads without a word."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+    torch.load(path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(data: Data, tmp_path: Path) -> None:
+    whole, resumed = model(), model()
+    history = train(whole, data, RECIPE, tmp_path / "whole")
+    last, before = interrupted(data, tmp_path / "resumed", epochs=2)
+    flipped(last)
+    with pytest.warns(
+        UserWarning, match=rf"{last.name}' is damaged: the checksum .* from {before.name}, after epoch 1"
+    ):
+        again = train(resumed, data, RECIPE, tmp_path / "resumed")
+    assert same_weights(resumed, whole)
+    assert [replace(epoch, seconds=0) for epoch in again] == [replace(epoch, seconds=0) for epoch in history]
+    (log,) = (tmp_path / "resumed").glob("log-*.jsonl")
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [asdict(epoch) for epoch in again]
+    assert [len(torch.load(path)["history"]) for path in (before, last)] == [2, 3]
+
+
+def test_a_checkpoint_alone_is_gone_on_from_whatever_its_name(data: Data, tmp_path: Path) -> None:
+    last, before = interrupted(data, tmp_path, epochs=2)
+    before.unlink()  # as an earlier version left it
+    assert len(train(model(), data, RECIPE, tmp_path)) == 3
+    os.replace(last, before)  # as a process that is killed between two names leaves it
+    assert len(train(model(), data, RECIPE, tmp_path)) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 no zip", bytes(5000), None], ids=str)
+def test_damaged_checkpoints_are_named(content: bytes | None, data: Data, tmp_path: Path) -> None:
+    last, before = interrupted(data, tmp_path, epochs=2)
+    whole = last.read_bytes()
+    for path in (last, before):
+        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{last.name}' is damaged.*{before.name}' is damaged.*remove") as error:
+        train(model(), data, RECIPE, tmp_path)
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_finished_training_whose_checkpoint_is_damaged_is_not_trained_again_unasked(
+    data: Data, tmp_path: Path
+) -> None:
+    trained, again = model(), model()
+    train(trained, data, RECIPE, tmp_path)
+    (last,) = tmp_path.glob("checkpoint-*.pt")
+    flipped(last)
+    with pytest.raises(ValueError, match=rf"{last.name}' is damaged.*was finished.*epoch 3 again from previous-"):
+        train(model(), data, RECIPE, tmp_path)
+    last.unlink()
+    train(again, data, RECIPE, tmp_path)
+    assert same_weights(again, trained)
 
 
 def test_a_changed_run_starts_afresh_beside_the_old_one(data: Data, tmp_path: Path) -> None:
