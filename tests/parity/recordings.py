@@ -166,6 +166,18 @@ def load_with_idle(vit: VisionTransformer, state: Mapping[str, Tensor], depth: i
             nn.init.zeros_(part.bias)
 
 
+def with_changes(case: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of AdaViT's recordings, whose `overrides` multiply or move some of them, in float32."""
+    state = {key: value.numpy() for key, value in filled(case["weights"], case["manifest"]).items()}
+    for change in case["weights"]["overrides"]:
+        assert change["op"] in ("mul", "add")
+        for key in state:
+            if key.endswith(change["match"]):
+                value = np.float32(change["value"])
+                state[key] = state[key] * value if change["op"] == "mul" else state[key] + value
+    return {key: torch.from_numpy(value) for key, value in state.items()}
+
+
 def our_name(name: str, ours: Mapping[str, Any]) -> str:
     """That of a recorded parameter, among names of a model with or without a representation layer."""
     if "head.pre_logits.fc.weight" in ours:

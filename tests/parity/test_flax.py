@@ -17,11 +17,6 @@ from adaptvit.flax import ViT, samplers
 from adaptvit.flax.ats_vit import AdaptiveTokenSampling
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = sorted((metafunc.config.getoption("--fixtures") / "ats").glob("flax_*.json"))
-    metafunc.parametrize("recorded", found, ids=[path.stem for path in found])
-
-
 def recorded_parameters(case: dict[str, Any]) -> dict[str, Any]:
     """Weights by the rule in the fixture: named and laid out as torch would, kernels transposed back."""
     ends = {"kernel": "weight", "scale": "weight"}
@@ -49,12 +44,14 @@ def capacities(case: dict[str, Any]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def test_the_published_run_is_reproduced(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, arrays = json.loads(recorded.read_text()), dict(np.load(recorded.with_suffix(".npz")))
+def test_the_published_run_is_reproduced(flax_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, arrays = json.loads(flax_case.read_text()), dict(np.load(flax_case.with_suffix(".npz")))
     noise = (arrays[f"call{number}_gumbel"] for number in range(len(case["calls"])))
     monkeypatch.setattr(samplers, "gumbel_noise", lambda key, shape: next(noise))
     vit = ViT(**case["config"], capacities=capacities(case))
-    images = weights.images(case["input"]["batch"], case["input"]["size"], case["input"]["seed"]).transpose(0, 2, 3, 1)
+    given = case["input"]
+    channels = given.get("channels", case["config"].get("channels", 3))
+    images = weights.images(given["batch"], given["size"], given["seed"], channels).transpose(0, 2, 3, 1)
 
     @jax.jit
     def run(variables: dict[str, Any], images: np.ndarray) -> Any:
@@ -83,8 +80,8 @@ def test_the_published_run_is_reproduced(recorded: Path, monkeypatch: pytest.Mon
         assert np.array_equal(sampling["tokens"][0], call["counts"])
 
 
-def test_a_fresh_model_has_the_published_parameters(recorded: Path) -> None:
-    case = json.loads(recorded.read_text())
+def test_a_fresh_model_has_the_published_parameters(flax_case: Path) -> None:
+    case = json.loads(flax_case.read_text())
     side = case["config"]["image_size"]
     key = jax.random.key(0)
     rngs = {"params": key, "dropout": key, "emb_dropout": key}

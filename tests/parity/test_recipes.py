@@ -15,21 +15,9 @@ from adaptvit.recipes import avit_small_imagenet, avit_tiny_imagenet
 RECIPES = {"tiny": avit_tiny_imagenet, "small": avit_small_imagenet}
 
 
-@pytest.fixture
-def folder(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.getoption("--fixtures")) / "avit"
-
-
-def recorded(folder: Path, name: str) -> dict:
-    file = folder / f"{name}.json"
-    if not file.exists():
-        pytest.skip(f"no {file.name} among the fixtures")
-    return json.loads(file.read_text())
-
-
 @pytest.mark.parametrize("size", RECIPES)
-def test_the_numbers_of_the_recipe(size: str, folder: Path) -> None:
-    record, run = recorded(folder, "training_recipe"), RECIPES[size]()
+def test_the_numbers_of_the_recipe(size: str, avit_recipe: Path) -> None:
+    record, run = json.loads(avit_recipe.read_text()), RECIPES[size]()
     defaults, one = record["parser_defaults"], record["recipes"][size]
     given, recipe, method, data = one["recipe"], run.recipe, run.method, run.data
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (
@@ -62,11 +50,10 @@ def test_the_numbers_of_the_recipe(size: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", RECIPES)
-def test_the_learning_rate_is_the_recorded_one_an_epoch_earlier(size: str, folder: Path) -> None:
+def test_the_learning_rate_is_the_recorded_one_an_epoch_earlier(size: str, avit_recipe: Path) -> None:
     """The released code sets an epoch's rate after it, with its own number: epoch e + 1 runs at the rate of e."""
-    expected = recorded(folder, "training_recipe")["recipes"][size].get("lr_per_epoch")
-    if expected is None:
-        pytest.skip("no learning rates recorded")
+    expected = json.loads(avit_recipe.read_text())["recipes"][size].get("lr_per_epoch")
+    assert expected, f"{avit_recipe} has no learning rates for {size}"
     recipe = RECIPES[size]().recipe
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
     scheduler, _ = create_scheduler_v2(
@@ -85,8 +72,8 @@ def test_the_learning_rate_is_the_recorded_one_an_epoch_earlier(size: str, folde
     assert rates == pytest.approx(expected[1:], rel=1e-6)
 
 
-def test_weight_decay_leaves_out_the_recorded_parameters(folder: Path) -> None:
-    groups = recorded(folder, "training_recipe")["recipes"]["tiny"]["param_groups"]
+def test_weight_decay_leaves_out_the_recorded_parameters(avit_recipe: Path) -> None:
+    groups = json.loads(avit_recipe.read_text())["recipes"]["tiny"]["param_groups"]
     model = avit_tiny_imagenet().method.build(timm.create_model("deit_tiny_patch16_224", depth=2))
     names = {id(parameter): name.removeprefix("vit.") for name, parameter in model.named_parameters()}
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05)
@@ -94,8 +81,8 @@ def test_weight_decay_leaves_out_the_recorded_parameters(folder: Path) -> None:
     assert ours == {group["weight_decay"]: set(group["params"]) for group in groups}
 
 
-def test_repeated_augmentation_takes_the_recorded_images(folder: Path) -> None:
-    for case in recorded(folder, "repeated_aug_sampler")["cases"]:
+def test_repeated_augmentation_takes_the_recorded_images(avit_sampler: Path) -> None:
+    for case in json.loads(avit_sampler.read_text())["cases"]:
         place = {"num_replicas": case["num_replicas"], "rank": case["rank"]}
         sampler = RepeatAugSampler(range(case["dataset_len"]), **place, num_repeats=3)
         sampler.set_epoch(case["epoch"])
