@@ -5,6 +5,7 @@ d channels per head. Slots that hold no token repeat the class token and are mas
 Source: conceptofmind/Adaptive-Token-Sampling-Flax, a port of vit-pytorch's `ats_vit`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -241,9 +242,11 @@ class ViT(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = self.max_tokens_per_depth
-        if len(counts) != self.depth or min(counts) < 1 or list(counts) != sorted(counts, reverse=True):
+        finite = all(1 <= count < math.inf for count in counts)
+        if len(counts) != self.depth or not finite or list(counts) != sorted(counts, reverse=True):
             raise ValueError(
-                f"ViT.max_tokens_per_depth must be {self.depth} (depth) numbers of 1 or more, not growing, got {counts}"
+                f"ViT.max_tokens_per_depth must be {self.depth} (depth) finite numbers of 1 or more, not growing, "
+                f"got {counts}"
             )
         if self.capacities is not None and (len(self.capacities) != self.depth or min(self.capacities) < 2):
             raise ValueError(

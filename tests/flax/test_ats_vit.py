@@ -166,6 +166,8 @@ def test_no_layer_that_samples_is_the_plain_vit(variables: Any) -> None:
     [
         ({"max_tokens_per_depth": (12, 9)}, r"max_tokens_per_depth must be 3 .* got \(12, 9\)"),
         ({"max_tokens_per_depth": (9, 12, 6)}, "not growing"),
+        ({"max_tokens_per_depth": (float("nan"), 9, 6)}, "finite numbers"),
+        ({"max_tokens_per_depth": (float("inf"), 9, 6)}, "finite numbers"),
         ({"capacities": (12, 1, 6)}, "capacities must be None or 3 .* 2 or more"),
         ({"blocks": (3,)}, r"blocks must lie in 0..2, got \(3,\)"),
         ({"patch_size": 5}, "patch_size 5 does not divide image_size 16"),
