@@ -12,14 +12,13 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import Unreadable, list_folder, open_pictures
+from adaptvit.data import Unreadable, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -47,8 +46,8 @@ class BenchConfig:
     """Images per forward pass."""
     images: Annotated[int, In("[1, inf)")] = 32
     """Images in all, at least `batch_size`; budget and speed are averages over them."""
-    img_size: Annotated[int | None, In("[1, 65536]")] = None
-    """Side of the input in pixels; None is the model's own."""
+    img_size: Annotated[int | tuple[int, int] | None, In("[1, 65536]")] = None
+    """Side of the input in pixels, or height and width; None is the model's own."""
     data: Path | None = None
     """Folder of images; None takes random crops of scikit-learn's two photographs."""
     train: bool = False
@@ -186,15 +185,14 @@ def _train_step(run: Any, batches: tuple[Tensor, ...]) -> None:
 
 def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     """The images that `bench` measures on, (images, channels, height, width), as the ViT takes them."""
-    settings = resolve_model_data_config(vit)
-    side = config.img_size or settings["input_size"][-1]
-    settings["input_size"] = (settings["input_size"][0], side, side)
+    settings = preparation(vit, config.model)
+    size = settings["input_size"][1:]
     if config.data is not None:
         return _folder(config.data, config.images, settings)
     crop = v2.Compose(
         [
             v2.ToImage(),
-            v2.RandomResizedCrop(side, scale=(0.02, 0.6), antialias=True),
+            v2.RandomResizedCrop(size, scale=(0.02, 0.6), antialias=True),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(settings["mean"], settings["std"]),
         ]

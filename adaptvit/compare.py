@@ -15,12 +15,11 @@ from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
-from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from adaptvit.checkpoints import load
 from adaptvit.checks import In, check_fields, checked
-from adaptvit.data import open_data
+from adaptvit.data import open_data, preparation
 from adaptvit.files import check_output_folder, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
@@ -250,7 +249,7 @@ def _speeds(
     calls: dict[str, Callable[[], object]] = {}
     images = {}
     for name, model in models.items():
-        split = open_data(jobs[name].data, resolve_model_data_config(model)).test
+        split = open_data(jobs[name].data, preparation(model, name)).test
         images[name] = spread_over(split, TIMED).images.to(best_device())
         calls[f"{name}, dense"] = partial(model.vit, images[name])
         calls[f"{name}, packed"] = partial(model, images[name])

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from matplotlib.figure import Figure
-from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model, start_from
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, open_split
-from adaptvit.draw import full_usage, last_groups, pixels
+from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, open_split, pixels, preparation
+from adaptvit.draw import full_usage, last_groups
 from adaptvit.evaluate import check_classes, outputs
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, dense_macs, macs
@@ -249,7 +248,7 @@ class _Compared:
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
         source = DataConfig(root=self.config.root, dataset=self.config.dataset, class_map=self.config.class_map)
-        return open_split(source, resolve_model_data_config(model), self.config.split)
+        return open_split(source, preparation(model), self.config.split)
 
     def some(self, model: AdaptiveViT, count: int) -> Tensor:
         """Measured images, spread over all of them."""
@@ -259,7 +258,7 @@ class _Compared:
         """Eight hexadecimal digits of all that decides a record."""
         model = self.files.get(entry.name)
         weights = self.known_by if model is None else digest(model, (model.config, model.shape))
-        settings = sorted(resolve_model_data_config(model or self.dense).items())
+        settings = sorted(preparation(model or self.dense).items())
         images = f"{self.config.dataset} {self.config.root.resolve()}".strip()
         source = (images, self.config.split, str(self.config.class_map))
         default = None if entry.budget is None else METHODS[_method(entry)]()
@@ -359,7 +358,7 @@ class _Compared:
         images = self.some(self.dense, self.config.pictures)
         if images.shape[1] not in (1, 3):
             return []
-        rows = [("", pixels(images.cpu(), resolve_model_data_config(self.dense)), [""] * len(images))]
+        rows = [("", pixels(images.cpu(), preparation(self.dense)), [""] * len(images))]
         blocks, below = max(model.depth for model in models.values()), False
         for entry, model in models.items():
             images = self.some(model, self.config.pictures)
@@ -367,7 +366,7 @@ class _Compared:
                 usage = full_usage(model, images)
             if usage.live is None:
                 continue
-            seen = pixels(images.cpu(), resolve_model_data_config(model))
+            seen = pixels(images.cpu(), preparation(model))
             groups = [one for one in last_groups(usage) if one is not None]
             if groups:
                 shown = mean_colours(seen, torch.stack(groups))

@@ -161,7 +161,7 @@ def small_vit(config: DemoConfig, data: Data) -> VisionTransformer:
         depth=config.blocks,
         num_heads=config.heads,
     )
-    side = data.size // config.patch
+    side = config.size // config.patch
     position = vit.state_dict()["pos_embed"]  # (1, 1 + patches, D), sharing the model's memory
     position[:, 1:] = build_sincos2d_pos_embed([side, side], dim=config.dim, temperature=100.0)
     return vit

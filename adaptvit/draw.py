@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
-from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -33,6 +32,8 @@ from adaptvit.data import (
     list_images,
     open_pictures,
     open_split,
+    pixels,
+    preparation,
 )
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
@@ -146,14 +147,7 @@ def _draw(config: DrawConfig) -> Drawing:
         raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
     check_output_folder(config.output)
     model = open_model(config.model).to(config.device)
-    settings = resolve_model_data_config(model)
-    channels = settings["input_size"][0]
-    if channels not in (1, 3) or len(settings["mean"]) != channels:
-        means = len(settings["mean"])
-        raise ValueError(
-            f"model {config.model!r} takes {channels} channels and its record of the weights normalises {means}: "
-            "pictures can be drawn where both are 1 or both are 3"
-        )
+    settings = preparation(model, f"model {config.model!r}")
     samples = _samples(config, settings)
     if config.summary:
         return _summary(model, samples, settings, config)
@@ -319,12 +313,6 @@ def spearman(one: Tensor, other: Tensor) -> float:
         _, place, count = values.unique(return_inverse=True, return_counts=True)
         ranks.append((count.cumsum(dim=0) - (count - 1) / 2)[place])
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def pixels(images: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Normalised images as they are looked at: values in [0, 1]."""
-    mean, std = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return (images * std + mean).clamp(0, 1)
 
 
 def _none_readable(unreadable: list[Unreadable], folder: Path) -> ValueError:

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Annotated, Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -31,6 +30,7 @@ from adaptvit.data import (
     class_names,
     collate,
     open_split,
+    preparation,
 )
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
@@ -259,7 +259,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         ValueError: the model's classes are not those of the images, or no image can be read.
     """
     model = open_model(config.model).to(config.device)
-    settings = resolve_model_data_config(model)
+    settings = preparation(model, config.model)
     source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
     data = open_split(source, settings, config.split)
     check_classes(data, model, config.root, config.class_map)

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_fields
-from adaptvit.data import HELD_OUT, digits, in_channels, open_image, read_names
-from adaptvit.draw import full_usage, pixels
+from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
+from adaptvit.draw import full_usage
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
@@ -55,8 +55,6 @@ DOWNLOADED = (
 UNTRAINED = ("ats", "evit", "merge", "tome", "avit")
 """Methods that a plain ViT takes without training."""
 
-DECODED = 40_000_000
-"""Most pixels that a picture may have when it is decoded; a JPEG is decoded at down to an eighth of its size."""
 SIDE = 640
 """Longer side of the pictures that are kept, in pixels."""
 SLIMMEST = 8
@@ -110,7 +108,6 @@ MODES = {
     "P": "a palette",
     "RGBA": "transparent colour",
     "I": "16-bit grey",
-    "F": "floating-point grey",
 }
 """Pillow's modes in words."""
 
@@ -122,15 +119,10 @@ def open_picture(path: Path | str) -> Picture:
         ValueError: it is none, is damaged, or has too many pixels.
     """
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of many pixels, of which there is a limit of our own below
-            image = open_image(file)
-            full = image.size
-            image.draft("RGB", (SIDE, SIDE))
-            if image.width * image.height > DECODED:
-                raise ValueError(f"its {full[0]} x {full[1]} pixels are more than {DECODED // 10**6} million")
-            mode = image.mode
-            image = ImageOps.exif_transpose(_scaled_down(image))
+        with open(path, "rb") as file:
+            stored = open_image(file)
+            full, mode = stored.size, stored.mode
+            image = decode_image(stored, 3, SIDE)
     except Exception as error:  # Pillow raises half a dozen kinds
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"This picture cannot be used: {reason}.") from error
@@ -139,7 +131,6 @@ def open_picture(path: Path | str) -> Picture:
         done.append(f"{full[0]} x {full[1]} pixels scaled down to {image.width} x {image.height}")
     if mode != "RGB":
         done.append(f"{MODES.get(mode.split(';')[0], mode)} turned into 8-bit colour")
-    image = in_channels(image, 3)
     if max(image.size) > SLIMMEST * min(image.size):
         most = SLIMMEST * min(image.size)
         image = ImageOps.fit(image, (min(image.width, most), min(image.height, most)))
@@ -147,22 +138,9 @@ def open_picture(path: Path | str) -> Picture:
     return Picture(image, f"This picture was {', '.join(done)}." if done else "")
 
 
-def _scaled_down(image: Image.Image) -> Image.Image:
-    """Decode, and bring the longer side down to `SIDE`, before anything else is made of it."""
-    unscalable = {"1": "L", "P": "RGBA", "PA": "RGBA"} | dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), "I")
-    if image.mode in unscalable:
-        image.getexif()  # which converting would lose
-        image = image.convert(unscalable[image.mode])
-    if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), reducing_gap=2.0)
-    else:
-        image.load()
-    return image
-
-
 def photographs() -> list[Image.Image]:
     """scikit-learn's two photographs, and the left half of each."""
-    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    whole = [Image.fromarray(photograph) for photograph in load_sample_images().images]
     return [part for one in whole for part in (one, one.crop((0, 0, one.width // 2, one.height)))]
 
 
@@ -170,8 +148,8 @@ def handwritten() -> list[Image.Image]:
     """Digits of the test split, one of each class."""
     data = digits()
     first = {data.test[index][1]: data.test[index][0] for index in reversed(range(HELD_OUT))}
-    pixels = [(255 * data.pixels(first[kind])[0]).round().byte().numpy() for kind in sorted(first)]
-    return [Image.fromarray(grey) for grey in pixels]
+    shown = [(255 * data.pixels(first[kind])[0]).round().byte().numpy() for kind in sorted(first)]
+    return [Image.fromarray(grey) for grey in shown]
 
 
 @dataclass(frozen=True)
@@ -193,13 +171,8 @@ class Subject:
         Raises:
             ValueError: it takes neither grey images nor colour, or has another number of classes than there are names.
         """
-        settings = resolve_model_data_config(opened)
+        settings = preparation(opened)
         channels, count = settings["input_size"][0], opened.num_classes
-        if channels not in (1, 3) or len(settings["mean"]) != channels:
-            means = len(settings["mean"])
-            raise ValueError(
-                f"the model takes {channels} channels and normalises {means}: the playground has pictures of 1 or 3"
-            )
         if count < 1:
             raise ValueError("the model has no classes: the playground shows what a model takes a picture for")
         if classes is None:

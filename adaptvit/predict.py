@@ -22,14 +22,23 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.data import NOT_FINITE, FolderImages, LeftOut, Listing, Unreadable, collate, list_folder, read_names
+from adaptvit.data import (
+    NOT_FINITE,
+    FolderImages,
+    LeftOut,
+    Listing,
+    Unreadable,
+    collate,
+    list_folder,
+    preparation,
+    read_names,
+)
 from adaptvit.data import find_images as find_images
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
@@ -119,9 +128,9 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
     classes = _classes(config, model.num_classes)
-    preparation = _preparation(config, model)
+    settings = preparation(model, config.model)
     form = FORMATS[config.output.suffix](config.top, model.depth)
-    files = _Files(config.output, names, form, _settings(config, model, classes, preparation))
+    files = _Files(config.output, names, form, _settings(config, model, classes, settings))
 
     files.check()
     state.wait_for_everyone()  # every process has seen the same files before one of them writes
@@ -131,7 +140,7 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
     done = files.lines()
     state.wait_for_everyone()
 
-    images = FolderImages(config.folder, names, preparation)
+    images = FolderImages(config.folder, names, settings)
     batches, unreadable = _batches(images, config.batch_size, done, rank, world)
     written = 0
     try:
@@ -386,19 +395,8 @@ def _classes(config: PredictConfig, count: int) -> Sequence[str] | range:
     return names
 
 
-def _preparation(config: PredictConfig, model: AdaptiveViT) -> dict[str, Any]:
-    """What `create_transform` is to make of images."""
-    preparation = resolve_model_data_config(model)
-    channels, means = preparation["input_size"][0], len(preparation["mean"])
-    if channels not in (1, 3) or means not in (1, channels):
-        raise ValueError(
-            f"{config.model} takes images of {channels} channels and normalises {means}; images are grey (1) or RGB (3)"
-        )
-    return preparation
-
-
 def _settings(
-    config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, preparation: dict[str, Any]
+    config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, prepared: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the lines, as JSON holds it."""
     return {
@@ -407,7 +405,7 @@ def _settings(
         "folder": str(config.folder.resolve()),
         "top": config.top,
         "class names": None if isinstance(classes, range) else list(classes),
-        "preparation": json.loads(json.dumps(preparation)),
+        "preparation": json.loads(json.dumps(prepared)),
     }
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -17,7 +16,17 @@ from torch.utils.data import Dataset, IterableDataset
 from adaptvit.budget import Trial, Unit, check_target, meet_target
 from adaptvit.checkpoints import digest, open_model, save, start_from
 from adaptvit.checks import In, check_device, check_fields, checked
-from adaptvit.data import Batch, DataConfig, Samples, class_names, collate, open_data, open_split
+from adaptvit.data import (
+    Batch,
+    DataConfig,
+    Samples,
+    class_names,
+    collate,
+    open_data,
+    open_split,
+    preparation,
+    preparation_of_name,
+)
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
 from adaptvit.methods.adavit import AdaViTConfig
@@ -30,7 +39,7 @@ from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say
-from adaptvit.train import Epoch, Recipe, fingerprint, train
+from adaptvit.train import Epoch, Recipe, check_shape, fingerprint, train
 from adaptvit.untrained import adapt, fit_merging
 from adaptvit.vit import check
 
@@ -46,8 +55,8 @@ class Run:
     """Name of a timm ViT."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `timm.create_model`."""
-    img_size: Annotated[int | None, In("[1, 65536]")] = None
-    """Side of the input in pixels; None is the model's own."""
+    img_size: Annotated[int | tuple[int, int] | None, In("[1, 65536]")] = None
+    """Side of the input in pixels, or height and width; None is the model's own."""
     drop_path: Annotated[float, In("[0, 1)")] = 0.0
     """Rate of stochastic depth at the last block; it grows from 0 at the first."""
     weights: Path | None = None
@@ -130,7 +139,7 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     check_output_folder(config.output)
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
-    settings = _settings(config.model, arguments)
+    settings = preparation_of_name(config.model, arguments)
     data = open_data(config.data, settings)
     for one in data.left_out:
         _tell(f"left out: {one}")
@@ -149,11 +158,12 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
         **arguments,
     )
     check(vit)
+    check_shape(data, vit)
     vit.pretrained_cfg = {
         **vit.pretrained_cfg,
         "mean": data.mean,
         "std": data.std,
-        **_preparation(config.data, settings),
+        **{name: getattr(config.data, name) or settings[name] for name in ("interpolation", "crop_pct")},
     }
     if config.weights is not None and not start_from(vit, config.weights):
         _tell(f"the head in {config.weights} is left out: {data.name} has {len(data.classes)} classes of its own")
@@ -163,7 +173,11 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
         )
     method: Any = config.method
-    taught = None if teacher is None else digest(teacher, teacher.config)
+    taught = None
+    if teacher is not None:
+        prepared = preparation(teacher, f"the teacher {config.teacher!r}")
+        check_shape(data, teacher.vit, prepared["input_size"][0])
+        taught = digest(teacher, (teacher.config, prepared["mean"], prepared["std"]))
     fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught, known_by)
     key = fingerprint(method.build(vit), data, config.recipe, fitted)
     device = _process().device
@@ -223,24 +237,6 @@ def _tell(words: str) -> None:
         say(words)
 
 
-def _settings(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """How images of a timm model that is not built yet are prepared; grey ones by the mean of the colours' numbers."""
-    recorded = timm.get_pretrained_cfg(name)
-    wanted = {key: arguments[key] for key in ("img_size", "in_chans") if key in arguments}
-    settings = resolve_data_config(wanted, pretrained_cfg=recorded.to_dict() if recorded else {})
-    channels = settings["input_size"][0]
-    for key in ("mean", "std"):
-        if len(settings[key]) != channels:
-            settings[key] = (sum(settings[key]) / len(settings[key]),) * channels
-    return settings
-
-
-def _preparation(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """What was overridden, for the model's own record."""
-    names = ("interpolation", "crop_pct")
-    return {name: getattr(config, name) or settings[name] for name in names if name in settings}
-
-
 @checked
 @as_found()
 def set_budget(
@@ -282,7 +278,7 @@ def set_budget(
     device = best_device() if device is None else device
     check_device("device", device)
     opened = open_model(model).to(device)
-    split = open_split(DataConfig(root=folder), resolve_model_data_config(opened), "train")
+    split = open_split(DataConfig(root=folder), preparation(opened, model), "train")
     config: MethodConfig = opened.config
     plain = isinstance(config, FullConfig)
     if not plain and method not in (None, config.method):

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list  # type: ignore[import-untype
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -36,19 +37,19 @@ from tqdm import tqdm
 from adaptvit.budget import meet_target
 from adaptvit.checkpoints import digest
 from adaptvit.checks import In, check_fields, quoted
-from adaptvit.data import Batch, Data, filled
+from adaptvit.data import Batch, Data, Renormalise, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
 from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
-from adaptvit.model import AdaptiveViT
+from adaptvit.model import AdaptiveViT, LogitsOnly
 from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.tensorfiles import existing, read_torch, reason
 from adaptvit.terminal import shown
 from adaptvit.usage import Output
-from adaptvit.vit import check_images, prefix_tokens
+from adaptvit.vit import check_images, class_count, prefix_tokens
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -183,15 +184,17 @@ def train(
         output: folder of the run, made if it is not there.
         name: what the progress bar calls it.
         resume: go on from a checkpoint of the same run; False refuses where there is one.
-        teacher: a model to distil from, giving (B, classes) logits; it sees the same images. A method that learns from
-            patches too (DynamicViT) needs a timm ViT of as many patches and channels.
+        teacher: a model to distil from, giving (B, classes) logits. It sees the same augmented images, normalised as
+            timm's record of it says, its `pretrained_cfg`; without one, as the model's own are. A method that learns
+            from patches too (DynamicViT) needs a timm ViT of as many patches and channels.
         key: what the run is known by; None is the `fingerprint` of model, data and recipe.
     Raises:
         ChildProcessError: a process that decodes images died.
         FileExistsError: another training is writing to `output`, or there is a checkpoint and `resume` is False.
         FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
         TypeError: the method learns from a teacher's patches, and the teacher is no timm ViT.
-        ValueError: the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
+        ValueError: the images are of another shape than the model or the teacher takes, the teacher has other classes,
+            the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
             recipe has a target and the method no knob.
     """
     AcceleratorState._reset_state()  # accelerate has one precision a process otherwise; `as_found` brings it back
@@ -254,6 +257,12 @@ class _Training:
                 f"{type(model).__name__} learns from a teacher's patches, which {type(teacher).__name__} does not "
                 "give: set token_weight to 0, or take a plain ViT"
             )
+        check_shape(data, model.vit)
+        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
+        self.renormalise: Renormalise | None = None
+        if teacher is not None:
+            self.renormalise = Renormalise(data.mean, data.std, teacher).to(accelerator.device)
+            _check_teacher(teacher, data, len(self.renormalise.mean))
         freeze(model.vit, recipe.freeze)
         self.loader = self._loader()
         self.steps = len(self.loader) // recipe.accumulate * recipe.accumulate
@@ -286,7 +295,6 @@ class _Training:
             updates_per_epoch=self.updates,
         )
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, recipe.ema_decay)
-        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
         self.history: list[Epoch] = []
         self.unreadable: dict[str, str] = {}
 
@@ -419,12 +427,28 @@ class _Training:
     def _taught(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's logits, and its patches as the method's forward takes them, if it does."""
         teacher: Any = self.teacher
+        assert self.renormalise is not None
         with torch.no_grad(), self.accelerator.autocast():
-            if not self.model.learns_patches:
-                return teacher(images), {}
-            check_images(teacher, images)
-            features = teacher.forward_features(images)
-            return teacher.forward_head(features), {"teacher": features[:, prefix_tokens(teacher) :].float()}
+            images = self.renormalise(images)
+            if self.model.learns_patches:
+                check_images(teacher, images)
+                features = teacher.forward_features(images)
+                patches = {"teacher": features[:, prefix_tokens(teacher) :].float()}
+                return teacher.forward_head(features), patches
+            try:
+                lesson = teacher(images)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a module of any kind: it cannot be asked before
+                shape, fault = tuple(images.shape), str(error).splitlines()[0]
+                raise ValueError(
+                    f"the teacher, a {type(teacher).__name__}, fails on images of shape {shape}: {fault}"
+                ) from error
+        wanted = (len(images), len(self.data.classes))
+        if not isinstance(lesson, Tensor) or lesson.shape != wanted:
+            got = tuple(lesson.shape) if isinstance(lesson, Tensor) else type(lesson).__name__
+            raise ValueError(f"the teacher, a {type(teacher).__name__}, gives {got}, not logits of shape {wanted}")
+        return lesson, {}
 
     def _steer(self, images: Tensor, update: int) -> None:
         """Move the knob so that these images, in evaluation, cost what the target is by now."""
@@ -573,6 +597,35 @@ def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]
             if parameters:
                 groups.append({**group, "params": parameters, "lr_scale": scale})
     return groups
+
+
+def check_shape(data: Data, vit: VisionTransformer, channels: int | None = None) -> None:
+    """Refuse data whose images a ViT does not take.
+
+    Args:
+        channels: that the images are turned to; None are those of the data.
+    Raises:
+        ValueError: naming both.
+    """
+    like = next(vit.parameters())
+    try:
+        check_images(vit, like.new_zeros(1, channels or data.channels, *to_2tuple(data.size)))
+    except ValueError as error:
+        raise ValueError(f"{data.name}: {error}") from None
+
+
+def _check_teacher(teacher: nn.Module, data: Data, channels: int) -> None:
+    """Refuse a ViT that takes other images, turned to so many channels, or has other classes.
+
+    Raises:
+        ValueError: naming both.
+    """
+    vit = teacher.model.vit if isinstance(teacher, LogitsOnly) else teacher
+    if not isinstance(vit, VisionTransformer):
+        return
+    check_shape(data, vit, channels)
+    if class_count(vit) != len(data.classes):
+        raise ValueError(f"the teacher has {class_count(vit)} classes, but {data.name} has {len(data.classes)}")
 
 
 def freeze(vit: nn.Module, patterns: tuple[str, ...]) -> None:

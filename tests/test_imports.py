@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"flax.ats_vit"},
     {"flax", "flax.convert"},
     {"names"},
-    {"data.images", "data.classes", "data.tars"},
+    {"data.images", "data.preparation", "data.classes", "data.tars"},
     {"data.folders"},
     {"data.sets"},
     {"budget", "pictures", "checkpoints", "data"},

@@ -1,6 +1,7 @@
 """Images to look at, to train and to evaluate on.
 
 images   one picture, decoded
+preparation  how images become what a model takes, as its record says
 tars     what is in a tar
 classes  names of classes
 folders  which files of a folder or a tar are images, and of which class
@@ -18,7 +19,8 @@ from adaptvit.data.folders import (
     list_folder,
     list_images,
 )
-from adaptvit.data.images import NOT_FINITE, Unreadable, in_channels, open_image, read_image
+from adaptvit.data.images import NOT_FINITE, Unreadable, decode_image, in_channels, open_image, read_image
+from adaptvit.data.preparation import Renormalise, pixels, preparation, preparation_of_name
 from adaptvit.data.sets import (
     HELD_OUT,
     Batch,
@@ -47,10 +49,12 @@ __all__ = [
     "Images",
     "LeftOut",
     "Listing",
+    "Renormalise",
     "Samples",
     "Unreadable",
     "class_names",
     "collate",
+    "decode_image",
     "digits",
     "filled",
     "find_images",
@@ -61,6 +65,9 @@ __all__ = [
     "open_image",
     "open_pictures",
     "open_split",
+    "pixels",
+    "preparation",
+    "preparation_of_name",
     "read_class_map",
     "read_image",
     "read_names",

@@ -3,24 +3,26 @@
 An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import ImageDataset, create_dataset, create_transform
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from adaptvit.checks import In, check_fields, checked, quoted
 from adaptvit.data.classes import labels_of, read_class_map
 from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split, told
-from adaptvit.data.images import Unreadable, read_image
+from adaptvit.data.images import Unreadable, decode_image, read_image
+from adaptvit.data.preparation import check_settings, pixels
 
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
@@ -53,8 +55,8 @@ class Data:
     """Names of the labels 0, 1, ..."""
     channels: int
     """Channels of an image."""
-    size: int
-    """Height and width of an image in pixels."""
+    size: int | tuple[int, int]
+    """Height and width of an image in pixels: one number where they are the same."""
     mean: tuple[float, ...]
     """What was subtracted from the pixels in [0, 1] of each channel."""
     std: tuple[float, ...]
@@ -70,8 +72,7 @@ class Data:
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images as they are looked at: values in [0, 1]."""
-        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+        return pixels(images, {"mean": self.mean, "std": self.std})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,54 @@ class Samples(Dataset):
         return self.transform(image), -1 if label is None else int(label)
 
 
+class Handed(Dataset):
+    """The images of a data set of torchvision's, which hands them out decoded."""
+
+    def __init__(self, source: Any, channels: int, transform: Any) -> None:
+        self.reader, self.channels, self.transform = source, channels, transform
+        if hasattr(source, "loader"):  # it reads files
+            source.loader = self._load
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:
+        """Of the file, or the number in the data set."""
+        files = getattr(self.reader, "samples", None) or getattr(self.reader, "imgs", None)
+        return str(files[index][0]) if files else f"image {index}"
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        try:
+            image, label = self.reader[index]
+            image = decode_image(image, self.channels)
+        except Exception as error:  # Pillow raises half a dozen kinds
+            return Unreadable(self.name(index), str(error) or type(error).__name__)
+        return self.transform(image), int(label)
+
+    def _load(self, path: str) -> Image.Image:
+        with open(path, "rb") as file:
+            return read_image(file, self.channels)
+
+
+class Stream(IterableDataset):
+    """The images of a timm reader that hands them out one after the other, decoded."""
+
+    def __init__(self, source: Any, channels: int, transform: Any) -> None:
+        self.source, self.reader, self.channels, self.transform = source, source.reader, channels, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
+        for number, (image, label) in enumerate(self.reader):
+            try:
+                image = decode_image(image, self.channels)
+            except Exception as error:  # Pillow raises half a dozen kinds
+                yield Unreadable(f"image {number}", str(error) or type(error).__name__)
+            else:
+                yield self.transform(image), int(label)
+
+
 def collate(items: Sequence[Any], fill: bool = False) -> Batch:
     """Items -> a batch.
 
@@ -223,6 +272,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
             + (told or "they are in another order")
         )
     settings = _settings(config, settings)
+    height, width = settings["input_size"][1:]
     sizes = [len(split) if isinstance(split, Sized) else "streamed" for split in (train, test)]
     return Data(
         name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
@@ -231,7 +281,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         test=test,
         classes=classes,
         channels=settings["input_size"][0],
-        size=settings["input_size"][1],
+        size=height if height == width else (height, width),
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
         preparation=repr((replace(config, root=None, class_map=None, workers=0), sorted(settings.items()))),
@@ -278,7 +328,7 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
             root=None if config.root is None else str(config.root),
             split=split,
             is_training=augment,
-            input_img_mode="RGB" if channels == 3 else "L",
+            input_img_mode="",  # as they are: `data.images` is to turn them into channels
         )
     except ImportError as error:
         raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
@@ -287,8 +337,9 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
     if isinstance(found, ImageDataset):
         reader = found.reader if names is None else _Renumbered(found.reader, names, _where(config))
         return Samples(reader, channels, transform, getattr(reader, "left_out", ()))
-    found.transform = transform  # a stream, or one of torchvision's own
-    return found
+    if isinstance(found, IterableDataset):
+        return Stream(found, channels, transform)
+    return Handed(found, channels, transform)
 
 
 class _Renumbered:
@@ -340,7 +391,7 @@ def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
     names = ("mean", "std", "interpolation", "crop_pct")
     wanted = ("input_size", "crop_mode", *names)
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return {name: settings[name] for name in wanted if name in settings} | given
+    return check_settings({name: settings[name] for name in wanted if name in settings} | given, "the model")
 
 
 def _first_line(error: Exception) -> str:
