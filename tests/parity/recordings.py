@@ -63,7 +63,7 @@ KINDS = {
     "sinusoid_case": Kind("adavit", 1, of_kind("sinusoid")),
     "ats_official": Kind("ats", 4, of_kind("official_model")),
     "ats_block": Kind("ats", 1, of_kind("official_block")),
-    "lucidrains": Kind("ats", 4, of_kind("lucidrains_model")),
+    "lucidrains_case": Kind("ats", 4, of_kind("lucidrains_model")),
     "lucidrains_sampler": Kind("ats", 1, of_kind("lucidrains_sampler")),
     "flax_case": Kind("ats", 3, of_kind("flax_model")),
     "dynamicvit_evaluated": Kind("dynamicvit", 3, lambda case: case.get("mode") == "eval"),
