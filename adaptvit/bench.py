@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import Unreadable, list_folder, open_pictures, preparation
+from adaptvit.data import Unreadable, list_images, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -202,7 +202,9 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
 
 
 def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
-    listing = list_folder(folder, "data")
+    if not folder.is_dir():
+        raise ValueError(f"data is {str(folder)!r}, which is not a folder")
+    listing = list_images(folder)
     pictures = open_pictures(listing, settings)
     size = len(pictures)
     if size < count:

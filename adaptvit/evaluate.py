@@ -283,17 +283,17 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
         ValueError: naming both numbers.
     """
     classes, reader = class_names(data), getattr(data, "reader", None)
-    without = ""
+    empty: tuple[str, ...] = ()
     if isinstance(reader, ClassFolders):
+        empty = reader.empty
         if not classes:
-            raise ValueError(
-                f"{str(root)!r} has images, but no folders of classes: {reader.filename(0)!r} lies in none"
-            )
-        without = f" ({', '.join(map(repr, reader.empty))} without images)" if reader.empty else ""
-    if classes and class_map is None and len(classes) != model.num_classes:
+            first = reader.filename(0)
+            raise ValueError(f"{str(root)!r} has images, but no folders of classes: {first!r} lies in none")
+    if classes and class_map is None and (empty or len(classes) != model.num_classes):
+        without = f" and {', '.join(map(repr, empty[:3]))} without images" if empty else ""
         raise ValueError(
-            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes)}{without}; if they are "
-            "some of the model's, pass class_map"
+            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)}{without}; if "
+            "they are some of the model's, pass class_map"
         )
     named = class_names(data, class_map)
     if class_map is not None and len(named) != model.num_classes:
