@@ -290,9 +290,9 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
             first = reader.filename(0)
             raise ValueError(f"{str(root)!r} has images, but no folders of classes: {first!r} lies in none")
     if classes and class_map is None and (empty or len(classes) != model.num_classes):
-        without = f" and {', '.join(map(repr, empty[:3]))} without images" if empty else ""
+        without = f" {', '.join(map(repr, empty[:3]))} without images," if empty else ""
         raise ValueError(
-            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)}{without}; if "
+            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)};{without} if "
             "they are some of the model's, pass class_map"
         )
     named = class_names(data, class_map)
