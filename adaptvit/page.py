@@ -3,10 +3,16 @@
 Nothing is fetched from anywhere, and nothing is told to anybody.
 """
 
+import math
 import os
+import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +20,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 import matplotlib
 import numpy as np
+from anyio.to_thread import run_sync
+from filelock import FileLock, Timeout
+from gradio.blocks import Block, BlockFunction
 from gradio.routes import App
+from gradio.state_holder import SessionState
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 from starlette.responses import PlainTextResponse
@@ -23,7 +33,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adaptvit.pictures import COLOURS
 from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
 
-FILE_SIZE = "100mb"
+FILE_SIZE = "32mb"
 """Largest file that is taken."""
 VISITORS = 64
 """Sessions that are kept; the one unused for longest goes first."""
@@ -31,6 +41,10 @@ WAITING = 256
 """Requests that may wait for one another; who comes when there are more is told so."""
 STORED = 256 * 2**20
 """Bytes of uploaded and shown pictures that are kept for the browsers; the oldest go first."""
+YOUNG_S = 180
+"""Seconds that a picture is kept in any case: an upload may wait to be read, and what is shown to be fetched."""
+FOLDER = "adaptvit-playground-"
+"""How the names of the temporary folders of these pictures begin."""
 KEPT_S = 3600
 """Seconds that a session or an uploaded file is kept."""
 SHARE = 50
@@ -62,11 +76,102 @@ footer {display: none !important}
 """
 
 
-def build(playground: Playground) -> gr.Blocks:
-    """The page."""
+class Stored:
+    """The folder of uploaded and shown pictures, and what is deleted from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spared: set[Path] = set()
+
+    def spare(self) -> None:
+        """Never delete what is there now: the page begins with it."""
+        self.spared = set(self.folder.rglob("*"))
+
+    def tidy(self, most: int = STORED) -> bool:
+        """Delete the oldest files until there are at most so many bytes; whether that could be without young ones."""
+        files, now = [], time.time()
+        for path in self.folder.rglob("*"):
+            try:
+                if path not in self.spared and path.is_file():
+                    status = path.stat()
+                    files.append((status.st_mtime, status.st_size, path))
+            except FileNotFoundError:  # another request was faster
+                continue
+        total = sum(size for _, size, _ in files)
+        for written, size, path in sorted(files):
+            if total <= most or now - written < YOUNG_S:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total <= most
+
+
+@contextmanager
+def stored_pictures() -> Iterator[Stored]:
+    """A temporary folder of pictures, deleted at the end; those of processes that were killed are deleted first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        try:
+            if left.is_symlink() or not (left / ".lock").is_file():
+                continue
+            with FileLock(left / ".lock", timeout=0):  # the system takes it back from a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        except (OSError, Timeout):  # of another user, or in use
+            continue
+    with (
+        tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as folder,
+        FileLock(Path(folder, ".lock")),
+    ):
+        yield Stored(Path(folder))
+
+
+class OwnPage(gr.Blocks):
+    """gradio's page, which says what is wrong with values of a client, rather than log where it failed on them."""
+
+    async def preprocess_data(
+        self, block_fn: BlockFunction, inputs: list[Any], state: SessionState | None, explicit_call: bool = False
+    ) -> Any:
+        """Values as the functions of the page take them.
+
+        Raises:
+            gr.Error: one of them is not what a component of the page can send; nothing is logged.
+        """
+        if not isinstance(inputs, list) or len(inputs) != len(block_fn.inputs):
+            raise gr.Error(f"This takes {len(block_fn.inputs)} values.", print_exception=False)
+        for block, value in zip(block_fn.inputs, inputs, strict=True):
+            if not block.stateful:  # of what is kept here, nothing that is sent is read
+                own = state[block._id] if state is not None and block._id in state else block
+                check_value(own, value)
+        try:
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        except (gr.Error, TypeError, ValueError) as error:  # of the file, which is checked against those uploaded
+            raise gr.Error("The picture must be one file that was uploaded here.", print_exception=False) from error
+
+
+def check_value(block: Block, value: Any) -> None:
+    """Whether a component of the page can send a value.
+
+    Raises:
+        gr.Error: it cannot.
+    """
+    if isinstance(block, gr.Slider):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        right = number and block.minimum <= value <= block.maximum
+        allowed = f"a number from {block.minimum} to {block.maximum}"
+    elif isinstance(block, gr.Dropdown):
+        names = [name for _, name in block.choices]
+        right, allowed = isinstance(value, str) and value in names, f"one of {', '.join(map(str, names))}"
+    else:
+        return
+    if not right:
+        told = f"{block.label} must be {allowed}, got {shortened(value)}"
+        raise gr.Error(escape(told), print_exception=False)
+
+
+def build(playground: Playground, stored: Stored) -> gr.Blocks:
+    """The page, which tidies up what is `stored` when it answers."""
     names = playground.names
     first = playground.subject(names[0])
-    with gr.Blocks(title="adaptvit playground", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
+    with OwnPage(title="adaptvit playground", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as blocks:
         session, last = gr.State(time_to_live=KEPT_S), gr.State(time_to_live=KEPT_S)
         gr.Markdown(
             "# adaptvit playground\nWhere a vision transformer spends its compute, and what leaving some out does."
@@ -113,6 +218,7 @@ def build(playground: Playground) -> gr.Blocks:
         def look(
             own: Session | None, before: View | None, block: int, name: str, way: str, per_cent: float
         ) -> list[Any] | dict[str, Any]:
+            stored.tidy()
             own = own or Session(playground)
             try:
                 view = own.view(name, way, per_cent / 100)
@@ -145,7 +251,7 @@ def build(playground: Playground) -> gr.Blocks:
             return look(own, before, block, name, way, per_cent)
 
         def choose(
-            chosen: gr.SelectData,
+            chosen: gr.EventData,
             own: Session | None,
             before: View | None,
             block: int,
@@ -153,8 +259,12 @@ def build(playground: Playground) -> gr.Blocks:
             way: str,
             per_cent: float,
         ) -> list[Any] | dict[str, Any]:
+            examples, data = playground.subject(name).examples, chosen._data
+            index = data.get("index") if isinstance(data, dict) else None
+            if type(index) is not int or not 0 <= index < len(examples):
+                return refused(ValueError("Choose one of the examples."))
             own = own or Session(playground)
-            own.add(playground.subject(name).examples[chosen.index], name)
+            own.add(examples[index], name)
             return look(own, before, block, name, way, per_cent)
 
         def change(
@@ -173,10 +283,15 @@ def build(playground: Playground) -> gr.Blocks:
         def turn(view: View | None, block: int) -> tuple[np.ndarray, str] | dict[str, Any]:
             if view is None:
                 return gr.skip()
+            stored.tidy()
             kept, sentence = view.block(min(int(block), view.blocks))
             return kept, _said(sentence)
 
+        def leave(request: gr.Request) -> None:
+            blocks.state_holder.delete_state(request.session_hash)
+
         blocks.load(look, asked, shown)
+        blocks.unload(leave)
         file.upload(take, [file, *asked], shown).then(lambda: None, None, file)
         examples.select(choose, asked, shown)
         model.select(change, [session, last, number, model, share], [model, method, examples, *shown])
@@ -195,9 +310,9 @@ class OwnHost:
     `Host` tells), or as another origin (`Origin` tells, and `Sec-Fetch-Site` where no `Origin` is sent).
     """
 
-    def __init__(self, app: ASGIApp, port: int, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, port: int, stored: Stored) -> None:
         self.app = app
-        self.folder = folder
+        self.stored = stored
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         if port == 80:
             self.hosts |= {"127.0.0.1", "localhost"}  # browsers leave out the port of http
@@ -213,8 +328,10 @@ class OwnHost:
             if reason is not None:
                 await PlainTextResponse(reason + "\n", status_code=403)(scope, receive, send)
                 return
-            if scope["path"].rstrip("/").endswith("/upload"):
-                tidy(self.folder, STORED)
+            if scope["path"].rstrip("/").endswith("/upload") and not await run_sync(self.stored.tidy):
+                full = "The playground has no room for more pictures at the moment: try again in some minutes."
+                await PlainTextResponse(full + "\n", status_code=503)(scope, receive, send)
+                return
         await self.app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> str | None:
@@ -248,24 +365,6 @@ class OwnApp(App):
         await self.guard(scope, receive, send)
 
 
-def tidy(folder: Path, most: int) -> None:
-    """Delete the oldest files of a folder until they have at most so many bytes."""
-    files = []
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
-        except FileNotFoundError:  # another request was faster
-            continue
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= most:
-            return
-        path.unlink(missing_ok=True)
-        total -= size
-
-
 def serve(config: PlaygroundConfig) -> None:
     """Open the models and show the page until stopped.
 
@@ -274,21 +373,26 @@ def serve(config: PlaygroundConfig) -> None:
         And what `Playground` raises.
     """
     playground = Playground(config)
-    with tempfile.TemporaryDirectory(prefix="adaptvit-playground-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when components are made
-        blocks = build(playground)
+    with stored_pictures() as stored:
+        os.environ["GRADIO_TEMP_DIR"] = str(stored.folder)  # read when components are made
+        blocks = build(playground, stored)
         try:
-            launch(blocks, config.port, Path(folder))
+            launch(blocks, config.port, stored)
         except OSError as error:
             raise OSError(f"port {config.port} of 127.0.0.1 is taken: choose another with --port") from error
         print(f"http://127.0.0.1:{config.port} shows the playground; Ctrl+C stops it", flush=True)
-        blocks.block_thread()
+        try:
+            while True:  # gradio's own block_thread would keep to itself what stopped it
+                time.sleep(0.1)
+        finally:
+            blocks.close(verbose=False)
 
 
-def launch(blocks: gr.Blocks, port: int, folder: Path) -> None:
-    """Start to serve the page in the background, to this machine only; pictures are stored in `folder`."""
+def launch(blocks: gr.Blocks, port: int, stored: Stored) -> None:
+    """Start to serve the page in the background, to this machine only."""
     app = OwnApp()
-    app.guard = OwnHost(super(OwnApp, app).__call__, port, folder)
+    app.guard = OwnHost(super(OwnApp, app).__call__, port, stored)
+    stored.spare()
     blocks.queue(api_open=False, max_size=WAITING).launch(
         _app=app,
         server_name="127.0.0.1",

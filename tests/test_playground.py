@@ -1,6 +1,7 @@
 """The playground: what it computes, without a page, and the page in a headless Chromium where there is one."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,9 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,7 +295,6 @@ def test_what_is_no_picture_is_refused_in_a_sentence(content: bytes | None, said
     [
         ({"port": 0}, ValueError, "port must lie in 1..65535, got 0"),
         ({"class_names": Path("nowhere.txt"), "models": ("a",)}, FileNotFoundError, "'nowhere.txt', which is not"),
-        ({"class_names": Path(__file__)}, ValueError, "class_names is for models of your own"),
     ],
     ids=str,
 )
@@ -305,6 +307,8 @@ def test_classes_have_the_names_of_the_file(files: dict[str, str], tmp_path: Pat
     (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
     config = PlaygroundConfig(models=(files["full"],), class_names=tmp_path / "names.txt")
     assert Playground(config).subject(files["full"]).classes == list("abcdefg")
+    with pytest.raises(ValueError, match="class_names is for models of your own"):
+        PlaygroundConfig(class_names=tmp_path / "names.txt")
     (tmp_path / "names.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"full.safetensors: there are names of 2 classes, but the model has 7"):
         Playground(config)
@@ -355,7 +359,7 @@ def answered(headers: list[tuple[str, str]], method: str = "GET", path: str = "/
         sent.append(message)
 
     scope = {"type": kind, "method": method, "path": path, "headers": [(k.encode(), v.encode()) for k, v in headers]}
-    asyncio.run(page.OwnHost(app, 7860, Path("nowhere"))(scope, receive, send))
+    asyncio.run(page.OwnHost(app, 7860, page.Stored(Path("nowhere")))(scope, receive, send))
     assert bool(reached) != bool(sent)
     if sent and kind == "http":
         assert sent[0]["status"] == 403
@@ -391,13 +395,140 @@ def test_the_page_answers_to_its_own_origin_only(method: str) -> None:
 
 def test_the_oldest_stored_pictures_are_deleted_first(tmp_path: Path) -> None:
     page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
-    for number in range(6):
-        (tmp_path / str(number)).mkdir()
-        path = tmp_path / str(number) / "a.png"
+
+    def write(name: str, age_s: float) -> None:
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "a.png"
         path.write_bytes(b"x" * 100)
-        os.utime(path, (number, number))
-    page.tidy(tmp_path, 250)
-    assert sorted(path.parent.name for path in tmp_path.rglob("*.png")) == ["4", "5"]
+        os.utime(path, (time.time() - age_s,) * 2)
+
+    stored = page.Stored(tmp_path)
+    write("example", 9000)
+    stored.spare()
+    for number in range(4):
+        write(str(number), 4000 - 1000 * number)
+    write("waiting", 1)
+    assert stored.tidy(250)
+    assert {path.parent.name for path in tmp_path.rglob("*.png")} == {"example", "3", "waiting"}
+    assert not stored.tidy(50)
+    assert {path.parent.name for path in tmp_path.rglob("*.png")} == {"example", "waiting"}
+
+
+def test_an_upload_for_which_there_is_no_room_is_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    monkeypatch.setattr(page.Stored, "tidy", lambda self: False)
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1:7860")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+    asyncio.run(page.OwnHost(None, 7860, page.Stored(tmp_path))(scope, None, send))
+    assert sent[0]["status"] == 503
+    assert sent[1]["body"].startswith(b"The playground has no room for more pictures at the moment")
+
+
+def test_what_a_killed_server_left_is_deleted_and_what_others_use_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, other = tmp_path / f"{page.FOLDER}dead", tmp_path / "other"
+    for folder in (dead, other):
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / "a.png").write_bytes(b"x")
+    (tmp_path / f"{page.FOLDER}link").symlink_to(other)
+    with page.stored_pictures() as one, page.stored_pictures() as two:
+        assert not dead.exists()
+        assert (other / "a.png").exists()
+        assert one.folder.is_dir()
+        assert two.folder.is_dir()
+    assert not one.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def built(shared: Playground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page, not served."""
+    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    with pytest.MonkeyPatch.context() as patched:
+        folder = tmp_path_factory.mktemp("stored")
+        patched.setenv("GRADIO_TEMP_DIR", str(folder))
+
+        async def build() -> Any:  # gradio makes an event loop of its own, and leaves it open, where none runs
+            return page.build(shared, page.Stored(folder))
+
+        yield asyncio.run(build())
+
+
+def told(built: Any, function: str, values: list[Any]) -> str:
+    """What the page says to values that a client sends; empty where it takes them."""
+    import gradio
+
+    dependency = next(one for one in built.fns.values() if one.api_name == function)
+    error = None
+    try:
+        asyncio.run(built.preprocess_data(dependency, values, None))
+    except gradio.Error as raised:
+        error = raised
+    assert error is None or not error.print_exception  # which would log a traceback
+    return "" if error is None else error.message
+
+
+NOT_NUMBERS = ["50", [50], None, {}, True, float("nan"), float("inf"), 4, 101, "x" * 10_000]
+
+
+@pytest.mark.parametrize("wrong", NOT_NUMBERS, ids=lambda value: str(value)[:9])
+def test_a_value_of_the_wrong_kind_gets_a_sentence(wrong: Any, built: Any, shared: Playground) -> None:
+    model = shared.names[0]
+    method = shared.subject(model).methods[0]
+    right = [None, None, 12, model, method, 50]
+    assert told(built, "look", right) == ""
+    said = told(built, "look", [*right[:5], wrong])
+    assert said.startswith("Budget, % of dense MACs must be a number from 5 to 100, got ")
+    assert len(said) < 200
+    if wrong != 4:
+        assert "Block must be a number from 1 to 12, got " in told(built, "look", [*right[:2], wrong, *right[3:]])
+    assert "Model must be one of " in told(built, "look", [*right[:3], wrong, *right[4:]])
+    assert f"Method must be one of {method}" in told(built, "look", [*right[:4], wrong, right[5]])
+    assert told(built, "look", right[:3]) == told(built, "look", [*right, 1]) == "This takes 6 values."
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "a.png",
+        3,
+        ["a.png"],
+        {},
+        {"path": 3},
+        {"path": None},
+        {"path": "/etc/passwd"},
+        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+        {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}},
+        {"path": "../a.png", "meta": {"_type": "gradio.FileData"}},
+    ],
+    ids=str,
+)
+def test_a_file_that_was_not_uploaded_gets_a_sentence(wrong: Any, built: Any, shared: Playground) -> None:
+    model = shared.names[0]
+    said = told(built, "take", [wrong, None, None, 12, model, shared.subject(model).methods[0], 50])
+    assert said == "The picture must be one file that was uploaded here."
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_visitors_at_once_are_served_in_turn_and_nothing_is_left_behind() -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    script = Path(__file__).parents[1] / "benchmarks" / "playground_load.py"
+    command = [sys.executable, str(script), "--sessions", "6", "--pictures", "2", "--seconds", "240"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (found["served"], found["lost"], found["faults"]) == (12, 0, [])
+    assert found["exit_code"] == 143
+    assert found["errors"] == "adaptvit: interrupted\n"
+    assert found["left_behind"] == []
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
