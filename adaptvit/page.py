@@ -121,7 +121,7 @@ def stored_pictures() -> Iterator[Stored]:
         tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as folder,
         FileLock(Path(folder, ".lock")),
     ):
-        yield Stored(Path(folder))
+        yield Stored(Path(folder).resolve())
 
 
 class OwnPage(gr.Blocks):
@@ -143,7 +143,7 @@ class OwnPage(gr.Blocks):
                 check_value(own, value)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
-        except (gr.Error, TypeError, ValueError) as error:  # of the file, which is checked against those uploaded
+        except (gr.Error, OSError, TypeError, ValueError) as error:  # of a file that is gone, or told of wrongly
             raise gr.Error("The picture must be one file that was uploaded here.", print_exception=False) from error
 
 
@@ -160,6 +160,10 @@ def check_value(block: Block, value: Any) -> None:
     elif isinstance(block, gr.Dropdown):
         names = [name for _, name in block.choices]
         right, allowed = isinstance(value, str) and value in names, f"one of {', '.join(map(str, names))}"
+    elif isinstance(block, gr.File) and value is not None:  # gradio would download what is an address
+        path = value.get("path") if isinstance(value, dict) else None
+        right = isinstance(path, str) and Path(os.path.abspath(path)).is_relative_to(block.GRADIO_CACHE)
+        allowed = "one file that was uploaded here"
     else:
         return
     if not right:

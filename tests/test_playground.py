@@ -306,7 +306,7 @@ def test_wrong_settings_are_refused(settings: dict, error: type[Exception], said
 def test_classes_have_the_names_of_the_file(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join("abcdefg"))
     config = PlaygroundConfig(models=(files["full"],), class_names=tmp_path / "names.txt")
-    assert Playground(config).subject(files["full"]).classes == list("abcdefg")
+    assert list(Playground(config).subject(files["full"]).classes) == list("abcdefg")
     with pytest.raises(ValueError, match="class_names is for models of your own"):
         PlaygroundConfig(class_names=tmp_path / "names.txt")
     (tmp_path / "names.txt").write_text("a\nb\n")
@@ -501,6 +501,8 @@ def test_a_value_of_the_wrong_kind_gets_a_sentence(wrong: Any, built: Any, share
     "wrong",
     [
         "a.png",
+        "a\0b",
+        {"path": "a\0b", "meta": {"_type": "gradio.FileData"}},
         3,
         ["a.png"],
         {},
@@ -516,7 +518,7 @@ def test_a_value_of_the_wrong_kind_gets_a_sentence(wrong: Any, built: Any, share
 def test_a_file_that_was_not_uploaded_gets_a_sentence(wrong: Any, built: Any, shared: Playground) -> None:
     model = shared.names[0]
     said = told(built, "take", [wrong, None, None, 12, model, shared.subject(model).methods[0], 50])
-    assert said == "The picture must be one file that was uploaded here."
+    assert "must be one file that was uploaded here" in said
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
