@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -476,6 +477,21 @@ def told(built: Any, function: str, values: list[Any]) -> str:
         error = raised
     assert error is None or not error.print_exception  # which would log a traceback
     return "" if error is None else error.message
+
+
+def test_what_a_session_holds_is_let_go_when_its_page_is_closed(built: Any) -> None:
+    from gradio.state_holder import StateHolder
+
+    holder = StateHolder()
+    holder.set_blocks(built)
+    functions = {one.api_name: one for one in built.fns.values()}
+    session = functions["look"].inputs[0]._id
+    for name in ("leaves", "stays"):
+        holder[name][session] = f"pictures of who {name}"
+    assert [event for _, event in functions["leave"].targets] == ["unload"]
+    functions["leave"].fn(SimpleNamespace(session_hash="leaves"))
+    assert holder["leaves"].state_data == {}
+    assert holder["stays"].state_data == {session: "pictures of who stays"}
 
 
 NOT_NUMBERS = ["50", [50], None, {}, True, float("nan"), float("inf"), 4, 101, "x" * 10_000]
