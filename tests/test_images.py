@@ -71,11 +71,11 @@ def test_damaged_exif_leaves_a_picture_as_it_is_stored() -> None:
     assert read_image(saved(UPRIGHT, "JPEG", exif=exif)).size == UPRIGHT.size
 
 
-def test_sixteen_bits_are_rounded_to_eight() -> None:
-    wide = np.array([[0, 128, 129, 65535]], dtype=np.uint16)
+def test_sixteen_bits_are_rounded_down_to_eight() -> None:
+    wide = np.array([[0, 256, 257, 65535]], dtype=np.uint16)
     for kind in ("PNG", "TIFF", "PPM", "JPEG2000"):
         assert values(saved(Image.fromarray(wide), kind)) == [[0, 0, 1, 255]]
-    assert values(saved(Image.fromarray(wide), "TIFF", tiffinfo={262: 0})) == [[255, 255, 254, 0]]  # 0 is white
+    assert values(saved(Image.fromarray(wide), "TIFF", tiffinfo={262: 0})) == [[255, 254, 254, 0]]  # 0 is white
     assert values(io.BytesIO(b"P5 2 1 1023\n" + struct.pack(">2H", 341, 1023))) == [[85, 255]]
 
 

@@ -316,7 +316,7 @@ def test_classes_have_the_names_of_the_file(files: dict[str, str], tmp_path: Pat
 
 
 def test_models_of_other_channels_and_without_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="takes 4 channels"):
+    with pytest.raises(ValueError, match="takes images of 4 channels"):
         Subject.of(METHODS["full"].build(small_vit(in_chans=4)))
     with pytest.raises(ValueError, match="has no classes"):
         Subject.of(METHODS["full"].build(small_vit(num_classes=0)))

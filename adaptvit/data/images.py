@@ -102,7 +102,7 @@ def decode_image(image: Image.Image | np.ndarray, channels: int = 3, side: int |
 
 
 def in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image as 8-bit grey (1 channel) or RGB (3), transparency over `GROUND`; 16 bits are rounded to 8.
+    """The image as 8-bit grey (1 channel) or RGB (3), transparency over `GROUND`; 16 bits are rounded down to 8.
 
     Differs from Pillow's `convert`, which turns 16-bit grey white, other ranges black or white, and shows the colours
     that transparent pixels hide.
@@ -153,12 +153,12 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, or the 12 bits of a TIFF, rounded to 8; a colour that stands for transparency becomes alpha."""
+    """16-bit grey, or the 12 bits of a TIFF, rounded down to 8; a colour that stands for transparency becomes alpha."""
     values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
     most = 4095 if tags.get(258) == (12,) else 65535  # BitsPerSample
     key = image.info.get("transparency")
     dark = most - values if tags.get(262) == 0 else values  # PhotometricInterpretation 0: white, which Pillow ignores
-    grey = Image.fromarray(((255 * dark + most // 2) // most).astype(np.uint8))
+    grey = Image.fromarray((255 * dark // most).astype(np.uint8))
     if key is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
