@@ -37,6 +37,8 @@ class Kind:
     """How many this folder holds."""
     told_by: Callable[[Any], bool]
     """Whether a json is one."""
+    array: str = ""
+    """The end of the name of an array that it must have."""
 
 
 def of_kind(*names: str) -> Callable[[Any], bool]:
@@ -62,6 +64,8 @@ KINDS = {
     "t2t_module": Kind("adavit", 2, of_kind("t2t_module")),
     "sinusoid_case": Kind("adavit", 1, of_kind("sinusoid")),
     "ats_official": Kind("ats", 4, of_kind("official_model")),
+    "ats_rows": Kind("ats", 3, of_kind("official_model"), "_selected_residual"),
+    "ats_gradients": Kind("ats", 1, of_kind("official_model"), "mask_grad_cotangent"),
     "ats_block": Kind("ats", 1, of_kind("official_block")),
     "lucidrains_case": Kind("ats", 4, of_kind("lucidrains_model")),
     "lucidrains_sampler": Kind("ats", 1, of_kind("lucidrains_sampler")),
@@ -98,7 +102,12 @@ def listed(folder: Path, method: str) -> list[Path]:
 def found(folder: Path, name: str) -> list[Path]:
     """The recordings of a kind."""
     kind = KINDS[name]
-    return [path for path in listed(folder, kind.folder) if kind.told_by(read(path))]
+    return [path for path in listed(folder, kind.folder) if kind.told_by(read(path)) and has(path, kind.array)]
+
+
+def has(path: Path, array: str) -> bool:
+    """Whether a recording has an array whose name ends so."""
+    return not array or any(name.endswith(array) for name in read(path.with_suffix(".npz")))
 
 
 def is_of_another_model(method: str, path: Path) -> bool:
