@@ -212,7 +212,7 @@ def test_what_cannot_be_trained_on_leaves_no_files(
         for split in ("train", "val"):
             for path in (images / split / "bee").iterdir():
                 path.unlink()
-        message = "images of the class 'ant' only"
+        message = "has no images of 'bee' to train on"
     if fault == "split":
         (images / "val").rename(tmp_path / "elsewhere")
         message = "has no folder 'validation'"

@@ -210,7 +210,7 @@ def test_a_timm_name_takes_weights_from_a_file(folder: Path, tmp_path: Path) -> 
     vit = timm.create_model("test_vit")
     torch.save(vit.state_dict(), tmp_path / "weights.pth")
     names = tmp_path / "names.txt"
-    names.write_text("".join(f"{name}\n" for name in range(7)))
+    names.write_text("".join(f"{name}\n" for name in range(1000)))
     config = settings(folder, tmp_path, model="test_vit", weights=tmp_path / "weights.pth", class_map=names)
     outcome = compare_methods.compare_methods(replace(config, methods=("random",), budgets=(0.7,)))
     assert by_label(outcome)["random 0.7"].record["images"] == 27
