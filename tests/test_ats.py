@@ -15,7 +15,7 @@ from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
 from adaptvit.methods import ats_released
 from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise, random_order
 from adaptvit.parts import Rotary
-from adaptvit.tokens import ROWS
+from adaptvit.tokens.kernels import ROWS
 from adaptvit.vit import attention_received, project
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)

@@ -119,7 +119,7 @@ def test_images_that_keep_as_many_tokens_run_as_a_dense_batch(layout: type) -> N
     attention = torch.nn.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(
-            "adaptvit.tokens.scaled_dot_product_attention",
+            "adaptvit.tokens.kernels.scaled_dot_product_attention",
             lambda *given, **more: calls.append(1) or attention(*given, **more),
         )
         model(images(model.vit), layout)

@@ -11,6 +11,8 @@ LAYERS: list[set[str]] = [
     {"checks"},
     {"files", "process", "terminal"},
     {"records", "tensorfiles"},
+    {"tokens.base", "tokens.kernels"},
+    {"tokens.masked", "tokens.packed"},
     {"seeds", "timing", "usage", "tokens", "priors", "losses", "t2t", "gates"},
     {"macs", "parts"},
     {"vit"},
@@ -50,7 +52,7 @@ FORBIDDEN = {
     "pictures": ("adaptvit.methods", "adaptvit.vit", "timm"),
     "macs": ("adaptvit.methods", "adaptvit.vit", "timm"),
     "usage": ("timm",),
-    "tokens": ("timm",),
+    **{f"tokens.{name}": ("timm",) for name in ("base", "kernels", "masked", "packed")},
     "flax.ats_vit": ("torch", "timm", "adaptvit.tokens", "adaptvit.vit"),
     "flax.samplers": ("torch", "timm"),
 }

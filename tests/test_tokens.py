@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit import Masked, Packed, tokens
+from adaptvit import Masked, Packed
+from adaptvit.tokens import kernels
 
 HEADS, HEAD_DIM = 2, 4
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -137,37 +138,39 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
     packed, queries, qkv = ragged()
     expected = packed.attend(*qkv, queries)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
-    for kernel in (tokens._attend_varlen, tokens._attend_padded, tokens._attend_each):
+    for kernel in (kernels.attend_varlen, kernels.attend_padded, kernels.attend_each):
         torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0, None), expected)
     bias = random(len(packed.x), seed=4)
     expected = packed.attend(*qkv, queries, bias=bias)
-    torch.testing.assert_close(tokens._attend_padded(*qkv, packed, queries, 0.0, bias), expected)
+    torch.testing.assert_close(kernels.attend_padded(*qkv, packed, queries, 0.0, bias), expected)
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "dropout", "biased", "kernel"),
     [
-        ("cpu", torch.float32, 0.0, False, "_attend_each"),
-        ("cpu", torch.bfloat16, 0.1, False, "_attend_each"),
-        ("cuda", torch.bfloat16, 0.0, False, "_attend_varlen"),
-        ("cuda", torch.float16, 0.0, False, "_attend_varlen"),
-        ("cuda", torch.bfloat16, 0.1, False, "_attend_padded"),
-        ("cuda", torch.float32, 0.0, False, "_attend_padded"),
-        ("mps", torch.float16, 0.0, False, "_attend_padded"),
-        ("cpu", torch.float32, 0.0, True, "_attend_each"),
-        ("cuda", torch.bfloat16, 0.0, True, "_attend_padded"),
+        ("cpu", torch.float32, 0.0, False, "attend_each"),
+        ("cpu", torch.bfloat16, 0.1, False, "attend_each"),
+        ("cuda", torch.bfloat16, 0.0, False, "attend_varlen"),
+        ("cuda", torch.float16, 0.0, False, "attend_varlen"),
+        ("cuda", torch.bfloat16, 0.1, False, "attend_padded"),
+        ("cuda", torch.float32, 0.0, False, "attend_padded"),
+        ("mps", torch.float16, 0.0, False, "attend_padded"),
+        ("cpu", torch.float32, 0.0, True, "attend_each"),
+        ("cuda", torch.bfloat16, 0.0, True, "attend_padded"),
     ],
 )
 def test_the_kernel_follows_what_it_has_to_do(
     device: str, dtype: torch.dtype, dropout: float, biased: bool, kernel: str
 ) -> None:
-    assert tokens.ragged_kernel(torch.device(device), dtype, dropout, biased) is getattr(tokens, kernel)
+    assert kernels.ragged_kernel(torch.device(device), dtype, dropout, biased) is getattr(kernels, kernel)
 
 
 def test_equal_lengths_take_one_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    dense = tokens._attend_dense
-    monkeypatch.setattr(tokens, "_attend_dense", lambda *args, **kwargs: calls.append(1) or dense(*args, **kwargs))
+    dense = kernels.attend_dense
+    monkeypatch.setattr(
+        "adaptvit.tokens.packed.attend_dense", lambda *args, **kwargs: calls.append(1) or dense(*args, **kwargs)
+    )
     live = torch.ones(3, 6, dtype=torch.bool)
     live[0, :2], live[1, 4:], live[2] = False, False, False
     packed = Packed.of(random(3, 6, 3)).keep(live)
