@@ -128,12 +128,35 @@ def _sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
     if isinstance(error, ArgumentError):
         key = re.search(r'Parser key "([^"]+)"', str(error))
+        expected, given = _expected(str(error)), re.search(r"(?:Given|Got) value: (.*)$", lines[-1])
+        if key and expected and given:
+            return f"{key[1]} must be {expected}, got {given[1]}"
         name = f"{key[1]}: " if key and key[1] not in lines[-1] else ""
         return name + lines[-1]  # which follows the whole of the parser's thoughts
     if _own_fault(error):
         fault = f"{type(error).__name__}, which looks like a fault of adaptvit itself; {TRACEBACK}=1 shows where"
         return f"{fault}: {lines[-1]}"
     return " ".join(lines)
+
+
+EXPECTED = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a string",
+    "bool": "true or false",
+    "collections.abc.Sequence[int]": "several as [1, 2]",
+    "collections.abc.Sequence[float]": "several as [1, 2]",
+    "NoneType": "null",
+}
+"""What the parser asks for, by the names of its types."""
+
+
+def _expected(thoughts: str) -> str:
+    """The types that the parser tried in vain, in words; nothing where one of them has none."""
+    several = re.findall(r"Subtypes: \[(.+)\]", thoughts)
+    one = re.findall(r"Expected an? (<class '\w+'>)", thoughts)
+    kinds = [kind.removeprefix("<class '").removesuffix("'>") for kind in (several or one or [""])[-1].split(", ")]
+    return " or ".join(EXPECTED[kind] for kind in kinds) if EXPECTED.keys() >= {*kinds} else ""
 
 
 def _own_fault(error: Exception) -> bool:

@@ -1,9 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # pytest-xdist already fills the cores
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # pytest-xdist already fills the cores
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
 from models import METHODS, small_vit
 from PIL import Image
 
-from adaptvit import cli, save
+from adaptvit import cli, load, save
 from adaptvit.cli import train_parser
 from adaptvit.recipes import RECIPES
 from adaptvit.run import Run
@@ -64,8 +65,6 @@ def test_what_stops_a_command_is_said_without_a_traceback(
 
 
 def test_convert_says_which_gate_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import timm
-
     source, target = tmp_path / "tiny-10-30.pth", tmp_path / "avit.safetensors"
     vit = timm.create_model("deit_tiny_patch16_224", num_classes=10)
     torch.save({"model": vit.state_dict()}, source)
@@ -76,9 +75,48 @@ def test_convert_says_which_gate_it_wrote(tmp_path: Path, capsys: pytest.Capture
     assert "10 classes, not 12" in said(capsys)
 
 
-def test_convert_says_no_gate_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import timm
+@pytest.fixture(scope="module")
+def deit_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with torch.device("meta"):
+        vit = timm.create_model("deit_small_patch16_224")
+    path = tmp_path_factory.mktemp("weights") / "deit.pth"
+    torch.save({key: torch.zeros(value.shape) for key, value in vit.state_dict().items()}, path)
+    return path
 
+
+@pytest.mark.parametrize(("given", "kept"), [("0.6", 0.6), ("[1, 0.7, 0.5]", (1.0, 0.7, 0.5))])
+def test_convert_takes_a_keep_rate_or_one_for_each_block(
+    given: str, kept: object, deit_small: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.safetensors"
+    assert cli.main(["convert", str(deit_small), str(target), "evit_small_patch16_224", "--keep-rate", given]) == 0
+    assert load(target).config.keep_rate == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["0.9,0.7,0.5"], "keep_rate must be a number or several as [1, 2] or null, got 0.9,0.7,0.5"),
+        (["[0.9, true, 0.5]"], "keep_rate must be a number or several as [1, 2] or null, got [0.9, True, 0.5]"),
+        (["0.9", "0.7"], "unrecognized arguments: 0.7"),
+        (["[0.9, 0.7]"], "EViTConfig.keep_rate has 2 numbers for 3 blocks: (3, 6, 9)"),
+        (["[0.9, 2, 0.5]"], "keep_rate must lie in (0, 1], got [0.9, 2.0, 0.5]"),
+        (["[]"], "keep_rate must be a number or several in (0, 1], or None, got []"),
+    ],
+    ids=str,
+)
+def test_convert_refuses_other_keep_rates_in_one_sentence(
+    given: list[str], message: str, deit_small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = tmp_path / "out.safetensors"
+    assert cli.main(["convert", str(deit_small), str(target), "evit_small_patch16_224", "--keep_rate", *given]) == 2
+    (line,) = said(capsys).splitlines()
+    assert line.startswith("adaptvit: ")
+    assert line.endswith(message)
+    assert not target.exists()
+
+
+def test_convert_says_no_gate_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
     plain = timm.create_model("t2t_vit_7", num_classes=10).state_dict()
     adaptive = timm.create_model("ada_step_deit_tiny_patch16_224", num_classes=10).state_dict()
@@ -168,7 +206,7 @@ def test_a_printed_config_is_one_to_start_from(
         (["--recipe.epochs", "3", "imagenette_avit"], "comes before all options: adaptvit train imagenette_avit"),
         (["digits", "--recipe.epoch", "3"], "epoch"),
         (["digits", "--recipe.epochs", "0"], "Recipe.epochs must be 1 or more, got 0"),
-        (["digits", "--recipe.epochs", "many"], "adaptvit: recipe.epochs: Expected a <class 'int'>. Got value: many"),
+        (["digits", "--recipe.epochs", "many"], "adaptvit: recipe.epochs must be a whole number, got many"),
         (["digits", "--method.epsilon", ".nan"], "AViTConfig.epsilon must lie in (0, 1), got nan"),
         (["digits", "--model", "vit_of_nobody"], "Run.model must be the name of a timm ViT, got 'vit_of_nobody'"),
         (["imagenette_dense", "--sharpness", "6"], "Run.sharpness is for A-ViT's gate"),

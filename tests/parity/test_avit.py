@@ -1,5 +1,6 @@
 """A-ViT against numbers recorded from the released code; tolerances as the fixtures' README gives them."""
 
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import weights
 from recordings import apart, filled, images, our_name, terms_of, vit_of
 from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig, Masked, Packed
+from adaptvit.checkpoints import resize_positions
 from adaptvit.methods import avit_official
 from adaptvit.methods.avit import AViT
 from adaptvit.priors import released_target
@@ -143,3 +146,13 @@ def test_released_targets(avit_targets: Path) -> None:
     for row in rows:
         target = released_target("gaussian", row["length"], row["target_depth"] + 1, buffer=row["buffer"])
         assert target.tolist() == pytest.approx(row["values"], rel=1e-6)
+
+
+def test_positions_are_resized_as_released(avit_positions: Path) -> None:
+    arrays = np.load(avit_positions.with_suffix(".npz"))
+    for case in json.loads(avit_positions.read_text()):
+        key, shape, seed, scale = ast.literal_eval(case["input"].removeprefix("weights.tensor"))
+        table = torch.from_numpy(weights.tensor(key, shape, seed, scale))
+        resized = resize_positions(table, case["new_grid"], case["extra_tokens"])
+        expected = arrays[case["key"]]
+        close(resized, expected, apart(expected, 16))  # cubic weights of 4 x 4 places
