@@ -143,7 +143,7 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     data = open_data(config.data, settings)
     for one in data.left_out:
         _tell(f"left out: {one}")
-    if isinstance(data.train, IterableDataset) and (
+    if isinstance(data.calibration, IterableDataset) and (
         config.sharpness is not None or config.fit_policies or config.target is not None
     ):
         raise ValueError(

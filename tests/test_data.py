@@ -1,4 +1,3 @@
-import gc
 import io
 import random
 import struct
@@ -336,56 +335,29 @@ def test_no_folder_is_the_digits() -> None:
     assert open_data(DataConfig(), {}).name == digits().name
 
 
-def test_a_data_set_in_the_format_of_the_hub(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the extra `data` is not installed")
-    folder(tmp_path / "images", splits=("train", "validation"))
-    spoil(tmp_path / "images" / "validation" / "bee")
-    source = config(tmp_path / "cache", dataset=f"hfds/{tmp_path / 'images'}")
-    data = open_data(source, SETTINGS)
-    assert data.classes == ("ant", "bee")
-    assert (len(data.train), len(data.test)) == (6, 9)
-    batch = collate([data.test[i] for i in range(9)])
-    assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert sorted(Path(name).name for name, _ in batch.unreadable) == ["empty.png", "text.jpg", "truncated.jpg"]
-    expected = create_transform(**SETTINGS)(Image.open(tmp_path / "images" / "validation" / "ant" / "0.png"))
-    assert torch.equal(data.test[0][0], expected)
+def test_digits_are_the_same_in_three_channels(tmp_path: Path) -> None:
+    grey, colour = open_data(DataConfig(), SETTINGS | {"input_size": (1, 32, 32)}), open_data(DataConfig(), SETTINGS)
+    assert (colour.channels, colour.mean, colour.std) == (3, grey.mean * 3, grey.std * 3)
+    for split in ("test", "calibration"):
+        (image, label), (other, same) = getattr(grey, split)[7], getattr(colour, split)[7]
+        assert torch.equal(other, image.expand(3, -1, -1))
+        assert label == same
+    moved = colour.train[7][0]
+    assert torch.equal(moved[0], moved[2])
+    assert grey.name != colour.name
+    with pytest.raises(ValueError, match="not with 2 channels"):
+        digits(channels=2)
 
 
-def shards(root: Path, names: tuple[str, ...] = ("train-0", "train-1", "val-0")) -> Path:
-    root.mkdir()
-    for number, name in enumerate(names):
-        with tarfile.open(root / f"{name}.tar", "w") as tar:
-            for i in range(4):
-                buffer = io.BytesIO()
-                picture(number * 4 + i).save(buffer, "PNG")
-                for ending, content in (("png", buffer.getvalue()), ("cls", str(i % 2).encode())):
-                    entry = tarfile.TarInfo(f"{number}{i}.{ending}")
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-    return root
+@pytest.mark.parametrize("name", ["insects", "tfds/cifar10", "folder", "hfds"])
+def test_a_source_that_is_not_known_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"DataConfig.dataset must begin with one of hfds/, .*, torch/, got '{name}'"):
+        DataConfig(dataset=name)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its shards open
-def test_a_webdataset_streams(tmp_path: Path) -> None:
-    pytest.importorskip("webdataset", reason="the extra `data` is not installed")
-    names = tmp_path / "names.txt"
-    names.write_text("ant\nbee\n")
-    source = config(
-        shards(tmp_path / "shards"),
-        dataset="wds/insects",
-        train_split="train-{0..1}.tar|8",
-        test_split="val-0.tar|4",
-        class_map=names,
-    )
-    data = open_data(source, SETTINGS)
-    assert data.classes == ("ant", "bee")
-    (batch,) = DataLoader(data.train, batch_size=8, collate_fn=filled)
-    assert sorted(batch.labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
-    (batch,) = DataLoader(data.test, batch_size=4, collate_fn=collate)
-    assert batch.labels.tolist() == [0, 1, 0, 1]
-    assert torch.equal(batch.images[0], create_transform(**SETTINGS)(picture(8)))
-    nameless = config(source.root, dataset=source.dataset, train_split=source.train_split, test_split=source.test_split)
-    with pytest.raises(ValueError, match="does not name its classes: pass class_map"):
-        open_data(nameless, SETTINGS)
-    del data
-    gc.collect()
+@pytest.mark.parametrize("name", ["wds/insects", "torch/cifar10", "torch/folder"])
+def test_a_source_without_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"data set '{name}' needs DataConfig.root"):
+        open_data(config(None, dataset=name), SETTINGS)
+    with pytest.raises(FileNotFoundError, match=f"data set '{name}': root '.*absent' does not exist"):
+        open_data(config(tmp_path / "absent", dataset=name), SETTINGS)

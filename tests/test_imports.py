@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
     {"names"},
     {"data.images", "data.preparation", "data.classes", "data.tars"},
     {"data.folders"},
+    {"data.libraries", "data.shards"},
     {"data.sets"},
     {"budget", "pictures", "checkpoints", "data"},
     {"evaluate", "bench", "report", "untrained"},

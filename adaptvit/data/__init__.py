@@ -5,7 +5,9 @@ preparation  how images become what a model takes, as its record says
 tars     what is in a tar
 classes  names of classes
 folders  which files of a folder or a tar are images, and of which class
-sets     data sets: folders of classes, whatever else timm reads, scikit-learn's digits
+shards   samples in webdataset's tars
+libraries  data sets of the Hub and of torchvision
+sets     data sets: all of these, and scikit-learn's digits
 """
 
 from adaptvit.data.classes import read_class_map, read_names

@@ -1,10 +1,12 @@
-"""Names of classes: files that list them, and which of them a folder's name is."""
+"""Names of classes: files that list them, and which of them a folder's name or a label is."""
 
+import operator
 import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_names(path: Path, what: str) -> tuple[str, ...]:
@@ -92,3 +94,23 @@ def _double(names: Sequence[str]) -> str:
 def _plain(name: str) -> str:
     """Without case, and with accents in one form: file systems differ in both."""
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def label_number(label: Any, classes: int | None = None) -> int:
+    """The number of a class, from what a data set has in its place.
+
+    Args:
+        classes: how many there are; None where that is not known.
+    Raises:
+        ValueError: it has none, or none of these.
+    """
+    try:
+        number = operator.index(label)
+    except TypeError:
+        told = "it has no class" if label is None else f"its class is {label!r}, which is no number"
+        raise ValueError(told) from None
+    if number < 0:  # as the Hub's test splits have it
+        raise ValueError(f"it has no class: its label is {number}")
+    if classes is not None and number >= classes:
+        raise ValueError(f"its class is {number}, but class_map has {classes} names, the last of {classes - 1}")
+    return number

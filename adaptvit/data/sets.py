@@ -3,29 +3,38 @@
 An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from adaptvit.checks import In, check_fields, checked, quoted
-from adaptvit.data.classes import labels_of, read_class_map
-from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split, told
+from adaptvit.data.classes import label_number, read_class_map
+from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split
 from adaptvit.data.images import Unreadable, decode_image, read_image
+from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
+from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
 
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
+SOURCES = ("hfds/", "hfids/", "wds/", "torch/")
+"""How `DataConfig.dataset` begins: of the Hub, of the Hub as a stream, shards of webdataset, torchvision."""
+FOLDERS = ("torch/image_folder", "torch/folder")
+"""Data sets of torchvision that are folders of classes, which are read as all of them are."""
 
 
 class Batch(NamedTuple):
@@ -83,7 +92,8 @@ class DataConfig:
     """Folder with a folder for each split, and in it one for each class; or a tar file or folder of tars; or the cache
     of a Hub data set. None, with no `dataset`: the embedded digits."""
     dataset: str = ""
-    """Name as `timm.data.create_dataset` takes it: hfds/owner/name, wds/name, torch/cifar100; empty for a folder."""
+    """Name as `timm.data.create_dataset` takes it: hfds/owner/name, hfids/owner/name (the same as a stream), wds/name,
+    torch/cifar100; empty for a folder."""
     train_split: str = "train"
     """Split to train on."""
     test_split: str = "validation"
@@ -115,6 +125,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.dataset and not self.dataset.lower().startswith(SOURCES):
+            raise ValueError(
+                f"DataConfig.dataset must begin with one of {', '.join(SOURCES)}, got {quoted(self.dataset)}"
+            )
         if self.scale[0] > self.scale[1]:
             raise ValueError(
                 f"DataConfig.scale must be the least and the largest area, in this order, got {self.scale}"
@@ -132,14 +146,18 @@ class DataConfig:
 
 
 class Samples(Dataset):
-    """The images of a reader, ours or timm's, that finds them by number.
+    """The images of a reader that finds them by number.
 
     An unreadable one is `Unreadable`, never another one. What is no image at all, or of no class, is in `left_out`.
     """
 
-    def __init__(self, reader: Any, channels: int, transform: Any, left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(self, reader: Any, channels: int, transform: Any) -> None:
         self.reader, self.channels, self.transform = reader, channels, transform
-        self.left_out = tuple(left_out)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What is not used."""
+        return tuple(self.reader.left_out)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -149,61 +167,94 @@ class Samples(Dataset):
         return str(self.reader.filename(index))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        try:
-            file, label = self.reader[index][:2]
-            with file:
-                image = read_image(file, self.channels)
-        except Exception as error:  # Pillow raises half a dozen kinds
-            return Unreadable(self.name(index), str(error) or type(error).__name__)
-        return self.transform(image), -1 if label is None else int(label)
+        return _item(lambda: self.reader[index], lambda: self.name(index), self.channels, self.transform)
 
 
-class Handed(Dataset):
-    """The images of a data set of torchvision's, which hands them out decoded."""
+class Flow(IterableDataset):
+    """The samples of webdataset's shards one after the other, shuffled, to train on; each process has a share of them.
 
-    def __init__(self, source: Any, channels: int, transform: Any) -> None:
-        self.reader, self.channels, self.transform = source, channels, transform
-        if hasattr(source, "loader"):  # it reads files
-            source.loader = self._load
+    They are in no order that is known before: `Samples` of `Shards` is to evaluate on.
+    """
+
+    def __init__(self, split: Split, count: int, channels: int, transform: Any) -> None:
+        """`count` samples of all processes together are an epoch."""
+        self.split, self.count, self.channels, self.transform = split, count, channels, transform
+        self.seed, self.place = 0, (0, 1)
+
+    def set_epoch(self, seed: int) -> None:
+        """Begin an epoch in the order of a seed, which is the same in all processes."""
+        self.seed, self.place = seed, _place()
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return math.ceil(self.count / _place()[1])
 
-    def name(self, index: int) -> str:
-        """Of the file, or the number in the data set."""
-        files = getattr(self.reader, "samples", None) or getattr(self.reader, "imgs", None)
-        return str(files[index][0]) if files else f"image {index}"
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        try:
-            image, label = self.reader[index]
-            image = decode_image(image, self.channels)
-        except Exception as error:  # Pillow raises half a dozen kinds
-            return Unreadable(self.name(index), str(error) or type(error).__name__)
-        return self.transform(image), int(label)
-
-    def _load(self, path: str) -> Image.Image:
-        with open(path, "rb") as file:
-            return read_image(file, self.channels)
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
+        worker, (process, processes) = get_worker_info(), self.place
+        own, all_own = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        place, places = process * all_own + own, processes * all_own
+        for sample in flow(self.split, place, places, math.ceil(self.count / places), self.seed):
+            yield _item(
+                lambda sample=sample: open_sample(self.split, sample),  # type: ignore[misc]
+                lambda sample=sample: sample.name,  # type: ignore[misc]
+                self.channels,
+                self.transform,
+            )
 
 
 class Stream(IterableDataset):
-    """The images of a timm reader that hands them out one after the other, decoded."""
+    """The images that timm's reader of a Hub data set hands out one after the other."""
 
     def __init__(self, source: Any, channels: int, transform: Any) -> None:
         self.source, self.reader, self.channels, self.transform = source, source.reader, channels, transform
+
+    def set_epoch(self, seed: int) -> None:
+        """Begin an epoch in the order of a seed, which is the same in all processes."""
+        self.source.set_epoch(seed)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
-        for number, (image, label) in enumerate(self.reader):
-            try:
-                image = decode_image(image, self.channels)
-            except Exception as error:  # Pillow raises half a dozen kinds
-                yield Unreadable(f"image {number}", str(error) or type(error).__name__)
-            else:
-                yield self.transform(image), int(label)
+        from datasets import Image as HubImage  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        reader = self.reader
+        fresh = reader.ds is None  # which timm leaves to the process that reads
+        if fresh:
+            reader._lazy_init()
+            reader.ds = reader.ds.cast_column(reader.input_key, HubImage(decode=False))
+        worker = get_worker_info()
+        own = "" if worker is None else f" of process {worker.id}"
+        for number, (image, label) in enumerate(reader):
+            name = str((image or {}).get("path") or f"image {number}{own}")
+            yield _item(
+                lambda image=image, label=label: (hub_file(image), label_number(label)),  # type: ignore[misc]
+                lambda name=name: name,  # type: ignore[misc]
+                self.channels,
+                self.transform,
+            )
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process among those that train, and how many there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _item(
+    source: Callable[[], tuple[Any, int | None]], name: Callable[[], str], channels: int, transform: Any
+) -> tuple[Tensor, int] | Unreadable:
+    """An image, of a file or as a library decoded it, and its label; -1 where there are none."""
+    try:
+        found, label = source()[:2]
+        if isinstance(found, Image.Image | np.ndarray):
+            image = decode_image(found, channels)
+        else:
+            with found:
+                image = read_image(found, channels)
+    except Exception as error:  # Pillow raises half a dozen kinds
+        return Unreadable(name(), str(error) or type(error).__name__)
+    return transform(image), -1 if label is None else label
 
 
 def collate(items: Sequence[Any], fill: bool = False) -> Batch:
@@ -243,7 +294,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         ValueError: it holds no images, or those of one class only.
     """
     if config.root is None and not config.dataset:
-        return digits()
+        return digits(channels=settings["input_size"][0] if settings else 1)
     if not config.dataset:
         missing = [name for name in (config.train_split, config.test_split) if not _has_split(config, name)]
         if missing:
@@ -273,7 +324,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         )
     settings = _settings(config, settings)
     height, width = settings["input_size"][1:]
-    sizes = [len(split) if isinstance(split, Sized) else "streamed" for split in (train, test)]
+    sizes = [split.count if isinstance(split, Flow) else len(split) for split in (train, test)]  # type: ignore[arg-type]
     return Data(
         name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
         train=train,
@@ -304,8 +355,6 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         FileNotFoundError: there is no such folder, or it has other splits only.
         ValueError: it holds no images, or cannot be read with what is installed.
     """
-    if not config.dataset:
-        _root(config)
     names = None if config.class_map is None else read_class_map(config.class_map)
     settings = _settings(config, settings)
     channels = settings["input_size"][0]
@@ -319,11 +368,37 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         "re_mode": "pixel",
     }
     transform = create_transform(**settings, **(augmented if augment else {}))
-    if not config.dataset:
-        folders = ClassFolders(_root(config), split, _where(config), names)
-        return Samples(folders, channels, transform, folders.left_out)
+    if not config.dataset or config.dataset.lower() in FOLDERS:
+        return Samples(_folders(config, split, names), channels, transform)
+    if config.dataset.lower().startswith("wds/"):
+        shards = find_shards(_root(config), split, _where(config), None if names is None else len(names))
+        if not augment:
+            return Samples(Shards(shards), channels, transform)
+        return Flow(shards, len(Shards(shards)) if shards.count is None else shards.count, channels, transform)
+    found = _found(config, split, augment)
+    if isinstance(found, IterableDataset):
+        if names is not None and found.reader.class_to_idx and tuple(found.reader.class_to_idx) != names:  # type: ignore[attr-defined]
+            raise ValueError(f"{_where(config)} names its classes, and as a stream they are not numbered by class_map")
+        return Stream(found, channels, transform)
+    if config.dataset.lower().startswith("hfds/"):
+        return Samples(HubImages(found.reader, names, _where(config)), channels, transform)  # type: ignore[attr-defined]
+    return Samples(TorchImages(found, names, _where(config)), channels, transform)
+
+
+def _folders(config: DataConfig, split: str, names: Sequence[str] | None) -> ClassFolders:
+    where = _where(config)
+    folders = ClassFolders(_root(config), split, where, names)
+    if config.dataset and names is None and [*folders.class_to_idx] != sorted(folders.class_to_idx):
+        return ClassFolders(_root(config), split, where, sorted(folders.class_to_idx))  # torchvision puts 10 before 2
+    return folders
+
+
+def _found(config: DataConfig, split: str, augment: bool) -> Dataset:
+    """A split of a library's data set."""
+    if config.dataset.lower().startswith("torch/"):
+        _root(config)
     try:
-        found = create_dataset(
+        return create_dataset(
             config.dataset,
             root=None if config.root is None else str(config.root),
             split=split,
@@ -332,50 +407,15 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         )
     except ImportError as error:
         raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
-    except (RuntimeError, AssertionError, ValueError) as error:  # how timm says that it found nothing
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # timm, torchvision, datasets and the Hub's client raise a dozen kinds
         raise ValueError(f"{_where(config)} has no images that can be read: {_first_line(error)}") from error
-    if isinstance(found, ImageDataset):
-        reader = found.reader if names is None else _Renumbered(found.reader, names, _where(config))
-        return Samples(reader, channels, transform, getattr(reader, "left_out", ()))
-    if isinstance(found, IterableDataset):
-        return Stream(found, channels, transform)
-    return Handed(found, channels, transform)
-
-
-class _Renumbered:
-    """A data set of the Hub whose labels follow a class map; where it does not name its classes they do already.
-
-    Attributes:
-        left_out: classes that the map does not name.
-    """
-
-    def __init__(self, reader: Any, names: Sequence[str], where: str) -> None:
-        own = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-        labels = labels_of(own, names) if own else {name: label for label, name in enumerate(names)}
-        if own and not labels:
-            raise ValueError(f"class_map names none of the classes of {where}, the first being {own[0]!r}")
-        self.reader, self.class_to_idx = reader, {name: label for label, name in enumerate(names)}
-        self.labels = {reader.class_to_idx[name]: labels[name] for name in labels} if own else None
-        found = reader.dataset[reader.label_key]
-        self.indices = [index for index, label in enumerate(found) if self.labels is None or label in self.labels]
-        self.left_out = told({"classes that class_map does not name": [name for name in own if name not in labels]})
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        file, label = self.reader[self.indices[index]][:2]
-        return file, label if self.labels is None else self.labels[label]
-
-    def filename(self, index: int) -> str:
-        """Of the file."""
-        return str(self.reader.filename(self.indices[index]))
 
 
 def open_pictures(listing: Listing, settings: dict[str, Any]) -> Samples:
     """Images without classes, prepared as the model expects them; their label is -1."""
-    pictures = LoosePictures(listing)
-    return Samples(pictures, settings["input_size"][0], create_transform(**settings), pictures.left_out)
+    return Samples(LoosePictures(listing), settings["input_size"][0], create_transform(**settings))
 
 
 def class_names(data: Dataset, class_map: Path | None = None) -> tuple[str, ...]:
@@ -400,8 +440,11 @@ def _first_line(error: Exception) -> str:
 
 def _root(config: DataConfig) -> Path:
     """The folder or tar, if it is there."""
-    if config.root is None or not config.root.exists():
-        raise FileNotFoundError(f"{_where(config)} does not exist")
+    if config.root is None:
+        raise ValueError(f"{_where(config)} needs DataConfig.root, the folder that it is in")
+    if not config.root.exists():
+        root = f": root {str(config.root)!r}" if config.dataset else ""
+        raise FileNotFoundError(f"{_where(config)}{root} does not exist")
     return config.root
 
 
@@ -438,6 +481,7 @@ def digits(
     size: Annotated[int, In("[1, 65536]")] = 32,
     margin: Annotated[int, In("[0, 65536]")] = 4,
     seed: Annotated[int, In("[0, 4294967295]")] = 0,
+    channels: Annotated[int, In("[1, 3]")] = 1,
 ) -> Data:
     """Handwritten digits, 8 x 8 pixels enlarged to `size` - 2 `margin` on black; the training split moves them about.
 
@@ -445,9 +489,12 @@ def digits(
         size: height and width of the images, in pixels.
         margin: black pixels around the digit, at least 0 and below half of `size`.
         seed: decides which digits are held out for the test.
+        channels: 1, or 3 that are the same.
     Raises:
-        ValueError: the margin leaves no room for a digit.
+        ValueError: the margin leaves no room for a digit, or other channels.
     """
+    if channels == 2:
+        raise ValueError("digits are grey (1 channel) or RGB (3), not with 2 channels")
     if margin >= size / 2:
         raise ValueError(f"digits' margin must lie in [0, {size / 2:g}), half its size of {size}, got {margin}")
     bunch = load_digits()
@@ -457,8 +504,8 @@ def digits(
     labels = torch.as_tensor(bunch.target)
     train, test = train_test_split(range(len(labels)), test_size=HELD_OUT, stratify=bunch.target, random_state=seed)
     std, mean = torch.std_mean(images[train])
-    images = (images - mean) / std
-    black = float(-mean / std)
+    images = ((images - mean) / std).expand(-1, channels, -1, -1)
+    black, rgb = float(-mean / std), "" if channels == 1 else ", RGB"
     augment = v2.RandomAffine(
         degrees=10,
         translate=(0.08, 0.08),
@@ -467,13 +514,13 @@ def digits(
         interpolation=v2.InterpolationMode.BILINEAR,
     )
     return Data(
-        name=f"scikit-learn's digits ({size} pixels with {margin} of margin, {HELD_OUT} held out by seed {seed})",
+        name=f"scikit-learn's digits ({size} pixels with {margin} of margin, {HELD_OUT} held out by seed {seed}{rgb})",
         train=Images(images[train], labels[train], augment),
         calibration=Images(images[train], labels[train]),
         test=Images(images[test], labels[test]),
         classes=tuple(str(name) for name in bunch.target_names),
-        channels=1,
+        channels=channels,
         size=size,
-        mean=(float(mean),),
-        std=(float(std),),
+        mean=(float(mean),) * channels,
+        std=(float(std),) * channels,
     )
