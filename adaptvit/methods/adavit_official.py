@@ -182,19 +182,20 @@ def distillation(
 def published_gmacs(policies: "Policies", dim: int, mlp_ratio: float, base: float) -> Tensor:
     """GMACs an image by the tables that the released code counts with, (B,): for comparison with the paper alone.
 
-    They are for 197 tokens and heads of 64 channels. Beside what any count leaves out they leave out the policies and a
-    part of the attention's output projection, take a block without heads as free, and count 5 for each element that
-    layer norm reads.
+    They are for 197 tokens and heads of 64 channels; others are counted by the same rule. Beside what any count leaves
+    out they leave out the policies and a part of the attention's output projection, take a block without heads as free,
+    and count 5 for each element that layer norm reads.
 
     Args:
-        policies: decisions on 196 patches.
+        policies: decisions on the patches, 196 of them in the tables.
         base: GMACs of stem, head and final norm: 0.06 for DeiT, 0.33 for T2T-ViT.
     """
+    slots, heads = policies.patches.shape[2] + 1, policies.heads.shape[2]
     tokens = (policies.patches.sum(dim=2) + 1).double()
-    kept = (tokens.float() / 197 * 197).trunc().double()  # the rounding is the table's
-    width = 64.0 * policies.heads.sum(dim=2)
+    kept = (tokens.float() / slots * slots).trunc().double()  # the rounding is the table's
+    width = float(dim // heads) * policies.heads.sum(dim=2)
     attention, mlp = policies.sublayers.double().unbind(dim=2)
-    norm, hidden = 5.0 * 197 * dim, dim * mlp_ratio
+    norm, hidden = 5.0 * slots * dim, dim * mlp_ratio
     products = 3 * kept * dim * width + 2 * kept**2 * width + kept * width**2
     blocks = norm + attention * (norm + products) + mlp * kept * (width * hidden + hidden * dim)
     return base + (blocks * (width > 0) * (tokens > 0)).sum(dim=1) / 1e9

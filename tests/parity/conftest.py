@@ -19,12 +19,18 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
     """A folder given on the command line is of use, and all of it is replayed.
 
     Raises:
-        pytest.UsageError: it holds no recording, or one of no kind.
+        pytest.UsageError: it holds no recording, or one of no kind, or those of no method.
     """
     folder = config.getoption("--fixtures")
     if not any(found(folder, name) for name in KINDS):
         raise pytest.UsageError(f"--fixtures {folder} holds no recordings: one folder for each method, with json files")
-    for method in sorted({kind.folder for kind in KINDS.values()}):
+    methods = {kind.folder for kind in KINDS.values()}
+    for other in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in methods):
+        if any(listed(folder, other.name)):
+            raise pytest.UsageError(
+                f"{other} holds recordings of no method that is replayed: {', '.join(sorted(methods))}"
+            )
+    for method in sorted(methods):
         known = {path for name, kind in KINDS.items() if kind.folder == method for path in found(folder, name)}
         lost = [path for path in listed(folder, method) if path not in known and not is_of_another_model(method, path)]
         if lost:

@@ -187,6 +187,19 @@ def with_changes(case: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: torch.from_numpy(value) for key, value in state.items()}
 
 
+def query_factor(scale: float | None, head_dim: int) -> float:
+    """What queries are taken times where logits are taken times `scale`, not 1 / sqrt(d) as of a published model."""
+    return 1.0 if scale is None else scale * head_dim**0.5
+
+
+def with_query_factor(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Weights whose queries, the first third of each `qkv`, are taken times that."""
+    return {
+        key: torch.cat([value[: len(value) // 3] * factor, value[len(value) // 3 :]]) if ".qkv." in f".{key}" else value
+        for key, value in state.items()
+    }
+
+
 def our_name(name: str, ours: Mapping[str, Any]) -> str:
     """That of a recorded parameter, among names of a model with or without a representation layer."""
     if "head.pre_logits.fc.weight" in ours:

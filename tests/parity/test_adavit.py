@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from recordings import EPS, apart, images, terms_of, with_changes
+from recordings import EPS, apart, images, our_name, set_widths, terms_of, with_changes
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -21,6 +21,7 @@ import adaptvit
 from adaptvit import AdaViTConfig, FullConfig, Masked, Packed
 from adaptvit.methods import adavit, adavit_official
 from adaptvit.methods.adavit import AdaViT, Policies
+from adaptvit.parts import representation_names
 from adaptvit.t2t import SPLITS, published_names, t2t_vit
 
 KINDS = {"token": "patches", "head": "heads", "layer": "sublayers"}
@@ -32,25 +33,44 @@ def load(path: Path) -> SimpleNamespace:
     return SimpleNamespace(case=json.loads(path.read_text()), arrays=dict(np.load(arrays)) if arrays.exists() else {})
 
 
+NOT_REBUILT = ("use_full_head", "random_policy", "random_head", "random_layer", "random_token", "qk_scale")
+"""Arguments of the released code that nothing here reproduces."""
+
+
+def weights_of_case(case: dict) -> dict[str, Tensor]:
+    """The recorded ones under our names."""
+    state = adavit_official.state_dict(published_names(with_changes(case)))
+    vit = {key.removeprefix("vit."): value for key, value in state.items() if key.startswith("vit.")}
+    policies = {key: value for key, value in state.items() if not key.startswith("vit.")}
+    return {f"vit.{key}": value for key, value in representation_names(vit).items()} | policies
+
+
 def vit_of_case(case: dict, state: Mapping[str, Tensor]) -> VisionTransformer:
-    """A ViT of the recorded sizes, with weights of its own; channels of images and of a stem's tokens by `state`."""
+    """A ViT of the recorded sizes, with weights of its own; those that weights tell are read off `state`."""
     given = case["config"]
+    for name in NOT_REBUILT:
+        if given.get(name):
+            pytest.fail(f"{case['name']} has {name}={given[name]}, which nothing here reproduces")
+    state = {key.removeprefix("vit."): value for key, value in state.items()}
+    dim, depth = state["norm.weight"].numel(), 1 + max(int(key.split(".")[1]) for key in state if key[:7] == "blocks.")
     settings = {
         "img_size": given["img_size"],
-        "embed_dim": given["embed_dim"],
-        "depth": given["depth"],
-        "num_heads": given["num_heads"],
-        "mlp_ratio": given["mlp_ratio"],
-        "qkv_bias": given["qkv_bias"],
-        "num_classes": given["num_classes"],
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": given["num_heads"] if dim % given["num_heads"] == 0 else 1,
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "num_classes": len(state["head.fc.weight" if "head.fc.weight" in state else "head.weight"]),
         "norm_layer": partial(LayerNorm, eps=given["ln_eps"]),
+        "in_chans": channels_of(case),
     }
-    if not given["use_t2t"]:
-        patch = tuple(state["patch_embed.proj.weight"].shape[2:])
-        return VisionTransformer(patch_size=patch, in_chans=channels_of(case), **settings)
-    last_window = SPLITS[-1][0] ** 2
-    token_dim = state["patch_embed.project.weight"].shape[1] // last_window
-    return t2t_vit(given["tokens_type"], token_dim, in_chans=channels_of(case), **settings)
+    if "patch_embed.proj.weight" in state:
+        vit = VisionTransformer(patch_size=tuple(state["patch_embed.proj.weight"].shape[2:]), **settings)
+    else:
+        last_window = SPLITS[-1][0] ** 2
+        vit = t2t_vit(given["tokens_type"], state["patch_embed.project.weight"].shape[1] // last_window, **settings)
+    set_widths(vit, state, given["num_heads"])
+    return vit
 
 
 def channels_of(case: dict) -> int:
@@ -62,7 +82,7 @@ def channels_of(case: dict) -> int:
 
 
 def build(case: dict, **changes: object) -> torch.nn.Module:
-    given, state = case["config"], published_names(with_changes(case))
+    given, state = case["config"], weights_of_case(case)
     vit = vit_of_case(case, state)
     policies = tuple(kind for name, kind in KINDS.items() if given.get(f"ada_{name}"))
     config = FullConfig()
@@ -99,7 +119,7 @@ def build(case: dict, **changes: object) -> torch.nn.Module:
             }
         )
     model = config.build(vit)
-    model.load_state_dict(adavit_official.state_dict(state))
+    model.load_state_dict(state)
     return model.train(case["kind"] == "train")
 
 
@@ -221,7 +241,7 @@ def test_training_gives_the_recorded_losses_and_gradients(
         if key.startswith("grad/"):
             gradient = gradient_of(gradients, key.removeprefix("grad/"))
             close(gradient.flatten()[: value.size], value, atol=1e-4 * np.abs(value).max() + rest)
-    assert compared > 20
+    assert compared
 
 
 def noise_asked_for(model: AdaViT) -> Iterator[tuple[str, int]]:
@@ -238,7 +258,7 @@ def noise_asked_for(model: AdaViT) -> Iterator[tuple[str, int]]:
 def leaves(recorded: SimpleNamespace) -> dict[str, Tensor]:
     """The arrays of `losses`, those that losses are differentiated by as leaves."""
     found = {name: torch.from_numpy(array.copy()) for name, array in recorded.arrays.items()}
-    for name in ("attn", "attn_teacher", "hidden", "hidden_teacher"):
+    for name in found.keys() & {"attn", "attn_teacher", "hidden", "hidden_teacher"}:
         found[name] = found[name].transpose(0, 1)  # recorded as a list of blocks
     for name in ("logits", "head_select", "layer_select", "token_select", "head_logits", "layer_logits"):
         found[name].requires_grad_()
@@ -312,14 +332,25 @@ BACKBONES = {"deit": (384, 6, 4.0), "t2t": (448, 7, 3.0)}
 """Channels, heads and MLP ratio of the two published models."""
 
 
+def sizes_of(table: Tensor) -> tuple[int, int, int, float]:
+    """Heads, tokens, channels and MLP ratio of a block, from its GMACs (heads + 1, tokens + 1, 2, 2) to float32.
+
+    With both sub-layers off it is one norm of all tokens, 5 for each element; the MLP of all tokens is 2 D x hidden.
+    """
+    heads, tokens = len(table) - 1, table.shape[1] - 1
+    dim = round(table[-1, -1, 0, 0].item() * 1e9 / (5 * tokens))
+    hidden = round((table[-1, -1, 0, 1] - table[-1, -1, 0, 0]).item() * 1e9 / (2 * tokens * dim))
+    return heads, tokens, dim, hidden / dim
+
+
 def test_every_entry_of_the_released_tables_of_macs(adavit_table: Path) -> None:
-    table = torch.tensor(load(adavit_table).case["values"], dtype=torch.float64)  # (heads + 1, tokens + 1, 2, 2)
-    ((dim, heads, ratio),) = [sizes for sizes in BACKBONES.values() if sizes[1] == len(table) - 1]
-    assert table.shape == (heads + 1, 198, 2, 2)
+    table = torch.tensor(load(adavit_table).case["values"], dtype=torch.float64)
+    heads, tokens, dim, ratio = sizes_of(table)
+    assert table.shape == (heads + 1, tokens + 1, 2, 2)
     assert not table[:, 0].any()  # the class token is never off: no policy reaches these
-    index = torch.cartesian_prod(torch.arange(heads + 1), torch.arange(1, 198), torch.arange(2), torch.arange(2))
+    index = torch.cartesian_prod(torch.arange(heads + 1), torch.arange(1, tokens + 1), torch.arange(2), torch.arange(2))
     policies = Policies(
-        (torch.arange(196) < index[:, 1:2] - 1).long()[:, None],
+        (torch.arange(tokens - 1) < index[:, 1:2] - 1).long()[:, None],
         (torch.arange(heads) < index[:, :1]).long()[:, None],
         index[:, 2:].contiguous()[:, None],
     )
@@ -327,13 +358,17 @@ def test_every_entry_of_the_released_tables_of_macs(adavit_table: Path) -> None:
     assert torch.equal(computed.float(), table[:, 1:].flatten().float())
 
 
-@pytest.mark.parametrize("model", BACKBONES)
-def test_macs_of_given_policies_by_the_released_tables(adavit_macs: Path, model: str) -> None:
-    recorded, (dim, heads, ratio) = load(adavit_macs), BACKBONES[model]
-    cases = [case for case in recorded.case["cases"] if case["model"] == model]
+def test_macs_of_given_policies_by_the_released_tables(adavit_macs: Path) -> None:
+    recorded = load(adavit_macs)
+    cases = recorded.case["cases"]
     assert cases
-    constants = recorded.case["constants"][model]
     for case in cases:
+        model = case["model"]
+        if model not in BACKBONES:
+            pytest.fail(
+                f"{adavit_macs} counts {model!r}, whose sizes it does not say: known are {', '.join(BACKBONES)}"
+            )
+        (dim, heads, ratio), constants = BACKBONES[model], recorded.case["constants"][model]
         count, depth = len(case["gmacs_per_image"]), constants["block_num"]
         policies = {"head": torch.ones(count, depth, heads), "layer": torch.ones(count, depth, 2)}
         policies["token"] = torch.ones(count, depth, 197)
@@ -386,5 +421,6 @@ def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:
     if found:
         whole = gradients[f"vit.{found[1]}.qkv.{found[3]}"]
         return None if whole is None else whole.chunk(3)[("query", "key", "value").index(found[2])]
+    key = our_name(key, {name.removeprefix("vit."): None for name in gradients})
     (name,) = adavit_official.state_dict(published_names({key: torch.zeros(1)}))
     return gradients[name]

@@ -5,7 +5,9 @@ each ViT here has one block more than the recorded one, whose two sub-layers add
 """
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,16 +38,29 @@ def build(case: dict) -> tuple[EViT, dict[str, object]]:
     state["pos_embed"] = resize_positions(state["pos_embed"], size // given["patch_size"], 1)
     vit = vit_of(state, size, given["num_heads"], given["norm_eps"], idle=1)
     fuse, told = settings["fuse_token"], settings["runtime_keep_rate"]
-    if settings["runtime_tokens"]:
-        tokens = {block: count for block, count in enumerate(settings["runtime_tokens"]) if count}
-        return EViTConfig(blocks=list(tokens), tokens=list(tokens.values()), fuse=fuse).build(vit), {}
     rates = {block: rate for block, rate in enumerate(settings["keep_rate"]) if rate < 1}
+    if settings["runtime_tokens"]:
+        tokens = dict(kept_by_number(settings, (size // given["patch_size"]) ** 2))
+        return EViTConfig(blocks=list(tokens), tokens=list(tokens.values()), fuse=fuse).build(vit), {}
     if not rates:  # nothing reduces, whatever is told at run time
         return EViTConfig(blocks=[0], keep_rate=1.0, fuse=fuse).build(vit), {}
     if isinstance(told, list):  # recorded for every block, told for those that reduce
         told = [told[block] for block in rates]
     config = EViTConfig(blocks=list(rates), keep_rate=list(rates.values()), fuse=fuse)
     return config.build(vit), {"keep_rate": told}
+
+
+def kept_by_number(settings: dict, patches: int) -> Iterator[tuple[int, int]]:
+    """Blocks with the numbers that they are told to keep, or that their rates come to where they are told none."""
+    told = settings["runtime_keep_rate"]
+    for block, (count, rate) in enumerate(zip(settings["runtime_tokens"], settings["keep_rate"], strict=True)):
+        now = rate if told is None else told[block] if isinstance(told, list) else told
+        wanted = count or math.ceil((now if rate < 1 else 1) * patches)
+        if wanted < patches:
+            patches = wanted + settings["fuse_token"]
+        elif not count:
+            continue
+        yield block, wanted
 
 
 def batch_of(case: dict) -> Tensor:

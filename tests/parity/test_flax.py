@@ -1,6 +1,7 @@
 """The Flax ATS ViT against numbers recorded from the published file; tolerances as the fixtures give them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ pytest.importorskip("jax", reason="the JAX side needs adaptvit[flax]")
 
 import flax
 import jax
+from timm.layers import to_2tuple
 
 from adaptvit.flax import ViT, samplers
 from adaptvit.flax.ats_vit import AdaptiveTokenSampling
@@ -34,10 +36,20 @@ def recorded_parameters(case: dict[str, Any]) -> dict[str, Any]:
     return {"params": flax.traverse_util.unflatten_dict(flat, sep="/")}
 
 
+def model(case: dict[str, Any], **others: Any) -> ViT:
+    """Of the recorded sizes; how many channels images have it learns from them."""
+    return ViT(**{name: value for name, value in case["config"].items() if name != "channels"}, **others)
+
+
+def channels_of(case: dict[str, Any]) -> int:
+    """Channels of the images that the recorded weights take."""
+    return case["manifest"]["Dense_0/kernel"][0] // math.prod(to_2tuple(case["config"]["patch_size"]))
+
+
 def capacities(case: dict[str, Any]) -> tuple[int, ...]:
     """Lengths that the published file padded to, layer by layer; it samples where the incoming one exceeds K."""
-    side = case["config"]["image_size"] // case["config"]["patch_size"]
-    length, calls, lengths = side**2 + 1, iter(case["calls"]), []
+    images, patches = (math.prod(to_2tuple(case["config"][name])) for name in ("image_size", "patch_size"))
+    length, calls, lengths = images // patches + 1, iter(case["calls"]), []
     for count in case["config"]["max_tokens_per_depth"]:
         length = next(calls)["padded_out"] if length - 1 > count else length
         lengths.append(length)
@@ -48,10 +60,8 @@ def test_the_published_run_is_reproduced(flax_case: Path, monkeypatch: pytest.Mo
     case, arrays = json.loads(flax_case.read_text()), dict(np.load(flax_case.with_suffix(".npz")))
     noise = (arrays[f"call{number}_gumbel"] for number in range(len(case["calls"])))
     monkeypatch.setattr(samplers, "gumbel_noise", lambda key, shape: next(noise))
-    vit = ViT(**case["config"], capacities=capacities(case))
-    given = case["input"]
-    channels = given.get("channels", case["config"].get("channels", 3))
-    images = weights.images(given["batch"], given["size"], given["seed"], channels).transpose(0, 2, 3, 1)
+    vit, given = model(case, capacities=capacities(case)), case["input"]
+    images = weights.images(given["batch"], given["size"], given["seed"], channels_of(case)).transpose(0, 2, 3, 1)
 
     @jax.jit
     def run(variables: dict[str, Any], images: np.ndarray) -> Any:
@@ -82,10 +92,10 @@ def test_the_published_run_is_reproduced(flax_case: Path, monkeypatch: pytest.Mo
 
 def test_a_fresh_model_has_the_published_parameters(flax_case: Path) -> None:
     case = json.loads(flax_case.read_text())
-    side = case["config"]["image_size"]
+    image = np.zeros((1, *to_2tuple(case["config"]["image_size"]), channels_of(case)), np.float32)
     key = jax.random.key(0)
     rngs = {"params": key, "dropout": key, "emb_dropout": key}
-    variables = jax.eval_shape(ViT(**case["config"]).init, rngs, np.zeros((1, side, side, 3), np.float32))
+    variables = jax.eval_shape(model(case).init, rngs, image)
     shapes = jax.tree.map(lambda leaf: list(leaf.shape), dict(variables), is_leaf=lambda leaf: hasattr(leaf, "shape"))
     assert flax.traverse_util.flatten_dict(shapes["params"], sep="/") == case["manifest"]
     assert set(variables) == {"params"}

@@ -23,9 +23,23 @@ def load(path: Path) -> SimpleNamespace:
     return SimpleNamespace(case=json.loads(path.read_text()), arrays=arrays)
 
 
-def batch_of(case: dict) -> Tensor:
-    channels = case["config"].get("in_chans", 3)
-    return images({"channels": channels} | case["input"])
+def stem_of(case: dict) -> TokensToToken:
+    """The recorded stem, whose widths are read off its weights."""
+    state = {key.removeprefix("patch_embed."): value for key, value in published_names(with_changes(case)).items()}
+    first, _, last = (kernel**2 for kernel, _, _ in SPLITS)
+    stem = TokensToToken(
+        img_size=case["config"]["img_size"],
+        tokens_type=case["config"]["tokens_type"],
+        in_chans=len(state["attention1.norm1.weight"]) // first,
+        token_dim=state["project.weight"].shape[1] // last,
+        embed_dim=len(state["project.weight"]),
+    )
+    stem.load_state_dict({key: state[key] for key in stem.state_dict()})
+    return stem.eval()
+
+
+def batch_of(case: dict, stem: TokensToToken) -> Tensor:
+    return images({"channels": stem.attention1.norm1.weight.numel() // SPLITS[0][0] ** 2} | case["input"])
 
 
 def stem_apart(stem: TokensToToken, expected: Tensor) -> float:
@@ -45,9 +59,8 @@ def stages(stem: nn.Module, batch: Tensor) -> Mapping[str, Tensor]:
 
 def test_the_stem_is_the_published_one(t2t_module: Path) -> None:
     recorded = load(t2t_module)
-    stem = TokensToToken(**recorded.case["config"]).eval()
-    stem.load_state_dict(with_changes(recorded.case))
-    batch = batch_of(recorded.case)
+    stem = stem_of(recorded.case)
+    batch = batch_of(recorded.case, stem)
     split = soft_split(batch.permute(0, 2, 3, 1), *SPLITS[0])
     assert torch.equal(split[:, : recorded.arrays["soft_split0_slice"].shape[1]], recorded.arrays["soft_split0_slice"])
     found = stages(stem, batch)
@@ -58,31 +71,27 @@ def test_the_stem_is_the_published_one(t2t_module: Path) -> None:
 
 def test_the_stem_of_a_model_is_the_published_one(adavit_stem: Path) -> None:
     recorded = load(adavit_stem)
-    given = recorded.case["config"]
-    names = ("img_size", "embed_dim", "tokens_type", "token_dim")
-    sizes = {name: given[name] for name in names} | {"in_chans": given.get("in_chans", 3)}
-    stem_of_it = TokensToToken(**sizes).eval()
-    published = published_names(with_changes(recorded.case))
-    stem = {key.removeprefix("patch_embed."): published[key] for key in published if key.startswith("patch_embed.")}
-    stem_of_it.load_state_dict(stem)
-    for name, found in stages(stem_of_it, batch_of(recorded.case)).items():
+    stem = stem_of(recorded.case)
+    for name, found in stages(stem, batch_of(recorded.case, stem)).items():
         first, last = recorded.arrays[f"t2t_{name}_slice"], recorded.arrays[f"t2t_{name}_tail"]
         told = recorded.case["t2t_stats"][name]
         torch.testing.assert_close(
-            found[:, : first.shape[1], : first.shape[2]], first, atol=stem_apart(stem_of_it, first), rtol=0
+            found[:, : first.shape[1], : first.shape[2]], first, atol=stem_apart(stem, first), rtol=0
         )
         torch.testing.assert_close(
-            found[:, -last.shape[1] :, -last.shape[2] :], last, atol=stem_apart(stem_of_it, last), rtol=0
+            found[:, -last.shape[1] :, -last.shape[2] :], last, atol=stem_apart(stem, last), rtol=0
         )
         assert list(found.shape) == told["shape"]
         assert found.double().abs().sum().item() == pytest.approx(told["abs_sum"], rel=1e-7)
 
 
 def test_positions_are_the_published_ones(sinusoid_case: Path) -> None:
-    arrays = load(sinusoid_case).arrays
+    arrays, note = load(sinusoid_case).arrays, load(sinusoid_case).case["note"]
     for name, expected in arrays.items():
         count, channels, rows = re.fullmatch(r"n(\d+)_d(\d+)(_rows)?", name).groups()
         table = sinusoid(int(count), int(channels))
         if rows:  # a few of the first channels
-            table = table[0, [0, 1, 2, 50, 196], : expected.shape[1]]
+            told = re.search(rf"{name}: rows ([\d,]+)", note)
+            assert told, f"{sinusoid_case} does not say which rows {name} has"
+            table = table[0, [int(row) for row in told[1].split(",")], : expected.shape[1]]
         torch.testing.assert_close(table, expected, atol=EPS, rtol=0)  # of numbers up to 1
