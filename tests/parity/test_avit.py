@@ -1,4 +1,4 @@
-"""A-ViT against numbers recorded from the released code; tolerances as the fixtures' README gives them."""
+"""A-ViT against numbers recorded from the released code."""
 
 import ast
 import json
@@ -29,6 +29,17 @@ def load(path: Path) -> SimpleNamespace:
 def logits_apart(recorded: SimpleNamespace, model: AViT) -> float:
     own = recorded.case["fp32_vs_fp64"]["logits_max_abs"]
     return apart(recorded.arrays["logits"], terms_of(model.vit), own)
+
+
+def halting_apart(recorded: SimpleNamespace, model: AViT) -> float:
+    """Of halting scores and of their sums, which rho is; the gate's scale shows in the recorded rounding of rho."""
+    return apart(recorded.arrays["rho"], terms_of(model.vit), recorded.case["fp32_vs_fp64"]["rho_max_abs"])
+
+
+def prior_apart(recorded: SimpleNamespace, model: AViT) -> float:
+    """Of the mean over blocks of target x ln p, p being a share of the scores' mean over all tokens."""
+    target = recorded.arrays["distr_target"]
+    return model.config.prior_weight * float(target.mean()) * halting_apart(recorded, model)
 
 
 def build(case: dict, **changes: object) -> AViT:
@@ -71,27 +82,30 @@ def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, mo
     close(output.logits, arrays["logits"], logits_apart(recorded, model))
     assert np.array_equal(output.usage.depth.numpy(), arrays["counter"])
     assert np.array_equal(output.usage.live.transpose(0, 1).numpy(), arrays["active"].astype(bool))
-    close(seen["h"], arrays["h"], 1e-3)
-    close(seen["rho"], arrays["rho"], 1e-3)
+    close(seen["h"], arrays["h"], halting_apart(recorded, model))
+    close(seen["rho"], arrays["rho"], halting_apart(recorded, model))
     if "distr_target" in arrays:
-        close(model.prior, arrays["distr_target"], 1e-6)
+        close(model.prior, arrays["distr_target"], apart(arrays["distr_target"], model.depth))
 
     losses = case["losses"]
     task = cross_entropy(output.logits, torch.tensor(case["labels"]))
-    assert task.item() == pytest.approx(losses["ce"], rel=1e-5)
-    assert output.terms["ponder"].item() == pytest.approx(losses["ponder"], rel=1e-5)
+    assert task.item() == pytest.approx(losses["ce"], rel=0, abs=logits_apart(recorded, model))
+    off = model.config.ponder_weight * halting_apart(recorded, model)
+    assert output.terms["ponder"].item() == pytest.approx(losses["ponder"], rel=0, abs=off)
     assert ("prior" in output.terms) == bool(losses.get("distr_added"))
     if "prior" in output.terms:
-        assert output.terms["prior"].item() == pytest.approx(losses["distr"], rel=1e-4)
+        assert output.terms["prior"].item() == pytest.approx(losses["distr"], rel=0, abs=prior_apart(recorded, model))
 
     parameters = dict(model.vit.named_parameters())
     names = {our_name(name, parameters): name for name in case["manifest"]}
     for name, loss in {"ce": task, **output.terms, "total": task + sum(output.terms.values())}.items():
         norms = case["grad_norms"]["distr" if name == "prior" else name]
+        largest = max(norm or 0.0 for norm in norms.values())
+        rest = apart(np.float64(largest), terms_of(model.vit))  # what is left where a gradient's terms cancel
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for key, gradient in zip(parameters, gradients, strict=True):
             norm = 0.0 if gradient is None else gradient.norm().item()
-            assert norm == pytest.approx(norms[names[key]] or 0.0, rel=1e-3, abs=1e-6), f"gradient of {name} by {key}"
+            assert norm == pytest.approx(norms[names[key]] or 0.0, rel=1e-3, abs=rest), f"gradient of {name} by {key}"
         if name == "total":
             for key, gradient in zip(parameters, gradients, strict=True):
                 whole, corner = (arrays.get(f"{kind}:{names[key]}") for kind in ("grad", "grad_slice16"))

@@ -1,4 +1,4 @@
-"""DynamicViT against numbers recorded from the released code; tolerances as the fixtures' description gives them."""
+"""DynamicViT against numbers recorded from the released code."""
 
 import json
 from functools import cache
@@ -124,7 +124,8 @@ def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.Mon
     assert np.array_equal(decided[-1].detach().numpy(), arrays["final_mask"])
     assert np.array_equal(output.usage.live[:, -1, 1:].numpy(), arrays["final_mask"] > 0)
     close(output.logits, arrays["train_logits"], logits_apart(case, arrays["train_logits"], model))
-    close(students[0].norm(dim=-1), arrays["features_l2"], atol=0, rtol=1e-4)
+    rounding = apart(np.float64(1), terms_of(model.vit), case["checks"].get("loss_rel_err", 0.0))
+    close(students[0].norm(dim=-1), arrays["features_l2"], atol=0, rtol=rounding)
 
     task = -(torch.from_numpy(arrays["target"]) * output.logits.log_softmax(dim=1)).sum(dim=1).mean()
     taught = distillation(output.logits, lesson, "soft")
@@ -137,7 +138,7 @@ def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.Mon
         (output.terms["tokens"] / settings["distill_weight"], "token"),
         (total, "total"),
     ):
-        assert ours.item() == pytest.approx(case["loss"][theirs], rel=1e-5), theirs
+        assert ours.item() == pytest.approx(case["loss"][theirs], rel=rounding), theirs
 
     total.backward()
     parameters = {name.removeprefix("vit."): parameter for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""EViT against numbers recorded from the released code; tolerances as the fixtures' description gives them.
+"""EViT against numbers recorded from the released code.
 
 With a class token the last block of a model reduces nothing, since nothing would read it. To see what it would keep,
 each ViT here has one block more than the recorded one, whose two sub-layers add zero.

@@ -82,7 +82,8 @@ def test_the_stem_of_a_model_is_the_published_one(adavit_stem: Path) -> None:
             found[:, -last.shape[1] :, -last.shape[2] :], last, atol=stem_apart(stem, last), rtol=0
         )
         assert list(found.shape) == told["shape"]
-        assert found.double().abs().sum().item() == pytest.approx(told["abs_sum"], rel=1e-7)
+        off = stem_apart(stem, found) * found.numel() ** 0.5  # a random walk of so many steps
+        assert found.double().abs().sum().item() == pytest.approx(told["abs_sum"], rel=0, abs=off)
 
 
 def test_positions_are_the_published_ones(sinusoid_case: Path) -> None:
