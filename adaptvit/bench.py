@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import Unreadable, list_images, open_pictures, preparation
+from adaptvit.data import Unreadable, in_channels, list_images, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -197,7 +197,8 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
             v2.Normalize(settings["mean"], settings["std"]),
         ]
     )
-    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    channels = settings["input_size"][0]
+    photographs = [in_channels(Image.fromarray(photograph), channels) for photograph in load_sample_images().images]
     return torch.stack([crop(photographs[i % len(photographs)]) for i in range(config.images)])
 
 

@@ -30,7 +30,7 @@ from adaptvit.comparisons import COMPARISONS
 from adaptvit.data import LeftOut, Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
+from adaptvit.files import append_csv, as_json, check_is_file, check_output, read_csv, write_atomically
 from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.process import as_found
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
+    _check_files(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
     commands = parser.add_subcommands(dest="command")
@@ -100,6 +101,19 @@ def _command(words: list[str]) -> int:
     if torch.distributed.is_initialized() and not of_the_caller:
         torch.distributed.destroy_process_group()  # of torchrun, which has served
     return code
+
+
+def _check_files(words: Sequence[str]) -> None:
+    """Refuse a pipe, a socket or a device, which may never end, before the parser reads it for a file of options."""
+    for word in words:
+        option, equals, value = word.partition("=")
+        for name in (word, value):
+            path = os.path.expanduser(name)
+            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+                try:
+                    check_is_file(path)
+                except OSError as error:
+                    raise OSError(f"{option}: {error}" if equals else str(error)) from None
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class MethodsConfig:
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
     dataset: str = ""
-    """A data set of the Hub instead, as `DataConfig.dataset` takes it; not a stream."""
+    """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, as adaptvit files; each is measured as it is."""
     methods: Annotated[tuple[str, ...], OneOf(UNTRAINED)] = UNTRAINED

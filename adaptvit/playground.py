@@ -30,6 +30,7 @@ from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_fields
 from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
 from adaptvit.draw import full_usage
+from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
@@ -119,7 +120,7 @@ def open_picture(path: Path | str) -> Picture:
         ValueError: it is none, is damaged, or has too many pixels.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             stored = open_image(file)
             full, mode = stored.size, stored.mode
             image = decode_image(stored, 3, SIDE)

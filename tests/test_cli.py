@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import time
 import warnings
 from pathlib import Path
@@ -223,6 +224,46 @@ def test_a_wrong_word_is_refused_in_one_sentence(
     assert not runs
 
 
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train digits --config {}",
+        "train digits --config={}",
+        "train digits --data {}",
+        "train digits --method={}",
+        "train digits --weights {}",
+        "train digits --teacher {}",
+        "train digits --data.root {}",
+        "train digits --data.root . --data.class_map {}",
+        "evaluate {} .",
+        "evaluate model .  --class_map {}",
+        "evaluate model {}",
+        "predict model . --class-names {}",
+        "draw model {}",
+        "budget model {} new.safetensors",
+        "compare methods model . --class_map={}",
+        "compare methods model . {}",
+        "bench deit_tiny_patch16_224 --settings {}",
+        "convert {} new.safetensors deit_tiny_patch16_224",
+        "playground model --class_names {}",
+    ],
+)
+def test_what_may_never_end_is_no_file(
+    words: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may have a hundred characters only
+    name = "/dev/zero" if kind == "a device" else "endless"
+    if kind == "a named pipe":
+        os.mkfifo(name)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "a socket":
+            listener.bind(name)
+        assert cli.main(words.format(name).split()) == 2
+    (line,) = said(capsys).splitlines()
+    assert line.endswith(f"'{name}' is {kind}, not a file")
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Two classes, two images each, in two splits."""
@@ -236,6 +277,7 @@ def images(tmp_path: Path) -> Path:
 
 
 VIT = ["--img_size", "32", "--model_args", "{patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"]
+RECTANGULAR = ["--img-size", "[64,32]", *VIT[2:]]
 TINY = ["train", "digits", *VIT, "--data.workers", "0", "--recipe.batch_size", "2", "--recipe.epochs", "1"]
 
 
@@ -435,3 +477,30 @@ def test_figures_are_told_where_the_disk_is_full(
         assert str(target) in last
     assert "rate" in last  # of the budget, whose knob was found
     assert not target.exists()
+
+
+def test_an_image_size_is_told_as_height_and_width(images: Path, tmp_path: Path) -> None:
+    words = [
+        "train",
+        "digits",
+        *RECTANGULAR,
+        *TINY[2 + len(VIT) :],
+        "--recipe.warmup_epochs",
+        "0",
+        "--recipe.target",
+        "null",
+    ]
+    words += ["--data.root", str(images), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert load(tmp_path / "out" / "model.safetensors").vit.patch_embed.img_size == (64, 32)
+    words = ["bench", "test_vit", "--img_size=[64,32]", "--images=2", "--batch_size=2", "--rounds=1", "--threads=1"]
+    assert cli.main([*words, "--method=tome", "--json", str(tmp_path / "bench.json")]) == 0
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert figures["tokens_per_block"]["max"][0] == 1 + 4 * 2
+
+
+@pytest.mark.parametrize("size", ["[64]", "[64,32,3]", "[64,0]", "tall"])
+def test_what_is_no_image_size_is_refused(size: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["train", "digits", "--img_size", size]) == 2
+    (line,) = said(capsys).splitlines()
+    assert "img_size" in line

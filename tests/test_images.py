@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adaptvit import FullConfig, save
+from adaptvit import FullConfig, load, save
 from adaptvit.bench import BenchConfig, bench_images
-from adaptvit.data import DataConfig, Renormalise, Unreadable, decode_image, open_image, open_split, read_image
+from adaptvit.compare_methods import MethodsConfig, compare_methods
+from adaptvit.data import DataConfig, Renormalise, Samples, Unreadable, decode_image, open_image, open_split, read_image
 from adaptvit.data.images import TURNS
+from adaptvit.data.libraries import TorchImages
 from adaptvit.data.preparation import preparation, preparation_of_name
-from adaptvit.data.sets import Handed, Stream
+from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.playground import open_picture
+from adaptvit.playground import Playground, PlaygroundConfig, Session, open_picture
 from adaptvit.predict import PredictConfig, predict
-from adaptvit.run import Run, run
+from adaptvit.run import Run, run, set_budget
 from adaptvit.train import Recipe
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -154,13 +157,82 @@ def test_a_model_of_other_channels_is_refused_by_every_command_before_any_work(t
         recipe=Recipe(epochs=1, warmup_epochs=0),
         output=tmp_path / "out",
     )
+    four = timm.create_model("vit_tiny_patch16_224", in_chans=4, **SIZES)
     for call in (
         lambda: run(made),
+        lambda: run(replace(made, data=DataConfig())),  # the digits
         lambda: evaluate_model(EvaluateConfig(str(file), tmp_path)),
         lambda: predict(PredictConfig(str(file), tmp_path, tmp_path / "a.csv", top=1)),
+        lambda: draw(DrawConfig(str(file), tmp_path / "train" / "a", tmp_path / "drawn")),
+        lambda: set_budget(str(file), tmp_path, tmp_path / "new.safetensors"),
+        lambda: compare_methods(MethodsConfig(str(file), tmp_path, output=tmp_path / "compared", split="train")),
+        lambda: bench_images(BenchConfig("vit_tiny_patch16_224"), four),
+        lambda: Playground(PlaygroundConfig(models=(str(file),))),
     ):
         with pytest.raises(ValueError, match="takes images of 4 channels"):
             call()
+    assert not (tmp_path / "drawn").exists()
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def both_kinds(root: Path) -> Path:
+    """Grey and colour pictures in two classes."""
+    rng = np.random.default_rng(0)
+    for kind in ("a", "b"):
+        (root / kind).mkdir(parents=True)
+        for number in range(6):
+            shape = (50, 40, 3) if number % 2 else (50, 40)
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / kind / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (32, 16)], ids=["square", "rectangle"])
+def test_every_command_turns_grey_and_colour_into_what_a_model_takes(
+    channels: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    root, file = both_kinds(tmp_path / "images"), str(tmp_path / "model.safetensors")
+    sizes = SIZES | {"img_size": size, "patch_size": 4}
+    vit = timm.create_model("vit_tiny_patch16_224", in_chans=channels, num_classes=2, **sizes)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    save(FullConfig().build(vit.eval()), file)
+    grid = (size[0] // 4, size[1] // 4)
+
+    result, _ = evaluate_model(EvaluateConfig(file, root, workers=0, rounds=1))
+    assert (result.images, result.unreadable, result.usage.grid) == (12, (), grid)
+    assert predict(PredictConfig(file, root, tmp_path / "a.csv", top=1, workers=0)).unreadable == ()
+    drawing = draw(DrawConfig(file, root / "a", tmp_path / "drawn", limit=1))
+    assert (len(drawing.files), drawing.unreadable) == (2, ())
+    set_budget(file, root, tmp_path / "tome.safetensors", 0.8, method="tome")
+    merged = load(tmp_path / "tome.safetensors")
+    assert merged.vit.patch_embed.grid_size == grid
+    assert preparation(merged)["input_size"] == (channels, *size)
+    for data in (None, root):
+        images = bench_images(BenchConfig("vit_tiny_patch16_224", images=2, batch_size=2, data=data), vit)
+        assert images.shape == (2, channels, *size)
+        assert vit(images).isfinite().all()
+    view = Session(Playground(PlaygroundConfig(models=(file,)))).view(file, "ats", 0.8)
+    assert (view.pixels.shape, view.usage.grid) == ((1, channels, *size), grid)
+    config = MethodsConfig(file, root, output=tmp_path / "out", split=".", methods=("tome",), budgets=(0.8,), workers=0)
+    config = replace(config, timed=2, rounds=1, latencies=2, calibration=4, pictures=1)
+    dense, tome = compare_methods(config).rows
+    assert (dense.record["images"], tome.record["images"], tome.record["refused"]) == (8, 8, None)
+    assert tome.record["gmacs"] < dense.record["gmacs"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_digits_train_models_of_one_and_of_three_channels(channels: int, tmp_path: Path) -> None:
+    made = Run(
+        model_args=SIZES | {"img_size": 32, "in_chans": channels},
+        method=FullConfig(),
+        data=DataConfig(),
+        recipe=Recipe(epochs=1, batch_size=128, warmup_epochs=0),
+        output=tmp_path / "out",
+    )
+    outcome = run(made)
+    assert outcome.result.images == 360
+    assert preparation(outcome.model)["input_size"] == (channels, 32, 32)
+    assert len(preparation(outcome.model)["mean"]) == channels
 
 
 class Pairs:
@@ -180,18 +252,17 @@ class Pairs:
 def test_data_sets_of_others_go_through_the_same_door(channels: int) -> None:
     grey, wide = Image.new("L", (4, 4), 51), Image.fromarray(np.full((4, 4), 51 * 257, dtype=np.uint16))
     pairs = Pairs([grey, wide, grey.convert("RGB"), Image.new("F", (4, 4)), np.full((4, 4), 51, np.uint8)])
-    stream = type("Source", (), {"reader": [pairs[i] for i in range(5)], "__len__": lambda self: 5})()
 
     def transform(image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(image).copy())
 
-    handed = Handed(pairs, channels, transform)
-    for items in ([handed[i] for i in range(5)], list(Stream(stream, channels, transform))):
-        assert isinstance(items[3], Unreadable)
-        assert items[3].name == "image 3"
-        for index in (0, 1, 2, 4):
-            assert items[index][0].unique().tolist() == [51]
-            assert items[index][0].ndim == (2 if channels == 1 else 3)
+    samples = Samples(TorchImages(pairs, None, "x"), channels, transform)
+    items = [samples[index] for index in range(5)]
+    assert isinstance(items[3], Unreadable)
+    assert items[3].name == "image 3"
+    for index in (0, 1, 2, 4):
+        assert items[index][0].unique().tolist() == [51]
+        assert items[index][0].ndim == (2 if channels == 1 else 3)
 
 
 class Recorded(nn.Module):

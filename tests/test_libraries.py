@@ -24,7 +24,6 @@ SETTINGS = {
     "crop_pct": 0.9,
     "crop_mode": "center",
 }
-GREY = SETTINGS | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.2,)}
 NEEDED = "the extra `data` is not installed"
 
 
@@ -255,13 +254,3 @@ def test_a_class_map_numbers_a_data_set_of_torchvisions(tmp_path: Path) -> None:
 def test_classes_of_one_name_stay_two() -> None:
     source = Arrays([], [], wnids=["n1", "n2"], classes=[("crane",), ("crane",)], class_to_idx={"crane": 1})
     assert TorchImages(source, None, "x").class_to_idx == {"n1": 0, "n2": 1}
-
-
-@pytest.mark.parametrize("settings", [SETTINGS, GREY], ids=["colour", "grey"])
-def test_decoded_images_come_in_the_models_channels(settings: dict[str, Any]) -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    source = Arrays([picture(0), Image.fromarray(grey), grey, picture(1).convert("P"), np.zeros((4, 4), bool)], [0] * 5)
-    samples = Samples(TorchImages(source, None, "x"), settings["input_size"][0], create_transform(**settings))
-    assert [item[0].shape for item in items(samples)] == [settings["input_size"]] * 5
-    mode = "RGB" if settings is SETTINGS else "L"
-    assert torch.equal(samples[1][0], create_transform(**settings)(Image.fromarray(grey).convert(mode)))
