@@ -475,7 +475,8 @@ def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:
 
 def _position_table(vit: VisionTransformer) -> tuple[int, tuple[int, int]]:
     """Rows of the position table before the patches, and the grid of those."""
-    return position_rows(vit), patch_grid(vit)
+    rows, columns = patch_grid(vit)
+    return position_rows(vit), (rows, columns)
 
 
 def resize_positions(

@@ -3,6 +3,7 @@
 Letters: B images, L blocks, N token slots.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -306,8 +307,8 @@ def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: typ
     if isinstance(model, AdaptiveViT):
         return model(images, layout)
     shape, grid = shape_of(model), patch_grid(model, images)
-    depth = torch.full((len(images), shape.prefix + grid[0] * grid[1]), shape.depth, device=images.device)
-    return Output(model(images), Usage.of_depth(depth, shape.depth, shape.heads, grid, shape.prefix))
+    depth = torch.full((len(images), shape.prefix + math.prod(grid)), shape.depth, device=images.device)
+    return Output(model(images), Usage.of_depth(depth, shape.heads, grid, shape.prefix))
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

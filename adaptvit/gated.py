@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -76,10 +76,17 @@ def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:
     """
     check_attention(vit, "AdaViT")
     check_norms(vit, "AdaViT")
-    attn, mlp, name = vit.blocks[0].attn, vit.blocks[0].mlp, model_name(vit)
-    if takes == "input" and vit.embed_dim != attn.attn_dim:
+    name, counts = model_name(vit), sorted({block.attn.num_heads for block in vit.blocks})
+    if len(counts) > 1:
+        raise TypeError(f"AdaViT needs as many heads in every block, but {name} has {' or '.join(map(str, counts))}")
+    for block in vit.blocks:
+        _check_takes(block.attn, block.mlp, vit.embed_dim, takes, name)
+
+
+def _check_takes(attn: Attention, mlp: Any, dim: int, takes: Takes | None, name: str) -> None:
+    if takes == "input" and dim != attn.attn_dim:
         raise ValueError(
-            f"{name} has {vit.embed_dim} channels, but its heads span {attn.attn_dim}: "
+            f"{name} has {dim} channels, but its heads span {attn.attn_dim}: "
             "heads that take along the MLP's input need as many; choose 'hidden' or 'identity'"
         )
     if takes == "hidden":
@@ -387,20 +394,23 @@ def gated_macs(
         keys, queries: tokens attended to, and tokens updated by attention.
         mlp_tokens: tokens that go through the MLP.
     """
-    width, whole = heads * shape.head_dim, shape.heads * shape.head_dim
-    valued = whole if takes == "identity" else width
-    query_side = queries * shape.dim * (width + (1 + shape.gated) * valued)
+    all_heads, head_dim, gated, mlp_per_token = (
+        shape.each(size, keys) for size in ("heads", "head_dim", "gated", "mlp_per_token")
+    )
+    width = heads * head_dim
+    valued = all_heads * head_dim if takes == "identity" else width
+    query_side = queries * shape.dim * (width + (1 + gated) * valued)
     key_side = keys * shape.dim * (width + valued)
     attending = attention * (query_side + key_side + 2 * queries * keys * width)
     if takes == "hidden":
-        return attending + mlp * mlp_tokens * (shape.mlp_per_token // shape.heads) * heads
+        return attending + mlp * mlp_tokens * (mlp_per_token // all_heads) * heads
     if takes == "input" and plain_mlp:
-        hidden = shape.mlp_per_token // (2 * shape.dim)
-        some = mlp_tokens * hidden * (heads * (shape.dim // shape.heads) + shape.dim)
+        hidden = mlp_per_token // (2 * shape.dim)
+        some = mlp_tokens * hidden * (heads * (shape.dim // all_heads) + shape.dim)
         return attending + mlp * torch.where(heads > 0, some, hidden * shape.dim)  # no head: the same for all tokens
-    return attending + mlp * mlp_tokens * shape.mlp_per_token
+    return attending + mlp * mlp_tokens * mlp_per_token
 
 
 def has_plain_mlp(vit: VisionTransformer) -> bool:
     """Whether the MLPs are fc1, activation, fc2, so that fewer input channels take fewer MACs."""
-    return type(vit.blocks[0].mlp) is Mlp
+    return all(type(block.mlp) is Mlp for block in vit.blocks)

@@ -5,6 +5,7 @@ Not counted, there or here: norms, activations, softmax, additions.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,19 +14,33 @@ from adaptvit.usage import Usage
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a ViT that its MACs depend on."""
+class BlockShape:
+    """The sizes of a block that its MACs depend on."""
 
-    dim: int
-    """Channels of a token."""
-    depth: int
-    """Blocks."""
     heads: int
     head_dim: int
     gated: bool
     """Attention has an output gate, one more linear map."""
     mlp_per_token: int
     """MACs of the MLP for one token."""
+    mixing: int = 0
+    """MACs of what stands in the place of attention, for an image with any tokens; `heads` is then 0."""
+    norms_over_tokens: bool = False
+    """The MLP's norm is over all tokens attended to, so that attention updates them all, whatever is kept."""
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of the queries."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a ViT that its MACs depend on."""
+
+    dim: int
+    """Channels of a token."""
+    blocks: tuple[BlockShape, ...]
     stem_per_patch: int
     """MACs of the patch embedding for one patch."""
     prefix: int
@@ -38,10 +53,21 @@ class Shape:
     """MACs of the patch embedding for one image, beyond those by its patches and pairs of patches."""
     stem_per_pair: int = 0
     """MACs of a patch embedding that has softmax attention for each two patches, ordered, one with itself included."""
-    mixing: int = 0
-    """MACs of what a block has in the place of attention, for an image with any tokens; `heads` is then 0."""
-    norms_over_tokens: bool = False
-    """The MLP's norm is over all tokens attended to, so that attention updates them all, whatever is kept."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return len(self.blocks)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each block."""
+        return tuple(block.heads for block in self.blocks)
+
+    def each(self, size: str, like: Tensor) -> int | Tensor:
+        """A size of the blocks, to multiply (B, L) by: the number itself where it is the same for all, else (L,)."""
+        sizes = [int(getattr(block, size)) for block in self.blocks]
+        return sizes[0] if len(set(sizes)) == 1 else torch.tensor(sizes, device=like.device)
 
 
 def macs(usage: Usage, shape: Shape) -> Tensor:
@@ -53,25 +79,27 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
     """
     blocks = block_macs(usage, shape) if usage.executed is None else usage.executed
     deciding = 0 if usage.deciding is None else usage.deciding
-    patches = usage.grid[0] * usage.grid[1]
+    patches = prod(usage.grid)
     stem = shape.stem + patches * (shape.stem_per_patch + patches * shape.stem_per_pair)
     return (blocks + deciding).sum(dim=1) + stem + patches * shape.head_per_patch + shape.head
 
 
 def block_macs(usage: Usage, shape: Shape) -> Tensor:
     """MACs of every block for each image, (B, L), from the counts."""
-    width = usage.heads * shape.head_dim
-    queries = usage.attended if shape.norms_over_tokens else usage.updated
-    query_side = (2 + shape.gated) * queries * shape.dim * width
+    sizes = ("head_dim", "gated", "mlp_per_token", "mixing", "norms_over_tokens")
+    head_dim, gated, mlp, mixing, over_tokens = (shape.each(size, usage.attended) for size in sizes)
+    width = usage.heads * head_dim
+    queries = usage.updated + over_tokens * (usage.attended - usage.updated)
+    query_side = (2 + gated) * queries * shape.dim * width
     key_side = 2 * usage.attended * shape.dim * width
     products = 2 * queries * usage.attended * width
-    attention = (query_side + key_side + products + shape.mixing) * usage.attention
-    return attention + usage.updated * shape.mlp_per_token * usage.mlp
+    attention = (query_side + key_side + products + mixing) * usage.attention
+    return attention + usage.updated * mlp * usage.mlp
 
 
-def dense_macs(shape: Shape, grid: tuple[int, int]) -> int:
+def dense_macs(shape: Shape, grid: tuple[int, ...]) -> int:
     """MACs of timm's own forward for one image with `grid` patches: every token through every block, to the end."""
-    tokens = torch.full((1, shape.depth), shape.prefix + grid[0] * grid[1])
+    tokens = torch.full((1, shape.depth), shape.prefix + prod(grid))
     on = torch.ones_like(tokens, dtype=torch.bool)
-    usage = Usage(tokens, tokens, torch.full_like(tokens, shape.heads), on, on, grid, shape.prefix)
+    usage = Usage(tokens, tokens, torch.tensor([shape.heads]), on, on, grid, shape.prefix)
     return int(macs(usage, shape))

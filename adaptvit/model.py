@@ -1,7 +1,7 @@
 """What every adaptive model has in common."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from timm.models.vision_transformer import VisionTransformer
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptvit.macs import Shape
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output
-from adaptvit.vit import check, class_count, input_size, prefix_tokens, read_slots, shape_of, timm_config
+from adaptvit.vit import check, class_count, head_macs, input_size, prefix_tokens, read_slots, shape_of, timm_config
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AdaptiveViT(nn.Module, ABC):
     Attributes:
         vit: the timm model, whose parameters it trains.
         config: the method's numbers.
-        depth, heads: blocks of the ViT, and attention heads of each.
+        depth, heads: blocks of the ViT, and attention heads of each of them.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
     """
@@ -69,8 +69,9 @@ class AdaptiveViT(nn.Module, ABC):
         self.config = config
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
-        self.depth, self.heads = self.shape.depth, self.shape.heads
-        self.train(vit.training)
+        self._shape = shape_of(vit)
+        self.depth, self.heads = self._shape.depth, self._shape.heads
+        self.training = vit.training  # and no part of the ViT is asked to change its own
 
     @abstractmethod
     def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
@@ -78,8 +79,9 @@ class AdaptiveViT(nn.Module, ABC):
 
     @property
     def shape(self) -> Shape:
-        """The sizes for `adaptvit.macs`, of the ViT as it is now."""
-        return shape_of(self.vit)
+        """The sizes for `adaptvit.macs`: of the ViT as it was built, and of its head as it is now."""
+        head, head_per_patch = head_macs(self.vit)
+        return replace(self._shape, head=head, head_per_patch=head_per_patch)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -171,23 +172,24 @@ def tokens_per_block(usage: Usage) -> Figure:
     figure, axes = _plot("block", "tokens")
     axes.bar(blocks, attended.mean(axis=0), color=ACCENT, width=0.72, label="mean image")
     axes.vlines(blocks, low, high, color=INK, linewidth=1.6, label="10th to 90th percentile")
-    axes.axhline(usage.prefix + usage.grid[0] * usage.grid[1], color=INK, linewidth=0.9, linestyle=":", label="all")
+    axes.axhline(usage.prefix + prod(usage.grid), color=INK, linewidth=0.9, linestyle=":", label="all")
     axes.set_xticks(_ticks(len(blocks)))
     axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.97))
     return figure
 
 
-def usage_per_block(usage: Usage, heads: int) -> Figure:
+def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
     """Shares of the patches, heads and sub-layers that each block computed; what no image left out is not drawn.
 
     Bars are the mean image, whiskers the range of the middle 80 % of images; a sub-layer is on or off, so has none.
 
     Args:
-        heads: attention heads of a block.
+        heads: attention heads of each block.
     """
     shares = {"attention": usage.attention.double(), "MLP": usage.mlp.double()}
-    if (usage.heads < heads).any():
-        shares = {"heads": (usage.heads * usage.attention).double() / heads} | shares
+    all_heads = usage.heads.new_tensor(heads)
+    if (usage.heads < all_heads).any():
+        shares = {"heads": (usage.heads * usage.attention).double() / all_heads} | shares
     if usage.live is not None:
         shares = {"patches": usage.live[:, :, usage.prefix :].double().mean(dim=2)} | shares
     varied = [name for name in shares if (shares[name] < 1).any()] or [*shares][:1]

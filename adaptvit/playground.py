@@ -365,7 +365,7 @@ class View:
     """Of the adaptive model on all pictures of the session that are for such a model."""
     seen_gmacs: Tensor
     """What each of them cost."""
-    heads: int
+    heads: tuple[int, ...]
     """Of a block."""
 
     @property

@@ -3,6 +3,7 @@
 Letters: B images, L blocks, N token slots, of which the first `prefix` are class, distillation and register tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +25,8 @@ class Usage:
     """(B, L) bool, the attention sub-layer ran."""
     mlp: Tensor
     """(B, L) bool, the MLP sub-layer ran."""
-    grid: tuple[int, int]
-    """Rows and columns of patches."""
+    grid: tuple[int, ...]
+    """Rows and columns of patches; of a video its steps in time before them."""
     prefix: int
     """Tokens before the first patch token."""
     live: Tensor | None = None
@@ -44,7 +45,7 @@ class Usage:
 
     @classmethod
     def of_live(
-        cls, live: Tensor, heads: int, grid: tuple[int, int], prefix: int, deciding: Tensor | None = None
+        cls, live: Tensor, heads: Sequence[int], grid: tuple[int, ...], prefix: int, deciding: Tensor | None = None
     ) -> "Usage":
         """The record of a method whose blocks attend to every token they get and update only those they hand on.
 
@@ -54,27 +55,33 @@ class Usage:
         """
         attended, updated = live[:, :-1].sum(dim=2), live[:, 1:].sum(dim=2)
         on = (attended > 0, updated > 0)
-        heads_on = torch.full_like(attended, heads)
+        heads_on = attended.new_tensor(heads).expand_as(attended)
         return cls(attended, updated, heads_on, *on, grid, prefix, live[:, :-1], deciding=deciding)
 
     @classmethod
     def of_depth(
-        cls, depth: Tensor, blocks: int, heads: int, grid: tuple[int, int], prefix: int, last_reads: int | None = None
+        cls,
+        depth: Tensor,
+        heads: Sequence[int],
+        grid: tuple[int, ...],
+        prefix: int,
+        last_reads: int | None = None,
     ) -> "Usage":
         """The record of a method that only drops tokens.
 
         Args:
             depth: (B, N) the last block, 1-based, that each slot's token entered.
-            blocks, heads: blocks of the ViT, and attention heads of each.
+            heads: attention heads of each block.
             last_reads: leading slots that are all the last block updates; None where it updates every live one.
         """
-        live = depth[:, None] >= torch.arange(1, blocks + 1, device=depth.device)[:, None]
+        live = depth[:, None] >= torch.arange(1, len(heads) + 1, device=depth.device)[:, None]
         attended = live.sum(dim=2)
         updated = attended
         if last_reads is not None:
             updated = attended.clone()
             updated[:, -1] = live[:, -1, :last_reads].sum(dim=1)
-        return cls(attended, updated, torch.full_like(attended, heads), attended > 0, updated > 0, grid, prefix, live)
+        heads_on = attended.new_tensor(heads).expand_as(attended)
+        return cls(attended, updated, heads_on, attended > 0, updated > 0, grid, prefix, live)
 
     @property
     def depth(self) -> Tensor:
@@ -89,7 +96,7 @@ class Usage:
 
     @property
     def patch_depth(self) -> Tensor:
-        """(B, rows, columns) blocks each patch entered."""
+        """(B, rows, columns) blocks each patch entered; of a video (B, steps, rows, columns)."""
         return self.depth[:, self.prefix :].unflatten(1, self.grid)
 
     def of_images(self, rows: Tensor) -> "Usage":

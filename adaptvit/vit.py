@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit.macs import Shape
+from adaptvit.macs import BlockShape, Shape
 from adaptvit.parts import (
     Mixer,
     PartsViT,
@@ -228,7 +228,7 @@ def read_slots(vit: VisionTransformer) -> int | None:
     return 1 if vit.global_pool == "token" else None
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Images -> tokens (B, N, D) as the first block receives them, and the patch grid (rows, columns).
 
     An image that is not finite has no finite token, so that whatever a method leaves out of it, its logits are NaN.
@@ -267,7 +267,7 @@ def check_images(vit: VisionTransformer, images: Tensor) -> None:
         )
 
 
-def patch_grid(vit: VisionTransformer, images: Tensor | None = None) -> tuple[int, int]:
+def patch_grid(vit: VisionTransformer, images: Tensor | None = None) -> tuple[int, ...]:
     """Rows and columns of patches that the images are cut into; None: images of the ViT's own size."""
     return vit.patch_embed.dynamic_feat_size(vit.patch_embed.img_size if images is None else images.shape[-2:])
 
@@ -487,8 +487,7 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
 
 
 def shape_of(vit: VisionTransformer) -> Shape:
-    """The sizes that MACs depend on."""
-    block = vit.blocks[0]
+    """The sizes that MACs depend on; a stem that is a network of its own is run for it, once."""
     stem = vit.patch_embed
     stem_fixed = stem_per_pair = 0
     if isinstance(stem, PatchEmbed):
@@ -497,6 +496,21 @@ def shape_of(vit: VisionTransformer) -> Shape:
         stem_fixed, stem_per_patch, stem_per_pair = _t2t_macs(stem)
     else:
         stem_per_patch = _counted_macs(stem, vit) // stem.num_patches
+    head, head_per_patch = head_macs(vit)
+    return Shape(
+        dim=vit.embed_dim,
+        blocks=tuple(map(_block_shape, vit.blocks)),
+        stem_per_patch=stem_per_patch,
+        prefix=vit.num_prefix_tokens,
+        head=head,
+        head_per_patch=head_per_patch,
+        stem=stem_fixed,
+        stem_per_pair=stem_per_pair,
+    )
+
+
+def head_macs(vit: VisionTransformer) -> tuple[int, int]:
+    """MACs of pooling and classifier: for one image, and for one patch beyond that."""
     head = _linear_macs(vit.head) + (_linear_macs(vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else 0)
     head_per_patch = 0
     if vit.attn_pool is not None:
@@ -504,20 +518,16 @@ def shape_of(vit: VisionTransformer) -> Shape:
         head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
         head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
         head += head_per_patch * vit.num_prefix_tokens * vit.pool_include_prefix
+    return head, head_per_patch
+
+
+def _block_shape(block: Any) -> BlockShape:
     mixes = isinstance(block.attn, Mixer)
-    return Shape(
-        dim=vit.embed_dim,
-        depth=len(vit.blocks),
+    return BlockShape(
         heads=0 if mixes else block.attn.num_heads,
         head_dim=0 if mixes else block.attn.head_dim,
         gated=not mixes and block.attn.gate is not None,
         mlp_per_token=_linear_macs(block.mlp),
-        stem_per_patch=stem_per_patch,
-        prefix=vit.num_prefix_tokens,
-        head=head,
-        head_per_patch=head_per_patch,
-        stem=stem_fixed,
-        stem_per_pair=stem_per_pair,
         mixing=block.attn.macs if mixes else 0,
         norms_over_tokens=isinstance(block.norm2, TokenPart),
     )
@@ -702,11 +712,12 @@ def _linear_macs(module: nn.Module | None) -> int:
 
 def _counted_macs(stem: Any, vit: VisionTransformer) -> int:
     """MACs of a stem that is not one convolution (a ResNet), counted by running it once."""
-    weight, training = next(vit.parameters()), stem.training
+    weight, modes = next(vit.parameters()), [(part, part.training) for part in stem.modules()]
     stem.eval()  # or its batch norms would learn from this
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         stem(torch.zeros(1, vit.in_chans, *stem.img_size, device=weight.device, dtype=weight.dtype))
-    stem.train(training)
+    for part, training in modes:
+        part.training = training
     return counter.get_total_flops() // 2
 
 

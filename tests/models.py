@@ -47,6 +47,18 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "mixer": PARTS | {"block": "mixer", "position": "none"},
 }
 
+KINDS = (
+    "class token",
+    "distilled",
+    "average pool, no class token",
+    "attention pool",
+    "tokens to token",
+    "rotary, RMS norm, cosine",
+    "sinusoidal, instance norm",
+    "mixer",
+)
+"""Flavours that methods and layouts may treat differently; the others differ in what a block or head computes."""
+
 METHODS = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),

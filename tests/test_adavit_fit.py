@@ -23,7 +23,7 @@ def test_the_patches_that_are_kept_are_those_that_the_class_token_attends_to() -
         seen = []
         for block in model.vit.blocks:
             normed = block.norm1(x)
-            q, k, _ = block.attn.qkv(normed).unflatten(2, (3, model.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, _ = block.attn.qkv(normed).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             seen.append((q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
             x = block(x)
     matters = torch.stack(seen).mean(dim=0).log()

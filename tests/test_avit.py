@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import images, small_vit
+from timm.layers import Attention
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -280,3 +281,16 @@ def test_every_prior_has_a_finite_loss_that_reaches_the_gate(prior: str, mode: s
     gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias)[0]
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
+
+
+def test_released_losses_train_gated_attention_and_its_dropout() -> None:
+    vit = small_vit(dtype=torch.float64, attn_drop_rate=0.5)
+    for block in vit.blocks:
+        gated = Attention(vit.embed_dim, num_heads=2, qkv_bias=True, attn_drop=0.5, gated=True)
+        block.attn = gated.to(torch.float64)
+    model = AViTConfig(gate_center=1e4, mode="official").build(vit).eval()
+    batch = images(vit, dtype=torch.float64)
+    torch.testing.assert_close(model(batch, early_exit=False).logits, vit(batch), atol=1e-10, rtol=1e-10)
+    model.train()
+    one, other = (model(batch).logits for _ in range(2))
+    assert not torch.equal(one, other)

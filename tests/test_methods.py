@@ -2,16 +2,20 @@
 
 import copy
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
-from models import DROP_NOTHING, FLAVOURS, METHODS, flavours, images, small_vit, vary
+from models import DROP_NOTHING, FLAVOURS, KINDS, METHODS, flavours, images, small_vit, vary
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit import AViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit import ATSConfig, AViTConfig, Masked, Packed, Usage, dense_macs, macs
 from adaptvit.methods import METHODS as ALL
 from adaptvit.model import AdaptiveViT, MethodConfig
 
@@ -38,6 +42,17 @@ def flavour(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def assert_same_record(record: Usage, expected: Usage) -> None:
+    for name, value in vars(expected).items():
+        found = getattr(record, name)
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
+
+
 @LAYOUTS
 @pytest.mark.parametrize("method", DROP_NOTHING)
 def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: type) -> None:
@@ -50,27 +65,26 @@ def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: ty
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_and_packed_agree(method: str, flavour: str) -> None:
-    model = build(method, flavour, dtype=torch.float64).eval()
+def test_masked_and_packed_agree(method: str, kind: str) -> None:
+    model = build(method, kind, dtype=torch.float64).eval()
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
         masked, packed = model(batch, Masked), model(batch, Packed)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
-    for field in ("live", "attended", "updated", "heads", "attention", "mlp"):
-        assert torch.equal(getattr(packed.usage, field), getattr(masked.usage, field)), field
+    assert_same_record(packed.usage, masked.usage)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: type) -> None:
-    model = build(method, flavour, dtype=torch.float64).eval()
+def test_a_batch_is_its_images_one_by_one(method: str, kind: str, layout: type) -> None:
+    model = build(method, kind, dtype=torch.float64).eval()
     batch = images(model.vit, count=4, dtype=torch.float64)
     with torch.inference_mode():
         together = model(batch, layout)
         for index in range(len(batch)):
             alone = model(batch[index : index + 1], layout)
             torch.testing.assert_close(alone.logits[0], together.logits[index], atol=1e-12, rtol=1e-10)
-            assert torch.equal(alone.usage.live[0], together.usage.live[index])
+            assert_same_record(alone.usage, together.usage.of_images(torch.tensor([index])))
 
 
 @LAYOUTS
@@ -119,15 +133,15 @@ def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> No
 
 
 @pytest.mark.parametrize("method", ["adavit", "adavit, heads hidden", "adavit, heads identity"])
-def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, flavour: str) -> None:
-    model = build(method, flavour).eval()
+def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, kind: str) -> None:
+    model = build(method, kind).eval()
     batch = images(model.vit, count=32)
     with torch.inference_mode():
         usage = model(batch, Masked).usage
-    attention, mlp, heads, prefix = usage.attention, usage.mlp, usage.heads, usage.prefix
+    attention, mlp, heads, prefix, most = usage.attention, usage.mlp, usage.heads, usage.prefix, model.heads[0]
     for some in (attention & mlp, attention & ~mlp, mlp & ~attention, ~mlp & ~attention):
         assert some.any()
-    for some in (heads == 0, (heads > 0) & (heads < model.heads), heads == model.heads):
+    for some in (heads == 0, (heads > 0) & (heads < most), heads == most):
         assert (some & attention).any()
         assert (some & mlp).any()
     assert (usage.attended[attention] == prefix).any()
@@ -145,6 +159,56 @@ def test_macs_are_what_torch_counts(method: str, flavour: str) -> None:
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
 
+def uneven_vit(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Blocks of different MLPs, heads and widths of heads."""
+    vit = small_vit()
+    dim = vit.embed_dim
+    vit.blocks[1].mlp = Mlp(dim, 3 * dim // 2)
+    vit.blocks[2].attn = Attention(dim, num_heads=2, qkv_bias=True)
+    vit.blocks[3].attn = Attention(dim, num_heads=4, attn_head_dim=8, qkv_bias=True)
+    return vit.to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_blocks_may_differ(name: str) -> None:
+    vit = uneven_vit(torch.float64)
+    if name == "adavit":
+        with pytest.raises(TypeError, match="as many heads in every block"):
+            ALL[name]().build(vit)
+        return
+    model = vary(METHODS[name].build(vit)).eval().requires_grad_(False)
+    batch = images(vit, count=4, dtype=torch.float64)
+    masked, packed = model(batch, Masked), model(batch, Packed)
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
+    assert_same_record(packed.usage, masked.usage)
+    assert packed.usage.heads.max(dim=0).values.tolist() == [block.attn.num_heads for block in vit.blocks]
+    for image in batch.split(1):
+        with FlopCounterMode(display=False) as counter:
+            usage = model(image).usage
+        assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
+
+
+def test_a_stem_is_counted_once_and_left_in_its_mode() -> None:
+    vit = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=2).train()
+    vit.patch_embed.backbone.eval()  # frozen statistics
+    modes = [part.training for part in vit.modules()]
+    with pytest.MonkeyPatch.context() as patch:
+        runs = []
+        patch.setattr(vit.patch_embed.backbone, "forward", partial(_noted, runs, vit.patch_embed.backbone.forward))
+        model = ATSConfig(blocks=(0,)).build(vit)
+        assert [part.training for part in vit.modules()] == modes
+        assert len(runs) == 1
+        with torch.inference_mode():
+            output = model(torch.randn(1, 3, 64, 64))
+        macs(output.usage, model.shape)
+        assert len(runs) == 2
+
+
+def _noted(runs: list[int], forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    runs.append(len(x))
+    return forward(x)
+
+
 def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
     model = build("full", flavour).eval().requires_grad_(False)
     batch = images(model.vit, count=1)
@@ -154,16 +218,16 @@ def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("adavit")])
-def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
-    model = build(method, flavour).eval()
+def test_a_dead_token_never_returns(method: str, kind: str) -> None:
+    model = build(method, kind).eval()
     live = model(images(model.vit)).usage.live
     for before, after in pairwise(live.unbind(dim=1)):
         assert not (after & ~before).any()
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not re.search("adavit|official|dynamicvit", name)])
-def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
-    model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
+def test_packed_training_has_the_gradients_of_masked_training(method: str, kind: str) -> None:
+    model = build(method, kind, dtype=torch.float64, drop_path_rate=0.3).train()
     batch = images(model.vit, dtype=torch.float64)
     trained = {name: parameter for name, parameter in model.vit.named_parameters() if parameter.requires_grad}
     gradients, losses = {}, {}

@@ -69,7 +69,7 @@ def test_usage_per_block_draws_the_means() -> None:
     for block in range(model.depth):
         patches = [own[block, usage.prefix :].tolist() for own in usage.live]
         assert drawn["patches"][block] == pytest.approx(sum(map(sum, patches)) / (8 * 16))
-        computed = usage.heads[usage.attention[:, block], block].sum() / (8 * model.heads)
+        computed = usage.heads[usage.attention[:, block], block].sum() / (8 * model.heads[block])
         assert drawn["heads"][block] == pytest.approx(computed.item())
         assert drawn["attention"][block] == pytest.approx(usage.attention[:, block].sum().item() / 8)
         assert drawn["MLP"][block] == pytest.approx(usage.mlp[:, block].sum().item() / 8)
@@ -101,7 +101,7 @@ def test_whiskers_span_the_middle_of_the_images() -> None:
         live[image, 0, 1 : 1 + image] = False  # 10 - image of ten patches are on
     on = torch.ones(11, 1, dtype=torch.long)
     usage = Usage(on, on, on, on > 0, on > 0, grid=(2, 5), prefix=1, live=live)
-    (axes,) = usage_per_block(usage, heads=1).axes
+    (axes,) = usage_per_block(usage, heads=[1] * usage.heads.shape[1]).axes
     (whisker,) = axes.collections[0].get_segments()
     assert whisker[:, 1].tolist() == pytest.approx([0.1, 0.9])
 

@@ -7,7 +7,7 @@ from models import flavours, images, small_vit
 from torch import Tensor
 
 import adaptvit
-from adaptvit import Masked, MergeConfig, Packed, ToMeConfig, dense_macs, macs, meet_target, tokens
+from adaptvit import Masked, MergeConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
 from adaptvit.methods.tome import arrange, fit_thresholds, match
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -91,7 +91,7 @@ def test_a_token_is_live_where_its_first_patch_was() -> None:
 
 
 def test_every_image_merges_r_and_attention_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "ragged_kernel", None)
+    monkeypatch.setattr("adaptvit.tokens.packed.ragged_kernel", None)
     model = ToMeConfig(r=3).build(small_vit("average pool")).eval()
     with torch.inference_mode():
         usage = model(images(model.vit)).usage

@@ -6,6 +6,7 @@ Letters: B images, N token slots (class token first), P patches, L blocks, D cha
 Symbols of the paper: m decision, tau temperature of the gates.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -169,12 +170,12 @@ class AdaViT(AdaptiveViT):
         later, bias = range(config.first_block, size), config.initial_bias
         patched = range(config.first_patch_block, size)
         self.patch_policy = _maps(patched if "patches" in config.policies else (), dim, 1, bias)
-        self.head_policy = _maps(later if "heads" in config.policies else (), dim, self.heads, bias)
+        self.head_policy = _maps(later if "heads" in config.policies else (), dim, self.heads[0], bias)
         self.sublayer_policy = _maps(later if "sublayers" in config.policies else (), dim, 2, bias)
         normed = config.norm_policies and bool(self.head_policy or self.sublayer_policy)
         self.policy_norm = nn.ModuleDict({str(block): like_norm(vit) for block in later if normed})
-        self.to(next(vit.parameters()))
-        self.train(vit.training)
+        for part in (self.patch_policy, self.head_policy, self.sublayer_policy, self.policy_norm):
+            part.to(next(vit.parameters())).train(vit.training)
         if config.macs_target is not None:
             self._check_target(config.macs_target)
 
@@ -194,7 +195,7 @@ class AdaViT(AdaptiveViT):
             logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read or tokens.shape[1]))
         return Output(logits, self.usage(policies, grid), self.terms(policies, grid), distilled)
 
-    def run(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, int]]:
+    def run(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, ...]]:
         """The blocks: what they leave, what they decided, and the patch grid; arguments as of `forward`."""
         if self.training and layout is Packed:
             raise ValueError("AdaViT trains with layout=Masked: its gates learn from what they leave out")
@@ -221,7 +222,7 @@ class AdaViT(AdaptiveViT):
         wide = torch.promote_types(state.dtype, torch.float32)
         on = torch.ones((), dtype=wide if masked else torch.bool, device=state.device)
         sublayers, sublayer_logits = on.expand(count, 2), None
-        heads, head_logits = on.expand(count, self.heads), None
+        heads, head_logits = on.expand(count, self.heads[0]), None
         chosen, normed = on.expand(count, patches), None
         if key in self.sublayer_policy:
             sublayer_logits = _score(self.sublayer_policy[key], state)
@@ -306,12 +307,12 @@ class AdaViT(AdaptiveViT):
         In a batch with an image that it is not off for it does, which is 0.02 % of the MACs and is not counted.
         """
         blocks = range(self.depth)
-        always = [2 * (str(b) in self.sublayer_policy) + self.heads * (str(b) in self.head_policy) for b in blocks]
+        always = [2 * (str(b) in self.sublayer_policy) + self.heads[0] * (str(b) in self.head_policy) for b in blocks]
         scoring = [(patches + self.prefix) * (str(b) in self.patch_policy) for b in blocks]
         fixed, scored = torch.tensor([always, scoring], device=active.device)
         return (fixed + active * scored) * self.shape.dim
 
-    def usage(self, policies: Policies, grid: tuple[int, int]) -> Usage:
+    def usage(self, policies: Policies, grid: tuple[int, ...]) -> Usage:
         """The record of what these decisions execute."""
         on = Policies(*(t.detach() > 0 for t in (policies.patches, policies.heads, policies.sublayers)))
         attention, mlp = on.sublayers.unbind(dim=2)
@@ -328,7 +329,7 @@ class AdaViT(AdaptiveViT):
         heads = on.heads.sum(dim=2)
         return Usage(tokens * attention, updated, heads, attention, mlp, grid, self.prefix, live, executed, deciding)
 
-    def terms(self, policies: Policies, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def terms(self, policies: Policies, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Loss terms of the decisions, weighted; none in evaluation."""
         config = self.config
         terms: dict[str, Tensor] = {}
@@ -343,21 +344,21 @@ class AdaViT(AdaptiveViT):
             terms |= {name: config.usage_weight * term for name, term in of(policies, config, first).items()}
         return terms
 
-    def share(self, policies: Policies, grid: tuple[int, int]) -> Tensor:
+    def share(self, policies: Policies, grid: tuple[int, ...]) -> Tensor:
         """Executed over dense MACs, mean over the batch, with the gradients of the gates."""
         executed, deciding = self.block_macs(policies)
         blocks = (executed + deciding).sum(dim=1)
         return ((blocks + self._fixed_macs(grid)) / dense_macs(self.shape, grid)).mean()
 
-    def _fixed_macs(self, grid: tuple[int, int]) -> int:
+    def _fixed_macs(self, grid: tuple[int, ...]) -> int:
         """MACs of stem and head, which no policy saves."""
         nothing = torch.zeros(1, 0, dtype=torch.long)
         return int(macs(Usage(nothing, nothing, nothing, nothing, nothing, grid, self.prefix), self.shape))
 
     def _check_target(self, target: float) -> None:
-        rows, columns = grid = patch_grid(self.vit)
+        grid = patch_grid(self.vit)
         decided = {"patches": self.patch_policy, "heads": self.head_policy, "sublayers": self.sublayer_policy}
-        sizes = {"patches": rows * columns, "heads": self.heads, "sublayers": 2}
+        sizes = {"patches": math.prod(grid), "heads": self.heads[0], "sublayers": 2}
         off = {
             kind: torch.tensor([str(block) not in maps for block in range(self.depth)])[None, :, None].expand(
                 1, -1, sizes[kind]

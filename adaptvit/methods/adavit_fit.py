@@ -7,6 +7,8 @@ unlike others; and its constant is set so that it keeps just its share. From blo
 factors. Policies over heads and sub-layers are left as they are.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -97,15 +99,15 @@ def _run(model: AdaViT, block: int, tokens: Tokens) -> Tokens:
 
 def _kept(model: AdaViT, share: float) -> list[float]:
     """The share of patches that each block keeps, falling by equal factors, so that MACs come to `share`."""
-    grid = rows, columns = patch_grid(model.vit)
+    grid = patch_grid(model.vit)
     device = next(model.parameters()).device
     blocks = torch.arange(model.depth, dtype=torch.float64, device=device)
     later = (blocks - model.config.first_patch_block + 1).clamp(min=0)
 
     def cost(factor: float) -> float:
-        patches = (factor**later)[None, :, None].expand(1, -1, rows * columns)
+        patches = (factor**later)[None, :, None].expand(1, -1, math.prod(grid))
         on = patches.new_ones(1, model.depth, 1)
-        return model.share(Policies(patches, on.expand(-1, -1, model.heads), on.expand(-1, -1, 2)), grid).item()
+        return model.share(Policies(patches, on.expand(-1, -1, model.heads[0]), on.expand(-1, -1, 2)), grid).item()
 
     least = cost(0.0)
     if not least < share < 1:

@@ -208,8 +208,8 @@ class ATS(AdaptiveViT):
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""
         shape, before, after = self.shape, held[:, :-1], held[:, 1:]
         scoring = before if self.read is None else self.read
-        dropped = 0 if shape.norms_over_tokens else before - after  # whose queries are not in vain where norms see them
-        cost = (dropped * shape.dim + scoring * before) * shape.heads * shape.head_dim
+        dropped = (before - after) * (1 - shape.each("norms_over_tokens", held))  # not in vain where norms see them
+        cost = (dropped * shape.dim + scoring * before) * shape.each("attention_width", held)
         return cost * held.new_tensor([block in self.points for block in range(self.depth)])
 
 

@@ -183,7 +183,7 @@ class AViT(AdaptiveViT):
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
         logits, distilled = classify(self.vit, output.to(tokens.x.dtype))
-        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, last_reads=self.read)
+        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
         terms = {} if early_exit else self.terms(scores, depth)
         return Output(logits, usage, terms, distilled)
 

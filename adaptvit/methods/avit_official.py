@@ -62,7 +62,7 @@ def forward(model: "AViT", images: Tensor, layout: type[Tokens]) -> Output:
         live = going
     logits, distilled = classify(model.vit, output.to(x.dtype))
     depth = torch.stack(lives).sum(dim=0)
-    usage = Usage.of_depth(depth, model.depth, model.heads, grid, model.prefix)
+    usage = Usage.of_depth(depth, model.heads, grid, model.prefix)
     return Output(logits, usage, terms(model, torch.stack(scores), rho), distilled)
 
 
@@ -74,9 +74,12 @@ def run_block(block: Block, x: Tensor, live: Tensor) -> Tensor:
     normed = alive * block.norm1(alive * x)
     q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     mask = HIDDEN * (1 - alive).transpose(1, 2)[:, None]
-    mixed = scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask=mask)
-    out = attn.proj_drop(attn.proj(attn.norm(mixed.transpose(1, 2).flatten(-2))))
-    x = x + block.drop_path1(block.ls1(out))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    mixed = scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask=mask, dropout_p=dropout)
+    out = attn.norm(mixed.transpose(1, 2).flatten(-2))
+    if attn.gate is not None:
+        out = out * attn.gate(normed).sigmoid()
+    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
     return x + block.drop_path2(block.ls2(block.mlp(alive * block.norm2(alive * x))))
 
 

@@ -167,7 +167,7 @@ class DynamicViT(AdaptiveViT):
         if dim % 4:
             raise ValueError(f"{name} has {dim} channels, but DynamicViT's predictors need a multiple of 4")
         self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))
-        self.train(vit.training)
+        self.score_predictor.train(vit.training)
 
     @property
     def learns_patches(self) -> bool:
@@ -238,9 +238,9 @@ class DynamicViT(AdaptiveViT):
         several = rho if isinstance(rho, Sequence) else [rho ** (stage + 1) for stage in range(len(self.stages))]
         return tuple(min(1.0, rate * share) for share in several)
 
-    def usage(self, depth: Tensor, grid: tuple[int, int]) -> Usage:
+    def usage(self, depth: Tensor, grid: tuple[int, ...]) -> Usage:
         """The record, from the last block, 1-based, that each slot's token entered: (B, N)."""
-        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, self.read)
+        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, self.read)
         before = usage.attended.roll(1, dims=1)  # what a predictor reads is what the block before left
         before[:, 0] = depth.shape[1]
         scoring = torch.tensor([block in self.stages for block in range(self.depth)], device=depth.device)

@@ -203,7 +203,7 @@ class EViT(AdaptiveViT):
             tokens = tokens.with_x(tokens.of_rows(torch.where(fused[..., None], token[:, None], x)))
         return tokens.take(kept), tokens.grid(tokens.of_rows(fused))
 
-    def usage(self, live: Tensor, fused: Tensor, reduced: list[int], grid: tuple[int, int]) -> Usage:
+    def usage(self, live: Tensor, fused: Tensor, reduced: list[int], grid: tuple[int, ...]) -> Usage:
         """The record.
 
         Args:
@@ -216,9 +216,9 @@ class EViT(AdaptiveViT):
         before, after = held[:, :-1], held[:, 1:]
         reduces = torch.tensor([block in reduced for block in range(self.depth)], device=live.device)
         updated = torch.where(reduces, before, after)
-        on, heads = torch.ones_like(before), torch.full_like(before, self.heads)
+        on, heads = torch.ones_like(before), before.new_tensor(self.heads).expand_as(before)
         executed = gated_macs(shape, "identity", False, on, on, heads, before, updated, after)
-        scoring = (before if self.read is None else self.read) * before * shape.heads * shape.head_dim
+        scoring = (before if self.read is None else self.read) * before * shape.each("attention_width", live)
         fusing = (before - self.prefix) * shape.dim * self.config.fuse
         deciding = reduces * (scoring + fusing)
         usage = Usage.of_live(live, self.heads, grid, self.prefix, deciding)

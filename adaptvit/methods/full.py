@@ -42,5 +42,5 @@ class Full(AdaptiveViT):
             tokens = run_block(self.vit.blocks[-1], tokens, slots[None])
             x = tokens.first(tokens.x, self.read)
         logits, distilled = classify(self.vit, x)
-        usage = Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix, last_reads=self.read)
+        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
         return Output(logits, usage, distilled=distilled)

@@ -8,6 +8,7 @@ Symbols of the paper: A and B the two sets of tokens, r the tokens merged in a b
 Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -218,7 +219,7 @@ class MergingViT(AdaptiveViT):
         chosen = self.config.choose(score, tokens.shape[1] - self.prefix, block, self.depth)
         return arrange(chosen, score, target, live, self.prefix)
 
-    def usage(self, held: Tensor, compared: list[bool], grid: tuple[int, int]) -> Usage:
+    def usage(self, held: Tensor, compared: list[bool], grid: tuple[int, ...]) -> Usage:
         """The record of a forward pass; `held` (B, L + 1, N) are the slots of the input tokens before and after blocks.
 
         A token is live in the slot of its first patch.
@@ -231,14 +232,15 @@ class MergingViT(AdaptiveViT):
         updated = attended.clone()
         if self.read is not None:
             updated[:, -1] = self.read
-        deciding = patches // 2 * (patches - patches // 2) * shape.head_dim * held.new_tensor(compared)
+        deciding = patches // 2 * (patches - patches // 2) * shape.each("head_dim", held) * held.new_tensor(compared)
         on = torch.ones_like(attended, dtype=torch.bool)
-        heads = torch.full_like(attended, self.heads)
+        heads = attended.new_tensor(self.heads).expand_as(attended)
         groups = held[:, 1:, self.prefix :]
         usage = Usage(
             attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], deciding=deciding, groups=groups
         )
-        return replace(usage, executed=block_macs(usage, shape) - (attended - count[:, 1:]) * shape.mlp_per_token)
+        merged = attended - count[:, 1:]
+        return replace(usage, executed=block_macs(usage, shape) - merged * shape.each("mlp_per_token", held))
 
 
 NEARLY_ONE = 1 - 1e-6
@@ -285,9 +287,9 @@ def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> M
         raise TypeError(f"fit_thresholds needs a model of MergeConfig, got one of {type(model.config).__name__}")
     config = model.config
     removed: list[int] = []
-    rows, columns = patch_grid(model.vit, images)
+    patches = math.prod(patch_grid(model.vit, images))
     for r in schedule.schedule(model.depth):
-        removed.append(min(r, (rows * columns - sum(removed)) // 2))
+        removed.append(min(r, (patches - sum(removed)) // 2))
     fitting = _Fitting(config, tuple(removed), [1.0] * model.depth)
     model.config = fitting
     try:

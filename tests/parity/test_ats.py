@@ -200,7 +200,7 @@ def test_the_released_macs(ats_official: Path, mode: str, name: str) -> None:
     n, m = usage.attended[:, blocks], usage.updated[:, blocks]
     more = (n - m - 1) * model.shape.heads * model.shape.head_dim * n
     assert (macs(usage, model.shape) + more.sum(dim=1)).tolist() == recorded.case["macs"][name]
-    shape = replace(model.shape, depth=model.shape.depth - 1)
+    shape = replace(model.shape, blocks=model.shape.blocks[1:])
     assert dense_macs(shape, usage.grid) == recorded.case["macs"]["dense"]
 
 
