@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import Unreadable, in_channels, list_images, open_pictures, preparation
+from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
@@ -203,9 +203,7 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
 
 
 def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
-    if not folder.is_dir():
-        raise ValueError(f"data is {str(folder)!r}, which is not a folder")
-    listing = list_images(folder)
+    listing = list_folder(folder, "BenchConfig.data")
     pictures = open_pictures(listing, settings)
     size = len(pictures)
     if size < count:

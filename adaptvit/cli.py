@@ -229,6 +229,7 @@ def run_train(arguments: Namespace) -> None:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if PartialState().is_main_process:
         _say_listed(outcome.result.figures)
+        _say_unused(outcome.result.unreadable, ())
         say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 
 

@@ -209,7 +209,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
         facts={"Conditions": conditions, "Machine": timed["machine"]},
     )
     write(report, config.output / "report.html")
-    unreadable = [Unreadable(*one) for one in records[DENSE]["unreadable"]]
+    unreadable = [*what.unreadable, *(Unreadable(*one) for one in records[DENSE]["unreadable"])]
     return Outcome(rows, unreadable, config.output / "report.html", what.left_out)
 
 
@@ -221,6 +221,7 @@ class _Compared:
         files: fine-tuned models by the names that they were given.
         aside, measured: numbers of the images in the split.
         calibration: the images that are set aside.
+        unreadable: those of them that cannot be decoded.
     """
 
     def __init__(self, config: MethodsConfig) -> None:
@@ -239,8 +240,9 @@ class _Compared:
         check_classes(split, self.dense, config.root, config.class_map)
         self.left_out = split.left_out if isinstance(split, Samples) else ()
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
-        aside = Subset(split, self.aside)
-        self.calibration = spread_over(aside, len(self.aside)).images.to(next(self.dense.parameters()))
+        aside = spread_over(Subset(split, self.aside), len(self.aside))
+        self.calibration = aside.images.to(next(self.dense.parameters()))
+        self.unreadable = aside.unreadable
         self.images = [contents(path) for path in (config.root, config.class_map)]
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
         self.turned: VisionTransformer | None = None  # with the gate that all budgets of A-ViT share

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import (
-    IMAGE_SUFFIXES,
     NOT_FINITE,
     DataConfig,
     LeftOut,
@@ -192,7 +191,7 @@ def _samples(config: DrawConfig, settings: dict[str, Any]) -> Samples:
         return samples
     if not listing.names:
         hint = "; for folders of classes, pass --per-class true" if "folders" in listing.skipped else ""
-        raise ValueError(f"folder {str(config.folder)!r} has no pictures ({', '.join(IMAGE_SUFFIXES)}){hint}")
+        raise ValueError(f"folder {str(config.folder)!r} has no pictures: {listing.instead}{hint}")
     return open_pictures(listing, settings)
 
 

@@ -36,10 +36,11 @@ from adaptvit.data import (
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
+from adaptvit.tensorfiles import check_finite
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
-from adaptvit.vit import patch_grid, shape_of
+from adaptvit.vit import model_name, patch_grid, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +130,11 @@ def evaluate(
         layout: as in the adaptive model's forward.
         workers: processes that decode; 0 decodes here.
     Raises:
+        TypeError: items of the data set are no images with labels.
         ValueError: the data set has no image that can be read and has finite logits, or a label that the model's head
-            does not have.
+            does not have; or weights are not finite, which no image may show.
     """
+    check_finite(model_name(model.vit if isinstance(model, AdaptiveViT) else model), model.state_dict())
     training = model.training
     model.eval()
     losses, places, usages, unreadable = [], [], [], []

@@ -194,8 +194,8 @@ def train(
         FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
         TypeError: the method learns from a teacher's patches, and the teacher is no timm ViT.
         ValueError: the images are of another shape than the model or the teacher takes, the teacher has other classes,
-            the training split is smaller than a batch, a pattern of `Recipe.freeze` names no parameter, or the
-            recipe has a target and the method no knob.
+            the training split is smaller than a batch or has one of which no image can be read, a pattern of
+            `Recipe.freeze` names no parameter, or the recipe has a target and the method no knob.
     """
     AcceleratorState._reset_state()  # accelerate has one precision a process otherwise; `as_found` brings it back
     accelerator = Accelerator(
@@ -377,6 +377,9 @@ class _Training:
     def _step(self, step: int, batch: Batch, number: int) -> tuple[Output, Tensor]:
         """Forward, backward and, after every `Recipe.accumulate` steps, an update; steps count from 0 over the run."""
         recipe, accelerator = self.recipe, self.accelerator
+        if not len(batch.labels):
+            (name, why), *others = batch.unreadable
+            raise ValueError(f"none of {1 + len(others)} images can be read, the first being {name!r}: {why}")
         images, labels = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
         self._report_unreadable(batch)
         update = step // recipe.accumulate

@@ -114,7 +114,11 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_too_few_images_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds 0 images, but the bench wants 8"):
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"BenchConfig.data is .*, which holds no images: 1 hidden: '.hidden.png'"):
+        bench(BenchConfig("deit_tiny_patch16_224", data=tmp_path, **SMALL))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 1 images, but the bench wants 8"):
         bench(BenchConfig("deit_tiny_patch16_224", data=tmp_path, **SMALL))
 
 

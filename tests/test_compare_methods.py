@@ -77,6 +77,15 @@ def test_every_method_meets_its_budget_on_images_that_were_not_fitted_to(
     assert rows["merge 0.6"].record["gmacs_p10"] < rows["merge 0.6"].record["gmacs_p90"]
 
 
+def test_an_unreadable_image_that_was_set_aside_is_told(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "0" / "0.png").write_bytes(b"")
+    outcome = compare_methods.compare_methods(
+        settings(folder, tmp_path / "out", root=tmp_path / "images", methods=("tome",), budgets=(0.8,), pictures=0)
+    )
+    assert [one.name for one in outcome.unreadable] == ["0/0.png"]
+
+
 def test_differences_from_dense_are_image_by_image(finished: tuple[MethodsConfig, Outcome]) -> None:
     config, outcome = finished
     rows = by_label(outcome)

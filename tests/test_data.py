@@ -2,16 +2,19 @@ import io
 import random
 import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
+from adaptvit import FullConfig
 from adaptvit.data import (
     HELD_OUT,
     DataConfig,
@@ -23,6 +26,7 @@ from adaptvit.data import (
     open_split,
 )
 from adaptvit.data import sets as data_module
+from adaptvit.train import Recipe, train
 
 SETTINGS = {
     "input_size": (3, 32, 32),
@@ -225,9 +229,45 @@ def test_filling_turns_to_an_image_more_than_once_if_it_must() -> None:
     assert batch.labels.tolist() == [4, 4, 4, 4]
 
 
-def test_a_training_batch_of_nothing_readable_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"none of 2 images can be read, the first being 'a.png': empty"):
-        filled([Unreadable("a.png", "empty"), Unreadable("b.png", "text")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_batch_of_nothing_readable_is_refused(workers: int, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for kind in ("ant", "bee"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            (tmp_path / split / kind / "a.png").write_text("no picture")
+    data = open_data(replace(config(tmp_path), workers=workers), SETTINGS)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    with pytest.raises(ValueError, match=r"^none of 2 images can be read, the first being '[a-z]{3}/a.png': not an im"):
+        train(FullConfig().build(vit), data, Recipe(epochs=1, warmup_epochs=0, batch_size=2), tmp_path / "out")
+
+
+IMAGE = torch.zeros(3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"image": IMAGE, "label": 0}, "dict"),
+        ((Image.new("RGB", (4, 4)), 0), "Image, int"),
+        ((IMAGE.numpy(), 0), "ndarray, int"),
+        ((IMAGE, 0, "a.png"), "Tensor, int, str"),
+        (IMAGE, "Tensor"),
+        ((IMAGE, 1.5), "Tensor, float"),
+        ((IMAGE, torch.eye(2)), "Tensor, Tensor"),
+        ((IMAGE.byte(), 0), "torch.uint8, 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_items_that_are_no_images_with_labels_are_named(item: object, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"must be \(normalised image, label\), .*, got \({said}\)"):
+        collate([(IMAGE, 0), item])
+
+
+def test_whole_numbers_of_any_kind_are_labels_and_images_of_other_shapes_are_refused() -> None:
+    labels = [3, np.int64(3), torch.tensor(3), torch.tensor([3])]
+    assert collate([(IMAGE, label) for label in labels]).labels.tolist() == [3] * 4
+    with pytest.raises(ValueError, match=r"must have one shape, got \(3, 2, 2\) and \(3, 4, 4\)"):
+        collate([(IMAGE, 0), (torch.zeros(3, 2, 2), 0)])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -294,7 +294,8 @@ def test_rank_correlation_is_that_of_scipy() -> None:
 @pytest.mark.parametrize(
     ("there", "settings", "error", "said"),
     [
-        ([], {}, ValueError, "has no pictures"),
+        ([], {}, ValueError, "has no pictures: no file ends in .avif"),
+        ([".a.png"], {}, ValueError, "has no pictures: 1 hidden: '.a.png'"),
         (["kind/a.png"], {}, ValueError, "--per-class true"),
         (["a.png"], {"folder": "nowhere"}, FileNotFoundError, "nowhere.* does not exist"),
         (["a.png"], {"per_class": True}, ValueError, "a folder for each class.*itself holds 'a.png'"),

@@ -93,8 +93,19 @@ def test_evaluate_counts_no_class_whose_logit_is_nan_as_right(tmp_path: Path) ->
     data = Images(images(vit, count=4), torch.tensor([3, 3, 3, 3]))
     vit.head.weight.data[3, 0] = torch.nan
     for model in (vit, FullConfig().build(vit)):
-        with pytest.raises(ValueError, match="has none: image 0, the model's logits for it are not finite, is the fir"):
+        with pytest.raises(ValueError, match=r"holds NaN or infinity in (vit\.)?head.weight"):
             evaluate(model, data)
+    vit.head.weight.data[3, 0] = 3e38
+    vit.norm.weight.data[0] = 3e38
+    with pytest.raises(ValueError, match="has none: image 0, the model's logits for it are not finite, is the fir"):
+        evaluate(vit, data)
+
+
+def test_a_weight_that_no_logit_shows_is_named() -> None:
+    vit = small_vit()  # of fewer than 16 keys torch's attention on a CPU makes numbers of NaN
+    vit.blocks[-1].attn.qkv.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in vit\.blocks\.3.attn.qkv.weight"):
+        evaluate(METHODS["tome"].build(vit), Images(images(vit, count=2), torch.tensor([0, 1])))
 
 
 def test_predict_names_what_has_no_finite_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,9 +247,45 @@ def test_tars_hung_on_one_another_have_no_hole(tmp_path: Path) -> None:
     assert (len(reader), unreadable) == (9, [])
 
 
+def test_links_in_a_tar_lead_where_they_would_if_it_were_unpacked(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name, target in (
+            ("2", "1.png"),
+            ("1", "0.png"),
+            ("lost", "3.png"),
+            ("self", "self.png"),
+            ("file", "3.png"),
+        ):
+            link = tarfile.TarInfo(f"ant/{name}.png")
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name in ("0", "file"):
+            tar.add(tmp_path / "a.png", f"ant/{name}.png")
+    reader, unreadable = read(tmp_path / "val.tar")
+    assert [name for name, _ in reader.samples] == [f"ant/{name}.png" for name in (0, 1, 2, "file", "lost", "self")]
+    assert unreadable == [
+        Unreadable("ant/lost.png", "a link to '3.png', which is not in the tar"),
+        Unreadable("ant/self.png", "a link to 'self.png', which is not in the tar"),
+    ]
+
+
+@pytest.mark.parametrize("size", [b"00077777777\0", b"\x80" + b"\xff" * 11])
+def test_a_size_beyond_the_end_of_a_tar_is_a_cut(tmp_path: Path, size: bytes) -> None:
+    path = packed(split(tmp_path / "val"), "val.tar", "val")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"val/cow/1.png")
+    content[start + 124 : start + 136] = size
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    path.write_bytes(content)
+    assert "cut off: " in {one.name: one.reason for one in read(path)[1]}["cow/1.png"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        b"ant\n\xef\xbb\xbfbee\ncow",
         b"\xef\xbb\xbfAnt\r\nbee\r\n\r\nCOW  \r\n",
         b"ant\rBEE\rcow",
         "\nant\n  bee\ncow\n\n".encode("utf-16"),

@@ -45,14 +45,18 @@ def values(file: io.BytesIO, channels: int = 1) -> list[list[int]]:
     return np.asarray(read_image(file, channels)).tolist()
 
 
-def png(width: int, height: int, depth: int) -> bytes:
-    """A grey PNG's header, and no pixels."""
+def png(
+    width: int, height: int, depth: int, kind: int = 0, pixels: bytes = b"\0", transparent: bytes | None = None
+) -> bytes:
+    """A PNG of bytes that are given as they are, grey unless `kind` is 2: RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    hidden = b"" if transparent is None else chunk(b"tRNS", transparent)
+    return head + hidden + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -105,6 +109,38 @@ def test_what_is_transparent_shows_white_whatever_it_hides() -> None:
     assert values(saved(wide, "PNG", transparency=8224)) == [[0, 255, 64]]
     palette = UPRIGHT.convert("P")
     assert set(np.asarray(read_image(saved(palette, "PNG", transparency=bytes(256)))).ravel()) == {255}
+
+
+@pytest.mark.parametrize(("depth", "step"), [(2, 85), (4, 17)])
+def test_the_transparent_grey_of_few_bits_is_the_pixels_own(depth: int, step: int) -> None:
+    row = {2: b"\0\x1b", 4: b"\0\x01\x23"}[depth]  # of 0, 1, 2 and 3
+    hidden = struct.pack(">H", 2)
+    assert values(io.BytesIO(png(4, 1, depth, pixels=row))) == [[0, step, 2 * step, 3 * step]]
+    assert values(io.BytesIO(png(4, 1, depth, pixels=row, transparent=hidden))) == [[0, step, 255, 3 * step]]
+
+
+@pytest.mark.parametrize("key", [(300, 0, 0), (16, 8, 0)])
+def test_a_transparent_colour_of_sixteen_bits_is_refused(key: tuple[int, ...]) -> None:
+    file = png(1, 1, 16, kind=2, pixels=bytes(7), transparent=struct.pack(">3H", *key))
+    with pytest.raises(ValueError, match="transparent colour with 16 bits a channel"):
+        read_image(io.BytesIO(file))
+
+
+def test_signed_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="its values are signed"):
+        read_image(saved(Image.new("L", (4, 4), 200), "TIFF", tiffinfo={339: 2}))
+
+
+def test_a_strip_that_would_be_scaled_without_bound_is_refused(tmp_path: Path) -> None:
+    strip = Image.new("L", (1, 101), 9)
+    strip.save(tmp_path / "a.png")
+    samples = open_split(DataConfig(root=tmp_path), preparation_of_name("vit_tiny_patch16_224", {}), ".")
+    handed = Samples(TorchImages(Pairs([strip]), None, "pairs"), 3, lambda image: image)
+    for item in (samples[0], handed[0]):
+        assert isinstance(item, Unreadable)
+        assert item.reason == "of its 1 x 101 pixels one side is over 100 times the other"
+    assert open_picture(tmp_path / "a.png").image.size == (1, 8)  # the page says that it shows the middle
+    assert read_image(saved(Image.new("L", (1, 100)), "PNG")).size == (1, 100)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
@@ -251,15 +287,17 @@ class Pairs:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_data_sets_of_others_go_through_the_same_door(channels: int) -> None:
     grey, wide = Image.new("L", (4, 4), 51), Image.fromarray(np.full((4, 4), 51 * 257, dtype=np.uint16))
-    pairs = Pairs([grey, wide, grey.convert("RGB"), Image.new("F", (4, 4)), np.full((4, 4), 51, np.uint8)])
+    whole = np.full((4, 4), 51, np.uint8)
+    pairs = Pairs([grey, wide, grey.convert("RGB"), Image.new("F", (4, 4)), whole, torch.from_numpy(whole)])
 
     def transform(image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(image).copy())
 
-    samples = Samples(TorchImages(pairs, None, "x"), channels, transform)
-    items = [samples[index] for index in range(5)]
+    handed = Samples(TorchImages(pairs, None, "pairs"), channels, transform)
+    items = [handed[i] for i in range(6)]
     assert isinstance(items[3], Unreadable)
     assert items[3].name == "image 3"
+    assert items[5] == Unreadable("image 5", "it is a Tensor, neither an image of Pillow's nor an array")
     for index in (0, 1, 2, 4):
         assert items[index][0].unique().tolist() == [51]
         assert items[index][0].ndim == (2 if channels == 1 else 3)

@@ -72,9 +72,9 @@ def _lines(path: Path, what: str) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{what} is {str(path)!r}, which is not a file")
     content = path.read_bytes()
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     try:
-        text = content.decode(encoding)
+        text = content.decode(encoding).replace("\ufeff", "")  # one in the middle is of files that were put together
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{what} {str(path)!r} is not text in UTF-8: its line {line} cannot be read") from None

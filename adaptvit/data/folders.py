@@ -76,6 +76,11 @@ class Listing:
         """What is not used, to be told."""
         return told(self.skipped)
 
+    @property
+    def instead(self) -> str:
+        """What there is where there are no images, in words."""
+        return "; ".join(map(str, self.left_out)) or f"no file ends in {' '.join(IMAGE_SUFFIXES)}"
+
     def open(self, name: str) -> BinaryIO:
         """The bytes of an image.
 
@@ -320,7 +325,7 @@ class ClassFolders:
         self.listing, self.root = listing, str(listing.root)
         within = f"{where} has no images that can be read"
         if not listing.names:
-            raise ValueError(f"{within}: {_nothing(listing)}")
+            raise ValueError(f"{within}: {listing.instead}")
         folders = sorted((name for name in listing.folders if "/" not in name), key=natural)
         skipped = {kind: list(names) for kind, names in listing.skipped.items()}
         self._check_repeated(listing, names, where)
@@ -411,7 +416,7 @@ def list_folder(folder: Path, what: str, below: bool = True) -> Listing:
     except PermissionError:
         raise PermissionError(f"{what} is {str(folder)!r}, which cannot be read: permission denied") from None
     if not listing.names:
-        raise ValueError(f"{what} is {str(folder)!r}, which holds no images: {_nothing(listing)}")
+        raise ValueError(f"{what} is {str(folder)!r}, which holds no images: {listing.instead}")
     return listing
 
 
@@ -489,11 +494,6 @@ def _listed(root: Path, split: str, where: str) -> Listing:
         raise ValueError(f"{where} has no images that can be read: {error}") from None
     chosen = find_split(root, split, where, listing)
     return listing if chosen in (None, ".") else listing.within(str(chosen))
-
-
-def _nothing(listing: Listing) -> str:
-    """What there is instead of images."""
-    return "; ".join(map(str, listing.left_out)) or f"no file ends in {' '.join(IMAGE_SUFFIXES)}"
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -16,6 +16,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 one, starts Ghostscript."""
 PIXELS = 40_000_000
 """Most pixels that are decoded; a JPEG of more is decoded at a half, a quarter or an eighth of its size."""
+SLIMMEST = 100
+"""Most times that one side is the other: scaled until the shorter one fits a model, the longer would have no bound."""
 GROUND = "white"
 """What is seen through transparent pixels."""
 
@@ -29,6 +31,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by its EXIF orientation."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""By what Pillow multiplies the grey of a PNG of 2 and 4 bits, but not the grey that stands for transparency."""
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -81,13 +85,20 @@ def decode_image(image: Image.Image | np.ndarray, channels: int = 3, side: int |
     """What `open_image` gave, an image of Pillow's or an array, as 8-bit grey (1 channel) or RGB (3), upright.
 
     Args:
-        side: scaled down until neither side is longer; a JPEG may be decoded at less than its size then.
+        side: scaled down until neither side is longer; a JPEG may be decoded at less than its size then. None decodes
+            none that is slimmer than `SLIMMEST`.
     Raises:
         Exception: of several kinds, where Pillow cannot decode it.
-        ValueError: the range of its values is not known.
+        TypeError: it is neither an image nor an array.
+        ValueError: the range of its values is not known, or it is too slim.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"it is a {type(image).__name__}, neither an image of Pillow's nor an array")
+    if side is None and max(image.size) > SLIMMEST * min(image.size):
+        raise ValueError(f"of its {image.width} x {image.height} pixels one side is over {SLIMMEST} times the other")
+    _check_values(image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of damaged metadata, which name no file
         scale = _scale(image, side)
@@ -125,6 +136,18 @@ def in_channels(image: Image.Image, channels: int) -> Image.Image:
     if image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")  # LAB, for one, does not turn grey by itself
     return image if image.mode == wanted else image.convert(wanted)
+
+
+def _check_values(image: Image.Image) -> None:
+    """Refuse an image, not decoded yet, whose values Pillow would change without a word, or put its colour right."""
+    if image.mode == "L" and 2 in getattr(image, "tag_v2", {}).get(339, ()):  # SampleFormat of a TIFF
+        raise ValueError("its values are signed, and their range is not told: save it with 8 or 16 bits, unsigned")
+    tiles = getattr(image, "tile", None)  # of a file
+    key, stored = image.info.get("transparency"), tiles[0].args if tiles else None
+    if isinstance(key, tuple) and (stored == "RGB;16B" or max(key) > 255):
+        raise ValueError("it names a transparent colour with 16 bits a channel, of which 8 are read: save it with 8")
+    if image.format == "PNG" and stored in GREY_STEPS and key is not None:
+        image.info["transparency"] = key * GREY_STEPS[stored]
 
 
 def _fitting(image: Image.Image) -> list[int]:
@@ -166,9 +189,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _on_ground(image: Image.Image) -> Image.Image:
     """The image as RGB, where it is transparent over `GROUND`."""
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:
-        raise ValueError("it names a transparent colour with 16 bits a channel, of which 8 are read: save it with 8")
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")

@@ -3,16 +3,16 @@
 An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
 
+import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform
@@ -247,11 +247,11 @@ def _item(
     """An image, of a file or as a library decoded it, and its label; -1 where there are none."""
     try:
         found, label = source()[:2]
-        if isinstance(found, Image.Image | np.ndarray):
-            image = decode_image(found, channels)
-        else:
+        if isinstance(found, io.IOBase):
             with found:
                 image = read_image(found, channels)
+        else:
+            image = decode_image(found, channels)
     except Exception as error:  # Pillow raises half a dozen kinds
         return Unreadable(name(), str(error) or type(error).__name__)
     return transform(image), -1 if label is None else label
@@ -263,19 +263,32 @@ def collate(items: Sequence[Any], fill: bool = False) -> Batch:
     Args:
         fill: give the place of an unreadable image to another of the same batch, so that its size stays.
     Raises:
-        ValueError: with `fill`, no image of the batch is readable.
+        TypeError: an item is neither `Unreadable` nor a tensor of floats with an int.
+        ValueError: the images have several shapes.
     """
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     good = [item for item in items if not isinstance(item, Unreadable)]
-    if fill and unreadable:
-        if not good:
-            first = unreadable[0]
-            raise ValueError(f"none of {len(items)} images can be read, the first being {first.name!r}: {first.reason}")
+    if fill and good:
         good += [good[i % len(good)] for i in range(len(unreadable))]
     if not good:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), unreadable)
-    images, labels = zip(*good, strict=True)
-    return Batch(torch.stack(images), torch.tensor([int(label) for label in labels]), unreadable)
+    images, labels = zip(*map(_pair, good), strict=True)
+    if len(shapes := {tuple(image.shape) for image in images}) > 1:
+        raise ValueError(f"images of one batch must have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+    return Batch(torch.stack(images), torch.tensor(labels), unreadable)
+
+
+def _pair(item: Any) -> tuple[Tensor, int]:
+    """An item of any data set as an image and its label."""
+    try:
+        image, label = item
+        if not isinstance(item, Mapping) and image.is_floating_point():
+            return image, operator.index(label)
+        told = f"({image.dtype}, {label!r})"
+    except (AttributeError, TypeError, ValueError):
+        parts = item if isinstance(item, tuple | list) else [item]
+        told = f"({', '.join(type(part).__name__ for part in parts)})"
+    raise TypeError(f"items of a data set must be (normalised image, label), a tensor of floats and an int, got {told}")
 
 
 def filled(items: Sequence[Any]) -> Batch:

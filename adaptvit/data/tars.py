@@ -31,11 +31,10 @@ class Member(NamedTuple):
         if self.fault:
             raise OSError(self.fault)
         with open_file(self.tar) as file:
+            if self.start + self.size > file.seek(0, io.SEEK_END):
+                raise OSError(f"cut off: {str(self.tar)!r} ends before it does")
             file.seek(self.start)
-            content = file.read(self.size)
-        if len(content) < self.size:
-            raise OSError(f"cut off: {str(self.tar)!r} ends before it does")
-        return io.BytesIO(content)
+            return io.BytesIO(file.read(self.size))
 
 
 @dataclass
@@ -65,7 +64,8 @@ def scan_tar(path: Path) -> Tar:
 
 
 def _scanned(file: Any, path: Path, name: str, start: int, inner: bool) -> Tar:
-    found, links = Tar(), []
+    found = Tar()
+    links: dict[str, tuple[str, str]] = {}  # where each leads, and as it says itself
     for entry in _entries(file):
         if isinstance(entry, tuple):
             first, last, fault = entry
@@ -76,8 +76,9 @@ def _scanned(file: Any, path: Path, name: str, start: int, inner: bool) -> Tar:
             found.folders |= {label} - {""}
         elif entry.issym() or entry.islnk():
             beside = PurePosixPath(label).parent / entry.linkname if entry.issym() else PurePosixPath(entry.linkname)
-            links.append((label, _resolved(beside), entry.linkname))
+            links[label] = _resolved(beside), entry.linkname
         elif entry.isreg() and not entry.issparse():
+            links.pop(label, None)
             if inner and label.lower().endswith(".tar"):
                 _put_inside(found, file, path, f"{name}/{label}", label[:-4], start + entry.offset_data, entry.size)
             else:
@@ -85,9 +86,13 @@ def _scanned(file: Any, path: Path, name: str, start: int, inner: bool) -> Tar:
         else:
             kind = "stored sparsely, which is not supported" if entry.isreg() else "a pipe or device, not a file"
             found.members[label] = Member(path, 0, 0, kind)
-    for label, target, told in links:
+    for label, (target, told) in links.items():
+        passed = {label}
+        while target in links and target not in passed:
+            passed.add(target)
+            target = links[target][0]
         missing = Member(path, 0, 0, f"a link to {told!r}, which is not in the tar")
-        found.members[label] = found.members.get(target, missing)
+        found.members[label] = missing if target in links else found.members.get(target, missing)
     return found
 
 
