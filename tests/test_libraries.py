@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from adaptvit.data import DataConfig, Samples, Unreadable, class_names, collate, open_data, open_split
+from adaptvit.data import DataConfig, Samples, Unreadable, class_names, collate, open_data, open_split, sets
 from adaptvit.data.libraries import TorchImages
 
 SETTINGS = {
@@ -185,6 +185,25 @@ def test_a_stream_of_the_hub_gives_what_its_rows_give(hub: Any, workers: int) ->
     assert batch.labels.tolist() == [0, 1]
     assert [item.reason for item in batch.unreadable] == [item.reason for item in by_number.unreadable]
     assert len({item.name for item in batch.unreadable}) == 4
+
+
+def test_processes_share_a_stream_to_train_on_and_each_evaluates_all_of_it(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason=NEEDED)
+    source = hub([(encoded(picture(number)), number) for number in range(6)], datasets.ClassLabel(names=list("abcdef")))
+    source = DataConfig(**vars(source) | {"dataset": "hfids" + source.dataset[4:]})
+    labels = []
+    for rank in (0, 1):
+        monkeypatch.setattr(sets, "_place", lambda rank=rank: (rank, 2))
+        train = open_split(source, SETTINGS, "validation", augment=True)
+        train.set_epoch(5)
+        assert len(train) == 3
+        labels.append([label for _, label in train])
+        test = open_split(source, SETTINGS, "validation")
+        assert [label for _, label in test] == [*range(6)]
+        assert len(test) == 6
+    assert sorted(labels[0] + labels[1]) == [*range(6)]
 
 
 def test_torchvisions_folders_are_read_by_the_one_decoder(tmp_path: Path) -> None:

@@ -206,13 +206,15 @@ class Stream(IterableDataset):
 
     def __init__(self, source: Any, channels: int, transform: Any) -> None:
         self.source, self.reader, self.channels, self.transform = source, source.reader, channels, transform
+        self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1  # every process evaluates all images
 
     def set_epoch(self, seed: int) -> None:
-        """Begin an epoch in the order of a seed, which is the same in all processes."""
+        """Begin an epoch in the order of a seed, which is the same in all processes; each has a share of it."""
+        self.reader.dist_rank, self.reader.dist_num_replicas = _place()
         self.source.set_epoch(seed)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return math.ceil(self.reader.num_samples / (_place()[1] if self.reader.is_training else 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
         from datasets import Image as HubImage  # type: ignore[import-not-found, import-untyped, unused-ignore]
