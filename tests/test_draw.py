@@ -127,7 +127,7 @@ def test_the_most_varied_image_of_each_class_is_drawn(
     def output(_: object, images: torch.Tensor) -> Output:
         halves = torch.tensor([order.pop(0) for _ in images]).repeat_interleave(8, dim=1)  # (B, 16)
         tokens = torch.cat([torch.tensor([[1], [4]])[: len(images)], halves], dim=1)  # class tokens, not to be counted
-        return Output(torch.zeros(len(images), 3), Usage.of_depth(tokens, blocks=4, heads=4, grid=(4, 4), prefix=1))
+        return Output(torch.zeros(len(images), 3), Usage.of_depth(tokens, heads=[4] * 4, grid=(4, 4), prefix=1))
 
     monkeypatch.setattr(module, "_full_output", output)
     drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", per_class=True, batch_size=2))
