@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,21 +12,26 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
+from adaptvit.checkpoints import is_stored, open_model, remade
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods import METHODS
-from adaptvit.model import AdaptiveViT
+from adaptvit.methods.full import FullConfig
+from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.process import as_found, best_device
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
 
+PLAIN = "avit"
+"""What a plain ViT is measured as, unless told."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,9 +40,10 @@ class BenchConfig:
     """What to measure, and how."""
 
     model: str
-    """Name of a timm ViT; its weights are random, which its speed does not depend on."""
-    method: Annotated[str, OneOf(METHODS)] = "avit"
-    """Adaptive method: a key of `adaptvit.methods.METHODS`."""
+    """Name of a timm ViT, whose weights are random, which its speed does not depend on; or a file, folder or repository
+    of a model, as other commands take it, with its own."""
+    method: Annotated[str | None, OneOf(METHODS)] = None
+    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, avit where it is a plain ViT."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
@@ -65,27 +71,37 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        known = [field.name for field in fields(METHODS[self.method])]
-        for name in self.settings:
-            if name not in known:
-                raise ValueError(
-                    f"BenchConfig.settings of {self.method} must be some of {', '.join(known)}, got {name!r}"
-                )
-        try:
-            METHODS[self.method](**self.settings)
-        except ValueError as error:
-            raise ValueError(f"BenchConfig.settings: {error}") from None
+        stored = is_stored(self.model)
+        if self.method is not None or not stored:
+            self.of(METHODS[self.method or PLAIN]())
         if self.images % self.batch_size:
             raise ValueError(
                 f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
             )
         check_device("BenchConfig.device", self.device)
-        if not timm.is_model(self.model):
+        if not stored and not timm.is_model(self.model):
             near = sorted(
                 timm.list_models(f"*{self.model.split('_')[0]}*"), key=lambda name: not name.startswith(self.model)
             )[:3]
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"BenchConfig.model: timm {timm.__version__} has no model named {self.model!r}{hint}")
+
+    def of(self, method: MethodConfig) -> MethodConfig:
+        """A method's config with `settings`.
+
+        Raises:
+            ValueError: it has no such field, or not such a value.
+        """
+        known = [field.name for field in fields(method)]  # type: ignore[arg-type]
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(
+                    f"BenchConfig.settings of {method.method} must be some of {', '.join(known)}, got {name!r}"
+                )
+        try:
+            return replace(method, **self.settings)  # type: ignore[type-var]
+        except ValueError as error:
+            raise ValueError(f"BenchConfig.settings: {error}") from None
 
 
 @as_found()
@@ -103,13 +119,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
-    size = {} if config.img_size is None else {"img_size": config.img_size}
-    vit = timm.create_model(config.model, **size).to(device, dtype).train(config.train)
+    opened = _opened(config).to(device, dtype).train(config.train)
+    vit = opened.vit
     images = bench_images(config, vit).to(device, dtype)
     batches = images.split(config.batch_size)
 
-    method = METHODS[config.method](**config.settings)
-    model = method.build(vit)
+    model = _with_method(opened, config)
+    method = model.config
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
@@ -132,7 +148,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     attended = usage.attended.double()
     return {
         "model": config.model,
-        "method": config.method,
+        "method": method.method,
         "settings": config.settings,
         "knob": None if method.knob is None else {method.knob.field: getattr(model.config, method.knob.field)},
         "training_step": config.train,
@@ -159,6 +175,38 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
+
+
+def _opened(config: BenchConfig) -> AdaptiveViT:
+    """The model at the size asked for: stored, with its method; or timm's, plain and untrained."""
+    size = {} if config.img_size is None else {"img_size": config.img_size}
+    if not is_stored(config.model):
+        return FullConfig().build(timm.create_model(config.model, **size))
+    model = open_model(config.model)
+    return _around(model.config, remade(model.vit, **size)[0], model) if size else model
+
+
+def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
+    """A model under the method that is measured.
+
+    Raises:
+        ValueError: it has a method already, which is another; or the settings are not of its own.
+    """
+    if isinstance(model.config, FullConfig):
+        return config.of(METHODS[config.method or PLAIN]()).build(model.vit)
+    if config.method not in (None, model.config.method):
+        raise ValueError(
+            f"{config.model} is {model.config.method} already; method {config.method!r} is for a plain ViT"
+        )
+    return _around(config.of(model.config), model.vit, model)
+
+
+def _around(method: Any, vit: VisionTransformer, like: AdaptiveViT) -> AdaptiveViT:
+    """A method around a ViT, with what another model of it has learnt to decide by."""
+    model: AdaptiveViT = method.build(vit)
+    own = {name: value for name, value in like.state_dict().items() if not name.startswith("vit.")}
+    model.load_state_dict(own, strict=False)
+    return model
 
 
 class _Layout:

@@ -4,6 +4,7 @@
     convert       published A-ViT, AdaViT, EViT, DynamicViT, DeiT, T2T-ViT and timm weights -> our files
     start_from    any of these -> a ViT to fine-tune
     open_model    a file, or timm's or the Hub's name of a model, as a command line gives it
+    remade        a ViT -> the same for other images or classes
 
 Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method.`. The metadata's `adaptvit` is JSON:
 
@@ -27,7 +28,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
@@ -40,6 +41,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
+from adaptvit.parts import add_representation, representation_names
 from adaptvit.records import stable
 from adaptvit.t2t import published_names
 from adaptvit.tensorfiles import (
@@ -55,7 +57,6 @@ from adaptvit.tensorfiles import (
 from adaptvit.vit import (
     ARGUMENTS,
     PREPROCESSING,
-    check,
     check_described,
     describe,
     model_name,
@@ -75,6 +76,10 @@ HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 """What stands before a repository of the Hub, or before a folder with the files of one."""
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 """Where such a folder has its weights; the first that is there."""
+WRAPPED = ("state_dict_ema", "state_dict", "model", "model_ema")
+"""Where training checkpoints have their weights, in the order in which the trainings' own evaluation reads them."""
+HEADS = ("head.", "head_dist.")
+"""What the names of a classifier's tensors begin with."""
 UNTAUGHT = (*AVIT, *ADAVIT, *DYNAMICVIT)
 """Names whose downloaded weights are a DeiT's, which never learnt what the method decides by."""
 NOT_FITTED = "what it drops says nothing of an image; train it, or let adaptvit budget fit a plain model"
@@ -112,7 +117,7 @@ def save(model: AdaptiveViT, path: Path | str) -> None:
     for key, value in model.state_dict().items():  # safetensors takes no views and no tensors that share memory
         tensors[_stored_name(key)] = value.cpu().clone(memory_format=torch.contiguous_format)
     with replacing(path) as partial:
-        partial.write_bytes(safetensors.torch.save(tensors, {KEY: json.dumps(record)}))
+        partial.write_bytes(safetensors.torch.save(tensors, {KEY: json.dumps(record, allow_nan=False)}))
 
 
 def load(path: Path | str, config_type: type[MethodConfig] | None = None) -> AdaptiveViT:
@@ -153,13 +158,10 @@ def open_model(name: Path | str) -> AdaptiveViT:
         ValueError: none of these, weights that cannot be downloaded or do not say their model, or what `load` raises.
     """
     word = str(name)
-    for source, where in ((source, word.removeprefix(source)) for source in HUBS if word.startswith(source)):
-        return _open_folder(Path(where) if source == "local-dir:" else _downloaded(where), word).eval()
-    path = Path(name)
-    if path.is_dir() and (any((path / file).exists() for file in HUB_FILES) or not timm.is_model(word)):
-        return _open_folder(path, word).eval()
-    if path.exists() or path.suffix.lower() in SUFFIXES:
-        return _open_file(path).eval()
+    if is_stored(name):
+        file = weights_file(name)
+        opened = _open_file(file) if file == Path(name) else _open_in_folder(file)
+        return opened.eval()
     if not timm.is_model(word):
         raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model")
     try:
@@ -178,9 +180,40 @@ def open_model(name: Path | str) -> AdaptiveViT:
     return model.eval()
 
 
+def is_stored(name: Path | str) -> bool:
+    """Whether a model's name is of a file, folder or repository, which hold its weights; else it is timm's to know."""
+    word, path = str(name), Path(name)
+    if word.startswith(HUBS):
+        return True
+    if path.is_dir():
+        return any((path / file).exists() for file in HUB_FILES) or not timm.is_model(word)
+    return path.exists() or path.suffix.lower() in SUFFIXES
+
+
+def weights_file(name: Path | str) -> Path:
+    """The file with the weights that a file's, a folder's or a repository's name stands for; downloaded if need be.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be downloaded, or is no ordinary file.
+    """
+    word = str(name)
+    source = next((source for source in HUBS if word.startswith(source)), "")
+    if source not in ("", "local-dir:"):
+        return existing(_downloaded(word.removeprefix(source)))
+    path = Path(word.removeprefix(source))
+    if not source and not path.is_dir():
+        return existing(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{word}: there is no folder {str(path)!r}")
+    found = [path / file for file in HUB_FILES if (path / file).exists()]
+    if not found:
+        raise FileNotFoundError(f"{str(path)!r} is a folder without weights: none of {', '.join(HUB_FILES)} is in it")
+    return existing(found[0])
+
+
 def _open_file(path: Path) -> AdaptiveViT:
     """An adaptvit file, or one that says which model its weights are of."""
-    path = existing(path)
     if _is_safetensors(path):
         return load(path)
     source = _read_weights(path)
@@ -188,6 +221,11 @@ def _open_file(path: Path) -> AdaptiveViT:
     gate = _trained_gate(source) if _told(name) == GATE else {}
     if name in AVIT:  # in other names two numbers may be a date
         gate = gate_in_name(path) | gate
+    if settings.get("depth", 1) > len(source.tensors):
+        raise ValueError(f"{path} says {settings['depth']} blocks, but has only {len(source.tensors)} tensors")
+    with _rebuilding(path), torch.device("meta"):
+        twin = _untrained(name, source, gate, settings)  # without memory: the file may claim any size
+    _check_claims(source, twin, f"{path} does not fit the {name} of its training arguments")
     model = _untrained(name, source, gate, settings)
     told = {key: source.trained_with.get(key) or None for key in PREPROCESSING}
     try:
@@ -214,7 +252,6 @@ def _told_model(source: "_Source") -> tuple[str, dict[str, Any]]:
             f"{path} does not say which timm model its weights are of{of}: make a file that does with adaptvit convert "
             f"{path} OUT.safetensors NAME"
         )
-    head = source.tensors.get("head.weight")
     settings = {**(told.get("model_kwargs") or {})} if isinstance(told.get("model_kwargs"), Mapping) else {}
     size = told.get("img_size") or told.get("input_size")
     if size is not None:
@@ -222,7 +259,7 @@ def _told_model(source: "_Source") -> tuple[str, dict[str, Any]]:
     for key, other in (("in_chans", "in_chans"), ("gp", "global_pool")):
         if told.get(key) is not None:
             settings[other] = told[key]
-    settings["num_classes"] = 0 if head is None or not head.ndim else len(head)
+    settings["num_classes"] = _class_count(source) or 0
     try:
         settings = check_described("its training argument", settings, ARGUMENTS)
     except ValueError as error:
@@ -230,59 +267,60 @@ def _told_model(source: "_Source") -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def _open_folder(folder: Path, name: str) -> AdaptiveViT:
-    """A folder as timm's `save_for_hf` leaves it and the Hub holds it, or with one of our files in it."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{name}: there is no folder {str(folder)!r}")
-    found = [folder / file for file in HUB_FILES if (folder / file).exists()]
-    if not found:
-        raise FileNotFoundError(f"{str(folder)!r} is a folder without weights: none of {', '.join(HUB_FILES)} is in it")
-    if _is_safetensors(found[0]) and KEY in read_safetensors(existing(found[0]))[1]:
-        return load(found[0])
-    source = _read_weights(existing(found[0]))
-    config = existing(folder / "config.json")
+def _open_in_folder(file: Path) -> AdaptiveViT:
+    """Weights in a folder as timm's `save_for_hf` leaves it and the Hub holds it, or one of our files in a folder."""
+    if _is_safetensors(file) and KEY in read_safetensors(file)[1]:
+        return load(file)
+    source = _read_weights(file)
+    config = existing(file.parent / "config.json")
     told = read_json(config, config.read_bytes())
     arguments = told.get("model_args") if isinstance(told, dict) else None
     depth = arguments.get("depth") if isinstance(arguments, dict) else None
     if isinstance(depth, int) and depth > len(source.tensors):
-        raise ValueError(f"{config} says {depth} blocks, but {found[0].name} has only {len(source.tensors)} tensors")
+        raise ValueError(f"{config} says {depth} blocks, but {file.name} has only {len(source.tensors)} tensors")
 
     def made() -> Any:
-        return timm.create_model(f"local-dir:{folder}", pretrained=False)
+        return _with_representation(timm.create_model(f"local-dir:{file.parent}", pretrained=False), source)
 
     with _rebuilding(config), torch.device("meta"):
-        twin = made()  # without memory: the file may claim any size
-        check(twin)
-    wanted = twin.state_dict()
-    _check_size(source, wanted)
+        twin = FullConfig().build(made())  # without memory: the file may claim any size
+    _check_claims(source, twin, f"{file} does not fit the config.json beside it")
     with _rebuilding(config):
         vit = made()
         data = check_described("its images'", {key: timm_config(vit).get(key) for key in PREPROCESSING}, PREPROCESSING)
         vit.pretrained_cfg = timm_config(vit) | data
         model = FullConfig().build(vit)
-    return _filled(model, source, str(folder))
+    return _filled(model, source, str(file.parent))
 
 
 def _downloaded(name: str) -> Path:
-    """The folder in which the Hub's client keeps a repository, `OWNER/NAME` or `OWNER/NAME@REVISION`.
+    """The weights of a repository, `OWNER/NAME` or `OWNER/NAME@REVISION`, where the Hub's client keeps them.
 
     Raises:
         ValueError: it is neither here nor can it be downloaded.
     """
     repository, _, revision = name.partition("@")
+    unseen: Exception | None = None
     try:
         for file in HUB_FILES:
-            with suppress(EntryNotFoundError):
-                folder = Path(hf_hub_download(repository, file, revision=revision or None)).parent
+            try:
+                found = Path(hf_hub_download(repository, file, revision=revision or None))
+            except LocalEntryNotFoundError as error:  # no network: one of the others may be here
+                unseen = error
+            except EntryNotFoundError:
+                pass
+            else:
                 with suppress(EntryNotFoundError):  # which our own files do without
                     hf_hub_download(repository, "config.json", revision=revision or None)
-                return folder
+                return found
     except Exception as error:  # the Hub's client raises a dozen kinds
-        raise ValueError(
-            f"hf-hub:{name} is not here and cannot be downloaded ({reason(error)}): where there is no network, bring "
-            "the repository's files in a folder and name it as local-dir:FOLDER"
-        ) from error
-    raise ValueError(f"hf-hub:{name} has no weights: none of {', '.join(HUB_FILES)} is in it")
+        unseen = error
+    if unseen is None:
+        raise ValueError(f"hf-hub:{name} has no weights: none of {', '.join(HUB_FILES)} is in it")
+    raise ValueError(
+        f"hf-hub:{name} is not here and cannot be downloaded ({reason(unseen)}): where there is no network, bring "
+        "the repository's files in a folder and name it as local-dir:FOLDER"
+    ) from unseen
 
 
 def start_from(vit: VisionTransformer, source: Path | str) -> bool:
@@ -291,7 +329,8 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     A table of positions that is not trained stays, unless the file has the same, turned as `fit_gate` turns it.
 
     Args:
-        source: a file as `convert` takes it, or an adaptvit file, whose method is left out.
+        source: a file as `convert` takes it, or an adaptvit file, whose method is left out; or the name of a folder or
+            repository with one, as `open_model` takes it.
     Returns:
         Whether the head came along.
     Raises:
@@ -299,21 +338,45 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
         ValueError: the file is damaged, needs code to be read, its other tensors do not fit or are not finite, or it is
             not to be told which grid its positions are for.
     """
-    found = _read_weights(existing(source), ours=True)
+    found = _read_weights(weights_file(source), ours=True)
     tensors = {key: value for key, value in found.tensors.items() if not key.startswith("method.")}
-    own = vit.state_dict()
-    heads = {key for key in own if key.startswith(("head.", "head_dist."))}
+    return _started(vit, replace(found, tensors=tensors), str(source))
+
+
+def remade(vit: VisionTransformer, **arguments: Any) -> tuple[VisionTransformer, bool]:
+    """A ViT made anew with other arguments, and the weights it had, as `start_from` gives them.
+
+    Args:
+        arguments: of `timm.create_model`.
+    Returns:
+        The new ViT, and whether the head came along.
+    Raises:
+        ValueError: weights do not fit those arguments, or nothing can be made of them.
+    """
+    name = model_name(vit)
+    try:
+        new = rebuild(describe(vit), **arguments)
+    except Exception as error:  # timm asserts, torch overflows, and each constructor has other arguments
+        raise ValueError(f"{name} cannot be made with {arguments}: {reason(error)}") from error
+    source = _Source(Path(name), dict(vit.state_dict()), {}, patch_grid(vit))
+    return new, _started(new, source, f"{name} as it was")
+
+
+def _started(vit: VisionTransformer, source: "_Source", name: str) -> bool:
+    """Fill a ViT with what fits; whether the head did."""
+    tensors, own = source.tensors, vit.state_dict()
+    heads = {key for key in own if key.startswith(HEADS)}
     fits = all(key in tensors and tensors[key].shape == own[key].shape for key in heads)
     if not fits:
-        tensors = {key: value for key, value in tensors.items() if key not in heads}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
     if "pos_embed" in own and not vit.pos_embed.requires_grad:  # no other is of its kind but one turned with its stream
         if not _is_turned(tensors.get("pos_embed"), own["pos_embed"]):
             tensors["pos_embed"] = own["pos_embed"]
     else:
-        _fit_positions(replace(found, tensors=tensors), vit)
+        _fit_positions(replace(source, tensors=tensors), vit)
     wanted = own if fits else {key: own[key] for key in own if key not in heads}
-    check_fit(f"{source} does not fit {model_name(vit)}", tensors, wanted)
-    check_finite(source, tensors)
+    check_fit(f"{name} does not fit {model_name(vit)}", tensors, wanted)
+    check_finite(name, tensors)
     vit.load_state_dict(tensors, strict=fits)
     return fits
 
@@ -360,8 +423,9 @@ def convert(
 
     Args:
         source: a released A-ViT, AdaViT, EViT, DynamicViT, DeiT or T2T-ViT file, a training checkpoint with weights
-            under `state_dict_ema`, `state_dict` or `model`, or a bare state dict, as `.pth` or `.safetensors`. Nothing
-            in it is executed.
+            under `state_dict_ema`, `state_dict`, `model` or `model_ema`, the first that is there, or a bare state dict,
+            as `.pth` or `.safetensors`; or a folder or repository with one, as `open_model` takes it. Nothing in it is
+            executed.
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
@@ -386,14 +450,14 @@ def convert(
     given = {name: value for name, value in chosen.items() if value is not None}
     if wrong := [name for name in given if name not in _told(model_name)]:
         raise ValueError(f"{model_name} has no {' and no '.join(wrong)}: leave out what its method does not have")
-    found = _read_weights(existing(source))
+    found = _read_weights(weights_file(source))
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
     if _told(model_name) == GATE:
         given = _trained_gate(found) | gate_in_name(found.path) | given
     model = _untrained(model_name, found, given, settings)
-    head = found.tensors.get("head.weight")
-    if head is not None and head.ndim and len(head) != num_classes:
-        raise ValueError(f"{source} has a head of {len(head)} classes, not {num_classes}: pass num_classes={len(head)}")
+    classes = _class_count(found)
+    if classes not in (None, num_classes):
+        raise ValueError(f"{source} has a head of {classes} classes, not {num_classes}: pass num_classes={classes}")
     save(_filled(model, found, model_name), target)
     _tell_unfitted(source, model_name, given)
     return model
@@ -409,6 +473,27 @@ def _filled(model: AdaptiveViT, source: "_Source", name: str) -> AdaptiveViT:
     check_finite(source.path, source.tensors)
     model.load_state_dict({key: source.tensors[_stored_name(key)] for key in own})
     return model
+
+
+def _class_count(source: "_Source") -> int | None:
+    """Classes of the head in a file; None where it has none."""
+    head = source.tensors.get("head.fc.weight", source.tensors.get("head.weight"))
+    return len(head) if head is not None and head.ndim else None
+
+
+def _with_representation(vit: Any, source: "_Source") -> Any:
+    """A ViT for these weights, which may have a representation layer that the ViT lacks.
+
+    Raises:
+        ValueError: they have, and no such layer can stand in this ViT.
+    """
+    layer = source.tensors.get("head.pre_logits.fc.weight")
+    if layer is not None and layer.ndim:
+        try:
+            add_representation(vit, len(layer))
+        except ValueError as error:
+            raise ValueError(f"{source.path} has pre_logits, which cannot be taken along: {error}") from error
+    return vit
 
 
 def _told(model_name: str) -> tuple[str, ...]:
@@ -432,11 +517,13 @@ def _untrained(model_name: str, source: "_Source", given: dict[str, Any], settin
         if model_name in ADAVIT:
             given = adavit_official.settings(source.trained_with)
         if model_name in AVIT or _told(model_name) != GATE:
-            return timm.create_model(model_name, **settings, **given)
-        config = AViTConfig(**given) if given else FullConfig()
+            model = timm.create_model(model_name, **settings, **given)
+        else:
+            config = AViTConfig(**given) if given else FullConfig()
+            model = config.build(timm.create_model(model_name, **settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source.path} cannot have {given}: {reason(error)}" if given else str(error)) from error
-    return config.build(timm.create_model(model_name, **settings))
+    return model.config.build(_with_representation(model.vit, source))
 
 
 def _trained_gate(source: "_Source") -> dict[str, Any]:
@@ -461,6 +548,8 @@ def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:
         return  # `check_fit` names it
     prefix, new = _position_table(vit)
     old, count = source.grid, table.shape[1] - prefix
+    if count < 1 or not table.is_floating_point():
+        return
     side = math.isqrt(max(0, count))
     if old is None and count == math.prod(new) != side**2:
         old = new  # what the same number of patches is likeliest to be
@@ -469,6 +558,8 @@ def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:
             f"{source.path} does not say whether its {count} positions are for {side} x {side} patches or for the "
             f"{new[0]} x {new[1]} of {model_name(vit)}: make it an adaptvit file, which says so, with adaptvit.save"
         )
+    if old is None and side**2 != count:
+        raise ValueError(f"{source.path} has positions of {count} patches, which do not make a square grid")
     if old is None or math.prod(old) == count:
         source.tensors["pos_embed"] = resize_positions(table, new, prefix, old)
 
@@ -531,7 +622,7 @@ def _read_weights(path: Path, ours: bool = False) -> _Source:
         raise ValueError(f"{path} is what a training resumes from: take the model.safetensors beside it")
     weights, trained_with = content, dict[str, Any]()
     if isinstance(content, dict):
-        held = [content[key] for key in ("state_dict_ema", "state_dict", "model") if content.get(key) is not None]
+        held = [content[key] for key in WRAPPED if content.get(key) is not None]
         if held:
             weights, arguments = held[0], content.get("args")
             arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
@@ -541,15 +632,30 @@ def _read_weights(path: Path, ours: bool = False) -> _Source:
     return _Source(path, _under_our_names(path, check_state_dict(path, weights)), trained_with)
 
 
-def _check_size(source: _Source, wanted: Mapping[str, Tensor]) -> None:
-    """Refuse weights far from those of a model that is not built yet, positions aside.
+def _check_claims(source: _Source, twin: nn.Module, complaint: str) -> None:
+    """Refuse weights far from those of a model that is built without memory for its own, positions aside.
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming them, or the memory that positions would take.
     """
-    tensors = {key: value for key, value in source.tensors.items() if key != "pos_embed"}
-    complaint = f"{source.path} does not fit the config.json beside it"
-    check_fit(complaint, tensors, {key: value for key, value in wanted.items() if key != "pos_embed"})
+    wanted = {_stored_name(key): value for key, value in twin.state_dict().items()}
+    sized = [{key: value for key, value in some.items() if key != "pos_embed"} for some in (source.tensors, wanted)]
+    check_fit(complaint, *sized)
+    with _rebuilding(source.path):
+        _check_made(twin)
+
+
+def _check_made(twin: nn.Module) -> None:
+    """Refuse a model whose positions, which are not those of its file, would take more memory than there may be.
+
+    Raises:
+        ValueError: telling how much.
+    """
+    kept = twin.state_dict()
+    made = sum(part.nbytes for key, part in twin.named_buffers() if key not in kept)
+    made += sum(value.nbytes for key, value in kept.items() if key.endswith("pos_embed"))
+    if made > MADE_AT_MOST:
+        raise ValueError(f"its positions would take {made / 1e9:.0f} GB: it has too many patches")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -559,7 +665,8 @@ def _is_safetensors(path: Path) -> bool:
 def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights as our files spell them.
 
-    What is named otherwise: T2T-ViT's stem; AdaViT's queries, keys, values and policies; DynamicViT's predictors.
+    What is named otherwise: T2T-ViT's stem; AdaViT's queries, keys, values and policies; DynamicViT's predictors; the
+    representation layer of timm's up to 0.5; what `_timm_names` has.
 
     Raises:
         ValueError: two tensors have one name then, or parts of one tensor do not go together.
@@ -568,11 +675,28 @@ def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
     if len(cleaned) < len(tensors):
         raise ValueError(f"{path} holds a tensor twice: with and without the prefix that parallel training gives it")
     try:
-        renamed = adavit_official.state_dict(published_names(cleaned))
+        renamed = adavit_official.state_dict(published_names(representation_names(_timm_names(cleaned))))
     except RuntimeError as error:
         raise ValueError(f"{path} holds queries, keys and values that do not go together: {reason(error)}") from error
     names = {key: key.removeprefix("vit.") if key.startswith("vit.score_predictor.") else key for key in renamed}
     return {_stored_name(names[key]): value for key, value in renamed.items()}
+
+
+def _timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeiT III's and DINOv2's weights, as their authors name them, as timm does; others come back as they are.
+
+    DINOv2's `mask_token`, which only its training reads, is left out. With registers timm has no position for the class
+    token, so that token takes it up.
+    """
+    tensors = {key: value for key, value in tensors.items() if key != "mask_token"}
+    table, token = tensors.get("pos_embed"), tensors.get("cls_token")
+    if "register_tokens" in tensors and table is not None and token is not None and table.ndim == token.ndim == 3:
+        tensors |= {"cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
+    others = [(r"^register_tokens$", "reg_token"), (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma")]
+    others += [(r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2.")]
+    for theirs, timms in others:
+        tensors = {re.sub(theirs, timms, key): value for key, value in tensors.items()}
+    return tensors
 
 
 def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -625,9 +749,7 @@ def _twin(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> VisionTransf
     with torch.device("meta"):
         twin = rebuild(vit)
     kept = twin.state_dict()
-    made = sum(part.nbytes for key, part in twin.named_buffers() if key not in kept)
-    if made > MADE_AT_MOST:
-        raise ValueError(f"its positions would take {made / 1e9:.0f} GB: it has too many patches")
+    _check_made(twin)
     check_fit("it does not fit its own configuration", weights, kept)
     return twin
 
@@ -642,8 +764,8 @@ def _stored_config(config: Any) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for field, value in values.items():
         try:
-            kept = _tuples(json.loads(json.dumps(value))) == value
-        except TypeError:
+            kept = _tuples(json.loads(json.dumps(value, allow_nan=False))) == value
+        except (TypeError, ValueError):
             kept = False
         if not kept:
             allowed = "numbers, strings, booleans, None and tuples of these"

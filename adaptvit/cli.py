@@ -262,7 +262,7 @@ def methods_parser() -> ArgumentParser:
     parser.add_argument("name", choices=["methods"], help="methods.")
     parser.add_class_arguments(MethodsConfig, as_positional=True, skip={"files"})
     parser.add_argument(
-        "files", nargs="*", default=[], help="Fine-tuned models of the same classes, as adaptvit files."
+        "files", nargs="*", default=[], help="Fine-tuned models of the same classes, named as MODEL is."
     )
     return parser
 
@@ -421,7 +421,7 @@ def playground_parser() -> ArgumentParser:
         allow_abbrev=False,
         description="Show a page on this machine where pictures go through a dense and an adaptive ViT side by side.",
     )
-    parser.add_argument("models", nargs="*", type=str, help="adaptvit files, or timm's names of ViTs.")
+    parser.add_argument("models", nargs="*", type=str, help="Files, folders, repositories or timm's names of ViTs.")
     parser.add_class_arguments(PlaygroundConfig, skip={"models"})
     return parser
 

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from adaptvit.checkpoints import load
+from adaptvit.checkpoints import is_stored, load, weights_file
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data, preparation
 from adaptvit.files import check_output_folder, write_csv
@@ -232,8 +232,11 @@ def _read(job: Run, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(job: Run, contents: Callable[[Path | None], str]) -> dict[str, Any]:
     """What decides a run: all that it was told, but for where its results are, and the state of the files it reads."""
-    teacher = None if job.teacher is None else Path(job.teacher)
-    files = {"weights": job.weights, "teacher": teacher, "images": job.data.root, "class map": job.data.class_map}
+    named = {"weights": job.weights, "teacher": job.teacher}
+    if is_stored(job.model):
+        named["model"] = job.model
+    stored = {name: weights_file(one) if one is not None and is_stored(one) else None for name, one in named.items()}
+    files = {**stored, "images": job.data.root, "class map": job.data.class_map}
     return {"run": replace(job, output=Path()), **{name: contents(path) for name, path in files.items()}}
 
 

@@ -56,13 +56,13 @@ class MethodsConfig:
     """What to compare, on what."""
 
     model: str
-    """An adaptvit file of a plain ViT, or the name of a timm ViT with its own weights."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a plain ViT, as `open_model` takes it."""
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
     dataset: str = ""
     """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
-    """Fine-tuned models of the same classes, as adaptvit files; each is measured as it is."""
+    """Fine-tuned models of the same classes, named alike; each is measured as it is."""
     methods: Annotated[tuple[str, ...], OneOf(UNTRAINED)] = UNTRAINED
     """What the model becomes without training; `random` drops as many patches as ATS, but any."""
     budgets: Annotated[tuple[float, ...], In("(0, 1]", "shares of the dense MACs", "60 % is 0.6", empty=True)] = (
@@ -73,7 +73,7 @@ class MethodsConfig:
     )
     """Shares of the dense MACs, in (0, 1], that each of these methods is brought to."""
     weights: Path | None = None
-    """File to give the timm ViT its weights, in timm's names; None takes timm's own."""
+    """File, folder or repository to give the timm ViT its weights; None takes timm's own."""
     output: Path = Path("runs/methods")
     """Folder of the results; what it holds of the same comparison is not computed again."""
     split: str = "validation"

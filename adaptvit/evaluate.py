@@ -231,7 +231,7 @@ class EvaluateConfig:
     """What to evaluate, on what."""
 
     model: str
-    """An adaptvit file, or the name of a timm ViT with its own weights."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
     dataset: str = ""

@@ -77,7 +77,7 @@ class PlaygroundConfig:
     """What the page offers, and where."""
 
     models: Sequence[str] = ()
-    """adaptvit files, or timm's names of ViTs, offered beside the bundled one; the first is shown at the start."""
+    """Files, folders, repositories or timm's names of ViTs, offered beside the bundled one, the first first."""
     class_names: Path | None = None
     """File with the name of a class on each line, in the order of these models' classes. None: ImageNet's where there
     are as many, else numbers."""

@@ -55,7 +55,7 @@ class PredictConfig:
     """Which images, through which model, to which file."""
 
     model: str
-    """An adaptvit file, or the name of a timm ViT, whose weights are downloaded."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
     folder: Path
     """Folder whose images, at any depth, are classified."""
     output: Path = Path("predictions.csv")
@@ -405,7 +405,7 @@ def _settings(
         "folder": str(config.folder.resolve()),
         "top": config.top,
         "class names": None if isinstance(classes, range) else list(classes),
-        "preparation": json.loads(json.dumps(prepared)),
+        "preparation": json.loads(json.dumps(prepared, allow_nan=False)),
     }
 
 

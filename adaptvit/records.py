@@ -39,7 +39,7 @@ def plain(what: Any) -> Any:
 
 def stable(what: Any) -> str:
     """The same text for the same settings, in any process and whatever the order of names."""
-    return json.dumps(plain(what), sort_keys=True)
+    return json.dumps(plain(what), sort_keys=True, allow_nan=False)
 
 
 def same(stored: Any, what: Any) -> bool:
@@ -75,7 +75,7 @@ def _default(field: dataclasses.Field) -> Any:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, whole or not at all."""
     told = json.loads(as_json({VERSION: version(), **record}))  # as it will be read
-    write_atomically(path, json.dumps(told | {CHECKSUM: _checksum(told)}, indent=2) + "\n")
+    write_atomically(path, json.dumps(told | {CHECKSUM: _checksum(told)}, indent=2, allow_nan=False) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def known(path: Path) -> dict[str, Any] | None:
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def contents(path: Path | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.budget import Trial, Unit, check_target, meet_target
-from adaptvit.checkpoints import digest, open_model, save, start_from
+from adaptvit.checkpoints import digest, is_stored, open_model, remade, save, start_from
 from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import (
     Batch,
@@ -52,7 +52,8 @@ class Run:
     """Which model, which method, which images, how."""
 
     model: str = "vit_tiny_patch16_224"
-    """Name of a timm ViT."""
+    """Name of a timm ViT; or a file, folder or repository of a model, as other commands take it, whose weights are
+    started from; a head of other classes and its method are left out."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `timm.create_model`."""
     img_size: Annotated[int | tuple[int, int] | None, In("[1, 65536]")] = None
@@ -60,11 +61,12 @@ class Run:
     drop_path: Annotated[float, In("[0, 1)")] = 0.0
     """Rate of stochastic depth at the last block; it grows from 0 at the first."""
     weights: Path | None = None
-    """File to start from; a head of other classes is left out. None starts afresh, or from `pretrained`."""
+    """File, folder or repository of weights to start from; a head of other classes is left out. None starts afresh, or
+    from what `model` or `pretrained` brings."""
     pretrained: bool = False
-    """Start from timm's own weights, downloaded from the Hub."""
+    """Start from the model's own weights, timm's being downloaded from the Hub."""
     teacher: str | None = None
-    """A timm name or an adaptvit file to distil from, of the same classes."""
+    """A model to distil from, of the same classes: a timm name, file, folder or repository."""
     method: MethodConfig
     """The adaptive method."""
     sharpness: Annotated[float | None, In("(0, 1e6]")] = None
@@ -83,8 +85,16 @@ class Run:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not timm.is_model(self.model):
-            raise ValueError(f"Run.model must be the name of a timm ViT, got {self.model!r}")
+        stored = is_stored(self.model)
+        if not stored and not timm.is_model(self.model):
+            raise ValueError(
+                f"Run.model must be the name of a timm ViT, got {self.model!r}, which is no file or folder either"
+            )
+        if stored and self.weights is not None:
+            raise ValueError(
+                f"Run.model {self.model!r} brings its weights, and Run.weights is {str(self.weights)!r}: one of them, "
+                "and null for Run.weights"
+            )
         if self.weights is not None and self.pretrained:
             raise ValueError(f"Run.weights is {str(self.weights)!r} and Run.pretrained is true: one of them")
         if self.fit_policies and not isinstance(self.method, AdaViTConfig):
@@ -139,7 +149,8 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     check_output_folder(config.output)
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
-    settings = preparation_of_name(config.model, arguments)
+    origin = open_model(config.model) if is_stored(config.model) else None
+    settings = preparation_of_name(config.model, arguments, None if origin is None else origin.vit)
     data = open_data(config.data, settings)
     for one in data.left_out:
         _tell(f"left out: {one}")
@@ -150,13 +161,15 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
             f"{data.name} is a stream, of which no calibration images can be picked: no fitting and no target"
         )
     begin_stream("weights", config.recipe.seed)
-    vit: VisionTransformer = timm.create_model(
-        config.model,
-        pretrained=config.pretrained,
-        num_classes=len(data.classes),
-        drop_path_rate=config.drop_path,
-        **arguments,
-    )
+    changed = {"num_classes": len(data.classes), "drop_path_rate": config.drop_path, **arguments}
+    headed, source = True, config.weights or config.model
+    vit: VisionTransformer
+    if origin is None:
+        vit = timm.create_model(config.model, pretrained=config.pretrained, **changed)
+    else:
+        vit, headed = remade(origin.vit, **changed)
+        if not isinstance(origin.config, FullConfig):
+            _tell(f"the {origin.config.method} in {config.model} is left out: {config.method.method} begins anew")
     check(vit)
     check_shape(data, vit)
     vit.pretrained_cfg = {
@@ -165,8 +178,10 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
         "std": data.std,
         **{name: getattr(config.data, name) or settings[name] for name in ("interpolation", "crop_pct")},
     }
-    if config.weights is not None and not start_from(vit, config.weights):
-        _tell(f"the head in {config.weights} is left out: {data.name} has {len(data.classes)} classes of its own")
+    if config.weights is not None:
+        headed = start_from(vit, config.weights)
+    if not headed:
+        _tell(f"the head in {source} is left out: {data.name} has {len(data.classes)} classes of its own")
     teacher: AdaptiveViT | None = None if config.teacher is None else open_model(config.teacher).float()
     if teacher is not None and teacher.num_classes != len(data.classes):
         raise ValueError(
@@ -253,7 +268,7 @@ def set_budget(
     """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
 
     Args:
-        model: adaptvit file or timm name.
+        model: a file, folder, repository or timm name of a ViT, as `open_model` takes it.
         folder: images of the kind it will see, in folders or not.
         output: the file to write.
         target: met within 1 %, images per second within 3 %; None is half of the dense MACs.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptvit.files import check_is_file
+from adaptvit.terminal import shown
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What weights may be stored as."""
@@ -114,13 +115,19 @@ def check_state_dict(path: Path, weights: Any) -> dict[str, Tensor]:
         ValueError: there is something else among them.
     """
     if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict' or 'model'")
+        raise ValueError(
+            f"{path} holds no state dict, bare or under 'state_dict_ema', 'state_dict', 'model' or 'model_ema'"
+        )
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} holds no state dict, but {type(value).__name__} under {str(key)[:80]!r}")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             kind = "quantised" if value.is_quantized else "without values" if value.is_meta else "sparse"
-            raise ValueError(f"{path} holds {key}, which is {kind}: save plain tensors")
+            raise ValueError(f"{path} holds {shown(key[:80])}, which is {kind}: save plain tensors")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path} holds {shown(key[:80])}, of {value.nbytes} bytes, few of which are there: save it whole"
+            )
     return dict(weights)
 
 
@@ -168,9 +175,9 @@ def _is_finite(value: Tensor) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three names and how many more there are."""
+    """The first three names, on one line and at length only where that is little, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(name if len(name) <= 160 else f"{name[:160]}..." for name in map(shown, names[:3])) + more
 
 
 def reason(error: BaseException) -> str:

@@ -592,9 +592,11 @@ def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
     return arguments
 
 
-def rebuild(description: dict[str, Any]) -> VisionTransformer:
+def rebuild(description: dict[str, Any], **others: Any) -> VisionTransformer:
     """The ViT of `describe`, with fresh weights.
 
+    Args:
+        others: arguments of timm's that are to be other than described.
     Raises:
         KeyError: the description lacks something.
         ValueError: timm does not know the architecture, or the description has something that none of ours has.
@@ -606,6 +608,7 @@ def rebuild(description: dict[str, Any]) -> VisionTransformer:
         arguments[size] = tuple(arguments[size])
     representation_size = arguments.pop("representation_size", None)
     head_dim = arguments.pop("head_dim", None)
+    arguments |= others
     by_hand: dict[str, Callable[..., Any]] = {
         "VisionTransformer": t2t_vit if "tokens_type" in arguments else VisionTransformer,
         "VisionTransformerDistilled": VisionTransformerDistilled,

@@ -7,7 +7,6 @@ script writes .csv, .png and .json (the conditions). It takes half an hour on on
 """
 
 import csv
-import json
 import os
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from adaptvit import ATSConfig, FullConfig, Output, dense_macs, join, macs, meet_target
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig, open_split
+from adaptvit.files import as_json
 from adaptvit.methods import ats
 from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
@@ -122,14 +122,14 @@ def main(weights: Path, folder: Path, output: Path) -> None:
             "realised": round(gain, 3),
         }
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(as_json(row), flush=True)
     with output.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     conditions = {"threads": THREADS, "batch": TIMED, "rounds": ROUNDS, "torch": torch.__version__}
     conditions |= {"timm": timm.__version__, "load_average": os.getloadavg()[0], "images": len(images)}
-    output.with_suffix(".json").write_text(json.dumps(conditions, indent=2) + "\n")
+    output.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
     plot(rows, output.with_suffix(".png"))
 
 

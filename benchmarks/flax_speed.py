@@ -100,7 +100,7 @@ def main() -> None:
         "flax": flax.__version__,
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

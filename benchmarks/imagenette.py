@@ -4,7 +4,6 @@ DATA is a folder with `val`; the others are model files of `adaptvit train`, the
 paired difference from the dense model and its standard error, MACs, depth, what depth goes with, and speed in turns.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from adaptvit import Masked, Packed, dense_macs, macs
 from adaptvit.checkpoints import open_model
 from adaptvit.data import DataConfig, collate, open_split
 from adaptvit.evaluate import evaluate
+from adaptvit.files import as_json
 from adaptvit.timing import interleaved
 
 BATCH, ROUNDS = 64, 20
@@ -64,10 +64,8 @@ def main(data: Path, files: list[str]) -> None:
             row["macs_of_the_cheapest_to_the_dearest_fifth"] = [round(cost[part].mean().item(), 3) for part in fifths]
             row["dense_loss_of_these"] = [round(difficulty[part].mean().item(), 3) for part in fifths]
             row["top1_of_these"] = [round(result.correct[part].double().mean().item(), 3) for part in fifths]
-        print(json.dumps(row))
-    print(
-        json.dumps({"load_average": os.getloadavg()[0], "batch": BATCH, "rounds": ROUNDS, "torch": torch.__version__})
-    )
+        print(as_json(row))
+    print(as_json({"load_average": os.getloadavg()[0], "batch": BATCH, "rounds": ROUNDS, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

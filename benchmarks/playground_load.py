@@ -90,7 +90,7 @@ class Visitor(threading.Thread):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         data = [file, None, None, 8, MODEL, METHOD, BUDGET]
         asked = {"data": data, "fn_index": self.take, "session_hash": session}
-        self.read("POST", "/gradio_api/queue/join", json.dumps(asked).encode())
+        self.read("POST", "/gradio_api/queue/join", json.dumps(asked, allow_nan=False).encode())
         connection, answer = self.ask("GET", f"/gradio_api/queue/data?session_hash={session}")
         with closing(connection), answer:
             for line in answer:
@@ -175,7 +175,7 @@ def main() -> None:
         "left_behind": left,
         "errors": errors,
     }
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(figures, indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":

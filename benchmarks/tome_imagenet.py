@@ -10,7 +10,6 @@ fifteen minutes on one core.
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig, open_split
+from adaptvit.files import as_json
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
@@ -61,7 +61,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
     calibration, images, labels = images[fitting], images[~fitting], labels[~fitting]
     conditions = {"threads": THREADS, "torch": torch.__version__, "timm": timm.__version__}
     conditions |= {"calibration_images": len(calibration), "images": len(images)}
-    output.with_suffix(".json").write_text(json.dumps(conditions, indent=2) + "\n")
+    output.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
 
     dense = run(FullConfig().build(vit), images)[0]
     rows: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         row |= {f"gmacs_p{p}": round(gmacs.quantile(p / 100).item(), 4) for p in (10, 90)}
         row |= {"tokens_per_block": " ".join(f"{n:.0f}" for n in tokens)}
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(as_json(row), flush=True)
         with output.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, row)
             writer.writeheader()

@@ -193,6 +193,56 @@ def test_tensors_of_another_kind_are_refused(kind: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_name_of_a_tensor_is_shown_on_one_line_and_not_at_any_length(tmp_path: Path) -> None:
+    torch.save(vit().state_dict() | {"a\nb\x1b[31m": torch.zeros(1), "x" * 10**5: torch.zeros(1)}, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=r"unexpected a\\nb\\x1b\[31m, xxx") as error:
+        start_from(vit(), tmp_path / "in.pth")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"head.weight": torch.zeros(1).expand(10**9, 24)}, r"holds head\.weight, of 96000000000 bytes, few of which"),
+        ({"pos_embed": torch.zeros(1, 1, 24)}, "misshaped pos_embed"),
+        ({"pos_embed": torch.zeros(1, 14, 24)}, "positions of 13 patches, which do not make a square"),
+        ({"pos_embed": torch.zeros(1, 26, 24, dtype=torch.int64)}, "misshaped pos_embed"),
+    ],
+    ids=["stored in part", "no patches", "no square", "integers"],
+)
+def test_tensors_of_impossible_sizes_are_refused_with_the_files_name(
+    changes: dict[str, Tensor], fault: str, tmp_path: Path
+) -> None:
+    torch.save(vit().state_dict() | changes, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=rf"in\.pth.*{fault}") as error:
+        start_from(vit(), tmp_path / "in.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"model": "vit_giant_patch14_224"},
+        {"model": NAMED, "model_kwargs": {"depth": 60000}},
+        {"model": NAMED, "model_kwargs": {"embed_dim": 60000, "num_heads": 1}},
+        {"model": NAMED, "img_size": 60000, "model_kwargs": {key: SMALL[key] for key in ("embed_dim", "depth")}},
+    ],
+    ids=["a giant", "deep", "wide", "many patches"],
+)
+def test_a_checkpoint_that_claims_a_large_model_is_refused_before_memory_is_taken(
+    told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"state_dict": vit(patch_size=16).state_dict(), "args": told}, tmp_path / "in.pth")
+    made = timm.create_model
+
+    def on_meta(*names: Any, **arguments: Any) -> Any:
+        assert torch.empty(0).is_meta
+        return made(*names, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", on_meta)
+    refused(tmp_path / "in.pth")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
 def test_what_is_no_file_of_weights_is_one_sentence(suffix: str, tmp_path: Path) -> None:
     torch.save(vit().state_dict(), tmp_path / "whole")

@@ -37,16 +37,23 @@ def preparation(model: nn.Module, who: str = "the model") -> dict[str, Any]:
     return check_settings(resolve_data_config(pretrained_cfg=record, model=model), who)
 
 
-def preparation_of_name(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def preparation_of_name(
+    name: str, arguments: dict[str, Any], origin: VisionTransformer | None = None
+) -> dict[str, Any]:
     """The same for a model that `timm.create_model` is yet to build: grey takes the mean of the colours' numbers.
 
     Args:
         arguments: of `timm.create_model`; `img_size` is the side, or height and width.
+        origin: a ViT that it is made from, whose record holds then, not that of timm's name.
     Raises:
         ValueError: `img_size` is no size, or no image can be prepared so.
     """
-    recorded = timm.get_pretrained_cfg(name)
-    settings = resolve_data_config({}, pretrained_cfg=recorded.to_dict() if recorded else {"input_size": (3, 224, 224)})
+    if origin is None:
+        recorded = timm.get_pretrained_cfg(name)
+        record = recorded.to_dict() if recorded else {"input_size": (3, 224, 224)}
+    else:
+        record = timm_config(origin) | {"input_size": input_size(origin)}
+    settings = resolve_data_config({}, pretrained_cfg=record)
     channels, *size = settings["input_size"]
     if arguments.get("img_size") is not None:
         size = image_size(arguments["img_size"])
