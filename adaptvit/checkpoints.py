@@ -358,7 +358,7 @@ def remade(vit: VisionTransformer, **arguments: Any) -> tuple[VisionTransformer,
         new = rebuild(describe(vit), **arguments)
     except Exception as error:  # timm asserts, torch overflows, and each constructor has other arguments
         raise ValueError(f"{name} cannot be made with {arguments}: {reason(error)}") from error
-    source = _Source(Path(name), dict(vit.state_dict()), {}, patch_grid(vit))
+    source = _Source(Path(name), dict(vit.state_dict()), {}, _position_table(vit)[1])
     return new, _started(new, source, f"{name} as it was")
 
 
