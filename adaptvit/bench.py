@@ -1,7 +1,6 @@
 """Measured speed beside the MACs that were saved: timm's own model, masked and packed execution, in turns."""
 
 import os
-import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.process import as_found, best_device
+from adaptvit.terminal import warn
 from adaptvit.timing import interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
@@ -257,7 +257,7 @@ def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
     if size < count:
         raise ValueError(f"data folder {str(folder)!r} holds {size} images, but the bench wants {count}")
     for one in listing.left_out:
-        warnings.warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
+        warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     images = []
     for index in range(0, size, size // count)[:count]:
         item = pictures[index]

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ from adaptvit.tensorfiles import (
     read_torch,
     reason,
 )
+from adaptvit.terminal import warn
 from adaptvit.vit import (
     ARGUMENTS,
     PREPROCESSING,
@@ -176,7 +176,7 @@ def open_model(name: Path | str) -> AdaptiveViT:
     if not isinstance(model, AdaptiveViT):
         return FullConfig().build(model).eval()
     if word in UNTAUGHT:
-        warnings.warn(f"{word} has {model.config.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
+        warn(f"{word} has {model.config.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
     return model.eval()
 
 
@@ -534,7 +534,7 @@ def _trained_gate(source: "_Source") -> dict[str, Any]:
 def _tell_unfitted(path: Path | str, model_name: str, gate: dict[str, Any]) -> None:
     """Say so where an A-ViT has the gate of its name alone, which nobody fitted to these weights."""
     if model_name in AVIT and not gate:
-        warnings.warn(f"{path} has no gate that was fitted or trained: {NOT_FITTED}", stacklevel=3)
+        warn(f"{path} has no gate that was fitted or trained: {NOT_FITTED}", stacklevel=3)
 
 
 def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:

@@ -120,18 +120,25 @@ def _check_files(words: Sequence[str]) -> None:
 def _stoppable() -> Iterator[list[int]]:
     """SIGTERM ends the block as Ctrl+C does; the signals that came."""
     came: list[int] = []
+    process = os.getpid()
 
     def stop(number: int, _: object) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
+        if os.getpid() == process:  # and not one that it has just forked
+            came.append(number)
+            raise KeyboardInterrupt
 
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN
-    before = signal.signal(signal.SIGTERM, stop) if own else None
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
     try:
         yield came
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _sentence(error: Exception) -> str:
@@ -224,11 +231,10 @@ def run_train(arguments: Namespace) -> None:
     }
     rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
     try:
-        outcome = run(Run(**rest, **parts), arguments.resume)
+        outcome = run(Run(**rest, **parts), arguments.resume, tell=lambda result: _say_listed(result.figures))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if PartialState().is_main_process:
-        _say_listed(outcome.result.figures)
         _say_unused(outcome.result.unreadable, ())
         say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
 
@@ -517,12 +523,14 @@ def _say_table(cells: Table) -> None:
 
 def _say_unused(unreadable: Sequence[Unreadable], left_out: Sequence[LeftOut]) -> int:
     """Name what could not be read, and the first few of what was left out; the exit code."""
-    for one in left_out:
-        say(f"adaptvit: left out: {one}", sys.stderr)
-    for name, reason in unreadable:
-        say(f"adaptvit: cannot read {name}: {reason}", sys.stderr)
-    if unreadable:
-        say(f"adaptvit: {len(unreadable)} images could not be read and are left out", sys.stderr)
+    for other in left_out:
+        say(f"adaptvit: left out: {other}", sys.stderr)
+    for one in unreadable:
+        say(f"adaptvit: {one}", sys.stderr)
+    spoilt = sum(one.decoded for one in unreadable)
+    for count, what in ((len(unreadable) - spoilt, "could not be read"), (spoilt, "have logits that are not finite")):
+        if count:
+            say(f"adaptvit: {count} images {what} and are left out", sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import re
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from adaptvit.checkpoints import is_stored, load, weights_file
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data, preparation
+from adaptvit.evaluate import Result
 from adaptvit.files import check_output_folder, write_csv
 from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
@@ -27,10 +27,13 @@ from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
+from adaptvit.terminal import warn
 from adaptvit.timing import interleaved
 
 ROUNDS, TIMED = 10, 64
 """Timed turns, and images in a timed batch."""
+UNFINISHED: dict[str, Any] = {"figures": None, "diverged": None}
+"""What a record says of a run before its end: one of the two comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,10 @@ def compare(
     Args:
         seeds: seeds 0, 1, ... of each variant, two or more.
         processes: runs at a time, each in a process of its own with its share of the CPU threads; 1 trains here.
-        tell: called with what was found, before any of it is written.
+        tell: called with what was found, before any of it is written; where a run cannot be, as the disk is full, with
+            what was found so far.
     Raises:
+        OSError: what cannot be written is named, and with it the figures that it would have held.
         ValueError: fewer than two seeds or one process, or a folder holds a run of other settings or images.
         And what `adaptvit.run.run` raises, but for a loss that does not stay finite, which is counted.
     """
@@ -108,21 +113,16 @@ def compare(
     waiting = [job for job in everything if _finished(job, settings[job.output]) is None]
     output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(everything), initial=len(everything) - len(waiting), desc="runs", position=1) as bar:
-        for _ in _trained(waiting, settings, processes):
-            bar.update()
-    found = {name: [_read(job, settings[job.output]) for job in runs] for name, runs in jobs.items()}
+        try:
+            for _ in _trained(waiting, settings, processes):
+                bar.update()
+        except OSError:
+            if tell is not None:
+                tell(_rows(_found(jobs, settings), {}))
+            raise
+    found = _found(jobs, settings)
     speeds = _speeds({name: runs[0] for name, runs in jobs.items() if found[name][0]["figures"]}, settings, output)
-    first = next(iter(found.values()))
-    rows = [
-        Row(
-            name,
-            [one["figures"] for one in results if one["figures"]],
-            sum(not one["figures"] for one in results),
-            None if results is first else _paired(results, first),
-            speeds.get(name, {}),
-        )
-        for name, results in found.items()
-    ]
+    rows = _rows(found, speeds)
     if tell is not None:
         tell(rows)
     lines = [
@@ -137,6 +137,27 @@ def compare(
         write_png(figure, output / f"{name}.png")
     write(_report(comparison, rows, seeds, plots), output / "report.html")
     return rows
+
+
+def _found(
+    jobs: Mapping[str, Sequence[Run]], settings: Mapping[Path, dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What each run of a variant left, as far as they are finished."""
+    return {name: [_finished(job, settings[job.output]) or UNFINISHED for job in runs] for name, runs in jobs.items()}
+
+
+def _rows(found: Mapping[str, Sequence[dict[str, Any]]], speeds: Mapping[str, dict[str, float]]) -> list[Row]:
+    first = next(iter(found.values()))
+    return [
+        Row(
+            name,
+            [one["figures"] for one in results if one["figures"]],
+            sum(one["diverged"] is not None for one in results),
+            None if results is first else _paired(results, first),
+            speeds.get(name, {}),
+        )
+        for name, results in found.items()
+    ]
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -197,17 +218,24 @@ def _train(job: Run, settings: dict[str, Any], threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     job.output.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"settings": plain(settings), "figures": None, "diverged": None}
+    record: dict[str, Any] = {"settings": plain(settings), **UNFINISHED}
+    measured: list[Result] = []
     try:
-        outcome = run(job, resume=True, known_by=version())
-    except FloatingPointError as error:
-        record["diverged"] = str(error)
-    else:
-        last = outcome.history[-1]
-        terms = {f"term {name}": value for name, value in last.terms.items()}
-        own = {"seed": job.recipe.seed, "train_accuracy": last.accuracy, **terms}
-        record["figures"] = outcome.result.figures | own
-    write_record(job.output / "finished.json", record)
+        try:
+            outcome = run(job, resume=True, known_by=version(), tell=measured.append)
+        except FloatingPointError as error:
+            record["diverged"] = str(error)
+        else:
+            last = outcome.history[-1]
+            terms = {f"term {name}": value for name, value in last.terms.items()}
+            own = {"seed": job.recipe.seed, "train_accuracy": last.accuracy, **terms}
+            record["figures"] = outcome.result.figures | own
+        write_record(job.output / "finished.json", record)
+    except OSError as error:
+        if not measured:
+            raise
+        told = ", ".join(f"{name} {measured[0].figures[name]:.4g}" for name in ("top1", "loss", "gmacs"))
+        raise OSError(error.errno, f"{error.strerror or error}; the run came to {told}") from error
 
 
 def _finished(job: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -221,12 +249,6 @@ def _finished(job: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(
             f"{str(job.output)!r} holds a run of other settings or images: choose another output, or remove it"
         )
-    return record
-
-
-def _read(job: Run, settings: dict[str, Any]) -> dict[str, Any]:
-    record = _finished(job, settings)
-    assert record is not None
     return record
 
 
@@ -271,7 +293,7 @@ def _speeds(
     try:
         write_record(path, {"settings": plain(told), "speeds": speeds, **machine()})
     except OSError as error:  # what was measured is still to be told
-        warnings.warn(error.strerror or str(error), stacklevel=2)
+        warn(error.strerror or str(error), stacklevel=2)
     return speeds
 
 

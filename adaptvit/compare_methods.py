@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from adaptvit.checkpoints import digest, open_model, start_from
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, open_split, pixels, preparation
+from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, first_of, open_split, pixels, preparation
 from adaptvit.draw import full_usage, last_groups
 from adaptvit.evaluate import check_classes, outputs
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
@@ -43,6 +42,7 @@ from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
+from adaptvit.terminal import warn
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed
 from adaptvit.untrained import UNTRAINED, adapt
@@ -388,7 +388,11 @@ class _Compared:
 
     def introduction(self, dense: dict[str, Any]) -> list[str]:
         """What was done, in words."""
-        unreadable = f" {len(dense['unreadable'])} cannot be read and are left out." if dense["unreadable"] else ""
+        unreadable = (
+            f" {len(dense['unreadable'])} unreadable or without finite logits are left out."
+            if dense["unreadable"]
+            else ""
+        )
         source = self.config.dataset or self.config.root
         return [
             f"{self.config.model}, {dense['images']} images of {source} measured; {len(self.aside)} others, "
@@ -447,7 +451,7 @@ def _keep(path: Path, record: Mapping[str, Any]) -> None:
     try:
         write_record(path, record)
     except OSError as error:
-        warnings.warn(error.strerror or str(error), stacklevel=2)
+        warn(error.strerror or str(error), stacklevel=2)
 
 
 def _open_plain(config: MethodsConfig) -> AdaptiveViT:
@@ -502,9 +506,9 @@ def _measured(
             attended += output.usage.attended.sum(dim=0).cpu()
     count = sum(map(len, right))
     if count < 2:
-        first = f": {unreadable[0].name}, {unreadable[0].reason}, is the first that is not" if unreadable else ""
         raise ValueError(
-            f"two images or more must be readable to be measured, got {count} of {count + len(unreadable)}{first}"
+            "two images or more must be readable and have finite logits to be measured, got "
+            f"{count} of {count + len(unreadable)}{first_of(unreadable)}"
         )
     correct, gmacs = torch.cat(right), torch.cat(costs)
     return {

@@ -21,14 +21,15 @@ from tqdm import tqdm
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import (
-    NOT_FINITE,
     DataConfig,
     LeftOut,
     Samples,
     Unreadable,
     class_names,
     collate,
+    first_of,
     list_images,
+    not_finite,
     open_pictures,
     open_split,
     pixels,
@@ -96,7 +97,7 @@ class Drawing:
     files: tuple[Path, ...]
     """Written, the one to open first being first."""
     unreadable: tuple[Unreadable, ...]
-    """Pictures that could not be decoded and were left out."""
+    """Pictures that could not be decoded, or whose logits are not finite; they were left out."""
     beyond_limit: int
     """Pictures, or classes, that were not looked at."""
     finding: str = ""
@@ -264,8 +265,9 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
         _check_tracked(model, output.usage)
         logits = output.logits.double().cpu()
         sound = logits.isfinite().all(dim=1)
-        unreadable += _spoilt(samples, there, sound)
-        readable += [index for index, fine in zip(there, sound.tolist(), strict=True) if fine]
+        for index, fine in zip(there, sound.tolist(), strict=True):
+            readable += [index] if fine else []
+            unreadable += [] if fine else [not_finite(samples.name(index))]
         usages.append(output.usage.to_keep().of_images(sound))
         labels = batch.labels if labelled else logits.argmax(dim=1)
         classes.append(labels[sound])
@@ -315,11 +317,8 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 
 def _none_readable(unreadable: list[Unreadable], folder: Path) -> ValueError:
-    first = unreadable[0]
-    return ValueError(
-        f"none of {len(unreadable)} pictures in {str(folder)!r} can be read, "
-        f"the first being {first.name!r}: {' '.join(first.reason.split())}"
-    )
+    done = "be drawn" if unreadable[0].decoded else "be read"
+    return ValueError(f"none of {len(unreadable)} pictures in {str(folder)!r} can {done}{first_of(unreadable)}")
 
 
 def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:
@@ -335,12 +334,6 @@ def full_usage(model: AdaptiveViT, images: Tensor) -> Usage:
 
 def _full_output(model: AdaptiveViT, images: Tensor) -> Output:
     return model(images, early_exit=False) if isinstance(model, AViT) else model(images)
-
-
-def _spoilt(samples: Samples, indices: Sequence[int], sound: Tensor) -> list[Unreadable]:
-    """The images whose logits are not finite."""
-    pairs = zip(indices, sound.tolist(), strict=True)
-    return [Unreadable(samples.name(index), NOT_FINITE) for index, fine in pairs if not fine]
 
 
 def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
@@ -401,7 +394,7 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
                 continue
             fine, depth, groups = next(maps)
             name = samples.name(index)
-            yield Seen(name, item[1], item[0], depth, groups) if fine else Unreadable(name, NOT_FINITE)
+            yield Seen(name, item[1], item[0], depth, groups) if fine else not_finite(name)
 
 
 @torch.inference_mode()

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import (
-    NOT_FINITE,
     Batch,
     ClassFolders,
     DataConfig,
@@ -30,12 +29,14 @@ from adaptvit.data import (
     Unreadable,
     class_names,
     collate,
+    first_of,
+    not_finite,
     open_split,
     preparation,
 )
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found, best_device, serve
 from adaptvit.tensorfiles import check_finite
 from adaptvit.timing import interleaved
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -74,7 +75,7 @@ class Result:
     depth_spread_within: float | None
     """Standard deviation of the depth over the patches of an image, mean over images."""
     usage: Usage
-    """The record of every image, in the order of the data set, without `fused` and `groups`, which `outputs` has."""
+    """The compact record of every image, in the order of the data set; `outputs` has `fused` and `groups` too."""
     losses: Tensor
     """(images,) cross-entropy of each."""
     correct: Tensor
@@ -149,8 +150,8 @@ def evaluate(
     finally:
         model.train(training)
     if not usages:
-        first = f": {unreadable[0].name}, {unreadable[0].reason}, is the first" if unreadable else ""
-        raise ValueError(f"evaluate needs at least one image that can be read, and the data set has none{first}")
+        needed = "at least one image that can be read and has finite logits"
+        raise ValueError(f"evaluate needs {needed}, and the data set has none{first_of(unreadable)}")
     return _result(torch.cat(losses), torch.cat(places), logits.shape[1], join(usages), model, tuple(unreadable))
 
 
@@ -171,7 +172,7 @@ def outputs(
         ValueError: a label that the model's head does not have.
     """
     like = next(model.parameters())
-    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve)
     seen = 0
     for batch in tqdm(loader, desc="evaluating", leave=False):
         batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
@@ -188,8 +189,7 @@ def outputs(
 def _sound(batch: Batch, output: Output, sound: Tensor, data: Dataset, items: range) -> tuple[Batch, Output | None]:
     """What is left of a batch, its items numbered in the data set, without the images whose logits are not finite."""
     read = [item for item in items if not isinstance(data[item], Unreadable)] if batch.unreadable else list(items)
-    names = [_name(data, item) for item, fine in zip(read, sound.tolist(), strict=True) if not fine]
-    spoilt = [Unreadable(name, NOT_FINITE) for name in names]
+    spoilt = [not_finite(_name(data, item)) for item, fine in zip(read, sound.tolist(), strict=True) if not fine]
     there = sound.cpu()
     batch = Batch(batch.images[there], batch.labels[there], batch.unreadable + spoilt)
     if not there.any():
@@ -331,7 +331,7 @@ def _result(
     """Of (images,) cross-entropies and places of the right class among `classes`, the most probable at 0."""
     shape = model.shape if isinstance(model, AdaptiveViT) else shape_of(model)
     cost = macs(usage, shape).double() / 1e9
-    depth = None if usage.live is None else usage.patch_depth.double().flatten(1)
+    depth = _depths(usage)
     return Result(
         images=len(losses),
         top1=(places == 0).double().mean().item(),
@@ -341,13 +341,25 @@ def _result(
         gmacs_dense=dense_macs(shape, usage.grid) / 1e9,
         gmacs_p10=cost.quantile(0.1).item(),
         gmacs_p90=cost.quantile(0.9).item(),
-        depth_mean=None if depth is None else depth.mean().item(),
-        depth_min=None if depth is None else int(depth.min()),
-        depth_max=None if depth is None else int(depth.max()),
-        depth_spread=None if depth is None else depth.mean(dim=1).std(correction=0).item(),
-        depth_spread_within=None if depth is None else depth.std(dim=1, correction=0).mean().item(),
+        depth_mean=None if depth is None else depth["mean"].mean().item(),
+        depth_min=None if depth is None else int(depth["min"].min()),
+        depth_max=None if depth is None else int(depth["max"].max()),
+        depth_spread=None if depth is None else depth["mean"].std(correction=0).item(),
+        depth_spread_within=None if depth is None else depth["spread"].mean().item(),
         usage=usage,
         losses=losses,
         correct=places == 0,
         unreadable=unreadable,
     )
+
+
+def _depths(usage: Usage) -> dict[str, Tensor] | None:
+    """Of each image, mean, spread, least and most of its patches' depths; some at a time, as maps take much room."""
+    found = []
+    for rows in torch.arange(len(usage.attended)).split(1000):
+        some = usage.of_images(rows)
+        if some.live is None:
+            return None
+        depth = some.patch_depth.double().flatten(1)
+        found.append(torch.stack([depth.mean(1), depth.std(1, correction=0), depth.amin(1), depth.amax(1)]))
+    return dict(zip(("mean", "spread", "min", "max"), torch.cat(found, dim=1), strict=True))

@@ -28,7 +28,7 @@ from gradio.state_holder import SessionState
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaptvit.pictures import COLOURS
 from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
@@ -336,7 +336,29 @@ class OwnHost:
                 full = "The playground has no room for more pictures at the moment: try again in some minutes."
                 await PlainTextResponse(full + "\n", status_code=503)(scope, receive, send)
                 return
+            await self.answer(scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What gradio answers; where it fails on a request, as on none of the page's, a sentence instead of its 500."""
+        failed = False
+
+        async def pass_on(message: Message) -> None:
+            nonlocal failed
+            if message["type"] == "http.response.start" and message["status"] == 500 and scope["path"] != "/":
+                failed = True
+            if not failed:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, pass_on)
+        except Exception:  # raised again once it was answered, to be logged
+            if not failed:
+                raise
+        if failed:
+            wrong = "This request is none that the playground's page sends."
+            await PlainTextResponse(wrong + "\n", status_code=400)(scope, receive, send)
 
     def refusal(self, scope: Scope) -> str | None:
         """Why a request is not answered, in a sentence; None where it is."""

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import (
-    NOT_FINITE,
     FolderImages,
     LeftOut,
     Listing,
     Unreadable,
     collate,
     list_folder,
+    not_finite,
     preparation,
     read_names,
 )
@@ -43,7 +43,7 @@ from adaptvit.data import find_images as find_images
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found, best_device, serve
 from adaptvit.records import VERSION, read_record, version, write_record
 
 PATIENCE = timedelta(days=7)
@@ -147,13 +147,14 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
         with open(files.target(rank, world), "a", **TEXT) as file:
             if not file.tell():
                 file.write(form.header)
+            workers = min(config.workers, len(batches))
             loader = DataLoader(
-                images, batch_sampler=batches, num_workers=min(config.workers, len(batches)), collate_fn=collate
+                images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=serve
             )
             for batch in tqdm(loader, desc="predicting", unit="batch", disable=not state.is_main_process):
                 unreadable += batch.unreadable
                 rows = list(zip(batch.labels.tolist(), _rows(model, batch.images, classes, config.top), strict=True))
-                unreadable += [Unreadable(names[index], NOT_FINITE) for index, row in rows if row is None]
+                unreadable += [not_finite(names[index]) for index, row in rows if row is None]
                 lines = [form.line(names[index], row) for index, row in rows if row is not None and index not in done]
                 file.write("".join(lines))
                 file.flush()
@@ -174,7 +175,7 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
 
     counts: list[int] = gather_object([written])  # waits for all
     found: list[Unreadable] = gather_object(unreadable)
-    spoilt = [one.name for one in found if one.reason == NOT_FINITE]
+    spoilt = [one.name for one in found if one.decoded]
     nothing = not done and not sum(counts) and bool(spoilt)
     if state.is_main_process:
         files.remove() if nothing else files.settle()

@@ -2,10 +2,12 @@
 
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,22 @@ def as_found() -> Iterator[None]:
                 signal.signal(number, handlers[number])
                 if number == signal.SIGCHLD:
                     signal_handling._SIGCHLD_handler_set = False  # or torch's loaders would set theirs no more
+
+
+def serve(_: int = 0) -> None:
+    """Of a process that decodes for another: what stops that one is told by it alone, and it ends this one.
+
+    Ctrl+C and many a SIGTERM go to both at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))  # a second one ends it
+    told = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+        if not isinstance(error, ConnectionError | EOFError):  # of who stopped listening
+            told(kind, error, place)
+
+    sys.excepthook = tell
 
 
 def _handlers() -> dict[int, Any]:

@@ -5,12 +5,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adaptvit.files import as_json, write_atomically
+from adaptvit.terminal import warn
 
 VERSION, CHECKSUM = "version of adaptvit", "sha256"
 """What a record says of itself."""
@@ -102,11 +102,11 @@ def known(path: Path) -> dict[str, Any] | None:
     try:
         record = read_record(path)
     except (ValueError, OSError) as error:
-        warnings.warn(f"{error}: computed again", stacklevel=2)
+        warn(f"{error}: computed again", stacklevel=2)
         return None
     was = record.pop(VERSION)
     if was != version():
-        warnings.warn(f"{str(path)!r} is of adaptvit {was}, and this is {version()}: computed again", stacklevel=2)
+        warn(f"{str(path)!r} is of adaptvit {was}, and this is {version()}: computed again", stacklevel=2)
         return None
     return record
 

@@ -1,6 +1,5 @@
 """A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from adaptvit.data import (
     Samples,
     class_names,
     collate,
+    first_of,
     open_data,
     open_split,
     preparation,
@@ -38,7 +38,7 @@ from adaptvit.methods.tome import MergeConfig
 from adaptvit.model import AdaptiveViT, MethodConfig
 from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
-from adaptvit.terminal import say
+from adaptvit.terminal import say, warn
 from adaptvit.train import Epoch, Recipe, check_shape, fingerprint, train
 from adaptvit.untrained import adapt, fit_merging
 from adaptvit.vit import check
@@ -131,7 +131,12 @@ class Outcome:
 
 
 @as_found()
-def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
+def run(
+    config: Run,
+    resume: bool = False,
+    known_by: object = None,
+    tell: Callable[[Result], object] | None = None,
+) -> Outcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
     Where there is a target, the knob is set once more after the last epoch, on training images prepared as test images
@@ -140,6 +145,7 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     Args:
         resume: go on from a checkpoint of the same run; False refuses where there is one.
         known_by: what else tells this run from others.
+        tell: called by the main process with the result, before any of it is written.
     Raises:
         FileNotFoundError: no such data or weights.
         TypeError: the model is not a ViT that this library reproduces.
@@ -233,6 +239,8 @@ def run(config: Run, resume: bool = False, known_by: object = None) -> Outcome:
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
     if _is_main():
+        if tell is not None:
+            tell(result)
         save(model, file)
         write_atomically(config.output / "result.json", as_json(result.figures, indent=2) + "\n")
     return Outcome(model, history, result, file)
@@ -299,11 +307,10 @@ def set_budget(
     if not plain and method not in (None, config.method):
         raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
     for one in split.left_out if isinstance(split, Samples) else ():
-        warnings.warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
+        warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     batch = spread_over(split, images)
     if batch.unreadable:
-        first = batch.unreadable[0].name
-        warnings.warn(f"{len(batch.unreadable)} images cannot be read, the first being {first!r}", stacklevel=2)
+        warn(f"{len(batch.unreadable)} images cannot be read{first_of(batch.unreadable)}", stacklevel=2)
     labels = batch.labels.to(device) if len(class_names(split)) == opened.num_classes else None
     looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
@@ -329,5 +336,5 @@ def spread_over(split: Dataset, count: int) -> Batch:
     size = len(split)  # type: ignore[arg-type]
     batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
     if not len(batch.images):
-        raise ValueError(f"none of the images looked at can be read, the first being {batch.unreadable[0].name!r}")
+        raise ValueError(f"none of the images looked at can be read{first_of(batch.unreadable)}")
     return batch

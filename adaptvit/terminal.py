@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import TextIO
 
 
@@ -23,6 +24,16 @@ def say(line: object, file: TextIO | None = None) -> None:
         print(shown(line).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
     except BrokenPipeError:
         leave(file)
+
+
+def warn(words: str, stacklevel: int = 1, everywhere: bool = False) -> None:
+    """Warn on one line, as `shown` has it; of the processes of torchrun the first alone does, unless `everywhere`.
+
+    Args:
+        stacklevel: as of `warnings.warn`: 1 is the line that calls this.
+    """
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        warnings.warn(shown(words), stacklevel=stacklevel + 1)
 
 
 def leave(file: TextIO) -> None:

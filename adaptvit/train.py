@@ -5,9 +5,9 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 """
 
 import fnmatch
+import math
 import os
 import time
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,10 +44,10 @@ from adaptvit.gates import annealed
 from adaptvit.losses import distillation
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, LogitsOnly
-from adaptvit.process import as_found
+from adaptvit.process import as_found, serve
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.tensorfiles import existing, read_torch, reason
-from adaptvit.terminal import shown
+from adaptvit.terminal import shown, warn
 from adaptvit.usage import Output
 from adaptvit.vit import check_images, class_count, prefix_tokens
 
@@ -183,7 +183,8 @@ def train(
             steered to, where the recipe has a target.
         output: folder of the run, made if it is not there.
         name: what the progress bar calls it.
-        resume: go on from a checkpoint of the same run; False refuses where there is one.
+        resume: go on from a checkpoint of the same run; False refuses where there is one. One of another run is left
+            as it is, with a warning.
         teacher: a model to distil from, giving (B, classes) logits. It sees the same augmented images, normalised as
             timm's record of it says, its `pretrained_cfg`; without one, as the model's own are. A method that learns
             from patches too (DynamicViT) needs a timm ViT of as many patches and channels.
@@ -191,7 +192,8 @@ def train(
     Raises:
         ChildProcessError: a process that decodes images died.
         FileExistsError: another training is writing to `output`, or there is a checkpoint and `resume` is False.
-        FloatingPointError: the loss is not finite; the checkpoint of the last finished epoch stays.
+        FloatingPointError: the loss is not finite in one of the processes, and so in all of them; the checkpoint of the
+            last finished epoch stays.
         TypeError: the method learns from a teacher's patches, and the teacher is no timm ViT.
         ValueError: the images are of another shape than the model or the teacher takes, the teacher has other classes,
             the training split is smaller than a batch or has one of which no image can be read, a pattern of
@@ -305,6 +307,8 @@ class _Training:
                     f"{str(self.output)!r} holds a checkpoint of this very run: resume it, or choose another folder"
                 )
             self._restore()
+        elif resume and self.accelerator.is_main_process:
+            self._tell_of_others()
         if self.recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):
@@ -327,6 +331,16 @@ class _Training:
             self.model.load_state_dict(self.ema.module.state_dict())
         return self.history
 
+    def _tell_of_others(self) -> None:
+        """Say so where there is something to go on with, but not of this run."""
+        others = sorted(path.name for path in self.output.glob("checkpoint-*.pt"))
+        if others:
+            warn(
+                f"nothing in {str(self.output)!r} is of this very run, which begins afresh: {', '.join(others)} is of "
+                "other settings, weights or images, or of another version of adaptvit",
+                stacklevel=5,
+            )
+
     def _loader(self) -> DataLoader:
         split, recipe, world = self.data.train, self.recipe, self.accelerator.num_processes
         sampler: Any = None
@@ -343,6 +357,7 @@ class _Training:
             num_workers=self.data.workers,
             collate_fn=filled,
             drop_last=True,
+            worker_init_fn=serve,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -392,11 +407,7 @@ class _Training:
         with accelerator.accumulate(self.wrapped):
             output, task = self._forward(images, labels)
             loss = task + sum(output.terms.values())
-            if not loss.isfinite():
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at step {step + 1}, in epoch {number}: lower Recipe.learning_rate "
-                    f"({recipe.learning_rate:g}); {self._kept()}"
-                )
+            self._check_finite(loss, step, number)
             accelerator.backward(loss)
             if accelerator.sync_gradients and recipe.clip_grad is not None:
                 accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
@@ -405,6 +416,22 @@ class _Training:
         if self.ema is not None and accelerator.sync_gradients:
             self.ema.update(self.model)
         return output, task
+
+    def _check_finite(self, loss: Tensor, step: int, number: int) -> None:
+        """Stop every process where the loss of any is not finite, rather than leave the others waiting for it."""
+        accelerator = self.accelerator
+        sound = loss.isfinite().int()
+        if accelerator.num_processes > 1:
+            sound = accelerator.reduce(sound)  # before the one wait for the device that there is anyway
+        if sound == accelerator.num_processes:
+            return
+        losses = accelerator.gather(loss.detach().float().reshape(1)).tolist()
+        rank = next(rank for rank, one in enumerate(losses) if not math.isfinite(one))
+        where = f", in process {rank}" if len(losses) > 1 else ""
+        raise FloatingPointError(
+            f"the loss is {losses[rank]} at step {step + 1}, in epoch {number}{where}: lower Recipe.learning_rate "
+            f"({self.recipe.learning_rate:g}); {self._kept()}"
+        )
 
     def _kept(self) -> str:
         """What a run that stops now leaves, in words."""
@@ -469,7 +496,7 @@ class _Training:
         model.train()
         model.config, fault = broadcast_object_list([config, fault])  # the main process's, on all
         if fault is not None and self.accelerator.is_main_process:
-            warnings.warn(f"the knob stays as it was at update {update + 1}: {fault}", stacklevel=2)
+            warn(f"the knob stays as it was at update {update + 1}: {fault}", stacklevel=2)
 
     def _cool(self, progress: float) -> None:
         """Set the temperature of the gates to what it is by now."""
@@ -491,7 +518,8 @@ class _Training:
         for name, why in batch.unreadable:
             if name not in self.unreadable:
                 self.unreadable[name] = why
-                warnings.warn(f"training image {name!r} cannot be read, another took its place: {why}", stacklevel=2)
+                told = f"training image {name!r} cannot be read, another took its place: {why}"
+                warn(told, stacklevel=2, everywhere=True)
 
     def _save(self) -> None:
         """Write the checkpoint of the last epoch; the one before it is kept, under another name."""
@@ -557,7 +585,7 @@ class _Training:
                     f"damaged file to train epoch {epochs + 1} again from {path.name}"
                 )
             if faults and self.accelerator.is_main_process:
-                warnings.warn(f"{faults[0]}; going on from {path.name}, after epoch {epochs}", stacklevel=5)
+                warn(f"{faults[0]}; going on from {path.name}, after epoch {epochs}", stacklevel=5)
             return saved
         raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
 

@@ -9,6 +9,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True, eq=False)
+class Bits:
+    """A (B, L, N) bool tensor, eight slots to a byte."""
+
+    packed: Tensor
+    """(B, L, N / 8 rounded up) uint8; the first of eight is the lowest bit."""
+    slots: int
+    """N."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Bits":
+        eights = pad(values.byte(), (0, -values.shape[2] % 8)).unflatten(2, (-1, 8))
+        return cls((eights << _places(values)).sum(dim=3, dtype=torch.uint8), values.shape[2])
+
+    def unpacked(self) -> Tensor:
+        """(B, L, N) bool."""
+        return ((self.packed[..., None] >> _places(self.packed)) & 1).bool().flatten(2)[..., : self.slots]
+
+    def __getitem__(self, rows: Tensor) -> "Bits":
+        return replace(self, packed=self.packed[rows])
+
+    def cpu(self) -> "Bits":
+        return replace(self, packed=self.packed.cpu())
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+class _Live:
+    """`Usage.live`: held as it is given, a tensor or `Bits`, and read as a tensor."""
+
+    def __get__(self, usage: "Usage | None", kind: type) -> Tensor | None:
+        held = None if usage is None else vars(usage)["live"]
+        return held.unpacked() if isinstance(held, Bits) else held
+
+    def __set__(self, usage: "Usage", live: Tensor | Bits | None) -> None:
+        vars(usage)["live"] = live
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +70,7 @@ class Usage:
     """Rows and columns of patches; of a video its steps in time before them."""
     prefix: int
     """Tokens before the first patch token."""
-    live: Tensor | None = None
+    live: _Live = _Live()
     """(B, L, N) bool, the slots whose token the block worked on: all that held one on entry to it or, where tokens that
     are passed over stay, those that were not. None where a method does not track slots."""
     executed: Tensor | None = None
@@ -101,13 +142,25 @@ class Usage:
 
     def of_images(self, rows: Tensor) -> "Usage":
         """The record of some images: (n,) their numbers, or (B,) bool."""
-        parts: dict[str, Any] = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **parts)
+        return replace(self, **{name: part[rows] for name, part in self._parts().items()})
+
+    def compact(self) -> "Usage":
+        """What is kept of a data set: all but `fused` and `groups`, by far the largest; of `live` a bit for each slot.
+
+        An image then takes some 40 bytes a block, and a bit a block and slot: 0.8 kB for ViT-B at 224 pixels in patches
+        of 16, 2.8 kB for ViT-L at 384.
+        """
+        live = vars(self)["live"]
+        return replace(self, live=Bits.of(live) if isinstance(live, Tensor) else live, fused=None, groups=None)
 
     def to_keep(self) -> "Usage":
-        """What a data set's record keeps of a batch, on the host: all but `fused` and `groups`, by far the largest."""
-        parts: dict[str, Any] = {name: part.cpu() for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **parts | {"fused": None, "groups": None})
+        """The compact record of a batch, on the host."""
+        compact = self.compact()
+        return replace(compact, **{name: part.cpu() for name, part in compact._parts().items()})
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a row for each image, as it is held."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor | Bits)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +176,8 @@ class Output:
     """(B, classes) of the distillation head, only in timm's distilled training; `logits` is then the class head's."""
 
 
-def join(usages: list[Usage]) -> Usage:
-    """One record of several batches of the same model and input size, in order.
+def join(usages: list[Usage], whole: bool = False) -> Usage:
+    """One record of several batches of the same model and input size, in order: a compact one, unless `whole`.
 
     Raises:
         ValueError: the list is empty or the patch grids differ.
@@ -133,14 +186,18 @@ def join(usages: list[Usage]) -> Usage:
         raise ValueError("join needs at least one Usage, got an empty list")
     if len({usage.grid for usage in usages}) > 1:
         raise ValueError(f"join needs one patch grid, got {sorted({usage.grid for usage in usages})}")
-    parts: dict[str, Tensor | None] = {
-        name: torch.cat([getattr(usage, name) for usage in usages])
-        for name in ("attended", "updated", "heads", "attention", "mlp")
-    }
-    for name in ("live", "executed", "deciding", "fused", "groups"):
-        known = [part for part in (getattr(usage, name) for usage in usages) if part is not None]
-        parts[name] = torch.cat(known) if len(known) == len(usages) else None
-    return Usage(**parts, grid=usages[0].grid, prefix=usages[0].prefix)  # type: ignore[arg-type]
+    records = usages if whole else [usage.compact() for usage in usages]
+    parts: dict[str, Any] = {}
+    for name in records[0]._parts():
+        known = [getattr(record, name) if whole else vars(record)[name] for record in records]
+        parts[name] = None if any(part is None for part in known) else _cat(known)
+    return replace(records[0], **parts)
+
+
+def _cat(parts: list[Any]) -> Tensor | Bits:
+    if isinstance(parts[0], Bits):
+        return replace(parts[0], packed=torch.cat([part.packed for part in parts]))
+    return torch.cat(parts)
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -158,7 +158,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Run, bool]]:
     """What `adaptvit train` was about to run; nothing is trained."""
     asked: list[tuple[Run, bool]] = []
 
-    def stop(config: Run, resume: bool) -> None:
+    def stop(config: Run, resume: bool, tell: object) -> None:
         asked.append((config, resume))
         raise KeyboardInterrupt("not trained here")
 

@@ -1,15 +1,18 @@
 """Runs that differ in one thing, over seeds."""
 
 import csv
+import errno
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 
-from adaptvit import AViTConfig, compare, records
+from adaptvit import AViTConfig, checkpoints, compare, files, records
 from adaptvit import run as running
 from adaptvit.cli import main
 from adaptvit.compare import Comparison, Row
@@ -164,6 +167,32 @@ def test_a_run_that_diverges_is_counted_and_the_others_stand(comparison: Compari
         lines = [(line["variant"], line["seed"], bool(line["diverged"])) for line in csv.DictReader(file)]
     assert lines[-2:] == [("wild", "0", True), ("wild", "1", True)]
     assert not any(diverged for *_, diverged in lines[:-2])
+
+
+@pytest.mark.parametrize("full", ["finished.json", "model.safetensors", "summary.csv"])
+def test_figures_are_told_where_the_disk_is_full(
+    full: str, comparison: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = folder / "early" / "seed-1"
+    shutil.rmtree(gone)
+    told: list[Row] = []
+    replacing = files.replacing
+
+    def no_room(path: Path) -> Any:
+        if Path(path).name == full:
+            raise OSError(errno.ENOSPC, f"cannot write {str(path)!r}: No space left on device")
+        return replacing(path)
+
+    for module in (files, checkpoints):
+        monkeypatch.setattr(module, "replacing", no_room)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        compare.compare(comparison, folder, seeds=2, tell=told.extend)
+    late, early = told
+    assert (len(late.runs), len(early.runs), early.diverged) == (2, 2 if full == "summary.csv" else 1, 0)
+    assert (early.against_first is None) == (full != "summary.csv")
+    assert full in str(caught.value)
+    assert bool(re.search(r"; the run came to top1 0\.\d+, loss \d", str(caught.value))) == (full != "summary.csv")
+    assert compare.table(told).text()
 
 
 def test_what_cannot_be_compared_is_refused(comparison: Comparison, folder: Path) -> None:

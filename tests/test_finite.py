@@ -97,7 +97,7 @@ def test_evaluate_counts_no_class_whose_logit_is_nan_as_right(tmp_path: Path) ->
             evaluate(model, data)
     vit.head.weight.data[3, 0] = 3e38
     vit.norm.weight.data[0] = 3e38
-    with pytest.raises(ValueError, match="has none: image 0, the model's logits for it are not finite, is the fir"):
+    with pytest.raises(ValueError, match="has none, the first being 'image 0': the model's logits for it are"):
         evaluate(vit, data)
 
 
@@ -148,7 +148,9 @@ def test_the_command_line_counts_them_and_exits_1(
     output = tmp_path / "out.csv"
     model = str(tmp_path / "model.safetensors")
     assert cli.main(["predict", model, str(folder), "--output", str(output), "--workers", "0", "--top", "2"]) == 1
-    assert "val/class0/0.png: the model's logits for it are not finite" in capsys.readouterr().err
+    named, counted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("adaptvit: ")]
+    assert named == "adaptvit: val/class0/0.png: the model's logits for it are not finite"
+    assert counted == "adaptvit: 1 images have logits that are not finite and are left out"
     with output.open() as file:
         assert len(list(csv.DictReader(file))) == 6
 

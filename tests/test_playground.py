@@ -394,6 +394,28 @@ def test_the_page_answers_to_its_own_origin_only(method: str) -> None:
     assert answered([host, ("sec-fetch-site", "cross-site")], path="/")  # a link from elsewhere
 
 
+def test_what_gradio_fails_on_is_refused_in_a_sentence(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradio.routes import App
+    from starlette.testclient import TestClient
+
+    from adaptvit import page
+
+    built.queue(api_open=False)
+    monkeypatch.setattr(built, "is_running", True)
+    guard = page.OwnHost(App.create_app(built), 7860, page.Stored(Path("nowhere")))
+    client = TestClient(guard, base_url="http://127.0.0.1:7860")
+    value = {"data": [], "session_hash": "own", "event_data": None, "trigger_id": None}
+    for path, number in (("queue/join", 999), ("queue/join", -1), ("run/look", 999), ("run/predict", 10**30)):
+        answer = client.post(f"/gradio_api/{path}", json={**value, "fn_index": number})
+        assert (answer.status_code, answer.text) == (
+            400,
+            "This request is none that the playground's page sends.\n",
+        )
+    assert client.post("/gradio_api/call/nothing", json=value).status_code == 400
+    assert client.post("/gradio_api/queue/join", content=b"{").status_code == 422
+    assert client.get("/config").status_code == 200
+
+
 def test_the_oldest_stored_pictures_are_deleted_first(tmp_path: Path) -> None:
     page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
 

@@ -4,9 +4,12 @@ import copy
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -25,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset
 
 import adaptvit.demo
-from adaptvit import AdaptiveViT, FullConfig, save
+from adaptvit import AdaptiveViT, FullConfig, cli, save
 from adaptvit.bench import BenchConfig, bench
 from adaptvit.compare import Comparison, compare
 from adaptvit.compare_methods import MethodsConfig, compare_methods
@@ -241,6 +244,23 @@ def test_no_file_stays_open_for_a_batch_that_a_worker_sent(monkeypatch: pytest.M
     assert max(seen[-10:]) <= max(seen[:10])
 
 
+def two_processes(target: Any, output: Path, count: int) -> list[Any]:
+    """What two processes tell, as those that torchrun starts find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    runs = [context.Process(target=target, args=(rank, port, output, told), daemon=True) for rank in "01"]
+    for one in runs:
+        one.start()
+    found = [told.get(timeout=60) for _ in range(count)]
+    for one in runs:
+        one.join(timeout=60)
+        assert one.exitcode == 0
+    return found
+
+
 def trained_twice(rank: str, port: str, output: Path, told: Any) -> None:
     """What a sweep over seeds does in a process of torchrun."""
     everyone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -256,19 +276,63 @@ def trained_twice(rank: str, port: str, output: Path, told: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_trainings_follow_one_another_in_the_processes_of_torchrun(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    context = multiprocessing.get_context("fork")
-    told = context.Queue()
-    runs = [context.Process(target=trained_twice, args=(rank, port, tmp_path, told), daemon=True) for rank in "01"]
-    for one in runs:
-        one.start()
-    weights = {(rank, seed): found for rank, seed, found in (told.get(timeout=60) for _ in range(4))}
-    for one in runs:
-        one.join(timeout=60)
-        assert one.exitcode == 0
+    weights = {(rank, seed): found for rank, seed, found in two_processes(trained_twice, tmp_path, 4)}
     assert weights["0", 0] == weights["1", 0] != weights["0", 1] == weights["1", 1]
+
+
+def spoilt_in_one(rank: str, port: str, output: Path, told: Any) -> None:
+    everyone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= everyone | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank}
+    for state in SHARED:
+        state._reset_state()
+    model = copy.deepcopy(MODEL)
+    if rank == "1":
+        model.register_forward_hook(lambda *call: replace(call[2], logits=call[2].logits * torch.nan))
+    try:
+        train(model, DATA, replace(RECIPE, batch_size=4), output)
+    except FloatingPointError as error:
+        told.put(str(error))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_sentence(tmp_path: Path) -> None:
+    sentences = {*two_processes(spoilt_in_one, tmp_path, 2)}
+    assert sentences == {
+        "the loss is nan at step 1, in epoch 1, in process 1: lower Recipe.learning_rate (0.001); "
+        f"0 finished epochs kept in {str(tmp_path)!r}"
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_sigterm_to_a_command_and_its_workers_is_told_once(command: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "told"
+    words = {
+        "evaluate": ["evaluate", str(folder / "vit.safetensors"), str(folder / "images"), "--workers", "1"],
+        "predict": ["predict", str(folder / "vit.safetensors"), str(folder / "images"), "--workers", "1"],
+    }[command]
+    words += ["--output", str(tmp_path / "out.csv"), "--top", "1"] if command == "predict" else ["--rounds", "0"]
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        for number in (1, 2):
+            os.dup2(os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+
+        def stop(*_: object) -> None:  # both at once, as a shell or a service does
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(30)
+
+        Full.forward = stop
+        code = cli.main([*words, "--batch-size", "1"])
+        sys.stderr.flush()
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    said = [line for line in output.read_text().splitlines() if not re.search("evaluating|predicting", line)]
+    (only,) = filter(None, said)
+    assert re.match("adaptvit: interrupted(; the same command goes on|$)", only)
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -1,10 +1,11 @@
 import io
 import os
+import warnings
 
 import pytest
 
 from adaptvit.report import Picture, Report, Section, Table, write
-from adaptvit.terminal import say, shown
+from adaptvit.terminal import say, shown, warn
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202egnp.exe\u2066\r\n\x9b2J\udcff\u200b"
 
@@ -20,6 +21,20 @@ def test_a_line_is_said_in_any_encoding() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     say("Käfer ± \x1b", file)
     assert file.buffer.getvalue() == rb"K\xe4fer \xb1 \x1b" + os.linesep.encode()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_warning_shows_names_and_comes_from_the_first_process_alone(
+    rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn(f"no {HOSTILE}")
+        warn("everybody", everywhere=True)
+    said = [str(one.message) for one in caught]
+    assert said == ([f"no {shown(HOSTILE)}"] if rank == "0" else []) + ["everybody"]
+    assert {one.filename for one in caught} == {__file__}
 
 
 def test_where_nobody_reads_any_more_the_work_goes_on() -> None:

@@ -204,6 +204,18 @@ def test_a_changed_run_starts_afresh_beside_the_old_one(data: Data, tmp_path: Pa
     assert fingerprint(model(), data, RECIPE) in runs
 
 
+def test_a_training_that_old_settings_began_is_left_and_said(data: Data, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1, warmup_epochs=0)
+    train(model(FullConfig()), data, recipe, tmp_path)
+    (old,) = tmp_path.glob("checkpoint-*.pt")
+    before = old.read_bytes()
+    with pytest.warns(UserWarning, match=f"is of this very run, which begins afresh: {old.name} is of other settings"):
+        history = train(model(FullConfig()), data, replace(recipe, clip_grad=2), tmp_path)
+    assert len(history) == 1
+    assert old.read_bytes() == before
+    assert len([*tmp_path.glob("checkpoint-*.pt")]) == 2
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data: Data, tmp_path: Path) -> None:
     class Poisoned(Images):
         visits = 0

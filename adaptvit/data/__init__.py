@@ -21,7 +21,15 @@ from adaptvit.data.folders import (
     list_folder,
     list_images,
 )
-from adaptvit.data.images import NOT_FINITE, Unreadable, decode_image, in_channels, open_image, read_image
+from adaptvit.data.images import (
+    Unreadable,
+    decode_image,
+    first_of,
+    in_channels,
+    not_finite,
+    open_image,
+    read_image,
+)
 from adaptvit.data.preparation import Renormalise, pixels, preparation, preparation_of_name
 from adaptvit.data.sets import (
     HELD_OUT,
@@ -42,7 +50,6 @@ from adaptvit.data.sets import (
 __all__ = [
     "HELD_OUT",
     "IMAGE_SUFFIXES",
-    "NOT_FINITE",
     "Batch",
     "ClassFolders",
     "Data",
@@ -60,9 +67,11 @@ __all__ = [
     "digits",
     "filled",
     "find_images",
+    "first_of",
     "in_channels",
     "list_folder",
     "list_images",
+    "not_finite",
     "open_data",
     "open_image",
     "open_pictures",

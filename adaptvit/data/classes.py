@@ -3,10 +3,11 @@
 import operator
 import re
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from adaptvit.terminal import warn
 
 
 def read_names(path: Path, what: str) -> tuple[str, ...]:
@@ -23,9 +24,7 @@ def read_names(path: Path, what: str) -> tuple[str, ...]:
     """
     names = _lines(path, what)
     if double := _double(names):
-        warnings.warn(
-            f"{what} {str(path)!r} gives two classes the name {double}: they cannot be told apart", stacklevel=2
-        )
+        warn(f"{what} {str(path)!r} gives two classes the name {double}: they cannot be told apart", stacklevel=2)
     return names
 
 

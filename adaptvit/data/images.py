@@ -5,6 +5,7 @@ file -> open_image: its header, its kind and its size checked -> decode_image: i
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +42,32 @@ NOT_FINITE = "the model's logits for it are not finite"
 
 
 class Unreadable(NamedTuple):
-    """What stands in a data set where an image cannot be decoded."""
+    """What stands in a data set where an image cannot be decoded, or a model's answer to it is not finite."""
 
     name: str
     """Of the file."""
     reason: str
-    """What the decoder said."""
+    """What the decoder said, or `NOT_FINITE`."""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether it is the model that failed on it."""
+        return self.reason == NOT_FINITE
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" if self.decoded else f"cannot read {self.name}: {self.reason}"
+
+
+def not_finite(name: str) -> Unreadable:
+    """An image whose logits are not finite, to be named with those that cannot be decoded."""
+    return Unreadable(name, NOT_FINITE)
+
+
+def first_of(unreadable: Sequence[Unreadable]) -> str:
+    """The first of them as the end of a sentence; nothing where there is none."""
+    if not unreadable:
+        return ""
+    return f", the first being {unreadable[0].name!r}: {' '.join(unreadable[0].reason.split())}"
 
 
 def read_image(file: Any, channels: int = 3) -> Image.Image:

@@ -5,16 +5,16 @@ d channels per head. Slots that hold no token repeat the class token and are mas
 Source: conceptofmind/Adaptive-Token-Sampling-Flax, a port of vit-pytorch's `ats_vit`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from adaptvit.checks import In, check_fields, quoted
 from adaptvit.flax import samplers
 
 Sampler = Literal["gumbel", "inverse_transform"]
@@ -24,7 +24,7 @@ Sampler = Literal["gumbel", "inverse_transform"]
 class Flavour:
     """Where ViTs differ in small ways; the defaults are the published port's."""
 
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, In("(0, inf)")] = 1e-5
     """What layer norm adds to the variance."""
     norm_bias: bool = False
     """Whether layer norm has a bias."""
@@ -32,6 +32,9 @@ class Flavour:
     """Whether the map to queries, keys and values has a bias."""
     exact_gelu: bool = False
     """GELU by the error function; otherwise its tanh approximation."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def norm(self) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=self.norm_eps, use_bias=self.norm_bias)
@@ -208,31 +211,31 @@ class ViT(nn.Module):
     turns drop-out off; `emb_dropout` draws from its own rng, needed, as that of `dropout`, only above 0.
     """
 
-    image_size: int | tuple[int, int]
+    image_size: Annotated[int | tuple[int, int], In("[1, 65536]")]
     """Height and width in pixels."""
-    patch_size: int | tuple[int, int]
+    patch_size: Annotated[int | tuple[int, int], In("[1, 65536]")]
     """Height and width of a patch; they divide the image's."""
-    num_classes: int
+    num_classes: Annotated[int, In("[1, inf)")]
     """Classes of the head."""
-    dim: int
+    dim: Annotated[int, In("[1, inf)")]
     """D."""
-    depth: int
+    depth: Annotated[int, In("[1, inf)")]
     """Layers."""
-    max_tokens_per_depth: tuple[float, ...]
-    """K of each layer, at least 1, not growing: a layer with more patches samples K times."""
-    heads: int
+    max_tokens_per_depth: Annotated[tuple[float, ...], In("[1, inf)")]
+    """K of each layer, not growing: a layer with more patches samples K times."""
+    heads: Annotated[int, In("[1, inf)")]
     """H."""
-    mlp_dim: int
+    mlp_dim: Annotated[int, In("[1, inf)")]
     """Hidden channels of the perceptrons."""
-    dim_head: int = 64
+    dim_head: Annotated[int, In("[1, inf)")] = 64
     """d; the published port has no way to set it."""
-    dropout: float = 0.0
-    """After each linear map of the perceptron and after attention, in [0, 1)."""
-    emb_dropout: float = 0.0
-    """On the embedded tokens, in [0, 1)."""
-    blocks: tuple[int, ...] | None = None
+    dropout: Annotated[float, In("[0, 1)")] = 0.0
+    """After each linear map of the perceptron and after attention."""
+    emb_dropout: Annotated[float, In("[0, 1)")] = 0.0
+    """On the embedded tokens."""
+    blocks: Annotated[tuple[int, ...] | None, In("[0, inf)", empty=True)] = None
     """The layers that sample, 0-based, whatever their length; None: those with more patches than K."""
-    capacities: tuple[int, ...] | None = None
+    capacities: Annotated[tuple[int, ...] | None, In("[2, inf)")] = None
     """Slots after each layer that samples, class token included, at most; None: as many as K draws can fill."""
     sampler: Sampler = "gumbel"
     """How tokens are drawn."""
@@ -241,21 +244,16 @@ class ViT(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, leave=("parent", "name"))
         counts = self.max_tokens_per_depth
-        finite = all(1 <= count < math.inf for count in counts)
-        if len(counts) != self.depth or not finite or list(counts) != sorted(counts, reverse=True):
+        if len(counts) != self.depth or list(counts) != sorted(counts, reverse=True):
             raise ValueError(
-                f"ViT.max_tokens_per_depth must be {self.depth} (depth) finite numbers of 1 or more, not growing, "
-                f"got {counts}"
+                f"ViT.max_tokens_per_depth must be {self.depth} (depth) numbers, not growing, got {quoted(counts)}"
             )
-        if self.capacities is not None and (len(self.capacities) != self.depth or min(self.capacities) < 2):
-            raise ValueError(
-                f"ViT.capacities must be None or {self.depth} (depth) numbers of 2 or more, got {self.capacities}"
-            )
-        if self.blocks is not None and not set(self.blocks) <= set(range(self.depth)):
-            raise ValueError(f"ViT.blocks must lie in 0..{self.depth - 1}, got {self.blocks}")
-        if self.sampler not in ("gumbel", "inverse_transform"):
-            raise ValueError(f"ViT.sampler must be 'gumbel' or 'inverse_transform', got {self.sampler!r}")
+        if self.capacities is not None and len(self.capacities) != self.depth:
+            raise ValueError(f"ViT.capacities must be {self.depth} (depth) numbers, got {quoted(self.capacities)}")
+        if self.blocks is not None and any(block >= self.depth for block in self.blocks):
+            raise ValueError(f"ViT.blocks must lie in 0..{self.depth - 1}, got {quoted(self.blocks)}")
         height, width, rows, columns = *pair(self.image_size), *pair(self.patch_size)
         if height % rows or width % columns:
             raise ValueError(f"ViT.patch_size {self.patch_size} does not divide image_size {self.image_size}")

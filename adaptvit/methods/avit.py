@@ -6,7 +6,6 @@ Letters: B images, N token slots (class token first), L blocks, D channels, R sl
 Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and beta of the gate.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,6 +18,7 @@ from adaptvit.losses import mean_over_processes
 from adaptvit.methods import avit_official
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.priors import PRIORS, halting_prior, mixture
+from adaptvit.terminal import warn
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import check_attention, check_norms, classify, embed, run_block
@@ -248,7 +248,7 @@ def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:
 def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
     """Say so when the gate leaves nothing after the first block."""
     if going.numel() and not going.any():
-        warnings.warn(
+        warn(
             f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or find a gate "
             "with adaptvit.meet_target",
             stacklevel=3,

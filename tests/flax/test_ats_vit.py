@@ -1,5 +1,7 @@
 """What holds for the Flax ATS ViT, whatever its weights."""
 
+import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -9,10 +11,14 @@ import pytest
 pytest.importorskip("jax", reason="the JAX side needs adaptvit[flax]")
 
 import jax
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import Array
+from test_checks import ANYTHING, COMMON, declared, likely
 from test_imports import imported, modules
 
-from adaptvit.flax import ViT, check_capacities, samplers
+from adaptvit.flax import Flavour, ViT, check_capacities, samplers
+from adaptvit.flax.ats_vit import pair
 
 SMALL = ViT(
     image_size=16,
@@ -164,19 +170,57 @@ def test_no_layer_that_samples_is_the_plain_vit(variables: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"max_tokens_per_depth": (12, 9)}, r"max_tokens_per_depth must be 3 .* got \(12, 9\)"),
+        ({"max_tokens_per_depth": (12, 9)}, r"max_tokens_per_depth must be 3 .* got \(12.0, 9.0\)"),
         ({"max_tokens_per_depth": (9, 12, 6)}, "not growing"),
-        ({"max_tokens_per_depth": (float("nan"), 9, 6)}, "finite numbers"),
-        ({"max_tokens_per_depth": (float("inf"), 9, 6)}, "finite numbers"),
-        ({"capacities": (12, 1, 6)}, "capacities must be None or 3 .* 2 or more"),
+        ({"max_tokens_per_depth": (float("nan"), 9, 6)}, r"must be 1 or more, got \(nan, 9, 6\)"),
+        ({"max_tokens_per_depth": (float("inf"), 9, 6)}, r"must be 1 or more and finite, got \(inf, 9, 6\)"),
+        ({"max_tokens_per_depth": "abc"}, "must be numbers, 1 or more, got 'abc'"),
+        ({"capacities": (12, 1, 6)}, r"capacities must be 2 or more, got \(12, 1, 6\)"),
+        ({"capacities": (12, 6)}, r"capacities must be 3 \(depth\) numbers, got \(12, 6\)"),
+        ({"capacities": ()}, r"capacities must be whole numbers, 2 or more, or None, got \(\)"),
+        ({"dim": 1.5}, "ViT.dim must be a whole number, 1 or more, got 1.5"),
+        ({"dim_head": 0}, "ViT.dim_head must be 1 or more, got 0"),
+        ({"dropout": float("nan")}, r"ViT.dropout must lie in \[0, 1\), got nan"),
+        ({"image_size": (16, 16, 16)}, r"image_size must be a whole number or 2 whole numbers in 1..65536, got \(16"),
+        ({"flavour": None}, "ViT.flavour must be a Flavour, got None"),
+        ({"blocks": (True,)}, r"blocks must be whole numbers, 0 or more, or None, got \(True,\)"),
         ({"blocks": (3,)}, r"blocks must lie in 0..2, got \(3,\)"),
         ({"patch_size": 5}, "patch_size 5 does not divide image_size 16"),
-        ({"sampler": "released"}, "sampler must be 'gumbel' or 'inverse_transform', got 'released'"),
+        ({"sampler": "released"}, "sampler must be one of gumbel, inverse_transform, got 'released'"),
     ],
 )
 def test_wrong_settings_fail_when_the_model_is_made(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SMALL.clone(**setting)
+
+
+@pytest.mark.parametrize("kind", [ViT, Flavour], ids=lambda kind: kind.__name__)
+def test_a_config_is_refused_or_works(kind: type) -> None:
+    needed = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(ViT) if field.name != "parent"}
+    fields = {field.name: field.type for field in dataclasses.fields(kind) if field.name not in ("parent", "name")}
+    assert [name for name, one in fields.items() if not declared(one)] == []
+
+    @settings(max_examples=60, **COMMON)
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        names = data.draw(st.lists(st.sampled_from([*fields]), min_size=1, max_size=2, unique=True))
+        given = {name: data.draw(likely(fields[name]) if data.draw(st.integers(0, 3)) else ANYTHING) for name in names}
+        made, said = None, ""
+        try:
+            made = kind(**(given if kind is Flavour else needed | given))
+        except ValueError as error:
+            said = str(error)
+        assert made is not None or re.fullmatch(f"{kind.__name__}.({'|'.join(fields)}) .*", said)
+        if made is None:
+            return
+        vit = SMALL.clone(flavour=made) if kind is Flavour else made
+        if max(vit.dim, vit.heads, vit.mlp_dim, vit.dim_head, vit.num_classes) < 1000:
+            images = jax.ShapeDtypeStruct((1, *pair(vit.image_size), 3), "float32")
+            keys = dict.fromkeys(("params", "dropout", "emb_dropout"), KEY)
+            logits = jax.eval_shape(lambda x: vit.init_with_output(keys, x)[0], images)
+            assert logits.shape == (1, vit.num_classes)
+
+    holds()
 
 
 def test_images_of_another_size_are_refused(variables: Any) -> None:
