@@ -330,8 +330,8 @@ def test_sigterm_to_a_command_and_its_workers_is_told_once(command: str, folder:
         sys.stderr.flush()
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-    said = [line for line in output.read_text().splitlines() if not re.search("evaluating|predicting", line)]
-    (only,) = filter(None, said)
+    lines = map(str.strip, output.read_text().splitlines())
+    (only,) = [line for line in lines if line and not re.match("evaluating|predicting", line)]
     assert re.match("adaptvit: interrupted(; the same command goes on|$)", only)
 
 
