@@ -400,9 +400,11 @@ def test_what_gradio_fails_on_is_refused_in_a_sentence(built: Any, monkeypatch: 
 
     from adaptvit import page
 
-    built.queue(api_open=False)
+    async def serve() -> Any:  # in a loop, or gradio leaves one of its own open
+        return App.create_app(built.queue(api_open=False))
+
     monkeypatch.setattr(built, "is_running", True)
-    guard = page.OwnHost(App.create_app(built), 7860, page.Stored(Path("nowhere")))
+    guard = page.OwnHost(asyncio.run(serve()), 7860, page.Stored(Path("nowhere")))
     client = TestClient(guard, base_url="http://127.0.0.1:7860")
     value = {"data": [], "session_hash": "own", "event_data": None, "trigger_id": None}
     for path, number in (("queue/join", 999), ("queue/join", -1), ("run/look", 999), ("run/predict", 10**30)):
