@@ -71,8 +71,12 @@ footer {display: none !important}
 .plots figure {margin: 0}
 .plots img {width: 100%; background: white}
 .plots figcaption, .said {font-size: .9rem; color: var(--body-text-color); opacity: .72}
-.legend {display: flex; gap: .5rem; align-items: center; font-size: .85rem; color: var(--body-text-color); opacity: .72}
+.legend {display: flex; gap: .5rem; align-items: center; font-size: .85rem; color: var(--body-text-color)}
 .legend div {flex: 0 0 8rem; height: .6rem; border-radius: 3px}
+@media (max-width: 640px) {
+  .pictures {flex-direction: column}
+  .answers, .plots {grid-template-columns: 1fr; gap: 1.2rem}
+}
 """
 
 
@@ -494,7 +498,7 @@ def plots_html(view: View) -> str:
         f'<figure><figcaption>{caption}</figcaption><img src="{source}" alt="{caption}"></figure>'
         for caption, source in (
             (f"What {pictures} of this session cost with this model, method and budget", view.costs()),
-            ("What each block computed for them", view.usage_per_block()),
+            (f"What each block computed for {'it' if count == 1 else 'them'}", view.usage_per_block()),
         )
     )
     return f'<div class="plots">{figures}</div>'
