@@ -285,6 +285,11 @@ def _open_in_folder(file: Path) -> AdaptiveViT:
     with _rebuilding(config), torch.device("meta"):
         twin = FullConfig().build(made())  # without memory: the file may claim any size
     _check_claims(source, twin, f"{file} does not fit the config.json beside it")
+    pool = told.get("global_pool")  # which timm does not read: it builds by model_args alone
+    if pool not in (None, twin.vit.global_pool):
+        raise ValueError(
+            f"{config} says global_pool {repr(pool)[:80]}, but its model_args make a ViT that pools otherwise"
+        )
     with _rebuilding(config):
         vit = made()
         data = check_described("its images'", {key: timm_config(vit).get(key) for key in PREPROCESSING}, PREPROCESSING)

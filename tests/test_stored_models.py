@@ -1,5 +1,6 @@
 """A model is named alike wherever one is named: a file, a folder, a repository of the Hub, or timm's name."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,19 @@ def test_a_repository_without_weights_is_told_from_one_that_cannot_be_reached(tm
         open_model("hf-hub:me/mine")
     with pytest.raises(ValueError, match=r"hf-hub:me/other is not here .*\(no network\)"):
         open_model("hf-hub:me/other")
+
+
+def test_a_folder_that_says_another_pool_than_its_arguments_make_is_refused(images: Tensor, tmp_path: Path) -> None:
+    model = vit(global_pool="avg", fc_norm=False)  # whose tensors have the names of one that reads its class token
+    name = stored(tmp_path, "folder", model)
+    with torch.inference_mode():
+        torch.testing.assert_close(open_model(name)(images).logits, model(images))
+    config = Path(name) / "config.json"
+    told = json.loads(config.read_text())
+    del told["model_args"]["global_pool"]
+    config.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"config\.json says global_pool 'avg', but its model_args"):
+        open_model(name)
 
 
 # ---- training
