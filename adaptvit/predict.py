@@ -310,7 +310,10 @@ class _Files:
                 lines = file.read().split("\n")[:-1]
             if lines and self.form.header and lines.pop(0) + "\n" != self.form.header:
                 raise ValueError(f"{path} has another header")
-            found |= {self.index[self.form.name(line)]: line for line in lines}
+            here = {self.index[self.form.name(line)]: line for line in lines}
+            if len(here) < len(lines):
+                raise ValueError(f"{path} has two lines of one image")
+            found |= here
         return found
 
     def settle(self) -> None:

@@ -277,7 +277,9 @@ def test_a_file_that_predict_did_not_write_is_refused_and_stays(config: PredictC
     assert config.output.read_text() == "mine"
     config.output.unlink()
     predict_all(config)
-    for text in ("file,label\n", config.output.read_text() + "gone.png,1\n", config.output.read_text() + "\n"):
+    written = config.output.read_text()
+    twice = written.splitlines(keepends=True)[-1]
+    for text in ("file,label\n", f"{written}gone.png,1\n", f"{written}\n", written + twice):
         config.output.write_text(text)
         with pytest.raises(ValueError, match="has lines that predict did not write"):
             predict.predict(config)
