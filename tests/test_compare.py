@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -122,8 +123,15 @@ def test_an_upgraded_version_computes_everything_again(
 
     monkeypatch.setattr(compare, "run", counted)
     logs = set(folder.rglob("log-*.jsonl"))
-    with pytest.warns(UserWarning, match=r"is of adaptvit .*, and this is 9\.9: computed again"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
         compare.compare(comparison, folder, seeds=2)
+    said = [str(one.message) for one in caught if one.category is UserWarning]
+    again = [re.search(r"is of adaptvit .*, and this is 9\.9: computed again$", one) for one in said]
+    afresh = [re.search("nothing in '.*' is of this very run, which begins afresh", one) for one in said]
+    assert all(one or other for one, other in zip(again, afresh, strict=True))
+    assert any(again)
+    assert any(afresh)
     assert len(trained) == 4
     assert len(set(folder.rglob("log-*.jsonl")) - logs) == 4  # trained, not read back from a checkpoint
     assert json.loads((folder / "speed.json").read_text())["version of adaptvit"] == "9.9"

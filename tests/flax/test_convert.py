@@ -89,7 +89,7 @@ def test_weights_go_to_flax_and_back(shape: dict[str, Any]) -> None:
         ("average pool", {}, "global_pool 'avg'"),
         ("class token", {"drop_path_rate": 0.1}, "DropPath"),
         ("class token", {"proj_drop_rate": 0.1}, "p=0.1"),
-        ("class token", {"num_classes": 0}, "head"),
+        ("class token", {"num_classes": 0}, "num_classes"),
     ],
 )
 def test_a_vit_that_does_not_convert_is_refused_by_name(flavour: str, settings: dict[str, Any], named: str) -> None:
