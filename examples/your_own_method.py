@@ -47,7 +47,7 @@ class NormViT(AdaptiveViT):
                 large = norm >= self.config.threshold * norm[:, self.prefix :].amax(dim=1, keepdim=True)
                 tokens = tokens.keep(large | (torch.arange(x.shape[1], device=x.device) < self.prefix))
         logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read))
-        return Output(logits, Usage.of_depth(depth, self.depth, self.heads, grid, self.prefix), distilled=distilled)
+        return Output(logits, Usage.of_depth(depth, self.heads, grid, self.prefix), distilled=distilled)
 
 
 def main() -> None:
