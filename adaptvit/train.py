@@ -420,10 +420,10 @@ class _Training:
     def _check_finite(self, loss: Tensor, step: int, number: int) -> None:
         """Stop every process where the loss of any is not finite, rather than leave the others waiting for it."""
         accelerator = self.accelerator
-        sound = loss.isfinite().int()
+        sound = loss.isfinite().float()
         if accelerator.num_processes > 1:
-            sound = accelerator.reduce(sound)  # before the one wait for the device that there is anyway
-        if sound == accelerator.num_processes:
+            sound = accelerator.reduce(sound, "mean")  # before the one wait for the device that there is anyway
+        if sound == 1:
             return
         losses = accelerator.gather(loss.detach().float().reshape(1)).tolist()
         rank = next(rank for rank, one in enumerate(losses) if not math.isfinite(one))
