@@ -10,7 +10,7 @@ test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
