@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from samples import SETTINGS
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
@@ -28,14 +29,6 @@ from adaptvit.data import (
 from adaptvit.data import sets as data_module
 from adaptvit.train import Recipe, train
 
-SETTINGS = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.25, 0.3),
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
 PLAIN = DataConfig(workers=0)
 
 

@@ -1,14 +1,13 @@
 """Data sets of the Hub and of torchvision: every image through the one decoder, used or named."""
 
-import io
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import SETTINGS, encoded, picture
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -16,25 +15,7 @@ from torchvision.datasets import ImageFolder
 from adaptvit.data import DataConfig, Samples, Unreadable, class_names, collate, open_data, open_split, sets
 from adaptvit.data.libraries import TorchImages
 
-SETTINGS = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.25, 0.3),
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
 NEEDED = "the extra `data` is not installed"
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
-    return buffer.getvalue()
 
 
 def turned(seed: int) -> tuple[bytes, torch.Tensor]:

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from models import METHODS, small_vit
 from PIL import Image
+from samples import SETTINGS, encoded, picture
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
@@ -19,25 +19,6 @@ from adaptvit import save
 from adaptvit.cli import main
 from adaptvit.data import DataConfig, Unreadable, collate, filled, open_data, open_split
 from adaptvit.data.shards import Sample, Split, find_shards, flow
-
-SETTINGS = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.25, 0.3),
-    "interpolation": "bicubic",
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
-    return buffer.getvalue()
 
 
 def shard(path: Path, files: dict[str, bytes]) -> Path:
