@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
+import yaml
 from accelerate import PartialState  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -105,15 +106,36 @@ def _command(words: list[str]) -> int:
 
 def _check_files(words: Sequence[str]) -> None:
     """Refuse a pipe, a socket or a device, which may never end, before the parser reads it for a file of options."""
-    for word in words:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
         option, equals, value = word.partition("=")
         for name in (word, value):
-            path = os.path.expanduser(name)
-            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-                try:
-                    check_is_file(path)
-                except OSError as error:
-                    raise OSError(f"{option}: {error}" if equals else str(error)) from None
+            try:
+                _check_is_file(name)
+            except OSError as error:
+                raise OSError(f"{option}: {error}" if equals else str(error)) from None
+        if option == "--config":
+            _check_groups(Path(value or following))
+
+
+def _check_groups(config: Path) -> None:
+    """Refuse such files where a YAML file names one for a whole group of options."""
+    try:
+        groups = yaml.safe_load(config.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):  # of which the parser says more
+        return
+    for group, name in groups.items() if isinstance(groups, dict) else ():
+        if isinstance(name, str):
+            try:
+                _check_is_file(config.parent / name)
+            except OSError as error:
+                raise OSError(f"{group}: {error}") from None
+
+
+def _check_is_file(name: Path | str) -> None:
+    """Refuse what is there and neither a file nor a folder."""
+    path = os.path.expanduser(name)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        check_is_file(path)
 
 
 @contextmanager

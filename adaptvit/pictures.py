@@ -245,7 +245,7 @@ def error_bars(points: dict[str, tuple[float, float]], label: str) -> Figure:
     values, spreads = zip(*points.values(), strict=True)
     axes.errorbar(values, places, xerr=spreads, fmt="o", color=ACCENT, ecolor=INK, markersize=5, capsize=3)
     axes.set_yticks(places, list(points), color=INK)
-    axes.invert_yaxis()
+    axes.set_ylim(len(points) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     return figure
 

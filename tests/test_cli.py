@@ -230,6 +230,7 @@ def test_a_wrong_word_is_refused_in_one_sentence(
     [
         "train digits --config {}",
         "train digits --config={}",
+        "train digits --config group.yaml",
         "train digits --data {}",
         "train digits --method={}",
         "train digits --weights {}",
@@ -259,6 +260,7 @@ def test_what_may_never_end_is_no_file(
     with socket.socket(socket.AF_UNIX) as listener:
         if kind == "a socket":
             listener.bind(name)
+        Path("group.yaml").write_text(f"data: {name}\n")
         assert cli.main(words.format(name).split()) == 2
     (line,) = said(capsys).splitlines()
     assert line.endswith(f"'{name}' is {kind}, not a file")
