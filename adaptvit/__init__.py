@@ -1,45 +1,55 @@
 """Vision transformers that spend compute where an image needs it."""
 
+from importlib.metadata import version
+
 from adaptvit import names as names  # registers the A-ViT models with timm
-from adaptvit.budget import meet_target
+from adaptvit.budget import measure_dial, meet_target
 from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.base import DropConfig, MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.parts import ViTConfig
-from adaptvit.tokens import Masked, Packed
+from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.untrained import adapt
 from adaptvit.usage import Output, Usage, join
+
+__version__ = version("adaptvit")
 
 __all__ = [
     "ATSConfig",
     "AViTConfig",
     "AdaViTConfig",
     "AdaptiveViT",
+    "DropConfig",
     "DynamicViTConfig",
     "EViTConfig",
     "FullConfig",
     "Knob",
     "Masked",
     "MergeConfig",
+    "MethodConfig",
     "Output",
     "Packed",
     "Shape",
     "ToMeConfig",
+    "Tokens",
     "Usage",
     "ViTConfig",
+    "__version__",
     "adapt",
     "convert",
     "dense_macs",
     "join",
     "load",
     "macs",
+    "measure_dial",
     "meet_target",
     "save",
 ]

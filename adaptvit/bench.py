@@ -21,17 +21,14 @@ from adaptvit.checkpoints import is_stored, open_model, remade
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods import METHODS
-from adaptvit.methods.full import FullConfig
-from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.methods import METHODS, MethodConfig, dense, is_dense
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.terminal import warn
-from adaptvit.timing import interleaved
+from adaptvit.timing import Speed, interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
 
-PLAIN = "avit"
-"""What a plain ViT is measured as, unless told."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,11 +40,13 @@ class BenchConfig:
     """Name of a timm ViT, whose weights are random, which its speed does not depend on; or a file, folder or repository
     of a model, as other commands take it, with its own."""
     method: Annotated[str | None, OneOf(METHODS)] = None
-    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, avit where it is a plain ViT."""
+    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, the first of them where it is
+    a plain ViT."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
-    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it, and `full` has none."""
+    """Share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it, and the dense method has
+    none."""
     batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images per forward pass."""
     images: Annotated[int, In("[1, inf)")] = 32
@@ -73,7 +72,7 @@ class BenchConfig:
         check_fields(self)
         stored = is_stored(self.model)
         if self.method is not None or not stored:
-            self.of(METHODS[self.method or PLAIN]())
+            self.of(METHODS[self.method or next(iter(METHODS))]())
         if self.images % self.batch_size:
             raise ValueError(
                 f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
@@ -119,7 +118,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
-    opened = _opened(config).to(device, dtype).train(config.train)
+    opened = _opened(config).to(device, dtype).eval()
     vit = opened.vit
     images = bench_images(config, vit).to(device, dtype)
     batches = images.split(config.batch_size)
@@ -128,6 +127,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     method = model.config
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
+    model.train(config.train)
     passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
         passes_made = [(output.logits.detach(), output.usage) for output in map(model, batches)]
@@ -141,10 +141,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             {name: partial(step, run, batches) for name, run in passes.items()}, config.rounds, device
         )
 
-    executed, dense = macs(usage, model.shape).double(), dense_macs(model.shape, usage.grid)
-    ideal = dense / executed.mean().item()
-    realised = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
-    per_second = {f"{name}_images_per_s": config.images / median(times) for name, times in seconds.items()}
+    executed, speed = macs(usage, model.shape).double(), Speed.of(seconds, config.images, usage, model.shape)
+    per_second = {f"{name}_images_per_s": getattr(speed, name) for name in seconds}
     attended = usage.attended.double()
     return {
         "model": config.model,
@@ -153,11 +151,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "knob": None if method.knob is None else {method.knob.field: getattr(model.config, method.knob.field)},
         "training_step": config.train,
         **per_second,
-        "ideal_speedup": ideal,
-        "realised_speedup": realised,
-        "ratio": realised / ideal,
+        "ideal_speedup": speed.ideal,
+        "realised_speedup": speed.gain,
+        "ratio": speed.ratio,
         "packed_over_masked": median(m / p for m, p in zip(seconds["masked"], seconds["packed"], strict=True)),
-        "macs_dense": dense,
+        "macs_dense": dense_macs(model.shape, usage.grid),
         "macs_executed": executed.mean().item(),
         "macs_executed_p10_p90": executed.quantile(torch.tensor([0.1, 0.9]).to(executed)).tolist(),
         "tokens_per_block": {
@@ -181,7 +179,7 @@ def _opened(config: BenchConfig) -> AdaptiveViT:
     """The model at the size asked for: stored, with its method; or timm's, plain and untrained."""
     size = {} if config.img_size is None else {"img_size": config.img_size}
     if not is_stored(config.model):
-        return FullConfig().build(timm.create_model(config.model, **size))
+        return dense(timm.create_model(config.model, **size))
     model = open_model(config.model)
     return _around(model.config, remade(model.vit, **size)[0], model) if size else model
 
@@ -192,8 +190,8 @@ def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
     Raises:
         ValueError: it has a method already, which is another; or the settings are not of its own.
     """
-    if isinstance(model.config, FullConfig):
-        return config.of(METHODS[config.method or PLAIN]()).build(model.vit)
+    if is_dense(model):
+        return config.of(METHODS[config.method or next(iter(METHODS))]()).build(model.vit)
     if config.method not in (None, model.config.method):
         raise ValueError(
             f"{config.model} is {model.config.method} already; method {config.method!r} is for a plain ViT"

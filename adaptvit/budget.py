@@ -1,9 +1,14 @@
-"""After training: steer a model to a budget by the one number that its method's config calls its knob."""
+"""Steer a model to a budget by the one number that its method's config calls its knob.
+
+meet_target     find the knob's value that meets a target on images
+measure_dial    what its values cost, so that `model.compute` sets other budgets without images
+"""
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,7 +16,7 @@ from torch import Tensor
 
 from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Dial, Knob
 from adaptvit.usage import check_finite, join
 
 BATCH = 32
@@ -37,13 +42,14 @@ class Trial:
 
 
 def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) -> Trial:
-    """Run a model, in its present mode, on calibration images.
-
-    In training mode no image leaves its batch early, so that the same knob executes more.
+    """Run a model on calibration images.
 
     Raises:
-        ValueError: logits that are not finite; the image is named by its place.
+        ValueError: it is in training mode, where the same knob may compute more; or logits that are not finite, of an
+            image that is named by its place.
     """
+    if model.training:
+        raise ValueError("the model is in training mode, in which it does not compute what it will: call eval() first")
     config = model.config
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
@@ -83,7 +89,7 @@ def meet_target(
     """Move a model's knob so that `images` cost `target`: outwards from where it stands, then by bisection.
 
     Args:
-        model: of a method that has a knob, in the mode that it is to be measured in; its `config` is replaced.
+        model: of a method that has a knob, in evaluation mode; its `config` is replaced.
         images: calibration batch, as the model takes them; the more, the better the budget holds on others.
         target: in `unit`, above 0; a share is at most 1.
         unit: `share` of timm's own MACs; `gmacs`, 1e9 MACs an image; `images_per_s`, measured on this machine.
@@ -94,15 +100,11 @@ def meet_target(
         The model's new config. Where the cost jumps over the target, the value on the frugal side; where everything the
         method can compute costs less than the target, the value that computes it.
     Raises:
-        ValueError: the method has no knob, no value of it meets the target, or logits that are not finite; the model is
-            as it was.
+        ValueError: the method has no knob, the model is in training mode, no value of the knob meets the target, or
+            logits that are not finite; the model is as it was.
     """
     check_target(target, unit)
-    config = model.config
-    knob = getattr(config, "knob", None)
-    if knob is None:
-        raise ValueError(f"{type(config).__name__} has no knob to move: it always computes the same")
-
+    config, knob = model.config, _knob(model)
     try:
         value = _search(model, knob, images, target, unit, tolerance, labels, tell)
     except BaseException:
@@ -110,6 +112,13 @@ def meet_target(
         raise
     model.config = replace(config, **{knob.field: value})
     return model.config
+
+
+def _knob(model: AdaptiveViT) -> Knob:
+    knob = model.config.knob
+    if knob is None:
+        raise ValueError(f"{type(model.config).__name__} has no knob to move: it always computes the same")
+    return knob
 
 
 def _search(
@@ -169,3 +178,63 @@ def _search(
         else:
             generous = middle
     return frugal
+
+
+GAP = 0.1
+"""Shares of neighbouring values on a dial lie no further apart, where the knob has values between."""
+MOST_TRIALS = 24
+"""Values of a knob that are tried for a dial."""
+
+
+def measure_dial(model: AdaptiveViT, images: Tensor, known: Mapping[float, float] | None = None) -> Dial:
+    """What the values of a model's knob cost, from as little as its method can compute to as much.
+
+    Args:
+        model: of a method that has a knob, in evaluation mode; its `config` is as before in the end.
+        images: as the model takes them; the more, the better the dial holds on others.
+        known: shares by the knob's value, where some were measured on these images before.
+    Raises:
+        ValueError: what `meet_target` raises of the model.
+    """
+    config, knob = model.config, _knob(model)
+    start = min(max(getattr(config, knob.field), knob.lowest), knob.highest)
+    shares = dict(known or {})
+
+    def share(value: float) -> float:
+        if value not in shares:
+            model.config = replace(config, **{knob.field: value})
+            shares[value] = attempt(model, images).share
+        return shares[value]
+
+    try:
+        for end, direction in ((knob.lowest, -1), (knob.highest, 1)):
+            step, value = knob.step, start
+            while abs(share(value) - share(end)) > GAP / 2 and len(shares) < MOST_TRIALS:
+                value = min(max(value + direction * step, knob.lowest), knob.highest)
+                step *= 2
+        while len(shares) < MOST_TRIALS:
+            tried = sorted(shares)
+            gaps = [
+                (abs(shares[after] - shares[before]), (before + after) / 2)
+                for before, after in pairwise(tried)
+                if after - before > FINEST * knob.step
+            ]
+            widest, middle = max(gaps, default=(0.0, 0.0))
+            if widest <= GAP:
+                break
+            share(middle)
+    finally:
+        model.config = config
+    return _rising(shares, knob.sign, start)
+
+
+def _rising(shares: dict[float, float], sign: int, start: float) -> Dial:
+    """The values from the least share on; of several that cost the same, the one nearest to `start`."""
+    kept: list[float] = []
+    for value in sorted(shares, key=lambda value: sign * value):
+        if kept and shares[value] <= shares[kept[-1]]:
+            if shares[value] == shares[kept[-1]] and abs(value - start) < abs(kept[-1] - start):
+                kept[-1] = value
+            continue
+        kept.append(value)
+    return Dial(tuple(kept), tuple(shares[value] for value in kept))

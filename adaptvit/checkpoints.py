@@ -12,14 +12,13 @@ Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,10 +34,12 @@ from torch import Tensor, nn
 
 from adaptvit.checks import In, checked
 from adaptvit.files import replacing
-from adaptvit.methods import METHODS, adavit_official
+from adaptvit.methods import METHODS, dense
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.base import MethodConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.methods.released import adavit, of_today
+from adaptvit.model import AdaptiveViT, Dial
 from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
 from adaptvit.parts import add_representation, representation_names
 from adaptvit.records import stable
@@ -113,6 +114,8 @@ def save(model: AdaptiveViT, path: Path | str) -> None:
         "config": _stored_config(model.config),
         "vit": describe(model.vit),
     }
+    if model.dial is not None:
+        record["dial"] = asdict(model.dial)
     tensors = {}
     for key, value in model.state_dict().items():  # safetensors takes no views and no tensors that share memory
         tensors[_stored_name(key)] = value.cpu().clone(memory_format=torch.contiguous_format)
@@ -174,7 +177,7 @@ def open_model(name: Path | str) -> AdaptiveViT:
             f"is a network, and turn them into a file with adaptvit convert FILE OUT {word}"
         ) from error
     if not isinstance(model, AdaptiveViT):
-        return FullConfig().build(model).eval()
+        return dense(model).eval()
     if word in UNTAUGHT:
         warn(f"{word} has {model.config.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
     return model.eval()
@@ -283,7 +286,7 @@ def _open_in_folder(file: Path) -> AdaptiveViT:
         return _with_representation(timm.create_model(f"local-dir:{file.parent}", pretrained=False), source)
 
     with _rebuilding(config), torch.device("meta"):
-        twin = FullConfig().build(made())  # without memory: the file may claim any size
+        twin = dense(made())  # without memory: the file may claim any size
     _check_claims(source, twin, f"{file} does not fit the config.json beside it")
     pool = told.get("global_pool")  # which timm does not read: it builds by model_args alone
     if pool not in (None, twin.vit.global_pool):
@@ -294,7 +297,7 @@ def _open_in_folder(file: Path) -> AdaptiveViT:
         vit = made()
         data = check_described("its images'", {key: timm_config(vit).get(key) for key in PREPROCESSING}, PREPROCESSING)
         vit.pretrained_cfg = timm_config(vit) | data
-        model = FullConfig().build(vit)
+        model = dense(vit)
     return _filled(model, source, str(file.parent))
 
 
@@ -520,7 +523,7 @@ def _untrained(model_name: str, source: "_Source", given: dict[str, Any], settin
     """
     try:
         if model_name in ADAVIT:
-            given = adavit_official.settings(source.trained_with)
+            given = adavit.settings(source.trained_with)
         if model_name in AVIT or _told(model_name) != GATE:
             model = timm.create_model(model_name, **settings, **given)
         else:
@@ -680,7 +683,7 @@ def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
     if len(cleaned) < len(tensors):
         raise ValueError(f"{path} holds a tensor twice: with and without the prefix that parallel training gives it")
     try:
-        renamed = adavit_official.state_dict(published_names(representation_names(_timm_names(cleaned))))
+        renamed = adavit.state_dict(published_names(representation_names(_timm_names(cleaned))))
     except RuntimeError as error:
         raise ValueError(f"{path} holds queries, keys and values that do not go together: {reason(error)}") from error
     names = {key: key.removeprefix("vit.") if key.startswith("vit.score_predictor.") else key for key in renamed}
@@ -734,14 +737,20 @@ def _build(record: dict[str, Any], tensors: dict[str, Tensor], config_type: type
     method = record["method"]
     if not isinstance(method, str):
         raise ValueError(f"its method must be a word, got {repr(method)[:80]}")
+    method, values = of_today(method, record["config"])
     kind = config_type or METHODS.get(method)
     if kind is None:
         raise ValueError(f"its method {method!r} is none of {', '.join(METHODS)}: pass that method's config_type")
     if kind.method != method:
         raise ValueError(f"its method is {method!r}, but config_type {kind.__name__} is of {kind.method!r}")
-    config = _restored_config(kind, record["config"])
+    config = _restored_config(kind, values)
     _twin(record, tensors)
-    return config.build(rebuild(record["vit"]))
+    model = config.build(rebuild(record["vit"]))
+    if (dial := record.get("dial")) is not None:
+        if not isinstance(dial, dict) or dial.keys() != {"knobs", "shares"}:
+            raise ValueError(f"its dial must have knobs and shares, got {repr(dial)[:80]}")
+        model.dial = Dial(*(_tuples(dial[name]) for name in ("knobs", "shares")))
+    return model
 
 
 def _twin(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> VisionTransformer:
@@ -766,7 +775,7 @@ def _stored_config(config: Any) -> dict[str, Any]:
         ValueError: a field would not come back as it is.
     """
     name = type(config).__name__
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
     for field, value in values.items():
         try:
             kept = _tuples(json.loads(json.dumps(value, allow_nan=False))) == value
@@ -780,7 +789,7 @@ def _stored_config(config: Any) -> dict[str, Any]:
 
 def _restored_config(kind: type[Any], values: dict[str, Any]) -> Any:
     """The config of `_stored_config`; a field that the file does not have yet takes its default."""
-    unknown = values.keys() - {field.name for field in dataclasses.fields(kind)}
+    unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(
             f"{kind.__name__} has no field {', '.join(sorted(unknown))}; a newer adaptvit may have written it"

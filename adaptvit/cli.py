@@ -32,6 +32,7 @@ from adaptvit.data import LeftOut, Unreadable
 from adaptvit.draw import DrawConfig, draw
 from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import append_csv, as_json, check_is_file, check_output, read_csv, write_atomically
+from adaptvit.methods import METHODS
 from adaptvit.playground import PlaygroundConfig
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.process import as_found
@@ -106,15 +107,15 @@ def _command(words: list[str]) -> int:
 
 def _check_files(words: Sequence[str]) -> None:
     """Refuse a pipe, a socket or a device, which may never end, before the parser reads it for a file of options."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word in words:
         option, equals, value = word.partition("=")
         for name in (word, value):
             try:
                 _check_is_file(name)
             except OSError as error:
                 raise OSError(f"{option}: {error}" if equals else str(error)) from None
-        if option == "--config":
-            _check_groups(Path(value or following))
+    if (config := _word_after(words, "--config")) is not None:
+        _check_groups(Path(config))
 
 
 def _check_groups(config: Path) -> None:
@@ -223,7 +224,7 @@ def train_parser(words: Sequence[str]) -> ArgumentParser:
     named = words[1] if len(words) > 1 and words[0] == "train" and not words[1].startswith("-") else "digits"
     if named not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {named!r}")
-    recipe = RECIPES[named]()
+    recipe = _recipe(named, _word_after(words, "--method_name"))
 
     def same(name: str) -> str:
         if name != named:
@@ -232,6 +233,12 @@ def train_parser(words: Sequence[str]) -> ArgumentParser:
 
     parser.add_argument("recipe_name", nargs="?", type=same, default=named, help="Name of the recipe.")
     parser.add_argument("--config", action="config", help="YAML file with what differs from the recipe.")
+    parser.add_argument(
+        "--method_name",
+        type=str,
+        default=recipe.method.method,
+        help="Another method than the recipe's, at its defaults; `--method.FIELD` changes those.",
+    )
     parser.add_argument(
         "--resume", type=bool, nargs="?", const=True, default=False, help="Go on where the same run stopped."
     )
@@ -245,9 +252,33 @@ def train_parser(words: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def _recipe(name: str, method: str | None) -> Run:
+    """A recipe, with another method where one is named.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    recipe = RECIPES[name]()
+    if method in (None, recipe.method.method):
+        return recipe
+    if method not in METHODS:
+        raise ValueError(f"method_name must be one of {', '.join(METHODS)}, got {method!r}")
+    return replace(recipe, method=METHODS[method]())
+
+
+def _word_after(words: Sequence[str], option: str) -> str | None:
+    """The value of an option among words that are not parsed yet."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = _underscored(word).partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
 def run_train(arguments: Namespace) -> None:
     """Train, and print what came of it."""
-    recipe = RECIPES[arguments.recipe_name]()
+    recipe = _recipe(arguments.recipe_name, arguments.method_name)
     parts: dict[str, Any] = {
         group: _config(type(getattr(recipe, group)), arguments.get(group, {})) for group in ("method", "data", "recipe")
     }

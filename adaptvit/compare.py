@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Annotated, Any
 
 import torch
@@ -21,14 +21,13 @@ from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data, preparation
 from adaptvit.evaluate import Result
 from adaptvit.files import check_output_folder, write_csv
-from adaptvit.macs import dense_macs, macs
 from adaptvit.pictures import data_uri, error_bars, write_png
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import Run, run, spread_over
 from adaptvit.terminal import warn
-from adaptvit.timing import interleaved
+from adaptvit.timing import speeds
 
 ROUNDS, TIMED = 10, 64
 """Timed turns, and images in a timed batch."""
@@ -271,30 +270,19 @@ def _speeds(
     if record is not None and same(record["settings"], told):
         return dict(record["speeds"])
     models = {name: load(job.output / "model.safetensors").eval().to(best_device()) for name, job in jobs.items()}
-    calls: dict[str, Callable[[], object]] = {}
     images = {}
     for name, model in models.items():
         split = open_data(jobs[name].data, preparation(model, name)).test
         images[name] = spread_over(split, TIMED).images.to(best_device())
-        calls[f"{name}, dense"] = partial(model.vit, images[name])
-        calls[f"{name}, packed"] = partial(model, images[name])
-    with torch.inference_mode():
-        seconds = interleaved(calls, ROUNDS, torch.device(best_device()))
-        usages = {name: model(images[name]).usage for name, model in models.items()}
-    speeds = {}
-    for name, model in models.items():
-        dense, packed = seconds[f"{name}, dense"], seconds[f"{name}, packed"]
-        executed = macs(usages[name], model.shape).double().mean().item()
-        speeds[name] = {
-            "images_per_s": len(images[name]) / median(packed),
-            "realised": median(slow / fast for slow, fast in zip(dense, packed, strict=True)),
-            "ideal": dense_macs(model.shape, usages[name].grid) / executed,
-        }
+    timed = speeds(models, images, ROUNDS, ("packed",))
+    found = {
+        name: {"images_per_s": one.packed, "realised": one.gain, "ideal": one.ideal} for name, one in timed.items()
+    }
     try:
-        write_record(path, {"settings": plain(told), "speeds": speeds, **machine()})
+        write_record(path, {"settings": plain(told), "speeds": found, **machine()})
     except OSError as error:  # what was measured is still to be told
         warn(error.strerror or str(error), stacklevel=2)
-    return speeds
+    return found
 
 
 def _paired(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> tuple[float, float] | None:

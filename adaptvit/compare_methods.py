@@ -5,17 +5,15 @@ fine-tuned files, each at its own budget                                 -> the 
 all records        -> all speeds in turns -> methods.csv, conditions.json, two plots, report.html
 """
 
-import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from itertools import cycle
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Annotated, Any, Literal
 
 import timm
@@ -29,13 +27,11 @@ from tqdm import tqdm
 from adaptvit.checkpoints import digest, open_model, start_from
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, first_of, open_split, pixels, preparation
-from adaptvit.draw import full_usage, last_groups
+from adaptvit.draw import last_groups
 from adaptvit.evaluate import check_classes, outputs
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
-from adaptvit.macs import Shape, dense_macs, macs
-from adaptvit.methods import METHODS
-from adaptvit.methods.avit_gate import fit_gate
-from adaptvit.methods.full import FullConfig
+from adaptvit.macs import Shape, macs
+from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.process import as_found, best_device
@@ -43,12 +39,8 @@ from adaptvit.records import contents, known, same, stable, version, write_recor
 from adaptvit.report import Picture, Report, Section, Table, machine, write
 from adaptvit.run import spread_over
 from adaptvit.terminal import warn
-from adaptvit.timing import interleaved
-from adaptvit.tokens import Masked, Packed
-from adaptvit.untrained import UNTRAINED, adapt
-
-CONTROL = "random"
-"""The method that the others must beat."""
+from adaptvit.timing import interleaved, speeds
+from adaptvit.untrained import adapt
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class MethodsConfig:
     """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, named alike; each is measured as it is."""
-    methods: Annotated[tuple[str, ...], OneOf(UNTRAINED)] = UNTRAINED
+    methods: Annotated[tuple[str, ...], OneOf(untrained)] = field(default_factory=untrained)
     """What the model becomes without training; `random` drops as many patches as ATS, but any."""
     budgets: Annotated[tuple[float, ...], In("(0, 1]", "shares of the dense MACs", "60 % is 0.6", empty=True)] = (
         0.85,
@@ -133,8 +125,8 @@ class Row:
     against_dense: tuple[float, float] | None
     """Difference in top-1 from the dense model, image by image: mean and its standard error; None of dense itself and
     where it could not be done."""
-    against_tome: tuple[float, float] | None
-    """The same from ToMe at the same budget; None where that was not measured too."""
+    against_reference: tuple[float, float] | None
+    """The same from the reference, ToMe, at the same budget; None where that was not measured too."""
     speed: dict[str, float]
     """Images per second, `dense`, `masked` and `packed`; `ideal` and `realised` gain over the dense model; seconds for
     one image, `p50` and `p95`. Empty where it could not be done."""
@@ -182,7 +174,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
             entry,
             record,
             _paired(record, records[DENSE]),
-            _paired(record, records.get(Entry("tome", entry.budget), record)),
+            _paired(record, records.get(Entry(named("reference"), entry.budget), record)),
             timed["speeds"].get(entry.label, {}),
         )
         for entry, record in records.items()
@@ -245,7 +237,7 @@ class _Compared:
         self.unreadable = aside.unreadable
         self.images = [contents(path) for path in (config.root, config.class_map)]
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
-        self.turned: VisionTransformer | None = None  # with the gate that all budgets of A-ViT share
+        self.prepared: dict[str, VisionTransformer] = {}  # by method, for all of its budgets
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
@@ -263,7 +255,7 @@ class _Compared:
         settings = sorted(preparation(model or self.dense).items())
         images = f"{self.config.dataset} {self.config.root.resolve()}".strip()
         source = (images, self.config.split, str(self.config.class_map))
-        default = None if entry.budget is None else METHODS[_method(entry)]()
+        default = None if entry.budget is None else METHODS[entry.name]()
         told = (
             version(),
             entry,
@@ -301,19 +293,16 @@ class _Compared:
         """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
         if entry.budget is None:
             return self.files.get(entry.name, self.dense)
-        return adapt(self.dense.vit, entry.name, self.calibration, entry.budget)  # type: ignore[arg-type]
+        return adapt(self.dense.vit, self.calibration, entry.budget, METHODS[entry.name]())
 
     def rebuild(self, entry: Entry, record: dict[str, Any]) -> AdaptiveViT:
         """The model that a record is of, from its config."""
         if entry.budget is None:
             return self.made(entry)
-        vit = self.dense.vit
-        if entry.name == "avit":
-            if self.turned is None:
-                self.turned = copy.deepcopy(vit)
-                fit_gate(self.turned, self.calibration)
-            vit = self.turned
-        return METHODS[_method(entry)](**record["config"]).build(vit)
+        config = METHODS[entry.name](**record["config"])
+        if entry.name not in self.prepared:
+            self.prepared[entry.name] = config.prepared(self.dense.vit, self.calibration)
+        return config.build(self.prepared[entry.name])
 
     def speeds(self, models: Mapping[Entry, AdaptiveViT]) -> dict[str, Any]:
         """Speeds by label, all models in turns, and the load average before and after; measured once."""
@@ -326,32 +315,22 @@ class _Compared:
         batches = {DENSE: self.some(self.dense, config.timed)}
         for entry in models:
             batches[entry] = self.some(models[entry], config.timed) if entry.name in self.files else batches[DENSE]
-        whole: dict[str, Callable[[], object]] = {"dense": partial(self.dense.vit, batches[DENSE])}
-        single = {"dense": _one_by_one(self.dense.vit, batches[DENSE])}
-        for entry, model in models.items():
-            if entry != DENSE:
-                whole[f"{entry.label}, masked"] = partial(model, batches[entry], Masked)
-                whole[f"{entry.label}, packed"] = partial(model, batches[entry], Packed)
-                single[entry.label] = _one_by_one(model, batches[entry])
-        device = torch.device(config.device)
+        labelled = {entry.label: model for entry, model in models.items()}
+        own = {entry.label: batches[entry] for entry in models}
+        timed = speeds(labelled, own, config.rounds, dense=(self.dense.vit, batches[DENSE]), bar="timing batches")
+        single = {label: _one_by_one(model, own[label]) for label, model in labelled.items()}
+        single[DENSE.label] = _one_by_one(self.dense.vit, batches[DENSE])
         with torch.inference_mode():
-            seconds = interleaved(whole, config.rounds, device, "timing batches")
-            alone = interleaved(single, config.latencies, device, "timing single images")
-            usages = {entry: model(batches[entry]).usage for entry, model in models.items()}
-        speeds = {}
-        for entry, model in models.items():
-            spread = quantiles(alone[entry.label], n=20, method="inclusive")
-            own = {"dense": len(batches[DENSE]) / median(seconds["dense"]), "p50": spread[9], "p95": spread[18]}
-            if entry != DENSE:
-                packed = seconds[f"{entry.label}, packed"]
-                executed = macs(usages[entry], model.shape).double().mean().item()
-                own["masked"] = len(batches[entry]) / median(seconds[f"{entry.label}, masked"])
-                own["packed"] = len(batches[entry]) / median(packed)
-                own["ideal"] = dense_macs(self.dense.shape, usages[DENSE].grid) / executed
-                own["realised"] = median(slow / fast for slow, fast in zip(seconds["dense"], packed, strict=True))
-            speeds[entry.label] = own
+            alone = interleaved(single, config.latencies, torch.device(config.device), "timing single images")
+        found = {}
+        for label, seconds in alone.items():
+            spread = quantiles(seconds, n=20, method="inclusive")
+            one = timed[label]
+            found[label] = {"dense": one.dense, "p50": spread[9], "p95": spread[18]}
+            if label != DENSE.label:
+                found[label] |= {"masked": one.masked, "packed": one.packed, "ideal": one.ideal, "realised": one.gain}
         loads = {"load average before timing": before, "load average after timing": round(os.getloadavg()[0], 1)}
-        record = {"settings": settings, "speeds": speeds, "machine": machine(), **loads}
+        record = {"settings": settings, "speeds": found, "machine": machine(), **loads}
         _keep(path, record)
         return record
 
@@ -365,7 +344,7 @@ class _Compared:
         for entry, model in models.items():
             images = self.some(model, self.config.pictures)
             with torch.inference_mode():
-                usage = full_usage(model, images)
+                usage = model.to_the_end(images).usage
             if usage.live is None:
                 continue
             seen = pixels(images.cpu(), preparation(model))
@@ -398,7 +377,7 @@ class _Compared:
             f"{self.config.model}, {dense['images']} images of {source} measured; {len(self.aside)} others, "
             f"spread over the split, were set aside to fit methods and budgets.{unreadable}",
             "Nothing was trained here. Methods with a budget were fitted to it; files come fine-tuned, at their own. "
-            f"{CONTROL} drops as many patches as ats, but any.",
+            f"{named('control')} drops as many patches as ats, but any.",
         ]
 
     def conditions(self) -> dict[str, Any]:
@@ -458,7 +437,7 @@ def _open_plain(config: MethodsConfig) -> AdaptiveViT:
     """The model that is compared with: a plain ViT, in evaluation mode."""
     if config.weights is None:
         model = open_model(config.model)
-        if not isinstance(model.config, FullConfig):
+        if not is_dense(model):
             method = model.config.method
             raise ValueError(f"{config.model} is {method} already: give a plain ViT, and this file after the folder")
         return model
@@ -467,7 +446,7 @@ def _open_plain(config: MethodsConfig) -> AdaptiveViT:
     vit = timm.create_model(config.model)
     if not start_from(vit, config.weights):
         raise ValueError(f"{str(config.weights)!r} has no head of the {vit.num_classes} classes of {config.model}")
-    return FullConfig().build(vit).eval()
+    return dense(vit).eval()
 
 
 def _divided(count: int, config: MethodsConfig) -> tuple[list[int], list[int]]:
@@ -523,11 +502,6 @@ def _measured(
     }
 
 
-def _method(entry: Entry) -> str:
-    """Of an entry with a budget."""
-    return "ats" if entry.name == CONTROL else entry.name
-
-
 def _paired(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
     """Mean and standard error of the difference in top-1, image by image; None of `base` itself, where refused, and
     where the two are of other images, as the logits of one are not finite for some."""
@@ -552,8 +526,8 @@ def _line(row: Row) -> dict[str, Any]:
         return line
     line |= {name: record[name] for name in ("images", "top1")}
     line |= {"top1_minus_dense": gap and gap[0], "standard_error": gap and gap[1]}
-    tome = row.against_tome
-    line |= {"top1_minus_tome": tome and tome[0], "standard_error_tome": tome and tome[1]}
+    name, other = named("reference"), row.against_reference
+    line |= {f"top1_minus_{name}": other and other[0], f"standard_error_{name}": other and other[1]}
     line |= {name: record[name] for name in ("gmacs", "gmacs_p10", "gmacs_p90")}
     line |= {f"{name}_images_per_s": row.speed.get(name) for name in ("dense", "masked", "packed")}
     line |= {f"{name}_gain": row.speed.get(name) for name in ("ideal", "realised")}
@@ -573,7 +547,7 @@ def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[F
             tuned = row.entry.budget is None
             name = f"{methods[row.entry.name]}, tuned" if tuned else row.entry.name
             lines.setdefault(name, []).append((x(row), row.record["top1"]))
-        return tradeoff(lines, (x(dense), dense.record["top1"]), label, (CONTROL,), better)
+        return tradeoff(lines, (x(dense), dense.record["top1"]), label, (named("control"),), better)
 
     return {
         "accuracy_gmacs": (
@@ -589,7 +563,9 @@ def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[F
 
 def _headline(rows: Sequence[Row], budget: float | None) -> str:
     """The best of the methods at one budget."""
-    able = [row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != CONTROL]
+    able = [
+        row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != named("control")
+    ]
     if budget is None or not able:
         return f"{sum(row.against_dense is not None for row in rows)} models beside the dense one."
     best = max(able, key=lambda row: (row.record["top1"], -row.record["gmacs"]))

@@ -17,6 +17,7 @@ from adaptvit.data import Data, digits
 from adaptvit.evaluate import Result, Speed, evaluate, speed
 from adaptvit.files import check_output_folder
 from adaptvit.macs import macs
+from adaptvit.methods import turned
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
@@ -130,7 +131,7 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
     key = fingerprint(model, data, config.adaptive, version())
     adapted = train(model, data, config.adaptive, output / "avit", "fine-tuning with A-ViT", key=key)
     trained_on = next(model.parameters()).device
-    meet_target(model.eval(), calibration.to(trained_on), config.target)
+    turned(model.eval(), calibration.to(trained_on), config.target)
     save(model, output / "avit.safetensors")
 
     masked, packed = (evaluate(model, data.test, layout) for layout in (Masked, Packed))

@@ -37,11 +37,10 @@ from adaptvit.data import (
 )
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods.avit import AViT
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.process import as_found, best_device
-from adaptvit.usage import Output, Usage, join
+from adaptvit.usage import Usage, join
 
 PAGE = 24
 """Most images on a grid."""
@@ -279,13 +278,11 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
 
 @torch.inference_mode()
 def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -> list[Seen]:
-    """Some images of the record, decoded again, with the depths that they had."""
+    """Some images of the record, decoded again, with the depths of their tokens."""
     indices = [record.indices[row] for row in rows.tolist()]
     items: list[Any] = [samples[index] for index in indices]
-    depth = record.usage.patch_depth[rows]
-    if isinstance(model, AViT):
-        images = torch.stack([image for image, _ in items])
-        depth = full_usage(model, images.to(next(model.parameters()))).patch_depth
+    images = torch.stack([image for image, _ in items])
+    depth = model.to_the_end(images.to(next(model.parameters()))).usage.patch_depth
     return [
         Seen(samples.name(index), label, image, own)
         for index, (image, label), own in zip(indices, items, depth.cpu(), strict=True)
@@ -325,15 +322,6 @@ def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:
     if usage.live is None:
         method = model.config.method
         raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
-
-
-def full_usage(model: AdaptiveViT, images: Tensor) -> Usage:
-    """The record of a run that no image leaves early, so that every token's depth is its own."""
-    return _full_output(model, images).usage
-
-
-def _full_output(model: AdaptiveViT, images: Tensor) -> Output:
-    return model(images, early_exit=False) if isinstance(model, AViT) else model(images)
 
 
 def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
@@ -383,7 +371,7 @@ def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_si
         items: list[Any] = [samples[index] for index in part]
         good = [item[0] for item in items if not isinstance(item, Unreadable)]
         if good:
-            output = _full_output(model, torch.stack(good).to(like))
+            output = model.to_the_end(torch.stack(good).to(like))
             usage = output.usage
             _check_tracked(model, usage)
             sound = output.logits.isfinite().all(dim=1).tolist()

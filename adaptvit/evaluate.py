@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -38,8 +37,8 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, serve
 from adaptvit.tensorfiles import check_finite
-from adaptvit.timing import interleaved
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.timing import Speed, speeds
+from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.vit import model_name, patch_grid, shape_of
 
@@ -91,27 +90,6 @@ class Result:
         parts = ("usage", "losses", "correct", "unreadable", "left_out")
         whole = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in parts}
         return whole | {"unreadable": len(self.unreadable)}
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Forward passes of one batch, timed in turns; medians over the rounds."""
-
-    dense: float
-    """Images per second of the timm model."""
-    masked: float
-    """Images per second of the adaptive model, every slot computed."""
-    packed: float
-    """Images per second of the adaptive model, live tokens only."""
-    gain: float
-    """Time of the timm model over that of the packed one."""
-    ideal: float
-    """Dense MACs over executed MACs."""
-
-    @property
-    def ratio(self) -> float:
-        """What is realised of the ideal gain."""
-        return self.gain / self.ideal
 
 
 @checked
@@ -211,19 +189,8 @@ def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: in
     The models are left in evaluation mode.
     """
     vit.eval()
-    model.eval()
-    calls = {
-        "dense": lambda: vit(images),
-        "masked": lambda: model(images, Masked),
-        "packed": lambda: model(images, Packed),
-    }
-    with torch.inference_mode():
-        usage = model(images).usage
-        seconds = interleaved(calls, rounds, images.device)
-    ideal = dense_macs(model.shape, usage.grid) / macs(usage, model.shape).double().mean().item()
-    rates = {name: len(images) / median(times) for name, times in seconds.items()}
-    gain = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
-    return Speed(**rates, gain=gain, ideal=ideal)
+    (found,) = speeds({"": model.eval()}, {"": images}, rounds, dense=(vit, images)).values()
+    return found
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.vit import (
     MLP_ROWS,
     add_branch,
-    check_attention,
-    check_norms,
     model_name,
     on_tokens,
     project_normed,
@@ -65,22 +63,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 """Queries, keys and values (B, N, H, d), the gates, and the dropout of attention -> (B, N, H, d)."""
 
 
+NEEDS = frozenset({"attention", "token norms", "equal heads"})
+"""What blocks need that run under gates, as `adaptvit.vit.OFFERS` has it."""
+
+
 def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:
-    """Refuse a ViT whose blocks cannot run under gates.
+    """Refuse a ViT that offers `NEEDS`, but whose heads cannot take along what they are to.
 
     Args:
         takes: what an off head takes along; None where heads have no gates.
     Raises:
-        TypeError: no attention, norms over tokens, or `hidden` and the MLP is not fc1, activation of 0 at 0, fc2.
+        TypeError: `hidden`, and the MLP is not fc1, activation of 0 at 0, fc2.
         ValueError: the heads do not divide the channels that they take along.
     """
-    check_attention(vit, "AdaViT")
-    check_norms(vit, "AdaViT")
-    name, counts = model_name(vit), sorted({block.attn.num_heads for block in vit.blocks})
-    if len(counts) > 1:
-        raise TypeError(f"AdaViT needs as many heads in every block, but {name} has {' or '.join(map(str, counts))}")
     for block in vit.blocks:
-        _check_takes(block.attn, block.mlp, vit.embed_dim, takes, name)
+        _check_takes(block.attn, block.mlp, vit.embed_dim, takes, model_name(vit))
 
 
 def _check_takes(attn: Attention, mlp: Any, dim: int, takes: Takes | None, name: str) -> None:

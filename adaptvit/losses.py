@@ -2,23 +2,25 @@
 
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_reduce
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 
-def mean_over_processes(t: Tensor) -> Tensor:
-    """Mean of a batch statistic over the processes of a distributed run, with gradients; itself in a single process.
+def over_processes(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Batch means as those of all processes of a distributed run, with gradients, all in one reduction.
 
-    With it a loss that is not linear in the batch mean has the same gradients on two processes as on one with twice
+    With them a loss that is not linear in a batch's mean has the same gradients on two processes as on one with twice
     the batch.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return t
     group = dist.group.WORLD
     assert group is not None  # once initialised
-    return all_reduce(t, "sum", group) / dist.get_world_size()
+    wide = torch.promote_types(torch.float32, next(iter(means.values())).dtype)
+    flat = torch.cat([mean.to(wide).flatten() for mean in means.values()])
+    parts = (all_reduce(flat, "sum", group) / dist.get_world_size()).split([mean.numel() for mean in means.values()])
+    return {name: part.view_as(means[name]).to(means[name]) for name, part in zip(means, parts, strict=True)}
 
 
 def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:

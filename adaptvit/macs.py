@@ -1,4 +1,4 @@
-"""Multiply-accumulates of what a forward pass executed: arithmetic on `Usage` and the sizes of the ViT, nothing else.
+"""Multiply-accumulates of what a forward pass executed: arithmetic on counts and the sizes of the ViT, nothing else.
 
 Counted: every matrix product and convolution, as `torch.utils.flop_counter` counts them (one MAC is two of its FLOPs).
 Not counted, there or here: norms, activations, softmax, additions.
@@ -6,11 +6,31 @@ Not counted, there or here: norms, activations, softmax, additions.
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from adaptvit.usage import Usage
+
+class Counts(Protocol):
+    """What was computed, image by image and block by block: `adaptvit.Usage`, which says what each of these is."""
+
+    @property
+    def attended(self) -> Tensor: ...
+    @property
+    def updated(self) -> Tensor: ...
+    @property
+    def heads(self) -> Tensor: ...
+    @property
+    def attention(self) -> Tensor: ...
+    @property
+    def mlp(self) -> Tensor: ...
+    @property
+    def grid(self) -> tuple[int, ...]: ...
+    @property
+    def executed(self) -> Tensor | None: ...
+    @property
+    def deciding(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class Shape:
         return sizes[0] if len(set(sizes)) == 1 else torch.tensor(sizes, device=like.device)
 
 
-def macs(usage: Usage, shape: Shape) -> Tensor:
+def macs(usage: Counts, shape: Shape) -> Tensor:
     """MACs executed for each image: (B,) int64.
 
     Queries, output projection and MLP cost by the tokens updated; keys and values by the tokens attended; the two
@@ -84,7 +104,7 @@ def macs(usage: Usage, shape: Shape) -> Tensor:
     return (blocks + deciding).sum(dim=1) + stem + patches * shape.head_per_patch + shape.head
 
 
-def block_macs(usage: Usage, shape: Shape) -> Tensor:
+def block_macs(usage: Counts, shape: Shape) -> Tensor:
     """MACs of every block for each image, (B, L), from the counts."""
     sizes = ("head_dim", "gated", "mlp_per_token", "mixing", "norms_over_tokens")
     head_dim, gated, mlp, mixing, over_tokens = (shape.each(size, usage.attended) for size in sizes)
@@ -101,5 +121,18 @@ def dense_macs(shape: Shape, grid: tuple[int, ...]) -> int:
     """MACs of timm's own forward for one image with `grid` patches: every token through every block, to the end."""
     tokens = torch.full((1, shape.depth), shape.prefix + prod(grid))
     on = torch.ones_like(tokens, dtype=torch.bool)
-    usage = Usage(tokens, tokens, torch.tensor([shape.heads]), on, on, grid, shape.prefix)
-    return int(macs(usage, shape))
+    return int(macs(_Everything(tokens, tokens, torch.tensor([shape.heads]), on, on, grid), shape))
+
+
+@dataclass(frozen=True)
+class _Everything:
+    """The counts of a ViT that leaves nothing out."""
+
+    attended: Tensor
+    updated: Tensor
+    heads: Tensor
+    attention: Tensor
+    mlp: Tensor
+    grid: tuple[int, ...]
+    executed: None = None
+    deciding: None = None

@@ -1,16 +1,34 @@
 """What every adaptive model has in common."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Set
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.macs import Shape
 from adaptvit.tokens import Tokens
-from adaptvit.usage import Output
-from adaptvit.vit import check, class_count, head_macs, input_size, prefix_tokens, read_slots, shape_of, timm_config
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import (
+    Projected,
+    check,
+    check_offers,
+    class_count,
+    classify,
+    embed,
+    head_macs,
+    input_size,
+    model_name,
+    prefix_tokens,
+    read_slots,
+    run_block,
+    shape_of,
+    timm_config,
+)
 
 
 @dataclass(frozen=True)
@@ -29,21 +47,42 @@ class Knob:
     """A small move, with which a search begins."""
 
 
-@runtime_checkable
-class MethodConfig(Protocol):
-    """A frozen dataclass of a method's numbers that builds its model: what a method kept elsewhere provides."""
+@dataclass(frozen=True)
+class Dial:
+    """What a model costs at several values of its knob, as measured on images: `adaptvit.budget.measure_dial`."""
 
-    method: ClassVar[str]
-    """Name of the method, stored in checkpoints."""
+    knobs: tuple[float, ...]
+    """Values of the knob, from the one that computes least."""
+    shares: tuple[float, ...]
+    """Executed MACs over the dense ones at each, rising; between them costs are taken to run straight."""
 
-    @property
-    def knob(self) -> Knob | None:
-        """What steers it; None where nothing does."""
-        ...
+    def __post_init__(self) -> None:
+        lists = (self.knobs, self.shares)
+        if any(not isinstance(value, (int, float)) or not np.isfinite(value) for values in lists for value in values):
+            raise ValueError("Dial.knobs and shares must be finite numbers")
+        steps = np.diff(self.knobs)
+        if len(self.knobs) != len(self.shares) or not self.knobs or not (np.diff(self.shares) > 0).all():
+            raise ValueError("Dial.knobs and shares must be as many, one or more, and shares must rise")
+        if not ((steps > 0).all() or (steps < 0).all()):
+            raise ValueError("Dial.knobs must rise or fall throughout")
 
-    def build(self, vit: VisionTransformer) -> "AdaptiveViT":
-        """The adaptive model around `vit`, sharing its weights."""
-        ...
+    def knob_at(self, share: float) -> float:
+        """The knob's value that costs a share of the dense MACs.
+
+        Raises:
+            ValueError: no value does.
+        """
+        least, most = self.shares[0], self.shares[-1]
+        if not least <= share <= most:
+            raise ValueError(
+                f"compute must lie in [{least:.3g}, {most:.3g}], what the dial was measured for, got {share}"
+            )
+        return float(np.interp(share, self.shares, self.knobs))
+
+    def share_at(self, knob: float) -> float:
+        """What a value of the knob costs; beyond the values measured as much as the nearest of them."""
+        order = 1 if self.knobs[0] <= self.knobs[-1] else -1
+        return float(np.interp(knob, self.knobs[::order], self.shares[::order]))
 
 
 class AdaptiveViT(nn.Module, ABC):
@@ -51,22 +90,28 @@ class AdaptiveViT(nn.Module, ABC):
 
     Attributes:
         vit: the timm model, whose parameters it trains.
-        config: the method's numbers.
         depth, heads: blocks of the ViT, and attention heads of each of them.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
+        dial: what values of the knob cost; None until `config.fit` or `measure_dial` has measured it.
     """
+
+    moves: ClassVar[Set[str]] = frozenset()
+    """Fields of the config that may change in a built model, beside its knob."""
 
     def __init__(self, vit: VisionTransformer, config: Any) -> None:
         """Wrap `vit`, in the mode (training or evaluation) that it is in.
 
         Raises:
-            TypeError: the model is not a ViT that this library reproduces; the message names the part.
+            TypeError: the model is not a ViT that this library reproduces, or lacks what the method needs; the message
+                names the part.
         """
         super().__init__()
         check(vit)
+        check_offers(vit, getattr(config, "needs", frozenset()), getattr(config, "title", config.method))
         self.vit = vit
-        self.config = config
+        self._config = config
+        self.dial: Dial | None = None
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
@@ -76,6 +121,112 @@ class AdaptiveViT(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Classify (B, channels, height, width) images; `layout` None lets the method choose."""
+
+    def start(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, tuple[int, ...]]:
+        """How a forward begins: the ViT's embedding of the images in a layout, and their grid of patches."""
+        if self.vit.grad_checkpointing:
+            self.set_grad_checkpointing()
+        x, grid = embed(self.vit, images)
+        return layout.of(x), grid
+
+    def run_block(
+        self,
+        number: int,
+        tokens: Tokens,
+        chosen: Tensor | None = None,
+        projected: Projected | None = None,
+        bias: Tensor | None = None,
+    ) -> Tokens:
+        """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
+
+        Args:
+            chosen, projected, bias: as `adaptvit.vit.run_block` takes them.
+        """
+        if chosen is None and self.reads_few(number):
+            assert self.read is not None
+            chosen = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.read
+        return run_block(self.vit.blocks[number], tokens, chosen, projected, bias)
+
+    def reads_few(self, block: int) -> bool:
+        """Whether only leading slots are read of what a block leaves: it is the last, and not all are pooled."""
+        return self.read is not None and block == self.depth - 1
+
+    def read_slots(self, tokens: Tokens, t: Tensor) -> Tensor:
+        """Token features -> those of the slots that the classifier reads: (B, R, ...), 0 where dead."""
+        return tokens.first(t, self.read or tokens.shape[1])
+
+    def finish(
+        self,
+        x: Tensor,
+        usage: Usage,
+        live: Tensor | None = None,
+        means: dict[str, Tensor] | None = None,
+        sound: Tensor | None = None,
+    ) -> Output:
+        """How a forward ends.
+
+        Args:
+            x: (B, R, D), the slots that the classifier reads.
+            live: (B, R or more) bool, the slots that hold a token; None where all of R do.
+            means: what `terms` makes the loss terms of.
+            sound: (B, 1) bool, False of images that could not be decided on: their logits are NaN.
+        """
+        logits, distilled = classify(self.vit, x, None if live is None else live[:, : x.shape[1]])
+        if sound is not None:
+            logits = logits.masked_fill(~sound, torch.nan)
+        means = means or {}
+        return Output(logits, replace(usage, shape=self.shape), self.terms(means), means, distilled)
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The method's loss terms, weighted, from what a forward averaged over its batch; by default these averages."""
+        return dict(means)
+
+    def to_the_end(self, images: Tensor) -> Output:
+        """A forward that no image leaves early, so that the depth of every token in `usage` is its own."""
+        return self(images)
+
+    @property
+    def config(self) -> Any:
+        """The method's numbers. Of a built model only the knob can be set, by `model.config = replace(...)`."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        own, knob = self._config, self._config.knob
+        if type(config) is not type(own):
+            raise TypeError(
+                f"this model is built from {type(own).__name__}, got {type(config).__name__}: build another"
+            )
+        free = self.moves | ({knob.field} if knob else set())
+        changed = [one.name for one in fields(own) if getattr(own, one.name) != getattr(config, one.name)]
+        if fixed := [name for name in changed if name not in free]:
+            allowed = " and ".join(sorted(free)) or "nothing"
+            raise ValueError(
+                f"{type(own).__name__}.{fixed[0]} was read when this model was built, where {allowed} can still be "
+                "set: build another around its vit"
+            )
+        self._config = config
+
+    @property
+    def compute(self) -> float:
+        """Share of the dense MACs that images cost, by the dial; setting it moves the knob, without any images.
+
+        Raises:
+            ValueError: there is no dial, or no value of the knob costs that share.
+        """
+        return self._measured().share_at(getattr(self.config, self.config.knob.field))
+
+    @compute.setter
+    def compute(self, share: float) -> None:
+        self.config = replace(self.config, **{self.config.knob.field: self._measured().knob_at(share)})
+
+    def _measured(self) -> Dial:
+        if self.dial is None:
+            raise ValueError(
+                "compute needs a dial, measured on images: make the model with adaptvit.adapt, or give it one with "
+                "model.dial = adaptvit.measure_dial(model, images)"
+            )
+        return self.dial
 
     @property
     def shape(self) -> Shape:
@@ -93,9 +244,74 @@ class AdaptiveViT(nn.Module, ABC):
         """Classes of the head, where timm's tools look for it."""
         return class_count(self.vit)
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """`pretrained_cfg`, by the name that older timm code has for it."""
+        return self.pretrained_cfg
+
+    @property
+    def num_features(self) -> int:
+        """Channels of a token."""
+        return self.vit.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels of what the classifier reads."""
+        return self.vit.head_hidden_size
+
+    def get_classifier(self) -> nn.Module:
+        """The ViT's classifier."""
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the ViT a fresh classifier of so many classes.
+
+        Raises:
+            ValueError: another pool than the one that the model was built for.
+        """
+        if global_pool not in (None, self.vit.global_pool):
+            raise ValueError(
+                f"this model was built for global_pool={self.vit.global_pool!r}, got {global_pool!r}: reset the ViT "
+                "before it is built"
+            )
+        self.vit.reset_classifier(num_classes)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The ViT's own `forward_head`, of normalised tokens (B, N, D)."""
+        return self.vit.forward_head(x, pre_logits=pre_logits)
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers are to leave out: those that the ViT names."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of layers, as layer-wise learning rates take them; what the method adds is in the last."""
+
+        def within(pattern: Any) -> Any:
+            if isinstance(pattern, str):
+                return rf"^vit\.(?:{pattern.removeprefix('^')})"
+            return [(within(one), group) for one, group in pattern]
+
+        return {name: within(pattern) for name, pattern in self.vit.group_matcher(coarse).items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Refuse it, where it is asked for.
+
+        Raises:
+            NotImplementedError: it is.
+        """
+        if enable:
+            raise NotImplementedError("gradient checkpointing is not supported: adaptive models run blocks by parts")
+
+    def __repr__(self) -> str:
+        """The method, the ViT, the knob and what it costs, and the config; not timm's modules."""
+        config = self.config
+        about = f"{type(self).__name__}: {config.title} on {model_name(self.vit)}, {self.depth} blocks"
+        if config.knob is not None:
+            about += f", {config.knob.field}={getattr(config, config.knob.field):g}"
+        if self.dial is not None:
+            about += f", {self.compute:.1%} of the dense MACs"
+        return f"{about}\n{config!r}"
 
     @property
     def learns_patches(self) -> bool:

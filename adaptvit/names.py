@@ -21,9 +21,9 @@ from timm.models import generate_default_cfgs, register_model
 
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig
 from adaptvit.methods.avit import AViT, AViTConfig
+from adaptvit.methods.base import MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViT, DynamicViTConfig
 from adaptvit.methods.evit import EViT, EViTConfig
-from adaptvit.model import MethodConfig
 
 SIZES = ("tiny", "small", "base", "tiny_distilled", "small_distilled")
 AVIT = {f"avit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in SIZES}

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adaptvit.methods import METHODS
 from adaptvit.pictures import COLOURS
 from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
 
@@ -49,9 +50,6 @@ KEPT_S = 3600
 """Seconds that a session or an uploaded file is kept."""
 SHARE = 50
 """Per cent of the dense MACs to begin with."""
-NAMES = {"ats": "ATS", "avit": "A-ViT", "evit": "EViT", "merge": "merging by similarity", "tome": "ToMe"}
-NAMES |= {"adavit": "AdaViT", "dynamicvit": "DynamicViT"}
-"""Methods as they are read."""
 STYLE = """
 .gradio-container {max-width: 1240px !important; margin: auto}
 footer {display: none !important}
@@ -446,7 +444,7 @@ def thumbnails(subject: Subject) -> list[Image.Image]:
 
 def methods(playground: Playground, model: str) -> list[tuple[str, str]]:
     """What a model can be shown with: names as they are read, and ours."""
-    return [(NAMES[name], name) for name in playground.subject(model).methods]
+    return [(METHODS[name].title, name) for name in playground.subject(model).methods]
 
 
 def answers_html(view: View) -> str:
@@ -455,7 +453,7 @@ def answers_html(view: View) -> str:
     ratio = f" ({adaptive.gmacs / dense.gmacs:.0%} of the dense MACs)"
     columns = [
         _answer("Dense: the same weights, nothing left out", dense, ""),
-        _answer(f"Adaptive: {NAMES[view.method]}", adaptive, ratio),
+        _answer(f"Adaptive: {METHODS[view.method].title}", adaptive, ratio),
     ]
     return f'<div class="answers">{"".join(columns)}</div>'
 

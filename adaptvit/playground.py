@@ -29,18 +29,13 @@ from adaptvit.budget import attempt, meet_target
 from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_fields
 from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
-from adaptvit.draw import full_usage
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods import METHODS
-from adaptvit.methods.full import FullConfig
-from adaptvit.methods.tome import MergeConfig, ToMeConfig, fit_thresholds
+from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
 from adaptvit.timing import interleaved
-from adaptvit.untrained import gated
 from adaptvit.usage import Usage, join
-from adaptvit.vit import patch_grid
 
 BUNDLED = Path(__file__).with_name("digits.safetensors")
 """A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""
@@ -53,9 +48,6 @@ DOWNLOADED = (
     "vit_base_patch16_224",
 )
 """timm's ViTs that are offered beside the user's own; their weights are downloaded when one is first chosen."""
-UNTRAINED = ("ats", "evit", "merge", "tome", "avit")
-"""Methods that a plain ViT takes without training."""
-
 SIDE = 640
 """Longer side of the pictures that are kept, in pixels."""
 SLIMMEST = 8
@@ -66,6 +58,8 @@ RECENT = 8
 """Of these, the last so many join the examples that a budget is met on."""
 TOLERANCE = 0.02
 """How near to the budget is near enough, relative to it."""
+FITTED = (0.5, 0.75, 0.95)
+"""Shares of the dense MACs that methods are fitted at before a budget is asked for."""
 ROUNDS = 5
 """Timed runs of each model."""
 TOP = 5
@@ -192,8 +186,9 @@ class Subject:
     @property
     def methods(self) -> tuple[str, ...]:
         """What it can be shown with: its own method or, a plain ViT, those that need no training."""
-        own = self.opened.config.method
-        return UNTRAINED if own == FullConfig.method else (own,)
+        if not is_dense(self.opened):
+            return (self.opened.config.method,)
+        return tuple(name for name in untrained() if METHODS[name].role != "control")
 
     @cached_property
     def calibration(self) -> Tensor:
@@ -217,7 +212,7 @@ class Subject:
         return [(self.classes[k], p) for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def adapted(self, method: str) -> AdaptiveViT:
-        """The model under one of its methods, sharing the weights but for A-ViT, which turns those of a copy.
+        """The model under one of its methods, fitted to the examples at the first of `FITTED` that it can meet.
 
         Raises:
             TypeError, ValueError: the method needs what this ViT lacks.
@@ -225,13 +220,12 @@ class Subject:
         own = self.opened
         if method == own.config.method:
             return own
-        if method == "avit":
-            return gated(own.vit, self.calibration).eval()
-        model = METHODS[method]().build(own.vit).eval()
-        if isinstance(model.config, MergeConfig):
-            rows, columns = patch_grid(own.vit)
-            fit_thresholds(model, self.calibration, ToMeConfig(r=max(1, rows * columns // (2 * model.depth))))
-        return model
+        for share in FITTED[:-1]:
+            try:
+                return METHODS[method]().fitted(own.vit, self.calibration, share)
+            except ValueError:  # it does not come down to that, if it is not something else
+                pass
+        return METHODS[method]().fitted(own.vit, self.calibration, FITTED[-1])
 
 
 @dataclass(frozen=True)
@@ -501,7 +495,7 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
         model=model,
         method=adaptive.config.method,
         pixels=pixels(image, subject.settings),
-        usage=full_usage(adaptive, image),
+        usage=adaptive.to_the_end(image).usage,
         dense=Answer(subject.told(vit(image)), dense, 1e3 * median(seconds["dense"])),
         adaptive=Answer(subject.told(adaptive(image).logits), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
         budget=budget,

@@ -11,6 +11,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.released import ReleasedAdaViTConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.run import Run
 from adaptvit.train import Recipe
@@ -100,7 +101,7 @@ def adavit_small_imagenet() -> Run:
     return replace(
         tiny,
         model="deit_small_patch16_224",
-        method=AdaViTConfig(mode="official", macs_target=None, usage_targets=(0.7, 0.8, 0.8), usage_weight=2.0),
+        method=ReleasedAdaViTConfig(usage_targets=(0.7, 0.8, 0.8), usage_weight=2.0),
         data=replace(tiny.data, crop_pct=0.9, repeated_augmentation=1),
         recipe=replace(tiny.recipe, epochs=300, batch_size=64, warmup_epochs=10, freeze=("pos_embed",)),
         output=Path("runs/adavit_small_imagenet"),
@@ -118,7 +119,7 @@ def adavit_t2t_19_imagenet() -> Run:
         model="t2t_vit_19",
         pretrained=False,
         weights=Path("t2t_vit_19.pth.tar"),
-        method=AdaViTConfig(mode="official", macs_target=None, usage_targets=(0.7, 0.7, 0.8), usage_weight=2.0),
+        method=ReleasedAdaViTConfig(usage_targets=(0.7, 0.7, 0.8), usage_weight=2.0),
         recipe=replace(small.recipe, weight_decay=0.065, freeze=()),
         output=Path("runs/adavit_t2t_19_imagenet"),
     )
@@ -204,7 +205,7 @@ def imagenette_avit() -> Run:
     return replace(
         dense,
         method=AViTConfig(prior_weight=0.0, ponder_weight=0.0, class_token="stays"),
-        sharpness=6.0,
+        fit=True,
         recipe=replace(dense.recipe, target=0.65, ease_epochs=1.0),
         output=Path("runs/imagenette_avit"),
     )
@@ -223,7 +224,7 @@ def imagenette_adavit() -> Run:
         method=AdaViTConfig(
             first_patch_block=1, patch_threshold=0.5, norm_policies=True, noise=0.0, initial_bias=3.0, macs_target=0.5
         ),
-        fit_policies=True,
+        fit=True,
         recipe=replace(dense.recipe, method_learning_rate=4.0),
         output=Path("runs/imagenette_adavit"),
     )
@@ -255,7 +256,7 @@ def imagenette_tome() -> Run:
 
 def imagenette_merge() -> Run:
     """Merging by similarity on the same images with the same recipe and epochs, at half the dense MACs."""
-    return replace(_at_half(), method=MergeConfig(), fit_thresholds=True, output=Path("runs/imagenette_merge"))
+    return replace(_at_half(), method=MergeConfig(), fit=True, output=Path("runs/imagenette_merge"))
 
 
 RECIPES: dict[str, Callable[[], Run]] = {

@@ -1,9 +1,9 @@
 """A training from start to end: open the data, start from weights, calibrate, train, set the knob, evaluate, save."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from adaptvit.budget import Trial, Unit, check_target, meet_target
+from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checkpoints import digest, is_stored, open_model, remade, save, start_from
-from adaptvit.checks import In, check_device, check_fields, checked
+from adaptvit.checks import In, OneOf, check_device, check_fields, checked
 from adaptvit.data import (
     Batch,
     DataConfig,
@@ -29,18 +29,13 @@ from adaptvit.data import (
 )
 from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
-from adaptvit.methods.adavit import AdaViTConfig
-from adaptvit.methods.adavit_fit import fit_policies
-from adaptvit.methods.avit import AViTConfig
-from adaptvit.methods.avit_gate import fit_gate
-from adaptvit.methods.full import FullConfig
-from adaptvit.methods.tome import MergeConfig
-from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say, warn
 from adaptvit.train import Epoch, Recipe, check_shape, fingerprint, train
-from adaptvit.untrained import adapt, fit_merging
+from adaptvit.untrained import adapt
 from adaptvit.vit import check
 
 CALIBRATION = 256
@@ -69,13 +64,9 @@ class Run:
     """A model to distil from, of the same classes: a timm name, file, folder or repository."""
     method: MethodConfig
     """The adaptive method."""
-    sharpness: Annotated[float | None, In("(0, 1e6]")] = None
-    """Fit A-ViT's gate to the weights before training (`fit_gate`), the logits of its scores spreading by this: 1 lets
-    patches halt at similar depths, 8 some at once and some never. None keeps `gate_scale` and channel 0 as they are."""
-    fit_policies: bool = False
-    """Fit AdaViT's policies over patches to the weights before training (`fit_policies`), at `target`."""
-    fit_thresholds: bool = False
-    """Fit merging's thresholds to the weights before training (`fit_merging`), at `target`."""
+    fit: bool = False
+    """Fit the method to the weights before training, at `target`: what it can find out from training images alone, such
+    as A-ViT's gate, AdaViT's policies over patches, merging's thresholds."""
     data: DataConfig
     """The images."""
     recipe: Recipe
@@ -97,23 +88,15 @@ class Run:
             )
         if self.weights is not None and self.pretrained:
             raise ValueError(f"Run.weights is {str(self.weights)!r} and Run.pretrained is true: one of them")
-        if self.fit_policies and not isinstance(self.method, AdaViTConfig):
-            raise ValueError(f"Run.fit_policies is for AdaViT, but the method is {self.method.method}")
-        if self.fit_policies and self.target is None:
-            raise ValueError("Run.fit_policies needs a budget to fit to: set Recipe.target or AdaViTConfig.macs_target")
-        if self.fit_thresholds and not isinstance(self.method, MergeConfig):
-            raise ValueError(f"Run.fit_thresholds is for merging, but the method is {self.method.method}")
-        if self.fit_thresholds and self.target is None:
-            raise ValueError("Run.fit_thresholds needs a budget to fit to: set Recipe.target")
-        if self.sharpness is not None and not isinstance(self.method, AViTConfig):
-            raise ValueError(f"Run.sharpness is for A-ViT's gate, but the method is {self.method.method}")
+        if self.fit and self.target is None:
+            raise ValueError("Run.fit needs a budget to fit to: set Recipe.target")
+        if self.fit and self.method.knob is None:
+            raise ValueError(f"Run.fit is for methods with a knob, which {self.method.method} has not")
 
     @property
     def target(self) -> float | None:
-        """Share of the dense MACs to meet in the end: the recipe's, or what AdaViT's loss is set to."""
-        if self.recipe.target is None and isinstance(self.method, AdaViTConfig):
-            return self.method.macs_target
-        return self.recipe.target
+        """Share of the dense MACs to meet in the end: the recipe's, or what the method's own loss aims at."""
+        return self.method.aim if self.recipe.target is None else self.recipe.target
 
 
 @dataclass(frozen=True)
@@ -160,9 +143,7 @@ def run(
     data = open_data(config.data, settings)
     for one in data.left_out:
         _tell(f"left out: {one}")
-    if isinstance(data.calibration, IterableDataset) and (
-        config.sharpness is not None or config.fit_policies or config.target is not None
-    ):
+    if isinstance(data.calibration, IterableDataset) and config.target is not None:
         raise ValueError(
             f"{data.name} is a stream, of which no calibration images can be picked: no fitting and no target"
         )
@@ -174,7 +155,7 @@ def run(
         vit = timm.create_model(config.model, pretrained=config.pretrained, **changed)
     else:
         vit, headed = remade(origin.vit, **changed)
-        if not isinstance(origin.config, FullConfig):
+        if not is_dense(origin):
             _tell(f"the {origin.config.method} in {config.model} is left out: {config.method.method} begins anew")
     check(vit)
     check_shape(data, vit)
@@ -193,36 +174,28 @@ def run(
         raise ValueError(
             f"the teacher {config.teacher!r} has {teacher.num_classes} classes, but {data.name} has {len(data.classes)}"
         )
-    method: Any = config.method
+    method = config.method
     taught = None
     if teacher is not None:
         prepared = preparation(teacher, f"the teacher {config.teacher!r}")
         check_shape(data, teacher.vit, prepared["input_size"][0])
         taught = digest(teacher, (teacher.config, prepared["mean"], prepared["std"]))
-    fitted = (config.sharpness, config.fit_policies, config.fit_thresholds, taught, known_by)
-    key = fingerprint(method.build(vit), data, config.recipe, fitted)
+    key = fingerprint(method.build(vit), data, config.recipe, (config.fit, taught, known_by))
     device = _process().device
 
     def calibration() -> Tensor:
         return spread_over(data.calibration, CALIBRATION).images.to(device)
 
-    if config.sharpness is not None:
-        scale, explained = fit_gate(vit.eval().to(device), calibration())
-        vit.cpu()  # where the method's own parameters are drawn
-        _tell(f"gate fitted: channel 0 explains {explained:.0%} of how little the class token attends to a patch")
-        method = replace(method, gate_scale=config.sharpness * scale)
-    model = method.build(vit.train()).to(device)
-    if config.fit_policies:
+    if config.fit:
         assert config.target is not None
-        explained = fit_policies(model, calibration(), config.target)
-        _tell(f"policies fitted: they explain {explained:.0%} of how much the class token attends to a patch")
-    if config.fit_thresholds:
-        assert config.target is not None
-        fit_merging(model.eval(), calibration(), config.target)
+        model = method.fitted(vit.to(device), calibration(), config.target)
+        _tell(f"{method.title} fitted to {config.target:.0%} of the MACs of images prepared as test images are")
+    else:
+        model = method.build(vit).to(device)
     lessons = None
     if teacher is not None:
-        plain = isinstance(teacher.config, FullConfig)
-        lessons = teacher.vit if plain and model.learns_patches else teacher.logits_only
+        lessons = teacher.vit if is_dense(teacher) and model.learns_patches else teacher.logits_only
+    model.train()
     history = train(
         model,
         data,
@@ -235,7 +208,7 @@ def run(
     )
     model.eval()
     if config.target is not None:
-        meet_target(model, calibration(), config.target)
+        turned(model, calibration(), config.target)
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
     if _is_main():
@@ -268,7 +241,7 @@ def set_budget(
     output: Path,
     target: float | None = None,
     unit: Unit = "share",
-    method: Literal["merge", "tome", "ats", "avit", "evit"] | None = None,
+    method: Annotated[str | None, OneOf(untrained)] = None,
     images: Annotated[int, In("[1, inf)")] = CALIBRATION,
     tell: Callable[[Trial], object] | None = None,
     device: str | None = None,
@@ -281,7 +254,7 @@ def set_budget(
         output: the file to write.
         target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
         unit: `share` of the dense MACs, `gmacs` an image, or `images_per_s` on this machine.
-        method: what a plain ViT becomes, `merge` by default. Thresholds of `merge` and the gate of `avit` are fitted.
+        method: what a plain ViT becomes, `merge` by default; what it can find out from the images is fitted.
         images: how many of them to look at.
         tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
         device: where to run: cpu or cuda; None is cuda where there is one.
@@ -290,7 +263,7 @@ def set_budget(
     Raises:
         FileNotFoundError: no such model, folder, or folder of `output`.
         TypeError: the method cannot run on this ViT.
-        ValueError: A-ViT without a class token, a method for a model that has another, no readable images, or a target
+        ValueError: a method for a model that has another, no readable images, or a target
             that cannot be met.
     """
     if target is None and unit != "share":
@@ -303,7 +276,7 @@ def set_budget(
     opened = open_model(model).to(device)
     split = open_split(DataConfig(root=folder), preparation(opened, model), "train")
     config: MethodConfig = opened.config
-    plain = isinstance(config, FullConfig)
+    plain = is_dense(opened)
     if not plain and method not in (None, config.method):
         raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
     for one in split.left_out if isinstance(split, Samples) else ():
@@ -315,9 +288,10 @@ def set_budget(
     looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
     if plain:
-        opened = adapt(opened.vit, method or "merge", looked_at, target, unit, tolerance, labels, tell)
+        chosen = None if method is None else METHODS[method]()
+        opened = adapt(opened.vit, looked_at, target, chosen, unit, tolerance, labels, tell)
     else:
-        meet_target(opened, looked_at, target, unit, tolerance, labels, tell)
+        turned(opened, looked_at, target, unit=unit, tolerance=tolerance, labels=labels, tell=tell)
     try:
         save(opened, output)
     except OSError as error:

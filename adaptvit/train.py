@@ -41,7 +41,7 @@ from adaptvit.data import Batch, Data, Renormalise, filled
 from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
 from adaptvit.gates import annealed
-from adaptvit.losses import distillation
+from adaptvit.losses import distillation, over_processes
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, LogitsOnly
 from adaptvit.process import as_found, serve
@@ -446,6 +446,8 @@ class _Training:
             smoothing = 0.0  # Mixup's targets are smooth already
         lesson, patches = (None, {}) if self.teacher is None else self._taught(images)
         output = self.wrapped(images, **patches)
+        if output.means and self.accelerator.num_processes > 1:
+            output = replace(output, terms=self.model.terms(over_processes(output.means)))
         logits = output.logits.float()
         task = cross_entropy(logits, targets, label_smoothing=smoothing)
         if lesson is not None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adaptvit.macs import Shape, dense_macs, macs
+
 
 @dataclass(frozen=True, eq=False)
 class Bits:
@@ -52,7 +54,7 @@ class _Live:
         vars(usage)["live"] = live
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Usage:
     """Per image and block, what was computed. Integer tensors are int64; nothing here carries gradients."""
 
@@ -83,6 +85,8 @@ class Usage:
     groups: Tensor | None = None
     """(B, L, rows x columns) the token that each patch is part of after the block, by its place among those that the
     next block gets; None where a method does not merge tokens."""
+    shape: Shape | None = None
+    """The sizes of the ViT, for `macs` and `share`; None of a record that was made by hand."""
 
     @classmethod
     def of_live(
@@ -124,6 +128,33 @@ class Usage:
         heads_on = attended.new_tensor(heads).expand_as(attended)
         return cls(attended, updated, heads_on, attended > 0, updated > 0, grid, prefix, live)
 
+    def __repr__(self) -> str:
+        images, blocks = self.attended.shape
+        return f"Usage({images} images, {blocks} blocks, {' x '.join(map(str, self.grid))} patches)"
+
+    @property
+    def macs(self) -> Tensor:
+        """(B,) int64 MACs executed for each image, deciding included.
+
+        Raises:
+            ValueError: the sizes of the ViT are not known.
+        """
+        return macs(self, self._sizes())
+
+    @property
+    def share(self) -> Tensor:
+        """(B,) float64, MACs executed over those of timm's own forward.
+
+        Raises:
+            ValueError: the sizes of the ViT are not known.
+        """
+        return self.macs.double() / dense_macs(self._sizes(), self.grid)
+
+    def _sizes(self) -> Shape:
+        if self.shape is None:
+            raise ValueError("Usage.shape is None: adaptvit.macs(usage, model.shape) counts the MACs of such a record")
+        return self.shape
+
     @property
     def depth(self) -> Tensor:
         """(B, N) blocks each slot's token entered: the 1-based block after which it stopped.
@@ -163,7 +194,7 @@ class Usage:
         return {name: part for name, part in vars(self).items() if isinstance(part, Tensor | Bits)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Output:
     """What an adaptive model returns."""
 
@@ -172,8 +203,15 @@ class Output:
     usage: Usage
     terms: dict[str, Tensor] = field(default_factory=dict)
     """The method's own loss terms, already weighted: the loss is the task's plus their sum."""
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Means over the batch, with gradients, that `model.terms` makes the loss terms of: where several processes share a
+    batch, the terms of all its images follow from the means of these."""
     distilled: Tensor | None = None
     """(B, classes) of the distillation head, only in timm's distilled training; `logits` is then the class head's."""
+
+    def __repr__(self) -> str:
+        terms = "".join(f", {name} {term.item():.4g}" for name, term in self.terms.items())
+        return f"Output(logits {tuple(self.logits.shape)}, {self.usage!r}{terms})"
 
 
 def join(usages: list[Usage], whole: bool = False) -> Usage:

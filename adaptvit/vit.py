@@ -7,7 +7,7 @@ some, and `adaptvit.flax.convert`.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import timm
@@ -155,40 +155,58 @@ def check(vit: Any) -> None:
         raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
 
 
-def check_attention(vit: VisionTransformer, who: str) -> None:
-    """Refuse a ViT whose blocks have something else in the place of attention.
+def _in_place_of_attention(vit: VisionTransformer) -> str | None:
+    kinds = {type(block.attn).__name__ for block in vit.blocks if isinstance(block.attn, Mixer)}
+    return f"the blocks of {model_name(vit)} have {kinds.pop()} in its place" if kinds else None
+
+
+def _norms_over_tokens(vit: VisionTransformer) -> str | None:
+    norms = [norm for block in vit.blocks for norm in (block.norm1, block.norm2)]
+    kinds = {type(norm).__name__ for norm in norms if isinstance(norm, TokenPart)}
+    return f"{model_name(vit)} has {kinds.pop()}, over all tokens of an image" if kinds else None
+
+
+def _goes_by_slots(vit: VisionTransformer) -> str | None:
+    attended = [block.attn for block in vit.blocks if not isinstance(block.attn, Mixer)]
+    kinds = {type(part).__name__ for attn in attended for part in attn.q_norm.modules() if isinstance(part, TokenPart)}
+    return f"{model_name(vit)} has {kinds.pop()}, which goes by a token's slot" if kinds else None
+
+
+def _pools(vit: VisionTransformer) -> str | None:
+    return f"{model_name(vit)} pools all its tokens" if read_slots(vit) is None else None
+
+
+def _unequal_heads(vit: VisionTransformer) -> str | None:
+    counts = sorted({block.attn.num_heads for block in vit.blocks if not isinstance(block.attn, Mixer)})
+    return f"the blocks of {model_name(vit)} have {' or '.join(map(str, counts))}" if len(counts) > 1 else None
+
+
+OFFERS: dict[str, Callable[[VisionTransformer], str | None]] = {
+    "attention": _in_place_of_attention,
+    "token norms": _norms_over_tokens,
+    "free slots": _goes_by_slots,
+    "a class token": _pools,
+    "equal heads": _unequal_heads,
+}
+"""What a method may need of a ViT, and what a ViT that does not offer it has instead; None where it does.
+
+    attention       in every block
+    token norms     of each token by itself
+    free slots      tokens may change theirs: queries and keys do not go by them
+    a class token   which the classifier reads, rather than pool all tokens
+    equal heads     as many in every block
+"""
+
+
+def check_offers(vit: VisionTransformer, needs: Set[str], who: str) -> None:
+    """Refuse a ViT that does not offer what `who` needs, names in `OFFERS`.
 
     Raises:
-        TypeError: naming the part.
+        TypeError: naming the need, and what the ViT has instead.
     """
-    for block in vit.blocks:
-        if isinstance(block.attn, Mixer):
-            kind = type(block.attn).__name__
-            raise TypeError(f"{who} needs attention, but the blocks of {model_name(vit)} have {kind} in its place")
-
-
-def check_norms(vit: VisionTransformer, who: str) -> None:
-    """Refuse a ViT whose norms are over the tokens of an image.
-
-    Raises:
-        TypeError: naming the norm.
-    """
-    for norm in (norm for block in vit.blocks for norm in (block.norm1, block.norm2)):
-        if isinstance(norm, TokenPart):
-            kind = type(norm).__name__
-            raise TypeError(f"{who} needs a norm of each token by itself, but {model_name(vit)} has {kind}")
-
-
-def check_slots(vit: VisionTransformer, who: str) -> None:
-    """Refuse a ViT whose queries and keys depend on their slots.
-
-    Raises:
-        TypeError: naming the part.
-    """
-    for part in (part for block in vit.blocks for part in block.attn.q_norm.modules()):
-        if isinstance(part, TokenPart):
-            kind = type(part).__name__
-            raise TypeError(f"{who} moves tokens to other slots, which {kind} of {model_name(vit)} goes by")
+    for need in OFFERS:
+        if need in needs and (instead := OFFERS[need](vit)):
+            raise TypeError(f"{who} needs {need}, but {instead}")
 
 
 def model_name(vit: nn.Module) -> str:
@@ -660,7 +678,7 @@ def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]
 
 def _check_rotatable(vit: VisionTransformer) -> None:
     name = model_name(vit)
-    check_attention(vit, "turning the residual stream")
+    check_offers(vit, {"attention"}, "turning the residual stream")
     block, stem = vit.blocks[0], vit.patch_embed
     for part, fault in (
         ("norm_pre", not isinstance(vit.norm_pre, nn.Identity)),

@@ -24,6 +24,7 @@ from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig, open_split
 from adaptvit.files import as_json
 from adaptvit.methods import ats
+from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.run import spread_over
 from adaptvit.timing import interleaved
@@ -82,7 +83,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
     }
     entries: list[tuple[str, ATSConfig | FullConfig, str]] = [("dense", FullConfig(), "quantiles")]
     for mode in ("mask", "single"):
-        entries.append((f"released, {mode}", ATSConfig(sampler="released", mode=mode), "quantiles"))
+        entries.append((f"released, {mode}", ReleasedATSConfig(mode=mode), "quantiles"))
     for name, (config, sampler) in schedules.items():
         ats.inverse_transform = SAMPLERS[sampler]
         for budget in BUDGETS:

@@ -92,8 +92,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         schedule = ToMeConfig(r=r)
         tome = measure(f"tome r={r}", schedule.build(vit), None)
         for relative in RELATIVE:
-            model = MergeConfig(relative=relative).build(vit)
-            fit_thresholds(model, calibration, schedule)
+            model = fit_thresholds(MergeConfig(relative=relative), vit, calibration, schedule)
             measure(f"merge r={r} relative={relative}", model, tome)
     even = None
     for inflection in INFLECTIONS:
@@ -101,8 +100,8 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         met = meet_target(like, calibration[:1], SHARE)
         found = measure(f"tome {SHARE:.0%} inflection={inflection}", like, even)
         even = even or found
-        model = MergeConfig().build(vit)
-        fit_thresholds(model, calibration, ToMeConfig(r=[max(1, r) for r in met.schedule(model.depth)]))
+        schedule = ToMeConfig(r=[max(1, r) for r in met.schedule(like.depth)])
+        model = fit_thresholds(MergeConfig(), vit, calibration, schedule)
         meet_target(model, calibration, SHARE)
         measure(f"merge {SHARE:.0%} inflection={inflection}", model, even)
 

@@ -18,7 +18,9 @@ from adaptvit import (
     ToMeConfig,
 )
 from adaptvit.methods.adavit import AdaViT
+from adaptvit.methods.ats import RandomConfig
 from adaptvit.methods.dynamicvit import DynamicViT
+from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.parts import add_representation, set_head_dim
 
@@ -63,10 +65,10 @@ METHODS = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),
     "avit, class token stays": AViTConfig(gate_scale=4.0, gate_center=2.0, class_token="stays"),
-    "avit, official": AViTConfig(gate_scale=4.0, gate_center=2.0, mode="official"),
+    "avit, official": ReleasedAViTConfig(gate_scale=4.0, gate_center=2.0),
     "ats": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
-    "ats, released": ATSConfig(sampler="released"),
-    "ats, random": ATSConfig(blocks=(0, 1, 3), tokens=(12, 9, 6), sampler="random"),
+    "ats, released": ReleasedATSConfig(),
+    "ats, random": RandomConfig(blocks=(0, 1, 3), tokens=(12, 9, 6)),
     "adavit": AdaViTConfig(macs_target=None),
     "adavit, heads hidden": AdaViTConfig(heads_take="hidden", norm_policies=True, macs_target=None),
     "adavit, heads identity": AdaViTConfig(heads_take="identity", macs_target=None),
@@ -90,7 +92,7 @@ METHODS = {
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
-    "avit, official": AViTConfig(gate_center=1e4, mode="official"),
+    "avit, official": ReleasedAViTConfig(gate_center=1e4),
     "ats": ATSConfig(rate=1e6),
     "evit": EViTConfig(keep_rate=1.0),
     "evit, by its knob": EViTConfig(rate=2.0),

@@ -8,12 +8,13 @@ from models import METHODS, flavours, images, small_vit, vary
 from torch import Tensor
 
 from adaptvit import AdaViTConfig, Masked, Packed, dense_macs, macs
-from adaptvit.methods.adavit import KINDS, AdaViT, Policies, usage_terms
+from adaptvit.methods.adavit import KINDS, AdaViT, Policies, usage_means, usage_terms
+from adaptvit.methods.released import ReleasedAdaViTConfig
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 MAPS = ("patch_policy", "head_policy", "sublayer_policy")
 FREE = AdaViTConfig(macs_target=None)
-RELEASED = AdaViTConfig(macs_target=None, mode="official")
+RELEASED = ReleasedAdaViTConfig()
 
 
 def decided(model: AdaViT, batch: Tensor) -> Policies:
@@ -60,10 +61,6 @@ def constant(config: AdaViTConfig, logit: float, **settings: Any) -> AdaViT:
         ({"macs_weight": math.nan}, "macs_weight must be 0 or more, got nan"),
         ({"heads_take": "output"}, "heads_take must be one of input, hidden, identity, got 'output'"),
         ({"patches_skip": "mlp"}, "patches_skip must be one of"),
-        ({"mode": "released"}, "mode must be one of clean, official, got 'released'"),
-        ({"mode": "official"}, "mode='official' has no loss on MACs: set macs_target=None"),
-        ({"attention_mask": "after softmax"}, "attention_mask and mlp_gradient are for mode='official'"),
-        ({"mlp_gradient": False}, "attention_mask and mlp_gradient are for mode='official'"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -226,13 +223,13 @@ def test_training_keeps_what_the_probabilities_say_but_for_the_released_patches(
     for config in (FREE, RELEASED):
         model = constant(config, logit).train()
         found = decided(model, images(model.vit, count=256))
-        rates[config.mode] = [t.mean().item() for t in (found.patches, found.heads[:, 1:], found.sublayers[:, 1:])]
+        rates[config.method] = [t.mean().item() for t in (found.patches, found.heads[:, 1:], found.sublayers[:, 1:])]
     even = 1 / (1 + math.exp(-logit))
     patches = 1 / (1 + 1.5 * math.exp(-logit))
     released = 1 / (1 + 1.5**5 * math.exp(-logit))
-    assert rates["clean"] == pytest.approx([patches, even, even], abs=0.05)
-    assert rates["official"] == pytest.approx([released, even, even], abs=0.05)
-    assert rates["official"][0] < rates["clean"][0] - 0.1
+    assert rates["adavit"] == pytest.approx([patches, even, even], abs=0.05)
+    assert rates["adavit_released"] == pytest.approx([released, even, even], abs=0.05)
+    assert rates["adavit_released"][0] < rates["adavit"][0] - 0.1
 
 
 def gradients_of(model: AdaViT, batch: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -313,7 +310,7 @@ def test_usage_losses_by_hand() -> None:
         minimums=(0.5, 0.4, 0.3),
         minimum_weights=(2.0, 3.0, 4.0),
     )
-    found = usage_terms(Policies(patches, heads, sublayers, *logits), config, (0, 1, 1))
+    found = usage_terms(usage_means(Policies(patches, heads, sublayers, *logits), config, (0, 1, 1)), config)
     own = [patches[image, block].mean().item() for image in range(5) for block in range(3)]
     expected = {
         "patches": (sum(own) / 15 - 0.3) ** 2 + 2 * sum(max(0, 0.5 - value) for value in own) / 15,

@@ -7,7 +7,7 @@ import torch
 from models import images, small_vit
 
 from adaptvit import AdaViTConfig, Masked, dense_macs, macs, meet_target
-from adaptvit.methods.adavit_fit import fit_policies
+from adaptvit.methods.adavit import fit_policies
 
 PATCHES = AdaViTConfig(policies=("patches",), patch_threshold=0.5, macs_target=None)
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
-from adaptvit.methods import ats_released
-from adaptvit.methods.ats import draw, gumbel_noise, inverse_transform, normalise, random_order
+from adaptvit.methods.ats import RandomConfig, draw, gumbel_noise, inverse_transform, normalise, random_order
+from adaptvit.methods.released import ReleasedATSConfig
+from adaptvit.methods.released import ats as ats_released
 from adaptvit.parts import Rotary
 from adaptvit.tokens.kernels import ROWS
 from adaptvit.vit import attention_received, project
@@ -23,8 +25,8 @@ SEEDS = st.integers(0, 10_000)
 CONFIGS = {
     "inverse_transform": ATSConfig(blocks=(0, 1, 2)),
     "gumbel": ATSConfig(blocks=(0, 1, 2), sampler="gumbel"),
-    "random": ATSConfig(blocks=(0, 1, 2), sampler="random"),
-    **{mode: ATSConfig(blocks=(0, 1, 2), sampler="released", mode=mode) for mode in ("mask", "single", "prune")},
+    "random": RandomConfig(blocks=(0, 1, 2)),
+    **{mode: ReleasedATSConfig(blocks=(0, 1, 2), mode=mode) for mode in ("mask", "single", "prune")},
 }
 VITS: dict[str, dict[str, Any]] = {
     **{flavour: {"flavour": flavour} for flavour in flavours("ats")},
@@ -327,18 +329,17 @@ def test_an_image_keeps_at_most_k_patches() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_rate_scales_k(name: str) -> None:
     vit = small_vit().eval()
-    batch, settings = images(vit), {"sampler": CONFIGS[name].sampler, "mode": CONFIGS[name].mode}
-    halved = ATSConfig(**settings, tokens=12, rate=0.5).build(vit)(batch)
-    assert torch.equal(halved.logits, ATSConfig(**settings, tokens=6).build(vit)(batch).logits)
-    least = ATSConfig(**settings, blocks=(0,), rate=0.0).build(vit)(batch).usage
+    batch, config = images(vit), replace(CONFIGS[name], blocks=None)
+    halved = replace(config, tokens=12, rate=0.5).build(vit)(batch)
+    assert torch.equal(halved.logits, replace(config, tokens=6).build(vit)(batch).logits)
+    least = replace(config, blocks=(0,), rate=0.0).build(vit)(batch).usage
     assert (least.live[:, 1].sum(dim=1) == 2).all()
 
 
 def test_random_patches_are_as_many_as_the_scores_would_keep_and_of_each_image_its_own() -> None:
     vit = small_vit(img_size=64).eval()
     batch = images(vit, count=200)
-    samplers = ("inverse_transform", "random")
-    by_score, random = (ATSConfig(blocks=(1,), tokens=40, sampler=name).build(vit) for name in samplers)
+    by_score, random = (kind(blocks=(1,), tokens=40).build(vit) for kind in (ATSConfig, RandomConfig))
     with torch.inference_mode():
         best, any_ = (model(batch).usage.live[:, 2, 1:] for model in (by_score, random))
     assert torch.equal(any_.sum(dim=1), best.sum(dim=1))
@@ -427,9 +428,7 @@ def test_a_batch_without_images_has_no_logits(name: str, layout: type) -> None:
         ({"rate": -0.5}, r"rate must lie in \[0, 1e9\], got -0.5"),
         ({"rate": float("inf")}, r"rate must lie in \[0, 1e9\], got inf"),
         ({"rate": float("nan")}, r"rate must lie in \[0, 1e9\], got nan"),
-        ({"sampler": "any"}, "sampler must be one of .*random.*, got 'any'"),
-        ({"sampler": "released", "mode": "drop"}, "mode must be one of .*prune.*, got 'drop'"),
-        ({"mode": "prune"}, "mode='prune' is for sampler='released', but sampler is 'inverse_transform'"),
+        ({"sampler": "any"}, "sampler must be one of .*gumbel.*, got 'any'"),
     ],
     ids=str,
 )
@@ -473,7 +472,8 @@ def test_images_of_another_size_are_refused() -> None:
         ATSConfig(),
         ATSConfig(blocks=[1, 3], tokens=[9, 4], rate=0.7),
         ATSConfig(blocks=range(1, 3), tokens=9, sampler="gumbel"),
-        ATSConfig(sampler="released", mode="single"),
+        ReleasedATSConfig(mode="single"),
+        RandomConfig(tokens=9),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 
 from adaptvit import AViTConfig, Masked, Packed, dense_macs, load, macs, save
 from adaptvit.methods.avit import LEAST_SHARE, halt, kl_divergence
+from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.priors import PRIORS, halting_prior
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -187,7 +188,6 @@ def test_a_sequence_of_batches_leaves_nothing_behind() -> None:
             {"prior": ("cauchy", "cubic"), "prior_weights": (1, 2)},
             r"prior must be some of .*, got \('cauchy', 'cubic'\)",
         ),
-        ({"mode": "fast"}, "mode must be one of .*official.*, got 'fast'"),
         ({"class_token": "goes"}, "class_token must be one of .*stays.*, got 'goes'"),
         ({"divergence": "both"}, "divergence must be one of .*, got 'both'"),
     ],
@@ -204,20 +204,20 @@ def test_a_prior_outside_the_depth_is_refused() -> None:
 
 
 def test_no_class_token_can_stay_where_there_is_none() -> None:
-    with pytest.raises(ValueError, match="needs a class token"):
+    with pytest.raises(TypeError, match=r"A-ViT needs a class token, but .* pools all its tokens"):
         AViTConfig(class_token="stays").build(small_vit("average pool"))
 
 
 @pytest.mark.parametrize("depth", [2.5, 1])
 def test_the_released_target_peaks_at_a_whole_block_from_the_second_on(depth: float) -> None:
     with pytest.raises(ValueError, match=f"prior_depth must be a whole block from the second on .* got {depth}"):
-        AViTConfig(mode="official", prior_depth=depth)
+        ReleasedAViTConfig(prior_depth=depth)
 
 
 def test_official_losses_are_not_to_be_had_packed() -> None:
     vit = small_vit().train()
     with pytest.raises(ValueError, match="layout=Masked or early_exit=True"):
-        AViTConfig(mode="official").build(vit)(images(vit), Packed)
+        ReleasedAViTConfig().build(vit)(images(vit), Packed)
 
 
 def test_divergence_of_a_distribution_from_itself_is_zero() -> None:
@@ -271,11 +271,11 @@ def test_a_mixture_travels_with_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-@pytest.mark.parametrize("mode", ["clean", "official"])
-def test_every_prior_has_a_finite_loss_that_reaches_the_gate(prior: str, mode: str) -> None:
+@pytest.mark.parametrize("kind", [AViTConfig, ReleasedAViTConfig])
+def test_every_prior_has_a_finite_loss_that_reaches_the_gate(prior: str, kind: type[AViTConfig]) -> None:
     """However far the blocks that a narrow prior all but rules out, which have no mass left in float32."""
     vit = small_vit(depth=12).train()
-    model = AViTConfig(**GATE, prior=prior, prior_scale=0.4, prior_weight=1.0, mode=mode).build(vit)
+    model = kind(**GATE, prior=prior, prior_scale=0.4, prior_weight=1.0).build(vit)
     term = model(images(vit)).terms["prior"]
     assert term.isfinite()
     gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias)[0]
@@ -288,7 +288,7 @@ def test_released_losses_train_gated_attention_and_its_dropout() -> None:
     for block in vit.blocks:
         gated = Attention(vit.embed_dim, num_heads=2, qkv_bias=True, attn_drop=0.5, gated=True)
         block.attn = gated.to(torch.float64)
-    model = AViTConfig(gate_center=1e4, mode="official").build(vit).eval()
+    model = ReleasedAViTConfig(gate_center=1e4).build(vit).eval()
     batch = images(vit, dtype=torch.float64)
     torch.testing.assert_close(model(batch, early_exit=False).logits, vit(batch), atol=1e-10, rtol=1e-10)
     model.train()

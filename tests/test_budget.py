@@ -1,21 +1,88 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import AdaptiveViT, ATSConfig, AViTConfig, FullConfig, budget, meet_target
+from adaptvit import (
+    AdaptiveViT,
+    ATSConfig,
+    AViTConfig,
+    EViTConfig,
+    FullConfig,
+    MethodConfig,
+    ToMeConfig,
+    budget,
+    load,
+    meet_target,
+    save,
+)
 from adaptvit.budget import Trial, attempt
+from adaptvit.methods import turned
+from adaptvit.model import Dial
 
 
 @pytest.mark.parametrize("target", [0.45, 0.6, 0.75])
-@pytest.mark.parametrize("training", [False, True])
-def test_the_knob_meets_the_target(target: float, training: bool) -> None:
-    vit = small_vit().train(training)
+def test_the_knob_meets_the_target(target: float) -> None:
+    vit = small_vit().eval()
     batch = images(vit, count=24)
     model = AViTConfig(gate_scale=4.0).build(vit)
     config = meet_target(model, batch, target)
     assert attempt(model, batch).share == pytest.approx(target, abs=0.02)
-    assert vit.training is training
     assert config.gate_scale == 4.0
+
+
+def test_a_budget_is_not_met_in_training_mode() -> None:
+    model = AViTConfig().build(small_vit().train())
+    with pytest.raises(ValueError, match=r"training mode.*call eval\(\) first"):
+        meet_target(model, images(model.vit), 0.6)
+
+
+@pytest.mark.parametrize("config", [AViTConfig(gate_scale=4.0), ATSConfig(), EViTConfig(), ToMeConfig()], ids=str)
+def test_the_dial_sets_other_budgets_without_images(config: MethodConfig, tmp_path: Path) -> None:
+    vit = small_vit(img_size=64).eval()
+    batch = images(vit, count=24)
+    model = turned(config.build(vit), batch, 0.65)
+    assert model.compute == pytest.approx(0.65, abs=0.02)
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors").eval()
+    assert again.dial == model.dial
+    for share in (0.55, 0.6, 0.7):
+        again.compute = share
+        assert again.compute == pytest.approx(share)
+        assert attempt(again, batch).share == pytest.approx(share, abs=0.03)
+    before = again.config
+    with pytest.raises(
+        ValueError, match=r"compute must lie in \[0\.\d+, 0\.\d+\], what the dial was measured for, got 0.01"
+    ):
+        again.compute = 0.01
+    assert again.config == before
+
+
+def test_a_model_without_a_dial_says_what_gives_it_one() -> None:
+    model = AViTConfig().build(small_vit().eval())
+    with pytest.raises(ValueError, match=r"compute needs a dial.*adaptvit\.measure_dial"):
+        model.compute = 0.5
+
+
+@pytest.mark.parametrize(
+    ("knobs", "shares"),
+    [((), ()), ((1.0,), (0.5, 0.6)), ((1.0, 2.0), (0.6, 0.5)), ((1.0, 1.0), (0.5, 0.6)), (("a",), (1,))],
+)
+def test_a_dial_that_says_nothing_is_refused(knobs: tuple, shares: tuple) -> None:
+    with pytest.raises(ValueError, match=r"Dial\.knobs"):
+        Dial(knobs, shares)
+
+
+def test_of_a_built_model_only_the_knob_can_be_set() -> None:
+    model = ATSConfig(blocks=(1, 2)).build(small_vit())
+    model.config = replace(model.config, rate=0.5)
+    with pytest.raises(ValueError, match=r"ATSConfig\.tokens was read when this model was built, where rate can still"):
+        model.config = replace(model.config, tokens=3)
+    with pytest.raises(TypeError, match="built from ATSConfig, got AViTConfig"):
+        model.config = AViTConfig()
+    assert model.config == ATSConfig(blocks=(1, 2), rate=0.5)
 
 
 def test_a_target_above_all_computes_everything() -> None:

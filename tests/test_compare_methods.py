@@ -17,7 +17,18 @@ from models import small_vit
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from adaptvit import AdaptiveViT, AViTConfig, DynamicViTConfig, FullConfig, adapt, compare_methods, load, macs, save
+from adaptvit import (
+    AdaptiveViT,
+    AViTConfig,
+    DynamicViTConfig,
+    FullConfig,
+    MethodConfig,
+    adapt,
+    compare_methods,
+    load,
+    macs,
+    save,
+)
 from adaptvit.cli import main
 from adaptvit.compare_methods import MethodsConfig, Outcome, Row, table
 from adaptvit.data import DataConfig, open_split
@@ -65,7 +76,7 @@ def test_every_method_meets_its_budget_on_images_that_were_not_fitted_to(
 ) -> None:
     rows = by_label(finished[1])
     dense = rows["dense"].record["gmacs"]
-    for name in compare_methods.UNTRAINED:
+    for name in compare_methods.untrained():
         for budget in (0.8, 0.6):
             row = rows[f"{name} {budget}"]
             assert row.record["gmacs"] / dense == pytest.approx(budget, abs=0.04), row.entry
@@ -107,7 +118,7 @@ def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
     config, outcome = finished
     with (config.output / "methods.csv").open(newline="") as file:
         lines = {(line["name"], line["budget"]): line for line in csv.DictReader(file)}
-    assert len(lines) == len(outcome.rows) == 1 + 3 * len(compare_methods.UNTRAINED) + 1
+    assert len(lines) == len(outcome.rows) == 1 + 3 * len(compare_methods.untrained()) + 1
     assert float(lines["merge", "0.6"]["gmacs"]) == by_label(outcome)["merge 0.6"].record["gmacs"]
     assert lines["ats", "0.05"]["refused"]
     conditions = json.loads((config.output / "conditions.json").read_text())
@@ -141,7 +152,7 @@ def test_the_same_images_are_shown_through_every_model_of_one_budget_and_every_f
     copy = shutil.copytree(config.output, tmp_path / "copy")
     compare_methods.compare_methods(replace(config, output=copy, pictures=2, files=tuple(files)))
     names, images, _ = zip(*shown["rows"], strict=True)
-    assert [*names] == ["", *(f"{name} 0.6" for name in compare_methods.UNTRAINED), "one/model", "other/model"]
+    assert [*names] == ["", *(f"{name} 0.6" for name in compare_methods.untrained()), "one/model", "other/model"]
     assert {row.shape for row in images} == {torch.Size([2, 3, 64, 64])}
     assert not any(torch.equal(images[0], other) for other in images[1:])
     assert (shown["blocks"], shown["below"]) == (6, True)
@@ -176,9 +187,9 @@ def test_what_is_there_is_not_computed_again_and_the_rest_is(
     again = replace(config, output=shutil.copytree(config.output, tmp_path / "copy"), batch_size=5, pictures=0)
     asked: list[tuple[str, float]] = []
 
-    def counted(vit: object, method: str, images: object, target: float) -> AdaptiveViT:
-        asked.append((method, target))
-        return adapt(vit, method, images, target)
+    def counted(vit: object, images: object, target: float, config: MethodConfig) -> AdaptiveViT:
+        asked.append((config.method, target))
+        return adapt(vit, images, target, config)
 
     monkeypatch.setattr(compare_methods, "adapt", counted)
     second = compare_methods.compare_methods(again)

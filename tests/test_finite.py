@@ -22,14 +22,15 @@ from adaptvit.budget import attempt
 from adaptvit.data import Images, Unreadable
 from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json
-from adaptvit.methods.adavit_fit import fit_policies
+from adaptvit.methods import METHODS as CONFIGS
+from adaptvit.methods import untrained
+from adaptvit.methods.adavit import fit_policies
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.playground import DIGITS, Playground, PlaygroundConfig, Session
 from adaptvit.predict import PredictConfig, predict
 from adaptvit.run import set_budget
-from adaptvit.untrained import UNTRAINED
 
 
 def spoilt_head(file: Path) -> Path:
@@ -166,7 +167,7 @@ def test_draw_names_what_has_no_finite_logits(folder: Path, tmp_path: Path, monk
         assert one.reason == "the model's logits for it are not finite"
 
 
-@pytest.mark.parametrize("method", UNTRAINED)
+@pytest.mark.parametrize("method", untrained())
 @pytest.mark.parametrize("where", ["image", "weights"])
 def test_no_budget_is_met_with_what_is_not_finite(method: str, where: str) -> None:
     vit = small_vit().eval()
@@ -178,7 +179,7 @@ def test_no_budget_is_met_with_what_is_not_finite(method: str, where: str) -> No
     before = {name: value.clone() for name, value in vit.state_dict().items()}
     first = 2 if where == "image" and method not in ("tome", "merge") else r"\d"
     with pytest.raises(ValueError, match=f"are not finite, image {first} being the first"):
-        adapt(vit, method, batch, 0.7)
+        adapt(vit, batch, 0.7, CONFIGS[method]())
     assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in vit.state_dict().items())
 
 
@@ -196,16 +197,14 @@ def test_nothing_is_fitted_to_what_is_not_finite() -> None:
     vit = small_vit().eval()
     batch = images(vit, count=3)
     batch[1] = torch.nan
-    merging = MergeConfig().build(vit)
     policies = AdaViTConfig(macs_target=None).build(small_vit()).train()
     before = [one.clone() for one in (*vit.parameters(), *policies.parameters())]
     with pytest.raises(ValueError, match="the logits of 1 of 3 images are not finite, image 1"):
-        fit_thresholds(merging, batch, ToMeConfig(r=2))
+        fit_thresholds(MergeConfig(), vit, batch, ToMeConfig(r=2))
     for call in (lambda: fit_gate(vit, batch), lambda: fit_policies(policies, batch, 0.7)):
         with pytest.raises(ValueError, match="the attention weights of 1 of 3 images are not finite, image 1"):
             call()
     assert all(torch.equal(*pair) for pair in zip(before, (*vit.parameters(), *policies.parameters()), strict=True))
-    assert merging.config == MergeConfig()
     assert policies.training
 
 

@@ -85,7 +85,7 @@ def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> No
 
 
 def test_a_vit_without_class_token_has_no_gate_to_fit() -> None:
-    with pytest.raises(ValueError, match="class token"):
+    with pytest.raises(TypeError, match="class token"):
         fit_gate(trained(class_token=False, global_pool="avg"), torch.zeros(1, 3, 32, 32, dtype=torch.float64))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptvit.gates import annealed, entropy, gate, gumbel_difference, log_odds, straight_through
-from adaptvit.methods import adavit_official
+from adaptvit.methods.released import adavit
 
 
 def noise_of(count: int) -> torch.Tensor:
@@ -48,10 +48,10 @@ def test_the_temperature_does_not_change_how_often_a_gate_is_on(logit: float, te
 def test_the_released_temperature_moves_the_threshold_in_training() -> None:
     noise = noise_of(40_000)
     logits = torch.full_like(noise, 1.0)
-    released = adavit_official.gate(logits, 0.6, 5.0, noise).mean().item()
+    released = adavit.gate(logits, 0.6, 5.0, noise).mean().item()
     assert released == pytest.approx(1 / (1 + math.exp(5 * math.log(1.5) - 1)), abs=0.01)
     assert released < 0.3 < 0.6 < gate(logits, 0.6, 5.0, noise).mean().item()
-    assert adavit_official.gate(logits, 0.6, 5.0, None).all()
+    assert adavit.gate(logits, 0.6, 5.0, None).all()
 
 
 def test_the_noise_is_logistic() -> None:

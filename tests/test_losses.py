@@ -7,13 +7,15 @@ from models import images, small_vit
 from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig
+from adaptvit.losses import over_processes
 
 
 def gradient(batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     vit = small_vit(dtype=torch.float64).train()
     model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=1.0).build(vit)
     output = model(batch)
-    (cross_entropy(output.logits, labels) + sum(output.terms.values())).backward()
+    terms = model.terms(over_processes(output.means)) if dist.is_initialized() else output.terms
+    (cross_entropy(output.logits, labels) + sum(terms.values())).backward()
     return vit.blocks[0].mlp.fc1.weight.grad
 
 

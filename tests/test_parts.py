@@ -32,6 +32,7 @@ from adaptvit import (
 from adaptvit.checkpoints import start_from
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
 from adaptvit.run import Run, run
 from adaptvit.t2t import sinusoid
@@ -365,9 +366,9 @@ def test_a_mixer_has_no_use_for_a_mask() -> None:
         (AdaViTConfig(macs_target=None, policies=("patches",)).build, "AdaViT needs attention"),
         (EViTConfig().build, "EViT needs attention"),
         (DynamicViTConfig().build, "DynamicViT needs attention"),
-        (MergeConfig().build, "merging needs attention"),
-        (AViTConfig(mode="official").build, "AViTConfig.mode='official' needs attention"),
-        (lambda vit: fit_gate(vit, batch(vit)), "fit_gate needs attention"),
+        (MergeConfig().build, "merging by similarity needs attention"),
+        (ReleasedAViTConfig().build, "A-ViT as released needs attention"),
+        (lambda vit: fit_gate(vit, batch(vit)), "fitting a gate needs attention"),
         (lambda vit: set_channel(vit, noise(16)), "turning the residual stream needs attention"),
     ],
 )
@@ -383,12 +384,12 @@ def test_what_a_mixer_cannot_do_is_refused_by_name(attempt: Any, said: str) -> N
     [
         (
             AdaViTConfig(macs_target=None).build,
-            "AdaViT needs a norm of each token by itself, but PartsViT has Instance",
+            "AdaViT needs token norms, but PartsViT has Instance",
         ),
-        (EViTConfig().build, "EViT needs a norm of each token by itself"),
-        (DynamicViTConfig().build, "DynamicViT needs a norm of each token by itself"),
-        (ToMeConfig().build, "merging needs a norm of each token by itself"),
-        (AViTConfig(mode="official").build, "mode='official' needs a norm of each token by itself"),
+        (EViTConfig().build, "EViT needs token norms"),
+        (DynamicViTConfig().build, "DynamicViT needs token norms"),
+        (ToMeConfig().build, "ToMe needs token norms"),
+        (ReleasedAViTConfig().build, "A-ViT as released needs token norms"),
         (lambda vit: set_channel(vit, noise(16)), "PartsViT has InstanceNorm; only with LayerNorm"),
     ],
 )
@@ -399,12 +400,12 @@ def test_what_an_instance_norm_cannot_do_is_refused_by_name(attempt: Any, said: 
 
 @pytest.mark.parametrize("config", [ToMeConfig(), MergeConfig()], ids=["ToMe", "merging"])
 def test_rotary_positions_do_not_go_with_merged_tokens(config: ToMeConfig | MergeConfig) -> None:
-    with pytest.raises(TypeError, match="merging moves tokens to other slots, which Rotary of PartsViT goes by"):
+    with pytest.raises(TypeError, match="needs free slots, but PartsViT has Rotary, which goes by a token's slot"):
         config.build(made(position="rotary"))
 
 
 def test_rotary_positions_do_not_go_with_fused_tokens() -> None:
-    with pytest.raises(TypeError, match="EViT with fuse=True moves tokens to other slots, which Rotary"):
+    with pytest.raises(TypeError, match="EViT needs free slots, but PartsViT has Rotary"):
         EViTConfig().build(made(position="rotary"))
     EViTConfig(fuse=False).build(made(position="rotary"))
 

@@ -41,8 +41,8 @@ def small(folder: Path, tmp_path: Path) -> Run:
         model="vit_tiny_patch16_224",
         model_args=SMALL,
         img_size=32,
-        method=AViTConfig(class_token="stays"),
-        sharpness=2.0,
+        method=AViTConfig(class_token="stays", sharpness=2.0),
+        fit=True,
         data=DataConfig(root=folder, scale=(0.5, 1.0), workers=0, mean=(0.4, 0.5, 0.6)),
         recipe=Recipe(epochs=2, batch_size=8, target=0.6, ease_epochs=1.0, steer_every=2),
         output=tmp_path / "run",
@@ -68,33 +68,23 @@ def test_noisy_gates_are_set_to_the_target_as_evaluation_decides(
 ) -> None:
     config = AdaViTConfig(macs_target=trained, patch_threshold=0.5)
     recipe = replace(small.recipe, target=steered)
-    figures = run(replace(small, method=config, sharpness=None, fit_policies=True, recipe=recipe)).result.figures
+    figures = run(replace(small, method=config, recipe=recipe)).result.figures
     assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.7, abs=0.1)
 
 
-def test_policies_are_fitted_for_adavit_and_to_a_budget(small: Run) -> None:
-    with pytest.raises(ValueError, match=r"set Recipe\.target or AdaViTConfig\.macs_target"):
-        replace(
-            small,
-            method=AdaViTConfig(macs_target=None),
-            sharpness=None,
-            fit_policies=True,
-            recipe=replace(small.recipe, target=None),
-        )
-    with pytest.raises(ValueError, match="fit_policies is for AdaViT, but the method is avit"):
-        replace(small, fit_policies=True)
+def test_a_method_is_fitted_to_a_budget(small: Run) -> None:
+    untargeted = replace(small.recipe, target=None)
+    for method in (AdaViTConfig(macs_target=None), MergeConfig()):
+        with pytest.raises(ValueError, match=r"Run\.fit needs a budget to fit to: set Recipe\.target"):
+            replace(small, method=method, recipe=untargeted)
+    assert replace(small, method=AdaViTConfig(macs_target=0.7), recipe=untargeted).target == 0.7
 
 
-def test_thresholds_are_fitted_for_merging_and_to_a_budget(small: Run) -> None:
-    merging = replace(small, method=MergeConfig(), sharpness=None)
-    outcome = run(replace(merging, fit_thresholds=True))
+def test_thresholds_are_fitted_before_training(small: Run) -> None:
+    outcome = run(replace(small, method=MergeConfig()))
     assert isinstance(outcome.model.config, MergeConfig)
     assert len(set(outcome.model.config.thresholds)) == SMALL["depth"]  # one number for all blocks before
     assert outcome.result.figures["gmacs"] / outcome.result.figures["gmacs_dense"] == pytest.approx(0.6, abs=0.1)
-    with pytest.raises(ValueError, match="fit_thresholds is for merging, but the method is avit"):
-        replace(small, fit_thresholds=True)
-    with pytest.raises(ValueError, match=r"a budget to fit to: set Recipe\.target"):
-        replace(merging, fit_thresholds=True, recipe=replace(small.recipe, target=None))
 
 
 def test_a_finished_run_is_refused_unless_resumed_and_then_the_same(small: Run) -> None:
@@ -122,7 +112,7 @@ def test_weights_are_started_from_and_their_head_left_out(small: Run, tmp_path: 
 
 
 def test_what_does_not_go_together_is_refused(small: Run) -> None:
-    with pytest.raises(ValueError, match=r"Run\.sharpness is for A-ViT"):
+    with pytest.raises(ValueError, match=r"Run\.fit is for methods with a knob, which full has not"):
         replace(small, method=FullConfig())
     with pytest.raises(ValueError, match=r"Run\.model must be the name of a timm ViT, got 'vit_huge'"):
         replace(small, model="vit_huge")

@@ -1,5 +1,6 @@
 """Pretrained ViTs made adaptive without training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,26 +9,29 @@ from models import images, small_vit
 
 from adaptvit import MergeConfig, ToMeConfig, adapt, load, meet_target, save
 from adaptvit.budget import attempt
-from adaptvit.methods.tome import fit_thresholds
-from adaptvit.untrained import INFLECTIONS, UNTRAINED, fit_merging
+from adaptvit.methods import METHODS, untrained
+from adaptvit.methods.tome import INFLECTIONS, fit_thresholds
 
 
 @pytest.mark.parametrize("target", [0.55, 0.8])
-@pytest.mark.parametrize("method", UNTRAINED)
+@pytest.mark.parametrize("method", untrained())
 def test_every_method_meets_the_target_and_leaves_the_vit_as_it_was(method: str, target: float) -> None:
-    vit = small_vit(img_size=64).eval()
+    vit = small_vit(img_size=64)
     batch = images(vit, count=24)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
-    model = adapt(vit, method, batch, target)
+    model = adapt(vit, batch, target, METHODS[method]())
     assert attempt(model, batch).share == pytest.approx(target, abs=0.02)
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+    assert not model.training
+    assert not model.vit.training
     assert (model.vit is vit) == (method != "avit")
+    vit.eval()
     torch.testing.assert_close(model.vit(batch), vit(batch), atol=1e-4, rtol=1e-4)
 
 
 def test_tome_at_a_budget_merges_as_evenly_as_it_can() -> None:
     vit = small_vit(img_size=64).eval()
-    r = adapt(vit, "tome", images(vit, count=2), 0.6).config.schedule(4)
+    r = adapt(vit, images(vit, count=2), 0.6, ToMeConfig()).config.schedule(4)
     assert max(r) - min(r) <= 1
 
 
@@ -35,15 +39,14 @@ def test_tome_at_a_budget_merges_as_evenly_as_it_can() -> None:
 def test_merging_rises_with_depth_as_changes_predictions_least(target: float) -> None:
     vit = small_vit(img_size=64).eval()
     batch = images(vit, count=24)
-    model = MergeConfig().build(vit)
-    fit_merging(model, batch, target)
-    chosen, divergence = model.config, {}
+    chosen, divergence = replace(adapt(vit, batch, target).config, shift=0.0), {}
     with torch.inference_mode():
         dense = vit(batch).log_softmax(dim=1)
         for inflection in INFLECTIONS:
             like = ToMeConfig(inflection=inflection).build(vit)
             meet_target(like, batch, target)
-            fit_thresholds(model, batch, ToMeConfig(r=[max(1, r) for r in like.config.schedule(4)]))
+            schedule = ToMeConfig(r=[max(1, r) for r in like.config.schedule(4)])
+            model = fit_thresholds(MergeConfig(), vit, batch, schedule)
             merged = model(batch).logits.log_softmax(dim=1)
             divergence[model.config] = (dense.exp() * (dense - merged)).sum(dim=1).mean().item()
     assert len({*divergence.values()}) > 1
@@ -55,13 +58,13 @@ def test_merging_goes_as_low_as_an_even_schedule() -> None:
     batch = images(vit, count=24)
     with pytest.raises(ValueError, match="no rate meets the target"):
         meet_target(ToMeConfig(inflection=1.0).build(vit), batch, 0.45)
-    assert attempt(adapt(vit, "merge", batch, 0.45), batch).share == pytest.approx(0.45, abs=0.02)
+    assert attempt(adapt(vit, batch, 0.45), batch).share == pytest.approx(0.45, abs=0.02)
 
 
 def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> None:
     vit = small_vit(img_size=64).eval()
     batch = images(vit, count=24)
-    save(adapt(vit, "merge", batch, 0.95), tmp_path / "merge.safetensors")
+    save(adapt(vit, batch, 0.95), tmp_path / "merge.safetensors")
     model = load(tmp_path / "merge.safetensors").eval()
     meet_target(model, batch, 0.5)
     assert attempt(model, batch).share == pytest.approx(0.5, abs=0.02)
@@ -73,16 +76,23 @@ def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> 
         ("merge", "class token", 0.1, ValueError, r"no rate meets the target of 0.1 \(share\)"),
         ("tome", "class token", 0.1, ValueError, r"no rate meets the target of 0.1"),
         ("ats", "class token", 0.05, ValueError, "no rate meets the target"),
-        ("avit", "average pool, no class token", 0.5, ValueError, "needs a ViT with a class token"),
-        ("avit", "QK norm", 0.0, ValueError, r"target must lie in \(0, 1\]"),
-        ("merge", "mixer", 0.5, TypeError, "merging needs attention"),
         (
-            "full",
-            "class token",
+            "avit",
+            "average pool, no class token",
             0.5,
-            ValueError,
-            "one of merge, tome, ats, evit, avit, random, got 'full'",
+            TypeError,
+            "a gate needs a class token, but .* pools all",
         ),
+        ("avit", "QK norm", 0.0, ValueError, r"target must lie in \(0, 1\]"),
+        (
+            "merge",
+            "mixer",
+            0.5,
+            TypeError,
+            "merging by similarity needs attention, but the blocks of .* have",
+        ),
+        ("full", "class token", 0.5, ValueError, "FullConfig has no knob to move"),
+        ("dynamicvit", "class token", 0.5, ValueError, "DynamicViT decides by what training gives it"),
     ],
 )
 def test_what_a_vit_or_a_method_cannot_do_is_said(
@@ -90,4 +100,4 @@ def test_what_a_vit_or_a_method_cannot_do_is_said(
 ) -> None:
     vit = small_vit(flavour).eval()
     with pytest.raises(kind, match=said):
-        adapt(vit, method, images(vit), target)
+        adapt(vit, images(vit), target, METHODS[method]())

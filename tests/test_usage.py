@@ -7,6 +7,7 @@ import torch
 from models import images, small_vit
 from torch import Tensor
 
+from adaptvit import dense_macs, macs
 from adaptvit.methods import METHODS
 from adaptvit.usage import Bits, Usage, join
 
@@ -51,3 +52,15 @@ def test_an_image_of_many_keeps_less_than_3_kb_and_its_figures(name: str, side: 
     assert torch.equal(join([several, usages[0]]).live, torch.cat([whole.live, usages[0].live]))
     if name != "adavit":
         assert (whole.groups if name == "tome" else whole.fused).shape[:2] == (2, depth)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_counts_its_own_macs(method: str) -> None:
+    model = METHODS[method]().build(small_vit().eval())
+    with torch.inference_mode():
+        usages = [model(images(model.vit, count=count)).usage for count in (2, 3)]
+    for usage in [*usages, join(usages), usages[1].of_images(torch.tensor([2, 0])), usages[0].to_keep()]:
+        assert torch.equal(usage.macs, macs(usage, model.shape))
+        torch.testing.assert_close(usage.share, usage.macs / dense_macs(model.shape, usage.grid), check_dtype=False)
+    with pytest.raises(ValueError, match=r"Usage\.shape is None"):
+        _ = dataclasses.replace(usages[0], shape=None).macs

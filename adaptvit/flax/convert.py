@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.flax.ats_vit import Flavour, ViT, pair
-from adaptvit.methods.ats import ATS
+from adaptvit.methods.ats import ATS, ATSConfig
 from adaptvit.vit import model_name
 
 PARTS: tuple[type, ...] = (
@@ -32,8 +32,8 @@ def from_timm(model: ATS) -> tuple[ViT, dict[str, Any]]:
         TypeError: the ViT has a part that the Flax one lacks.
         ValueError: the ViT or its sampling has a setting that the Flax one lacks.
     """
-    if model.config.sampler == "released":
-        raise ValueError("ATSConfig.sampler 'released' has no counterpart in Flax; allowed: inverse_transform, gumbel")
+    if type(model.config) is not ATSConfig:
+        raise ValueError(f"{type(model.config).__name__} has no counterpart in Flax, which has ATSConfig's")
     settings = architecture(model.vit)
     patches, depth = model.vit.patch_embed.num_patches, settings["depth"]
     points = {block: max(1.0, model.config.rate * (count or patches)) for block, count in model.points.items()}

@@ -1,26 +1,60 @@
-"""One file per method: config, model, decision functions, own loss."""
+"""One file per method: config, model, decision functions, own loss; `base` says what a method is."""
 
-from typing import Any
+from timm.models.vision_transformer import VisionTransformer
 
 from adaptvit.methods.adavit import AdaViTConfig
-from adaptvit.methods.ats import ATSConfig
+from adaptvit.methods.ats import ATSConfig, RandomConfig
 from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.base import MethodConfig, Methods, turned
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.released import (
+    ReleasedAdaViTConfig,
+    ReleasedATSConfig,
+    ReleasedAViTConfig,
+    ReleasedDynamicViTConfig,
+)
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
+from adaptvit.model import AdaptiveViT
 
-METHODS: dict[str, Any] = {
-    config.method: config
-    for config in (
-        FullConfig,
-        AViTConfig,
-        ATSConfig,
-        AdaViTConfig,
-        EViTConfig,
-        DynamicViTConfig,
-        ToMeConfig,
-        MergeConfig,
-    )
-}
-"""Config types by name, for checkpoints and the command line."""
+METHODS = Methods(
+    MergeConfig,
+    ToMeConfig,
+    ATSConfig,
+    EViTConfig,
+    AViTConfig,
+    AdaViTConfig,
+    DynamicViTConfig,
+    RandomConfig,
+    FullConfig,
+    ReleasedAViTConfig,
+    ReleasedATSConfig,
+    ReleasedAdaViTConfig,
+    ReleasedDynamicViTConfig,
+)
+"""Config types by name. The first is what a ViT becomes unless told."""
+
+
+def untrained() -> tuple[str, ...]:
+    """Names of the methods that need images alone, the control included."""
+    left = ("dense", "released")
+    return tuple(name for name, config in METHODS.items() if not config.trained and config.role not in left)
+
+
+def named(role: str) -> str:
+    """The method of a role of which there is one: `dense`, `control` or `reference`."""
+    return next(name for name, config in METHODS.items() if config.role == role)
+
+
+def dense(vit: VisionTransformer) -> AdaptiveViT:
+    """A ViT as it is, as a model like the others: nothing is left out."""
+    return METHODS[named("dense")]().build(vit)
+
+
+def is_dense(model: AdaptiveViT) -> bool:
+    """Whether a model is a plain ViT, of which nothing is left out."""
+    return model.config.role == "dense"
+
+
+__all__ = ["METHODS", "MethodConfig", "dense", "is_dense", "named", "turned", "untrained"]

@@ -7,48 +7,51 @@ Symbols of the paper: m decision, tau temperature of the gates.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from adaptvit.budget import BATCH
 from adaptvit.checks import In, OneOf, check_fields
-from adaptvit.gated import Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
+from adaptvit.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
 from adaptvit.gates import entropy, gate, gumbel_difference, log_odds, probability
-from adaptvit.losses import mean_over_processes
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods import adavit_official
+from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.regression import Regression, importance
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.usage import Output, Usage
-from adaptvit.vit import attention_norm, classify, embed, like_norm, model_name, patch_grid
+from adaptvit.usage import Output, Usage, check_finite
+from adaptvit.vit import (
+    attention_norm,
+    attention_received,
+    embed,
+    like_norm,
+    model_name,
+    patch_grid,
+    project_normed,
+    run_block,
+)
 
 KINDS = ("patches", "heads", "sublayers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaViTConfig:
+class AdaViTConfig(MethodConfig):
     """Policies over patches, heads and sub-layers (Meng et al., CVPR 2022). Defaults are those of the released models.
 
-    `mode="clean"`, the default, differs from `"official"`, the released code, while it trains:
-
-    - the temperature shapes the gradient alone; released: it also divides the logits before they are compared with the
-      threshold, so that training keeps fewer patches than evaluation does with the same logits;
-    - a patch that is off attends to the patches that are on, so that its gate learns what it would have gained;
-      released: to itself alone;
-    - usage losses are squares of what is over or under the target, patches counted without the class token; released:
-      absolute values for heads and sub-layers, sub-layers that are off left out of the count of heads;
-    - a budget on executed MACs, which the released code has not;
-    - stochastic depth acts in every block; released: not in one with a sub-layer policy;
-    - `heads_take="identity"` trains beside patch policies; released: without effect there.
+    How the released code trains is `adaptvit.methods.released.ReleasedAdaViTConfig`, which lists what differs.
     """
 
     method: ClassVar[str] = "adavit"
+    title: ClassVar[str] = "AdaViT"
+    needs: ClassVar[Set[str]] = NEEDS
+    trained: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = Knob("lean", sign=1, lowest=-30.0, highest=30.0, step=0.25)
 
     policies: Annotated[tuple[str, ...], OneOf(KINDS)] = KINDS
@@ -96,13 +99,6 @@ class AdaViTConfig:
     """Shares of an image's patches, of each head and of each sub-layer below which a penalty sets in."""
     minimum_weights: Annotated[tuple[float, float, float], In("[0, inf)")] = (0.0, 0.0, 0.0)
     """Within the usage losses, of those penalties."""
-    attention_mask: Literal["keys", "keys with gradient", "after softmax"] = "keys"
-    """`official` training: patches that are off are hidden before the softmax, with or without a gradient through the
-    mask, or after it. Evaluation hides them before."""
-    mlp_gradient: bool = True
-    """`official` training: the gates of patches learn from the MLP too."""
-    mode: Literal["clean", "official"] = "clean"
-    """`official` reproduces the released code's training; evaluation is the same in both."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -114,13 +110,6 @@ class AdaViTConfig:
             raise ValueError(
                 "AdaViTConfig.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
             )
-        if self.mode == "official" and self.macs_target is not None:
-            raise ValueError(
-                "AdaViTConfig.mode='official' has no loss on MACs: set macs_target=None, in AdaViTConfig itself, "
-                "since timm.create_model leaves out arguments that are None"
-            )
-        if self.mode == "clean" and (self.attention_mask != "keys" or not self.mlp_gradient):
-            raise ValueError("AdaViTConfig.attention_mask and mlp_gradient are for mode='official'")
 
     def build(self, vit: VisionTransformer) -> "AdaViT":
         """Wrap `vit`, sharing its weights, with policies that have yet to be trained.
@@ -131,6 +120,25 @@ class AdaViTConfig:
                 leave out everything that can be.
         """
         return AdaViT(vit, self)
+
+    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model with policies over patches that are fitted to the weights: `fit_policies`.
+
+        Policies over heads and sub-layers, which nothing is fitted to, are left as they begin.
+
+        Raises:
+            ValueError: the target is in images per second, or what `fit_policies` raises.
+        """
+        model, unit = self.build(vit).eval(), search.get("unit", "share")
+        if unit == "images_per_s":
+            raise ValueError("AdaViT's policies are fitted to a share of the MACs: give the target in share or gmacs")
+        grid = patch_grid(vit, images)
+        fit_policies(model, images, target if unit == "share" else target * 1e9 / dense_macs(model.shape, grid))
+        return model
+
+    @property
+    def aim(self) -> float | None:
+        return self.macs_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +163,8 @@ class AdaViT(AdaptiveViT):
     Attributes:
         patch_policy, head_policy, sublayer_policy: the linear maps that decide, by block number.
     """
+
+    moves: ClassVar[Set[str]] = frozenset({"temperature"})
 
     def __init__(self, vit: VisionTransformer, config: AdaViTConfig) -> None:
         super().__init__(vit, config)
@@ -192,25 +202,26 @@ class AdaViT(AdaptiveViT):
         layout = layout or (Masked if self.training else Packed)
         with torch.no_grad() if layout is Packed else nullcontext():
             tokens, policies, grid = self.run(images, layout)
-            logits, distilled = classify(self.vit, tokens.first(tokens.x, self.read or tokens.shape[1]))
-        return Output(logits, self.usage(policies, grid), self.terms(policies, grid), distilled)
+            usage, means = self.usage(policies, grid), self.means(policies, grid)
+            return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
 
     def run(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, ...]]:
         """The blocks: what they leave, what they decided, and the patch grid; arguments as of `forward`."""
         if self.training and layout is Packed:
             raise ValueError("AdaViT trains with layout=Masked: its gates learn from what they leave out")
-        x, grid = embed(self.vit, images)
-        tokens: Tokens = layout.of(x)
-        del x
+        tokens, grid = self.start(images, layout)
         decided = []
         for number, block in enumerate(self.vit.blocks):
             policies, normed = self.decide(number, tokens)
-            read = self.read if number == self.depth - 1 else None
-            official = adavit_official.training(self.config, number) if self.training else {}
-            gates = self.gates(policies)
-            tokens = run_gated(block, tokens, gates, self.config.heads_take, normed, read, **official)
+            read = self.read if self.reads_few(number) else None
+            gates, otherwise = self.gates(policies), self.trains_otherwise(number) if self.training else {}
+            tokens = run_gated(block, tokens, gates, self.config.heads_take, normed, read, **otherwise)
             decided.append(policies)
         return tokens, _stack(decided), grid
+
+    def trains_otherwise(self, block: int) -> dict[str, Any]:
+        """What a block is told in training beside its gates: arguments of `run_gated`."""
+        return {}
 
     def decide(self, block: int, tokens: Tokens) -> tuple[Policies, Tensor | None]:
         """One block's decisions from its input, and what its first norm gave, where that was needed."""
@@ -251,10 +262,12 @@ class AdaViT(AdaptiveViT):
             return drawn.to(logits.dtype) + 0 * logits if masked else drawn  # every parameter stays in the graph
         if not masked:
             return logits > log_odds(threshold) - config.lean
-        official = config.mode == "official"  # whose temperature acts without noise too
-        noise = config.noise * gumbel_difference(logits) if self.training and (config.noise or official) else None
-        of = adavit_official.gate if official else gate
-        return of(logits + config.lean, threshold, config.temperature, noise)
+        return self.decision(logits + config.lean, threshold)
+
+    def decision(self, logits: Tensor, threshold: float) -> Tensor:
+        """A gate's 0 or 1, with the gradient of a soft decision; with noise while it trains."""
+        noise = self.config.noise * gumbel_difference(logits) if self.training and self.config.noise else None
+        return gate(logits, threshold, self.config.temperature, noise)
 
     def gates(self, policies: Policies) -> Gates:
         """One block's decisions as its gates; what is not decided at all is None."""
@@ -263,8 +276,6 @@ class AdaViT(AdaptiveViT):
         if "patches" in on:
             tokens = torch.cat([torch.ones_like(policies.patches[:, :1]).expand(-1, self.prefix), policies.patches], 1)
         mlp_tokens = tokens if self.config.patches_skip == "attention and mlp" else None
-        if mlp_tokens is not None and not self.config.mlp_gradient:
-            mlp_tokens = mlp_tokens.detach()
         return Gates(
             attention=policies.sublayers[:, 0] if "sublayers" in on else None,
             mlp=policies.sublayers[:, 1] if "sublayers" in on else None,
@@ -329,20 +340,32 @@ class AdaViT(AdaptiveViT):
         heads = on.heads.sum(dim=2)
         return Usage(tokens * attention, updated, heads, attention, mlp, grid, self.prefix, live, executed, deciding)
 
-    def terms(self, policies: Policies, grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Loss terms of the decisions, weighted; none in evaluation."""
+    def means(self, policies: Policies, grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """What the loss terms are made of: the share of the MACs, `macs`, and what is on; nothing in evaluation."""
         config = self.config
-        terms: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         if not self.training:
-            return terms
+            return means
         if config.macs_target is not None:
-            share = self.share(policies, grid)
-            terms["macs"] = config.macs_weight * (mean_over_processes(share) - config.macs_target) ** 2
+            means["macs"] = self.share(policies, grid)
         if config.usage_weight:
-            of = adavit_official.usage_terms if config.mode == "official" else usage_terms
-            first = (config.first_patch_block, config.first_block, config.first_block)
-            terms |= {name: config.usage_weight * term for name, term in of(policies, config, first).items()}
-        return terms
+            means |= self.usage_means(policies, (config.first_patch_block, config.first_block, config.first_block))
+        return means
+
+    def usage_means(self, policies: Policies, first: tuple[int, int, int]) -> dict[str, Tensor]:
+        """What the usage losses are made of; `first` is the first block that decides, for each kind."""
+        return usage_means(policies, self.config, first)
+
+    def usage_terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The usage losses, not weighted, from these means."""
+        return usage_terms(means, self.config)
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss terms of the decisions, weighted."""
+        config, terms, means = self.config, dict[str, Tensor](), dict(means)
+        if "macs" in means:
+            terms["macs"] = config.macs_weight * (means.pop("macs") - config.macs_target) ** 2
+        return terms | {name: config.usage_weight * term for name, term in self.usage_terms(means).items()}
 
     def share(self, policies: Policies, grid: tuple[int, ...]) -> Tensor:
         """Executed over dense MACs, mean over the batch, with the gradients of the gates."""
@@ -373,28 +396,49 @@ class AdaViT(AdaptiveViT):
             )
 
 
-def usage_terms(policies: Policies, config: AdaViTConfig, first: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Usage losses of the kinds that are decided, not weighted.
+def usage_means(policies: Policies, config: AdaViTConfig, first: tuple[int, int, int]) -> dict[str, Tensor]:
+    """What the usage losses are made of: of each kind that is decided, the share on, that of each gate, and more.
 
     Args:
         first: the first block that decides, for patches, heads and sub-layers.
-    Source: the paper's usage loss. Differs: the optional terms are those of the released code.
     """
     decisions = {"patches": policies.patches, "heads": policies.heads, "sublayers": policies.sublayers}
     logits = {"heads": policies.head_logits, "sublayers": policies.sublayer_logits}
-    terms = {}
+    means = {}
     for place, kind in enumerate(KINDS):
         if kind not in config.policies:
             continue
-        m, target, least = decisions[kind][:, first[place] :], config.usage_targets[place], config.minimums[place]
-        loss = (mean_over_processes(m.mean()) - target) ** 2
-        own = m.mean(dim=2) if kind == "patches" else mean_over_processes(m.mean(dim=0))
-        if kind != "patches":
-            loss = loss + config.diversity_weight * ((own - target) ** 2).mean()
-        loss = loss + config.minimum_weights[place] * (least - own).clamp(min=0).mean()
-        decided = logits.get(kind)
+        m, decided = decisions[kind][:, first[place] :], logits.get(kind)
+        means[kind] = m.mean()
+        if kind == "patches":
+            means["patches, too few"] = (config.minimums[place] - m.mean(dim=2)).clamp(min=0).mean()
+        else:
+            means[f"{kind}, each"] = m.mean(dim=0)
         if config.entropy_weight and decided is not None:
-            loss = loss - config.entropy_weight * entropy(decided)
+            means[f"{kind}, entropy"] = entropy(decided)
+    return means
+
+
+def usage_terms(means: dict[str, Tensor], config: AdaViTConfig) -> dict[str, Tensor]:
+    """Usage losses of the kinds that are decided, not weighted, from `usage_means`.
+
+    Source: the paper's usage loss. Differs: the optional terms are those of the released code.
+    """
+    terms = {}
+    for place, kind in enumerate(KINDS):
+        if kind not in means:
+            continue
+        target, least = config.usage_targets[place], config.minimums[place]
+        loss = (means[kind] - target) ** 2
+        if kind == "patches":
+            too_few = means["patches, too few"]
+        else:
+            each = means[f"{kind}, each"]
+            loss = loss + config.diversity_weight * ((each - target) ** 2).mean()
+            too_few = (least - each).clamp(min=0).mean()
+        loss = loss + config.minimum_weights[place] * too_few
+        if f"{kind}, entropy" in means:
+            loss = loss - config.entropy_weight * means[f"{kind}, entropy"]
         terms[kind] = loss
     return terms
 
@@ -432,3 +476,109 @@ def _stack(blocks: list[Policies]) -> Policies:
         head_logits=torch.stack(head_logits, dim=1) if head_logits else None,
         sublayer_logits=torch.stack(sublayer_logits, dim=1) if sublayer_logits else None,
     )
+
+
+SPREAD = 2.0
+"""Standard deviation of the fitted logits of a block, less what the maps do not explain."""
+
+
+def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
+    """Set the maps of the patches' policies, in place, from what the ViT does with calibration images.
+
+    Policies that start at random wreck what the ViT knows, and a short training does not recover it. So each block's
+    map is fitted, by linear regression, to how much the class token of the dense ViT attends to a patch in this block
+    and all that follow. It is fitted on what the blocks before it leave once their own policies are at work, since
+    skipped patches look unlike others; and its constant is set so that it keeps just its share. From block to block the
+    shares fall by equal factors. Policies over heads and sub-layers are left as they are.
+
+    Args:
+        model: with policies over patches, around a ViT with a class token.
+        images: (B, channels, height, width), as the model takes them; a few hundred will do.
+        share: of the dense MACs, in (0, 1), what the policies are to leave.
+    Returns:
+        The share of the variance of the patches' logarithmic attention that the maps explain, mean over blocks.
+    Raises:
+        ValueError: no policy over patches, no class token, a share that patches alone cannot come down to, or attention
+            that is not finite or tells no patch from another.
+    """
+    if not model.patch_policy:
+        raise ValueError(f"fit_policies needs policies over patches, but the model decides {model.config.policies}")
+    if model.read is None:
+        raise ValueError(
+            "fit_policies needs a ViT that classifies by a class token, whose attention tells which patches matter"
+        )
+    kept = _kept(model, share)
+    training = model.training
+    model.eval()
+    try:
+        return _fit_all(model, images, kept)
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
+    """Fit block after block, so that each keeps its share; of the variance, what the maps explain, mean over blocks."""
+    explained = []
+    batches: list[Tokens] = [Masked.of(embed(model.vit, batch)[0]) for batch in images.split(BATCH)]
+    seen = [_attention(model, tokens) for tokens in batches]
+    check_finite(torch.cat(seen), "attention weights")
+    for number in range(model.depth):
+        if str(number) in model.patch_policy:
+            explained.append(_fit(model, number, batches, seen, kept[number]))
+        batches = [_run_decided(model, number, tokens) for tokens in batches]
+    return torch.stack(explained).mean().item()
+
+
+def _attention(model: AdaViT, tokens: Tokens) -> Tensor:
+    """What the class token of the dense ViT attends to: (B, L, P)."""
+    seen = []
+    for number, block in enumerate(model.vit.blocks):
+        projected = project_normed(block, tokens, attention_norm(model.vit, number, tokens.x))
+        seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, model.prefix :])
+        tokens = run_block(block, tokens, projected=projected)
+    return torch.stack(seen, dim=1)
+
+
+def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], kept: float) -> Tensor:
+    """Fit one block's map so that it keeps a share of these tokens; the share of the variance that it explains."""
+    regression = Regression(model.shape.dim, batches[0].x.device)
+    patches = [attention_norm(model.vit, block, tokens.x)[:, model.prefix :] for tokens in batches]
+    for features, attention in zip(patches, seen, strict=True):
+        regression.add(features, importance(attention[:, block:].double().mean(dim=1)))
+    weights, _, explained = regression.solve()
+    logits = SPREAD * torch.cat([(features.double() @ weights).flatten() for features in patches])
+    policy, config = model.patch_policy[str(block)], model.config
+    assert isinstance(policy, torch.nn.Linear)
+    policy.weight.copy_(SPREAD * weights[None])
+    policy.bias.copy_(log_odds(config.patch_threshold) - config.lean - logits.quantile(1 - kept))
+    return explained
+
+
+def _run_decided(model: AdaViT, block: int, tokens: Tokens) -> Tokens:
+    policies, normed = model.decide(block, tokens)
+    return run_gated(model.vit.blocks[block], tokens, model.gates(policies), model.config.heads_take, normed, None)
+
+
+def _kept(model: AdaViT, share: float) -> list[float]:
+    """The share of patches that each block keeps, falling by equal factors, so that MACs come to `share`."""
+    grid = patch_grid(model.vit)
+    device = next(model.parameters()).device
+    blocks = torch.arange(model.depth, dtype=torch.float64, device=device)
+    later = (blocks - model.config.first_patch_block + 1).clamp(min=0)
+
+    def cost(factor: float) -> float:
+        patches = (factor**later)[None, :, None].expand(1, -1, math.prod(grid))
+        on = patches.new_ones(1, model.depth, 1)
+        return model.share(Policies(patches, on.expand(-1, -1, model.heads[0]), on.expand(-1, -1, 2)), grid).item()
+
+    least = cost(0.0)
+    if not least < share < 1:
+        raise ValueError(
+            f"fit_policies fits to a share of the dense MACs between {least:.3g}, with no patches, and 1, got {share:g}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) > share else (middle, high)
+    return (low**later).tolist()

@@ -9,7 +9,7 @@ Symbols of the paper: A attention, V values, S significance score.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -18,20 +18,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods import ats_released
+from adaptvit.methods.base import MethodConfig, Role
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 from adaptvit.vit import (
     Projected,
     attention_received,
-    check_attention,
-    classify,
-    embed,
     model_name,
     patch_grid,
     project,
-    run_block,
 )
 
 MOST_POINTS = 65536
@@ -39,7 +35,7 @@ MOST_POINTS = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
-class ATSConfig:
+class ATSConfig(MethodConfig):
     """Adaptive token sampling (Fayyaz et al., ECCV 2022).
 
     A block that samples scores its patches by the attention they receive times the size of their values, and hands on
@@ -48,6 +44,8 @@ class ATSConfig:
     """
 
     method: ClassVar[str] = "ats"
+    title: ClassVar[str] = "ATS"
+    needs: ClassVar[Set[str]] = frozenset({"attention"})
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0, step=0.05)
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
@@ -57,23 +55,14 @@ class ATSConfig:
     patches, as released. An image keeps at most K patches."""
     rate: Annotated[float, In("[0, 1e9]")] = 1.0
     """K is taken times this: the one number by which a model is steered to a budget."""
-    sampler: Literal["inverse_transform", "released", "gumbel", "random"] = "inverse_transform"
-    """`inverse_transform`: the K midpoint quantiles of the scores (the paper). `released`: the released code's grid,
-    from the least to the greatest cumulative score. `gumbel`: K draws with replacement in training, and where a
-    generator is given; otherwise the quantiles, so that evaluation repeats. `random`: as many patches as the quantiles
-    fall on, but any: what the scores are held against. An image loses the same ones whenever it comes."""
-    mode: Literal["mask", "single", "prune"] = "mask"
-    """Of `released` only: where the least score counts as 0, and its patch is lost. `mask`: while an image has all its
-    patches, as the released code does with masks. `single`: in every block, as it does for an image by itself. `prune`:
-    where no image of the batch has more patches, as it does for a batch; the result then depends on the other images.
-    """
+    sampler: Literal["inverse_transform", "gumbel"] = "inverse_transform"
+    """`inverse_transform`: the K midpoint quantiles of the scores (the paper). `gumbel`: K draws with replacement in
+    training, and where a generator is given; otherwise the quantiles, so that evaluation repeats."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if isinstance(self.tokens, Sequence) and list(self.tokens) != sorted(self.tokens, reverse=True):
             raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {self.tokens}")
-        if self.mode != "mask" and self.sampler != "released":
-            raise ValueError(f"ATSConfig.mode={self.mode!r} is for sampler='released', but sampler is {self.sampler!r}")
 
     def schedule(self, blocks: int) -> tuple[int | None, ...]:
         """K of so many sampling blocks; a schedule is returned as it is."""
@@ -99,7 +88,6 @@ class ATS(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
         super().__init__(vit, config)
-        check_attention(vit, "ATS")
         blocks = tuple(range(self.depth // 4, self.depth)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in blocks if block >= self.depth]
         if beyond:
@@ -126,13 +114,10 @@ class ATS(AdaptiveViT):
             layout: None packs.
             generator: for the draws of `gumbel`; in training None is torch's own.
         """
-        x, grid = embed(self.vit, images)
-        tokens = (layout or Packed).of(x)
-        del x  # or it would stay to the end
+        tokens, grid = self.start(images, layout or Packed)
         live = [tokens.live]
         sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
-        order = random_order(images, tokens.shape[1] - self.prefix) if self.config.sampler == "random" else None
-        reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
+        order = self.order(images, tokens.shape[1] - self.prefix)
         for number, block in enumerate(self.vit.blocks):
             if number in self.points:
                 projected = project(block, tokens)
@@ -142,19 +127,13 @@ class ATS(AdaptiveViT):
                     alike = normalise(torch.zeros_like(score), live[-1][:, self.prefix :])
                     live.append(self.sample(score.where(finite, alike), live[-1], number, generator, order))
                     sound = sound & finite
-                tokens = run_block(block, tokens, live[-1], projected)
-            elif number == self.depth - 1 and self.read is not None:
-                live.append(reading.expand(tokens.shape))
-                tokens = run_block(block, tokens, reading)
+                tokens = self.run_block(number, tokens, live[-1], projected)
             else:
-                live.append(live[-1])
-                tokens = run_block(block, tokens)
-        x = tokens.first(tokens.x, self.read or tokens.shape[1])
-        logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
-        logits = logits.masked_fill(~sound, torch.nan)  # of an image whose patches could not be scored
+                tokens = self.run_block(number, tokens)
+                live.append(tokens.live if self.reads_few(number) else live[-1])
         held = torch.stack(live, dim=1)
         usage = Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
-        return Output(logits, usage, distilled=distilled)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1], sound=sound)
 
     def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.
@@ -164,8 +143,15 @@ class ATS(AdaptiveViT):
         """
         attention = attention_received(tokens, projected, self.read)
         size = projected[2].norm(dim=-1, dtype=attention.dtype)
-        of = ats_released.significance if self.config.sampler == "released" else significance
-        return normalise(tokens.grid(of(attention, size))[:, self.prefix :], live[:, self.prefix :])
+        return normalise(tokens.grid(self.significance(attention, size))[:, self.prefix :], live[:, self.prefix :])
+
+    def significance(self, attention: Tensor, size: Tensor) -> Tensor:
+        """S before it is normalised, token features, from attention received and the values' norms, (..., H) each."""
+        return (attention * size).sum(dim=-1)
+
+    def order(self, images: Tensor, patches: int) -> Tensor | None:
+        """(B, P) int64, where patches are not chosen by their scores: the order in which they are; else None."""
+        return None
 
     def sample(
         self,
@@ -175,21 +161,23 @@ class ATS(AdaptiveViT):
         generator: torch.Generator | None = None,
         order: Tensor | None = None,
     ) -> Tensor:
-        """The slots that block number `block` hands on: (B, N) bool; `order` is for `random`."""
-        patches = live[:, self.prefix :]
+        """The slots that block number `block` hands on: (B, N) bool."""
         points = self.sampling_points(block, score.shape[1])
-        match self.config.sampler:
-            case "released":
-                chosen = ats_released.sample(score, patches, round(points), self.config.mode)
-            case "gumbel" if self.training or generator is not None:
-                chosen = draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
-            case "random":
-                assert order is not None
-                count = inverse_transform(score, points).sum(dim=1, keepdim=True)
-                chosen = order.masked_fill(~patches, order.shape[1]).argsort(dim=1).argsort(dim=1) < count
-            case _:
-                chosen = inverse_transform(score, points)
+        chosen = self.choose(score, live[:, self.prefix :], points, generator, order)
         return torch.cat([live[:, : self.prefix], chosen], dim=1)
+
+    def choose(
+        self, score: Tensor, live: Tensor, points: float, generator: torch.Generator | None, order: Tensor | None
+    ) -> Tensor:
+        """The patches that K = `points` sampling points choose: (B, P) bool, of scores and live patches (B, P)."""
+        if self.draws and (self.training or generator is not None):
+            return draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
+        return inverse_transform(score, points)
+
+    @property
+    def draws(self) -> bool:
+        """Whether sampling points are handled one by one, so that there may not be too many."""
+        return self.config.sampler == "gumbel"
 
     def sampling_points(self, block: int, patches: int) -> float:
         """K of a block that samples, for images of so many patches.
@@ -198,9 +186,10 @@ class ATS(AdaptiveViT):
             ValueError: more than a sampler can hold that draws each by itself.
         """
         points, config = max(1.0, self.config.rate * (self.points[block] or patches)), self.config
-        if config.sampler in ("released", "gumbel") and points > MOST_POINTS:
+        if self.draws and points > MOST_POINTS:
             raise ValueError(
-                f"ATSConfig.rate times tokens is at most {MOST_POINTS} with sampler {config.sampler}, got {points:g}"
+                f"{type(config).__name__}.rate times tokens is at most {MOST_POINTS} where each point counts by "
+                f"itself, got {points:g}"
             )
         return points
 
@@ -213,9 +202,31 @@ class ATS(AdaptiveViT):
         return cost * held.new_tensor([block in self.points for block in range(self.depth)])
 
 
-def significance(attention: Tensor, size: Tensor) -> Tensor:
-    """S before it is normalised: attention received times the norm of the value, (..., H) each, summed over heads."""
-    return (attention * size).sum(dim=-1)
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(ATSConfig):
+    """As many patches as ATS, but any of them: what the choice of patches is worth beside their number."""
+
+    method: ClassVar[str] = "random"
+    title: ClassVar[str] = "random patches"
+    role: ClassVar[Role] = "control"
+
+    def build(self, vit: VisionTransformer) -> "RandomATS":
+        """Wrap `vit`, sharing its weights; no parameter is added."""
+        return RandomATS(vit, self)
+
+
+class RandomATS(ATS):
+    """A ViT that loses as many patches as ATS takes, but any; an image loses the same ones whenever it comes."""
+
+    def order(self, images: Tensor, patches: int) -> Tensor:
+        return random_order(images, patches)
+
+    def choose(
+        self, score: Tensor, live: Tensor, points: float, generator: torch.Generator | None, order: Tensor | None
+    ) -> Tensor:
+        assert order is not None
+        count = super().choose(score, live, points, generator, order).sum(dim=1, keepdim=True)
+        return order.masked_fill(~live, order.shape[1]).argsort(dim=1).argsort(dim=1) < count
 
 
 def normalise(score: Tensor, live: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ Letters: B images, N token slots (class token first), L blocks, D channels, R sl
 Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and beta of the gate.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Set
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,14 +16,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.checks import In, OneOf, check_fields
-from adaptvit.losses import mean_over_processes
-from adaptvit.methods import avit_official
+from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.priors import PRIORS, halting_prior, mixture
 from adaptvit.terminal import warn
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import check_attention, check_norms, classify, embed, run_block
 
 LEAST_SHARE = 1e-3
 """What a block counts at least in the target's divergence from the model, which one that no patch enters would make
@@ -29,24 +30,19 @@ infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AViTConfig:
-    """Token halting (Yin et al., CVPR 2022). Defaults are those of the released recipe for tiny.
+class AViTConfig(MethodConfig):
+    """Token halting (Yin et al., CVPR 2022), the paper made well defined. Defaults are those of the released tiny.
 
-    `mode="clean"`, the default, is the paper made well defined. Differs from `"official"`, the released code:
-
-    - the distribution loss averages scores over patch tokens of all images, halted ones counting 0; released: over all
-      tokens but of images 2..B only, halted tokens adding the scores of all-zero inputs, NaN (and skipped) at batch 1;
-    - the last block's score counts as 1, as in the output; released: its raw sigmoid;
-    - the target is a distribution over 1..L; released: it sums to 3.26 and exists for 12 blocks only;
-    - the divergence is a sum over blocks, a block's share being 0.001 or more; released: divided by L, probabilities
-      clamped to [0.01, 0.99];
-    - the ponder loss averages over patch tokens; released: over all tokens;
-    - no gradient passes through halted tokens; released: straight through, by way of those spurious scores.
+    How the released code trains is `adaptvit.methods.released.ReleasedAViTConfig`, which lists what differs.
     """
 
     method: ClassVar[str] = "avit"
+    title: ClassVar[str] = "A-ViT"
     knob: ClassVar[Knob | None] = Knob("gate_center", sign=1, lowest=-1000.0, highest=1000.0, step=0.5)
 
+    sharpness: Annotated[float, In("(0, 1e6]")] = 6.0
+    """Of `fitted`: how far the logits of the scores spread. At 1 patches halt at similar depths, at 8 some at once and
+    some never."""
     gate_scale: Annotated[float, In("(0, 1e6]")] = 10.0
     """gamma: the halting score is sigmoid(gate_scale * t - gate_center), t being channel 0 of the token."""
     gate_center: Annotated[float, In("[-1e9, 1e9]")] = 30.0
@@ -71,8 +67,6 @@ class AViTConfig:
     class_token: Literal["halts", "stays"] = "halts"
     """Whether the tokens that the classifier reads halt like any other (the paper), so that an image is done once they
     have, or stay to the last block and are read from there alone. Neither loss counts them."""
-    mode: Literal["clean", "official"] = "clean"
-    """`official` reproduces the released code's losses and gradients; logits and depths are the same in both."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,24 +78,40 @@ class AViTConfig:
                     f"AViTConfig.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
                     "weight for each"
                 )
-        for depth in _each(self.prior_depth) if self.mode == "official" else ():
-            if depth < 2 or depth % 1:
-                raise ValueError(
-                    f"AViTConfig.prior_depth must be a whole block from the second on in mode='official', got {depth}"
-                )
+
+    @property
+    def needs(self) -> Set[str]:
+        return {"a class token"} if self.class_token == "stays" else set()
 
     def build(self, vit: VisionTransformer) -> "AViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces, or `mode="official"` with blocks or norms that
-                the released code has not.
-            ValueError: `prior_depth` is not a block of the ViT, or `class_token="stays"` without a class token.
+            TypeError: the ViT is not one that this library reproduces, or `class_token="stays"` without a class token.
+            ValueError: `prior_depth` is not a block of the ViT.
         """
         return AViT(vit, self)
 
+    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model on a copy of `vit` whose channel 0 tells the patches that matter little: `fit_gate`.
 
-def _each(value: Any, parts: int = 1) -> tuple[Any, ...]:
+        What the classifier reads stays to the last block, since the gate is fitted to patches alone.
+
+        Raises:
+            TypeError: the ViT's residual stream cannot be turned, or it has no class token.
+            ValueError: what `fit_gate` raises.
+        """
+        vit = copy.deepcopy(vit).eval()
+        scale, _ = fit_gate(vit, images)
+        return replace(self, gate_scale=self.sharpness * scale, class_token="stays").build(vit)
+
+    def prepared(self, vit: VisionTransformer, images: Tensor) -> VisionTransformer:
+        vit = copy.deepcopy(vit).eval()
+        fit_gate(vit, images)
+        return vit
+
+
+def each(value: Any, parts: int = 1) -> tuple[Any, ...]:
     """A field's values for the parts of a mixture; None has none."""
     if value is None:
         return ()
@@ -115,53 +125,42 @@ class AViT(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: AViTConfig) -> None:
         super().__init__(vit, config)
-        if config.class_token == "stays" and self.read is None:
-            raise ValueError("AViTConfig.class_token='stays' needs a class token, but this ViT pools all its tokens")
         blocks = self.depth
         target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
-        official = config.mode == "official"
-        if official:
-            check_attention(vit, "AViTConfig.mode='official'")
-            check_norms(vit, "AViTConfig.mode='official'")
-        prior = avit_official.target if official else halting_prior
         weights = config.prior_weights or (1.0,)
-        each = [_each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]
-        for depth in _each(config.prior_depth):
+        settings = [each(value, len(weights)) for value in (config.prior, target, config.prior_scale)]
+        for depth in each(config.prior_depth):
             if not 1 <= depth <= blocks:
                 raise ValueError(
                     f"AViTConfig.prior_depth must lie in 1..{blocks}, the blocks of this ViT, got {depth:g}"
                 )
-        parts = [prior(name, blocks, peak, scale) for name, peak, scale in zip(*each, strict=True)]
+        parts = [self.target(name, peak, scale) for name, peak, scale in zip(*settings, strict=True)]
         self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)
+
+    def target(self, name: str, peak: float, scale: float) -> Tensor:
+        """What halting scores are drawn to: (L,) over the blocks."""
+        return halting_prior(name, self.depth, peak, scale)
 
     def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """Classify images.
 
         Args:
             images: (B, channels, height, width).
-            layout: None packs, except for `official` losses, which read dead slots and so need `Masked`.
+            layout: None packs.
             early_exit: an image leaves once the tokens that its logits read have halted. Exact for the logits, but its
                 patches' depths end there and there are no loss terms. None: in evaluation, not in training.
-        Raises:
-            ValueError: `official` losses asked of `Packed`.
         """
         early_exit = not self.training if early_exit is None else early_exit
-        if self.config.mode == "official" and not early_exit:
-            return avit_official.forward(self, images, layout or Masked)
-
-        x, grid = embed(self.vit, images)
-        tokens = (layout or Packed).of(x)
-        del x  # or it would stay to the end
+        tokens, grid = self.start(images, layout or Packed)
         slots = torch.arange(tokens.shape[1], device=images.device)
         reading = (slots < (self.read or len(slots)))[None]
         depth = torch.zeros(tokens.shape, dtype=torch.long, device=images.device)
         remainder = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         output = remainder.new_zeros(())
         scores = []
-        *blocks, last_block = self.vit.blocks
-        for number, block in enumerate(blocks, start=1):
+        for number in range(1, self.depth):
             tokens.stamp(depth, number)
-            tokens = run_block(block, tokens)
+            tokens = self.run_block(number - 1, tokens)
             score = self.halting_score(tokens.x, remainder.dtype)
             if self.config.class_token == "stays":
                 score = score.masked_fill(tokens.spread(reading.expand(tokens.shape)), 0)
@@ -179,28 +178,26 @@ class AViT(AdaptiveViT):
         else:
             tokens.stamp(depth, self.depth)
             weight = self.read_slots(tokens, remainder)
-            tokens = run_block(last_block, tokens, None if self.read is None else reading)
+            tokens = self.run_block(self.depth - 1, tokens)
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
-        logits, distilled = classify(self.vit, output.to(tokens.x.dtype))
         usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
-        terms = {} if early_exit else self.terms(scores, depth)
-        return Output(logits, usage, terms, distilled)
+        means = {} if early_exit else self.means(scores, depth)
+        return self.finish(output.to(tokens.x.dtype), usage, means=means)
+
+    def to_the_end(self, images: Tensor) -> Output:
+        return self(images, early_exit=False)
 
     def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""
         return torch.sigmoid(self.config.gate_scale * x[..., 0].to(dtype) - self.config.gate_center)
 
-    def read_slots(self, tokens: Tokens, t: Tensor) -> Tensor:
-        """Token features -> those of the slots that the classifier reads: (B, R, ...)."""
-        return tokens.first(t, self.read or tokens.shape[1])
-
     def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
         """This block's share in the mean-field output: (B, R, D) from weights, token features."""
         return self.read_slots(tokens, weight)[..., None] * self.read_slots(tokens, tokens.x)
 
-    def terms(self, scores: list[Tensor], depth: Tensor) -> dict[str, Tensor]:
-        """Ponder and distribution loss of the patch tokens, weighted.
+    def means(self, scores: list[Tensor], depth: Tensor) -> dict[str, Tensor]:
+        """Of the patch tokens: the ponder cost rho, and the halting scores of each block, (L,).
 
         Args:
             scores: (B, N) halting scores of each block but the last, 0 where dead.
@@ -211,14 +208,19 @@ class AViT(AdaptiveViT):
         h = torch.stack([*(score[:, self.prefix :] for score in scores), last], dim=1)
         going = depth[:, None] > torch.arange(1, self.depth + 1, device=h.device)[:, None]
         remainder = 1 - (h * going).sum(dim=1)
-        rho = depth + remainder
-        mean_scores = mean_over_processes(h.mean(dim=(0, 2)))
-        model = mean_scores / mean_scores.sum()
+        return {"ponder": (depth + remainder).mean(), "scores": h.mean(dim=(0, 2))}
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ponder and distribution loss, weighted; none where an image may have left early."""
+        if not means:
+            return {}
+        model = means["scores"] / means["scores"].sum()
         if self.config.divergence == "target||model":
             model = model.clamp_min(LEAST_SHARE)
             model = model / model.sum()
-        divergence = kl_divergence(model, self.prior.to(h.dtype), self.config.divergence)
-        return {"ponder": self.config.ponder_weight * rho.mean(), "prior": self.config.prior_weight * divergence}
+        divergence = kl_divergence(model, self.prior.to(model.dtype), self.config.divergence)
+        ponder, prior = self.config.ponder_weight * means["ponder"], self.config.prior_weight * divergence
+        return {"ponder": ponder, "prior": prior}
 
 
 def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:

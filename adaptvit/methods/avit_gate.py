@@ -15,11 +15,10 @@ from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import check_finite
 from adaptvit.vit import (
     attention_received,
-    check_attention,
+    check_offers,
     embed,
     prefix_tokens,
     project,
-    read_slots,
     run_block,
     set_channel,
     shape_of,
@@ -38,12 +37,10 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
         The gate scale with which patches' logits have a standard deviation of about 1, and the share of the variance of
         the patches' importance that channel 0 explains, in [0, 1].
     Raises:
-        TypeError: the ViT has no attention, or a part that cannot be turned.
-        ValueError: it has no class token, its attention is not finite, or tells no patch from another.
+        TypeError: the ViT has no attention or no class token, or a part that cannot be turned.
+        ValueError: its attention is not finite, or tells no patch from another.
     """
-    if read_slots(vit) is None:
-        raise ValueError("fit_gate needs a ViT with a class token, whose attention tells which patches matter")
-    check_attention(vit, "fit_gate")
+    check_offers(vit, {"attention", "a class token"}, "fitting a gate")
     prefix, size = prefix_tokens(vit), shape_of(vit).dim
     regression = Regression(size, images.device)
     with torch.inference_mode():

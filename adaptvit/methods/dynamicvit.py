@@ -8,7 +8,7 @@ Symbols of the paper: pi probability of keeping a patch, rho keep ratio.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,32 +22,26 @@ from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.gated import Gates, run_gated
 from adaptvit.gates import gumbel_difference, straight_through
-from adaptvit.losses import mean_over_processes
+from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import check_attention, check_norms, classify, embed, final_norm, model_name, run_block
-
-EPSILON = 1e-6
-"""Of the released masked softmax."""
+from adaptvit.vit import final_norm, model_name, run_block
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicViTConfig:
+class DynamicViTConfig(MethodConfig):
     """Dynamic token sparsification (Rao et al., NeurIPS 2021). Defaults are those of the released DeiT-S.
 
-    `mode="clean"`, the default, differs from `"official"`, the released code, while it trains:
-
-    - attention under a mask is the softmax over the patches kept and oneself; released: 1e-6 is added to it, in all
-      blocks;
-    - of each image at least one patch is kept; released: none may be, and what the next predictor reads is 0 / 0;
-    - a batch that is asked for its share is that of all processes.
-
-    Both differ from it in evaluation: counts follow the number of patches, 196 or not; at least one patch is kept; and
-    `select="threshold"` is ours.
+    Differs from the released code in evaluation: counts follow the number of patches, 196 or not; at least one patch is
+    kept; and `select="threshold"` is ours. How that code trains is
+    `adaptvit.methods.released.ReleasedDynamicViTConfig`, which lists what differs.
     """
 
     method: ClassVar[str] = "dynamicvit"
+    title: ClassVar[str] = "DynamicViT"
+    needs: ClassVar[Set[str]] = frozenset({"attention", "token norms"})
+    trained: ClassVar[bool] = True
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,
@@ -71,8 +65,6 @@ class DynamicViTConfig:
     """Weight of the distance to a teacher's patches, where there is a teacher; 0 leaves them out."""
     token_loss: Literal["mse", "kl"] = "mse"
     """That distance: `mse` as released for DeiT, `kl` of the softmax over channels as for LV-ViT."""
-    mode: Literal["clean", "official"] = "clean"
-    """`official` reproduces the released code's training; evaluation is the same in both."""
 
     @property
     def knob(self) -> Knob:
@@ -144,10 +136,11 @@ class DynamicViT(AdaptiveViT):
         score_predictor: a predictor for each, under the released names.
     """
 
+    epsilon: ClassVar[float] = 0.0
+    """Added to every weight of the masked softmax, in all blocks, while training."""
+
     def __init__(self, vit: VisionTransformer, config: DynamicViTConfig) -> None:
         super().__init__(vit, config)
-        check_attention(vit, "DynamicViT")
-        check_norms(vit, "DynamicViT")
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.stages = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
         name, dim = model_name(vit), self.shape.dim
@@ -190,27 +183,19 @@ class DynamicViT(AdaptiveViT):
             return self._train(images, teacher)
         if teacher is not None:
             raise ValueError("DynamicViT takes a teacher's patches in training only: call train() first")
-        x, grid = embed(self.vit, images)
-        tokens = layout.of(x)
-        del x  # or it would stay to the end
+        tokens, grid = self.start(images, layout)
         depth = torch.full(tokens.shape, self.depth, device=images.device)
         sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
-        for number, block in enumerate(self.vit.blocks):
+        for number in range(self.depth):
             if number in self.stages:
                 stage = self.stages.index(number)
                 score = self.score_predictor[stage](tokens, self.prefix)
                 sound = sound & tokens.rows(score).isfinite().all(dim=1, keepdim=True)
                 before, tokens = tokens.live, self.drop(tokens, score, stage)
                 depth = depth.masked_fill(before & ~tokens.live, number)
-            if number == self.depth - 1 and self.read is not None:
-                reading = torch.arange(tokens.shape[1], device=images.device)[None] < self.read
-                last, tokens = tokens, run_block(block, tokens, reading)
-            else:
-                last = tokens = run_block(block, tokens)
-        x = tokens.first(tokens.x, self.read or tokens.shape[1])
-        logits, distilled = classify(self.vit, x, last.live[:, : x.shape[1]])
-        logits = logits.masked_fill(~sound, torch.nan)  # of an image whose patches could not be told apart
-        return Output(logits, self.usage(depth, grid), distilled=distilled)
+            tokens = self.run_block(number, tokens)
+        # the patches of an image may not be finite, and so not to be told apart
+        return self.finish(self.read_slots(tokens, tokens.x), self.usage(depth, grid), tokens.live, sound=sound)
 
     def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:
         """What a stage keeps in evaluation, by the log-odds of its predictor, token features."""
@@ -248,12 +233,9 @@ class DynamicViT(AdaptiveViT):
 
     def _train(self, images: Tensor, teacher: Tensor | None) -> Output:
         """Every token through every block, those dropped hidden from the others."""
-        official = self.config.mode == "official"
-        x, grid = embed(self.vit, images)
-        tokens: Tokens = Masked.of(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        prefix = torch.ones(len(x), self.prefix, dtype=wide, device=x.device)
-        kept = torch.ones(len(x), x.shape[1] - self.prefix, dtype=wide, device=x.device)
+        tokens, grid = self.start(images, Masked)
+        ones = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
+        prefix, kept = ones.split([self.prefix, tokens.shape[1] - self.prefix], dim=1)
         decided: list[Tensor] = []
         policy = None
         depth = torch.full(tokens.shape, self.depth, device=images.device)
@@ -262,21 +244,19 @@ class DynamicViT(AdaptiveViT):
                 predictor = self.score_predictor[len(decided)]
                 score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
                 drawn, before = score + gumbel_difference(score), kept > 0
-                on = drawn > 0 if official else above(drawn, 0.5, before)
+                on = self.kept_of(drawn, before)
                 kept = kept * straight_through(on, drawn.sigmoid())
                 depth[:, self.prefix :].masked_fill_(before & ~on, number)
                 decided.append(kept)
                 policy = torch.cat([prefix, kept], dim=1)
-            if policy is None and not official:
+            if policy is None and not self.epsilon:
                 tokens = run_block(block, tokens)
             else:
                 every = torch.cat([prefix, kept], dim=1) if policy is None else policy
-                attend = partial(_attend, every, EPSILON if official else 0.0)
+                attend = partial(_attend, every, self.epsilon)
                 tokens = run_gated(block, tokens, Gates(), "identity", attend=attend)
         alive = torch.cat([prefix, kept], dim=1) > 0
-        read = self.read or tokens.shape[1]
-        logits, distilled = classify(self.vit, tokens.x[:, :read], alive[:, :read])
-        terms = {"ratio": self.config.ratio_weight * self.ratio_loss(decided)}
+        means = self.shares_kept(decided)
         if teacher is not None:
             student = final_norm(self.vit, tokens.x)[:, self.prefix :]
             if teacher.shape != student.shape:
@@ -284,21 +264,37 @@ class DynamicViT(AdaptiveViT):
                     f"the teacher's patches have shape {tuple(teacher.shape)}, but the student's "
                     f"{tuple(student.shape)}: with token_weight=0 it learns its logits alone"
                 )
-            terms["tokens"] = self.config.token_weight * token_loss(student, teacher, kept, self.config.token_loss)
-        return Output(logits, self.usage(depth, grid), terms, distilled)
+            means["tokens"] = token_loss(student, teacher, kept, self.config.token_loss)
+        return self.finish(self.read_slots(tokens, tokens.x), self.usage(depth, grid), alive, means)
 
-    def ratio_loss(self, decided: list[Tensor]) -> Tensor:
-        """Squared distance of the share kept from the share asked for, mean over stages; not weighted.
+    def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
+        """The patches that are kept in training, (B, P) bool, by log-odds with noise, of those that are live."""
+        return above(drawn, 0.5, live)
+
+    def shares_kept(self, decided: list[Tensor]) -> dict[str, Tensor]:
+        """What the ratio loss is made of: `ratio`, squared distances, where each image is asked for its share;
+        `shares`, (S,), those kept by each stage, where the batch is.
 
         Args:
             decided: (B, P) 0 or 1 of each stage, with gradients.
         """
         shares = torch.stack([kept.mean(dim=1) for kept in decided], dim=1)
-        if self.config.select == "threshold":
-            shares = shares.mean(dim=0)
-            shares = shares if self.config.mode == "official" else mean_over_processes(shares)
-        asked = torch.tensor(self.shares[: len(decided)], dtype=shares.dtype, device=shares.device)
+        return {"ratio": self.distance(shares)} if self.config.select == "top-k" else {"shares": shares.mean(dim=0)}
+
+    def distance(self, shares: Tensor) -> Tensor:
+        """Squared distance of shares kept, (..., S), from those asked for, mean over stages."""
+        asked = torch.tensor(self.shares[: shares.shape[-1]], dtype=shares.dtype, device=shares.device)
         return (shares - asked).square().mean()
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The ratio loss, and the distance to a teacher's patches where there is one, weighted; none in evaluation."""
+        if not means:
+            return {}
+        ratio = means["ratio"] if "ratio" in means else self.distance(means["shares"])
+        terms = {"ratio": self.config.ratio_weight * ratio}
+        if "tokens" in means:
+            terms["tokens"] = self.config.token_weight * means["tokens"]
+        return terms
 
 
 def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Symbols of the paper: kappa keep rate, k patches kept.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.gated import gated_macs
+from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
@@ -26,21 +27,15 @@ from adaptvit.vit import (
     add_attention,
     add_mlp,
     attention_received,
-    check_attention,
-    check_norms,
-    check_slots,
-    classify,
-    embed,
     model_name,
     project,
-    run_block,
 )
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EViTConfig:
+class EViTConfig(MethodConfig):
     """Token reorganisation (Liang et al., ICLR 2022). Defaults are those of the released models.
 
     A block that reduces scores its patches by the attention that the class token pays them, keeps the share of highest
@@ -49,6 +44,7 @@ class EViTConfig:
     """
 
     method: ClassVar[str] = "evit"
+    title: ClassVar[str] = "EViT"
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=8.0, step=0.05)
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
@@ -68,6 +64,10 @@ class EViTConfig:
         check_fields(self)
         if isinstance(self.tokens, Sequence) and any(b > a + self.fuse for a, b in pairwise(self.tokens)):
             raise ValueError(f"EViTConfig.tokens must not grow from block to block, got {self.tokens}")
+
+    @property
+    def needs(self) -> Set[str]:
+        return {"attention", "token norms"} | ({"free slots"} if self.fuse else set())
 
     def build(self, vit: VisionTransformer) -> "EViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -89,10 +89,6 @@ class EViT(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: EViTConfig) -> None:
         super().__init__(vit, config)
-        check_attention(vit, "EViT")
-        check_norms(vit, "EViT")
-        if config.fuse:
-            check_slots(vit, "EViT with fuse=True")
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.reducing = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in self.reducing if block >= self.depth]
@@ -119,11 +115,8 @@ class EViT(AdaptiveViT):
         Raises:
             ValueError: keep rates out of range or of another number than the blocks.
         """
-        x, grid = embed(self.vit, images)
-        tokens = (layout or Packed).of(x)
-        del x  # or it would stay to the end
+        tokens, grid = self.start(images, layout or Packed)
         kept = self.kept(tokens.shape[1] - self.prefix, keep_rate)
-        reading = torch.arange(tokens.shape[1], device=images.device)[None] < (self.read or 0)
         live = [tokens.live]
         fused = [torch.zeros_like(live[0])]
         for number, block in enumerate(self.vit.blocks):
@@ -137,15 +130,12 @@ class EViT(AdaptiveViT):
                 live[-1] = tokens.live
                 fused[-1] = (fused[-1] | place) & live[-1]
                 tokens = add_mlp(block, tokens)
-            elif number == self.depth - 1 and self.read is not None:
-                live[-1] = reading.expand(tokens.shape)
-                tokens = run_block(block, tokens, reading)
             else:
-                tokens = run_block(block, tokens)
-        x = tokens.first(tokens.x, self.read or tokens.shape[1])
-        logits, distilled = classify(self.vit, x, live[-1][:, : x.shape[1]])
+                tokens = self.run_block(number, tokens)
+                if self.reads_few(number):
+                    live[-1] = tokens.live
         usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), grid)
-        return Output(logits, usage, distilled=distilled)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1])
 
     def kept(self, patches: int, keep_rate: float | Sequence[float] | None = None) -> dict[int, int]:
         """k of the blocks that drop something, by block number, for images of so many patches."""

@@ -9,37 +9,37 @@ Slots are in the order in which a block has its tokens, which merging changes; `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from adaptvit.budget import BATCH, meet_target
 from adaptvit.checks import In, check_fields
+from adaptvit.losses import distillation
 from adaptvit.macs import block_macs
+from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage, check_finite
 from adaptvit.vit import (
     add_attention,
     add_mlp,
-    check_attention,
-    check_norms,
-    check_slots,
-    classify,
-    embed,
     patch_grid,
     project,
-    run_block,
 )
+
+NEEDS = frozenset({"attention", "token norms", "free slots"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMeConfig:
+class ToMeConfig(MethodConfig):
     """Token merging (Bolya et al., ICLR 2023): every image merges as many of its tokens as any other.
 
     Differs: register tokens are protected as the class token is. A classifier that pools, in whatever way, pools for
@@ -48,6 +48,9 @@ class ToMeConfig:
     """
 
     method: ClassVar[str] = "tome"
+    title: ClassVar[str] = "ToMe"
+    role: ClassVar[Role] = "reference"
+    needs: ClassVar[Set[str]] = NEEDS
     knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
 
     r: Annotated[int | Sequence[int], In("[0, inf)")] = 8
@@ -102,9 +105,14 @@ class ToMeConfig:
         """
         return MergingViT(vit, self)
 
+    def fit(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        if search.get("labels") is None and search.get("unit") != "images_per_s":
+            images = images[:BATCH]  # all cost the same, and trials tell the speed of a batch
+        return super().fit(vit, images, target, **search)
+
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(MethodConfig):
     """Token merging in each image as far as its tokens are alike: a threshold on similarity in the place of ToMe's r.
 
     The matching, the mean and proportional attention are ToMe's. A token of A scores by its cosine with its best match,
@@ -113,6 +121,8 @@ class MergeConfig:
     """
 
     method: ClassVar[str] = "merge"
+    title: ClassVar[str] = "merging by similarity"
+    needs: ClassVar[Set[str]] = NEEDS
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
 
     thresholds: Annotated[float | Sequence[float], In("[-1, 1]")] = 0.7
@@ -162,31 +172,51 @@ class MergeConfig:
         """
         return MergingViT(vit, self)
 
+    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model with the thresholds at which images merge, on average, what ToMe would at the target.
+
+        Of ToMe's schedules at that budget, even and rising with depth, it is the one at which predictions for `images`
+        are nearest to the dense model's, in mean KL divergence. Labels are not needed.
+
+        Raises:
+            ValueError: no number of merged tokens meets the target, or logits that are not finite.
+        """
+        self.build(vit)  # which says what it lacks
+        how = {name: value for name, value in search.items() if name in ("unit", "tolerance")}
+        some = images if how.get("unit") == "images_per_s" else images[:1]  # all cost the same
+        dense = _logits(FullConfig().build(vit).eval(), images)
+        check_finite(dense, "logits")
+        found: list[tuple[float, MergingViT]] = []
+        for inflection in INFLECTIONS:
+            like = ToMeConfig(inflection=inflection).build(vit).eval()
+            try:
+                merged = meet_target(like, some, target, **how).schedule(like.depth)
+            except ValueError:
+                if found:
+                    continue  # rising schedules do not reach as low as even ones
+                raise
+            schedule = ToMeConfig(r=[max(1, r) for r in merged])  # at 0 no shift would merge
+            model = fit_thresholds(self, vit, images, schedule)
+            found.append((distillation(_logits(model, images), dense, "soft", 1.0).item(), model))
+        return min(found, key=lambda candidate: candidate[0])[1]
+
 
 class MergingViT(AdaptiveViT):
     """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
 
     def __init__(self, vit: VisionTransformer, config: ToMeConfig | MergeConfig) -> None:
         super().__init__(vit, config)
-        check_attention(vit, "merging")
-        check_norms(vit, "merging")
-        check_slots(vit, "merging")
         config.schedule(self.depth)  # refuses a wrong length
 
     def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Classify images; `layout` None packs."""
-        x, grid = embed(self.vit, images)
-        tokens = (layout or Packed).of(x)
-        del x  # or it would stay to the end
+        tokens, grid = self.start(images, layout or Packed)
         holder = torch.arange(tokens.shape[1], device=images.device).expand(tokens.shape)
         held, compared = [holder], []  # holder: the slot that each input token is in
         bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
         for number, block in enumerate(self.vit.blocks):
             compared.append(self.compares(number, tokens.shape[1] - self.prefix))
-            if number == self.depth - 1 and self.read is not None:
-                reading = torch.arange(tokens.shape[1], device=images.device)[None] < self.read
-                tokens = run_block(block, tokens, reading, bias=bias)
-            elif compared[-1]:
+            if compared[-1]:
                 projected = project(block, tokens)
                 place, moved = self.places(tokens, projected[1], number)
                 tokens = add_attention(block, tokens, projected=projected, bias=bias)
@@ -195,20 +225,24 @@ class MergingViT(AdaptiveViT):
                 holder = place.gather(1, holder)
                 bias = size.log() if self.config.proportional_attention else None
             else:
-                tokens = run_block(block, tokens, bias=bias)
+                tokens = self.run_block(number, tokens, bias=bias)
             held.append(holder)
+        x = self.read_slots(tokens, tokens.x)
         if self.read is None:
-            x = tokens.grid(tokens.x)
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
-        else:
-            x = tokens.first(tokens.x, self.read)
-        logits, distilled = classify(self.vit, x)
-        return Output(logits, self.usage(torch.stack(held, dim=1), compared, grid), distilled=distilled)
+        return self.finish(x, self.usage(torch.stack(held, dim=1), compared, grid))
 
     def compares(self, block: int, patches: int) -> bool:
         """Whether a block looks for tokens to merge, where it has at most so many patches."""
-        read = self.read is None or block < self.depth - 1
-        return read and patches > 1 and self.config.merges(block, self.depth)
+        return not self.reads_few(block) and patches > 1 and self.merges(block)
+
+    def merges(self, block: int) -> bool:
+        """Whether a block is to merge anything."""
+        return self.config.merges(block, self.depth)
+
+    def choose(self, score: Tensor, patches: int, block: int) -> Tensor:
+        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
+        return self.config.choose(score, patches, block, self.depth)
 
     @torch.no_grad()
     def places(self, tokens: Tokens, keys: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +250,7 @@ class MergingViT(AdaptiveViT):
         live = tokens.live
         metric = tokens.grid(keys.mean(dim=-2, dtype=_wide(keys)))
         score, target = match(normalize(metric, dim=-1), live, self.prefix)
-        chosen = self.config.choose(score, tokens.shape[1] - self.prefix, block, self.depth)
+        chosen = self.choose(score, tokens.shape[1] - self.prefix, block)
         return arrange(chosen, score, target, live, self.prefix)
 
     def usage(self, held: Tensor, compared: list[bool], grid: tuple[int, ...]) -> Usage:
@@ -243,26 +277,26 @@ class MergingViT(AdaptiveViT):
         return replace(usage, executed=block_macs(usage, shape) - merged * shape.each("mlp_per_token", held))
 
 
+INFLECTIONS = (0.0, 0.5, 1.0)
+"""ToMe's schedules that merging's thresholds are fitted to: even, and rising with depth by half or from nothing."""
 NEARLY_ONE = 1 - 1e-6
 """The highest threshold that is fitted: equal tokens reach it in spite of rounding."""
 
 
-@dataclass
-class _Fitting:
-    """A config while `fit_thresholds` runs: merges r tokens on average over the images, and notes at what score."""
+class _Fitting(MergingViT):
+    """Merges r tokens on average over the images of a batch, and notes at what score."""
 
-    config: MergeConfig
-    removed: tuple[int, ...]
-    thresholds: list[float]
+    def __init__(self, vit: VisionTransformer, config: MergeConfig, schedule: ToMeConfig, patches: int) -> None:
+        super().__init__(vit, config)
+        self.thresholds = [1.0] * self.depth
+        self.removed: list[int] = []
+        for r in schedule.schedule(self.depth):
+            self.removed.append(min(r, (patches - sum(self.removed)) // 2))
 
-    @property
-    def proportional_attention(self) -> bool:
-        return self.config.proportional_attention
-
-    def merges(self, block: int, depth: int) -> bool:
+    def merges(self, block: int) -> bool:
         return self.removed[block] > 0
 
-    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+    def choose(self, score: Tensor, patches: int, block: int) -> Tensor:
         score = self.config.score(score)
         count = min(self.removed[block] * len(score), int((score > -torch.inf).sum()))
         least = score.flatten().topk(count).values[-1].item()
@@ -270,35 +304,26 @@ class _Fitting:
         return score >= self.thresholds[block]
 
 
-def fit_thresholds(model: MergingViT, images: Tensor, schedule: ToMeConfig) -> MergeConfig:
-    """Give a model of `MergeConfig` the thresholds at which `images` merge, on average, what ToMe would.
+def fit_thresholds(config: MergeConfig, vit: VisionTransformer, images: Tensor, schedule: ToMeConfig) -> "MergingViT":
+    """The model of `MergeConfig` with the thresholds at which `images` merge, on average, what ToMe would.
 
     Args:
-        model: in evaluation mode; its config is replaced.
+        config: what else the model's is to be.
+        vit: put in evaluation mode.
         images: calibration images, in one batch: the more, the better the average holds on others.
         schedule: r of each block. Blocks that merge nothing get a threshold of 1.
-    Returns:
-        The model's new config, without a shift.
     Raises:
-        TypeError: the model is of another method.
         ValueError: logits that are not finite.
     """
-    if not isinstance(model.config, MergeConfig):
-        raise TypeError(f"fit_thresholds needs a model of MergeConfig, got one of {type(model.config).__name__}")
-    config = model.config
-    removed: list[int] = []
-    patches = math.prod(patch_grid(model.vit, images))
-    for r in schedule.schedule(model.depth):
-        removed.append(min(r, (patches - sum(removed)) // 2))
-    fitting = _Fitting(config, tuple(removed), [1.0] * model.depth)
-    model.config = fitting
-    try:
-        with torch.inference_mode():
-            check_finite(model(images).logits, "logits")
-    finally:
-        model.config = config
-    model.config = replace(config, thresholds=tuple(fitting.thresholds), shift=0.0)
-    return model.config
+    fitting = _Fitting(vit, config, schedule, math.prod(patch_grid(vit, images))).eval()
+    with torch.inference_mode():
+        check_finite(fitting(images).logits, "logits")
+    return replace(config, thresholds=tuple(fitting.thresholds), shift=0.0).build(vit).eval()
+
+
+@torch.inference_mode()
+def _logits(model: AdaptiveViT, images: Tensor) -> Tensor:
+    return torch.cat([model(batch).logits.float() for batch in images.split(BATCH)])
 
 
 @torch.autocast("cuda", enabled=False)

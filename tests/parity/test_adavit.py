@@ -19,8 +19,10 @@ from torch.nn.functional import cross_entropy
 
 import adaptvit
 from adaptvit import AdaViTConfig, FullConfig, Masked, Packed
-from adaptvit.methods import adavit, adavit_official
+from adaptvit.methods import adavit
 from adaptvit.methods.adavit import AdaViT, Policies
+from adaptvit.methods.released import ReleasedAdaViTConfig
+from adaptvit.methods.released import adavit as released
 from adaptvit.parts import representation_names
 from adaptvit.t2t import SPLITS, published_names, t2t_vit
 
@@ -39,7 +41,7 @@ NOT_REBUILT = ("use_full_head", "random_policy", "random_head", "random_layer", 
 
 def weights_of_case(case: dict) -> dict[str, Tensor]:
     """The recorded ones under our names."""
-    state = adavit_official.state_dict(published_names(with_changes(case)))
+    state = released.state_dict(published_names(with_changes(case)))
     vit = {key.removeprefix("vit."): value for key, value in state.items() if key.startswith("vit.")}
     policies = {key: value for key, value in state.items() if not key.startswith("vit.")}
     return {f"vit.{key}": value for key, value in representation_names(vit).items()} | policies
@@ -88,7 +90,7 @@ def build(case: dict, **changes: object) -> torch.nn.Module:
     config = FullConfig()
     if policies:
         losses = case.get("loss_config", {})
-        config = AdaViTConfig(
+        config = ReleasedAdaViTConfig(
             **{
                 "policies": policies,
                 "first_block": given.get("keep_layers", 1),
@@ -112,9 +114,7 @@ def build(case: dict, **changes: object) -> torch.nn.Module:
                 "entropy_weight": losses.get("head_entropy_weight", 0.0),
                 "minimums": tuple(losses.get(f"{kind}_minimal", 0.0) for kind in KINDS),
                 "minimum_weights": tuple(losses.get(f"{kind}_minimal_weight", 0.0) for kind in KINDS),
-                "macs_target": None,
                 **({"temperature": case["tau"]} if "tau" in case else {}),
-                "mode": "official",
                 **changes,
             }
         )
@@ -208,7 +208,7 @@ def test_training_gives_the_recorded_losses_and_gradients(
         first, second = (torch.from_numpy(arrays[f"{name}_gumbel{which}"][:, place]) for which in (1, 2))
         return first - second
 
-    monkeypatch.setattr(adavit, "gumbel_difference", recorded_noise)
+    monkeypatch.setattr(released, "gumbel_difference", recorded_noise)
     output = model(batch_of(case))
     close(output.logits, arrays["logits"], logits_apart(case, arrays, model))
     asked = noise_asked_for(model)
@@ -279,12 +279,12 @@ def losses_of(given: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
         **{f"{kind}_loss": torch.zeros(()) for kind in KINDS},
     }
     if case["token"]:
-        found["token_loss"] = adavit_official.token_loss(given["token_select"], *options("token"))
+        found["token_loss"] = released.token_loss(given["token_select"], *options("token"))
     if case["head"]:
         heads = given["head_select"], layers, given["head_logits"]
-        found["head_loss"] = adavit_official.head_loss(*heads, *options("head"))
+        found["head_loss"] = released.head_loss(*heads, *options("head"))
     if case["layer"]:
-        found["layer_loss"] = adavit_official.layer_loss(layers, given["layer_logits"], *options("layer"))
+        found["layer_loss"] = released.layer_loss(layers, given["layer_logits"], *options("layer"))
     if "teacher" in case:
         first = case["teacher"]["keep_layers"]
         ones = {
@@ -295,7 +295,7 @@ def losses_of(given: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
             given["token_select"][..., 1:], torch.cat([ones["head"], heads], 1), torch.cat([ones["layer"], layers], 1)
         )
         pairs = ((given[name], given[f"{name}_teacher"]) for name in ("attn", "hidden", "logits"))
-        taught = adavit_official.distillation(*pairs, policies, case["teacher"]["tau"])
+        taught = released.distillation(*pairs, policies, case["teacher"]["tau"])
         for name, ours in (("attn", "attention"), ("hidden", "hidden"), ("pred", "prediction")):
             used = case["teacher"][f"{name}_ratio"] > 0  # the recorded code leaves out what has no weight
             found[f"{name}_loss"] = taught[ours] if used else torch.zeros(())
@@ -354,7 +354,7 @@ def test_every_entry_of_the_released_tables_of_macs(adavit_table: Path) -> None:
         (torch.arange(heads) < index[:, :1]).long()[:, None],
         index[:, 2:].contiguous()[:, None],
     )
-    computed = adavit_official.published_gmacs(policies, dim, ratio, base=0.0)
+    computed = released.published_gmacs(policies, dim, ratio, base=0.0)
     assert torch.equal(computed.float(), table[:, 1:].flatten().float())
 
 
@@ -388,9 +388,9 @@ def summed_gmacs(policies: Policies, dim: int, ratio: float, base: float) -> Ten
     total = torch.full((len(policies.patches),), base)
     for block in range(policies.patches.shape[1]):
         kinds = (t[:, block : block + 1] for t in (policies.patches, policies.heads, policies.sublayers))
-        total += adavit_official.published_gmacs(Policies(*kinds), dim, ratio, base=0.0).float()
+        total += released.published_gmacs(Policies(*kinds), dim, ratio, base=0.0).float()
     close(
-        total, adavit_official.published_gmacs(policies, dim, ratio, base), apart(total, policies.patches.shape[1])
+        total, released.published_gmacs(policies, dim, ratio, base), apart(total, policies.patches.shape[1])
     )  # which sums exactly
     return total
 
@@ -422,5 +422,5 @@ def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:
         whole = gradients[f"vit.{found[1]}.qkv.{found[3]}"]
         return None if whole is None else whole.chunk(3)[("query", "key", "value").index(found[2])]
     key = our_name(key, {name.removeprefix("vit."): None for name in gradients})
-    (name,) = adavit_official.state_dict(published_names({key: torch.zeros(1)}))
+    (name,) = released.state_dict(published_names({key: torch.zeros(1)}))
     return gradients[name]

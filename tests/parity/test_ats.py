@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
 from adaptvit.methods import ats, ats_released
 from adaptvit.methods.ats import ATS
+from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
 from adaptvit.vit import add_attention, embed, project, run_block
@@ -79,7 +80,7 @@ def channels_of(case: dict) -> int:
 
 def official_model(path: Path, mode: str) -> ATS:
     blocks = load(path).case["config"]["ATS_BLOCKS"]
-    return ATSConfig(blocks=blocks, sampler="released", mode=mode).build(official_vit(path)).eval()
+    return ReleasedATSConfig(blocks=blocks, mode=mode).build(official_vit(path)).eval()
 
 
 def before_the_idle_block(usage: Usage) -> Usage:
@@ -226,7 +227,7 @@ def test_the_released_block(ats_block: Path, layout: type) -> None:
     x = generator.standard_normal((case["batch"], case["N"], case["dim"])).astype(np.float32)
     for call in case["calls"]:
         live = torch.arange(case["N"]) < torch.tensor(call["valid"])[:, None]
-        model = ATSConfig(blocks=[0], tokens=call["n_ref_tokens"] - 1, sampler="released").build(vit).eval()
+        model = ReleasedATSConfig(blocks=[0], tokens=call["n_ref_tokens"] - 1).build(vit).eval()
         with torch.inference_mode():
             tokens = layout.of(torch.from_numpy(x)).keep(live)
             projected = project(block, tokens)

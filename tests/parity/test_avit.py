@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig, Masked, Packed
 from adaptvit.checkpoints import resize_positions
-from adaptvit.methods import avit_official
 from adaptvit.methods.avit import AViT
+from adaptvit.methods.released import ReleasedAViTConfig
+from adaptvit.methods.released import avit as released
 from adaptvit.priors import released_target
 
 
@@ -42,14 +43,14 @@ def prior_apart(recorded: SimpleNamespace, model: AViT) -> float:
     return model.config.prior_weight * float(target.mean()) * halting_apart(recorded, model)
 
 
-def build(case: dict, **changes: object) -> AViT:
+def build(case: dict, kind: type[AViTConfig] = ReleasedAViTConfig, **changes: object) -> AViT:
     given = case["model_config"]
     heads = given.get("num_heads")
     if heads is None:  # of a published name, whose heads have 64 channels
         heads = case["manifest"]["cls_token"][-1] // 64
     state = filled(case, case["manifest"])
     vit = vit_of(state, case["img_size"], heads, distilled=given.get("distilled", False))
-    config = AViTConfig(
+    config = kind(
         **{
             "gate_scale": case["gate_scale"],
             "gate_center": case["gate_center"],
@@ -57,7 +58,6 @@ def build(case: dict, **changes: object) -> AViT:
             "ponder_weight": case["ponder_token_scale"],
             "prior_weight": case["distr_prior_alpha"],
             "prior_depth": case["target_depth"] + 1,
-            "mode": "official",
             **changes,
         }
     )
@@ -72,9 +72,9 @@ def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, mo
     recorded = load(avit_case)
     case, arrays = recorded.case, recorded.arrays
     seen = {}
-    terms = avit_official.terms
+    terms = released.terms
     monkeypatch.setattr(
-        avit_official, "terms", lambda model, scores, rho: seen.update(h=scores, rho=rho) or terms(model, scores, rho)
+        released, "terms", lambda model, scores, rho: seen.update(h=scores, rho=rho) or terms(model, scores, rho)
     )
     model = build(case)
     output = model(recorded.images, early_exit=False)
@@ -118,10 +118,10 @@ def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, mo
 
 @pytest.mark.filterwarnings("ignore:.*halts every token after block 1")  # small_d6_allhalt is meant to
 @pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("mode", ["clean", "official"])
-def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, mode: str) -> None:
+@pytest.mark.parametrize("kind", [AViTConfig, ReleasedAViTConfig])
+def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, kind: type[AViTConfig]) -> None:
     recorded = load(avit_case)
-    model = build(recorded.case, mode=mode).eval()
+    model = build(recorded.case, kind).eval()
     with torch.inference_mode():
         output = model(recorded.images, layout)
     close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
@@ -132,7 +132,7 @@ def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, mod
 @pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 def test_clean_mode_keeps_the_released_depths(avit_case: Path, layout: type) -> None:
     recorded = load(avit_case)
-    model = build(recorded.case, mode="clean").eval()
+    model = build(recorded.case, AViTConfig).eval()
     with torch.inference_mode():
         output = model(recorded.images, layout, early_exit=False)
     close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
@@ -145,7 +145,7 @@ def test_blocks_match_the_released_ones(avit_blocks: Path) -> None:
     arrays = {key: torch.from_numpy(value) for key, value in recorded.arrays.items()}
     for index, block in enumerate(model.vit.blocks):
         live = arrays["active"][index].bool()
-        out = avit_official.run_block(block, arrays["block_in"][index], live)
+        out = released.run_block(block, arrays["block_in"][index], live)
         expected = arrays["block_out"][index]
         torch.testing.assert_close(out, expected, atol=apart(expected, terms_of(model.vit)), rtol=0)
 

@@ -17,6 +17,7 @@ from adaptvit import DynamicViTConfig, Masked, Packed
 from adaptvit.losses import distillation
 from adaptvit.methods import dynamicvit
 from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention
+from adaptvit.methods.released.dynamicvit import ReleasedDynamicViT, ReleasedDynamicViTConfig
 from adaptvit.vit import embed, final_norm, run_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -33,8 +34,8 @@ def plain_vit(case: dict, given: dict) -> VisionTransformer:
     return vit_of(state, case["model"]["img_size"], case["model"]["num_heads"], case["model"]["norm_eps"])
 
 
-def build(case: dict, **settings: object) -> DynamicViT:
-    model = DynamicViTConfig(blocks=case["settings"]["pruning_loc"], **settings).build(plain_vit(case, case["weights"]))
+def build(case: dict, kind: type[DynamicViTConfig] = DynamicViTConfig, **settings: object) -> DynamicViT:
+    model = kind(blocks=case["settings"]["pruning_loc"], **settings).build(plain_vit(case, case["weights"]))
     predictors = {key: value for key, value in filled(case["weights"]).items() if key.startswith("score_")}
     _, unknown = model.load_state_dict(predictors, strict=False)
     assert not unknown
@@ -103,19 +104,19 @@ def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.Mon
     settings = case["settings"]
     model = build(
         case,
+        ReleasedDynamicViTConfig,
         keep_rate=settings["keep_ratio"],
         select="threshold" if settings["dynamic"] else "top-k",
         token_loss="mse" if settings["mse_token"] else "kl",
         ratio_weight=settings["ratio_weight"],
         token_weight=settings["distill_weight"],
-        mode="official",
     ).train()
     noise = iter(torch.from_numpy(arrays["gumbel"]))
     students, decided = [], []
     monkeypatch.setattr(dynamicvit, "gumbel_difference", lambda score: (drawn := next(noise))[..., 0] - drawn[..., 1])
-    token_loss, ratio_loss = dynamicvit.token_loss, DynamicViT.ratio_loss
+    token_loss, shares_kept = dynamicvit.token_loss, DynamicViT.shares_kept
     monkeypatch.setattr(dynamicvit, "token_loss", lambda *given: students.append(given[0]) or token_loss(*given))
-    monkeypatch.setattr(DynamicViT, "ratio_loss", lambda self, kept: decided.extend(kept) or ratio_loss(self, kept))
+    monkeypatch.setattr(DynamicViT, "shares_kept", lambda self, kept: decided.extend(kept) or shares_kept(self, kept))
 
     lesson, patches = teacher_says(case)
     output = model(batch_of(case), teacher=patches)
@@ -160,7 +161,7 @@ def test_the_released_softmax_and_predictor(dynamicvit_units: Path) -> None:
         policy, kept = (torch.from_numpy(arrays[f"{name}_{part}"]).float() for part in ("policy", "pred_policy"))
         logits = torch.from_numpy(arrays[f"{name}_logits"])
         expected = arrays[f"{name}_softmax"]
-        close(masked_attention(logits, policy, dynamicvit.EPSILON), expected, apart(expected, logits.shape[-1]))
+        close(masked_attention(logits, policy, ReleasedDynamicViT.epsilon), expected, apart(expected, logits.shape[-1]))
         predictor = Predictor(unit["dim"]).eval()
         predictor.load_state_dict(filled(unit["predictor_weights"]))
         with torch.inference_mode():

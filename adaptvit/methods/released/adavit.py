@@ -1,23 +1,27 @@
-"""What the released AdaViT code does differently; imported by `adavit.py` for `mode="official"`, and to compare MACs.
+"""AdaViT as its released code trains it, and what its files and tables have.
 
-Kept to reproduce its decisions in training, its losses and gradients, and the MACs that its tables count.
+ReleasedAdaViTConfig            its decisions in training, its losses and gradients
+state_dict, settings            its files' tensors and training arguments
+published_gmacs                 the MACs that its tables count
+distillation                    losses towards a teacher that it has
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout, normalize
 
 from adaptvit.gated import Gates
-from adaptvit.gates import entropy, straight_through
-
-if TYPE_CHECKING:
-    from adaptvit.methods.adavit import AdaViTConfig, Policies
+from adaptvit.gates import entropy, gumbel_difference, straight_through
+from adaptvit.methods.adavit import AdaViT, AdaViTConfig, Policies
+from adaptvit.methods.base import Role
 
 POLICIES = {
     "token_select.mlp_head": "patch_policy",
@@ -28,21 +32,79 @@ POLICIES = {
 """The released names of the policies' parameters, and ours."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleasedAdaViTConfig(AdaViTConfig):
+    """Policies over patches, heads and sub-layers (Meng et al., CVPR 2022) as the released code trains them.
+
+    Differs from `AdaViTConfig`, whose evaluation it has:
+
+    - the temperature also divides the logits before they are compared with the threshold, so that training keeps fewer
+      patches than evaluation does with the same logits; there: it shapes the gradient alone;
+    - a patch that is off attends to itself alone; there: to the patches that are on, so that its gate learns what it
+      would have gained;
+    - usage losses are absolute values for heads and sub-layers, sub-layers that are off left out of the count of heads;
+      there: squares of what is over or under the target, patches counted without the class token;
+    - there is no loss on executed MACs;
+    - stochastic depth does not act in a block with a sub-layer policy; there: in every block;
+    - `heads_take="identity"` has no effect beside patch policies in training.
+    """
+
+    method: ClassVar[str] = "adavit_released"
+    title: ClassVar[str] = "AdaViT as released"
+    role: ClassVar[Role] = "released"
+
+    macs_target: float | None = None
+    """None: there is no such loss."""
+    attention_mask: Literal["keys", "keys with gradient", "after softmax"] = "keys"
+    """In training patches that are off are hidden before the softmax, with or without a gradient through the mask, or
+    after it. Evaluation hides them before."""
+    mlp_gradient: bool = True
+    """The gates of patches learn from the MLP too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.macs_target is not None:
+            raise ValueError(
+                f"ReleasedAdaViTConfig.macs_target must be None, got {self.macs_target}: it has no such loss"
+            )
+
+    def build(self, vit: VisionTransformer) -> "ReleasedAdaViT":
+        """Wrap `vit`, sharing its weights, with policies that have yet to be trained."""
+        return ReleasedAdaViT(vit, self)
+
+
+class ReleasedAdaViT(AdaViT):
+    """A ViT with policies that are trained as the released code does."""
+
+    def trains_otherwise(self, block: int) -> dict[str, Any]:
+        decides = "sublayers" in self.config.policies and block >= self.config.first_block
+        return {"attend": partial(attend, self.config), "drop_path": not decides}
+
+    def decision(self, logits: Tensor, threshold: float) -> Tensor:
+        # without noise the temperature acts all the same
+        noise = self.config.noise * gumbel_difference(logits) if self.training else None
+        return gate(logits, threshold, self.config.temperature, noise)
+
+    def gates(self, policies: Policies) -> Gates:
+        gates = super().gates(policies)
+        if gates.mlp_tokens is None or self.config.mlp_gradient:
+            return gates
+        return replace(gates, mlp_tokens=gates.mlp_tokens.detach())
+
+    def usage_means(self, policies: Policies, first: tuple[int, int, int]) -> dict[str, Tensor]:
+        return usage_terms(policies, self.config, first)
+
+    def usage_terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return means
+
+
 def gate(logits: Tensor, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
     """The released gate: the temperature divides what is compared with the threshold, in training alone."""
     soft = torch.sigmoid(logits if noise is None else (logits + noise) / temperature)
     return straight_through(soft > threshold, soft)
 
 
-def training(config: "AdaViTConfig", block: int) -> dict[str, Any]:
-    """What `run_gated` is told in training; nothing in the clean mode."""
-    if config.mode == "clean":
-        return {}
-    decides = "sublayers" in config.policies and block >= config.first_block
-    return {"attend": partial(attend, config), "drop_path": not decides}
-
-
-def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates, drop: float) -> Tensor:
+def attend(config: ReleasedAdaViTConfig, q: Tensor, k: Tensor, v: Tensor, gates: Gates, drop: float) -> Tensor:
     """The released attention in training: a patch that is off attends to itself alone."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
@@ -63,7 +125,7 @@ def attend(config: "AdaViTConfig", q: Tensor, k: Tensor, v: Tensor, gates: Gates
     return (dropout(weights, drop) @ v).transpose(1, 2)
 
 
-def usage_terms(policies: "Policies", config: "AdaViTConfig", first: tuple[int, int, int]) -> dict[str, Tensor]:
+def usage_terms(policies: Policies, config: ReleasedAdaViTConfig, first: tuple[int, int, int]) -> dict[str, Tensor]:
     """The released usage losses, not weighted; arguments as the clean ones take."""
     patches, heads, sublayers = (
         t[:, start:] for t, start in zip((policies.patches, policies.heads, policies.sublayers), first, strict=True)
@@ -157,7 +219,7 @@ def distillation(
     attention: tuple[Tensor, Tensor],
     hidden: tuple[Tensor, Tensor],
     logits: tuple[Tensor, Tensor],
-    policies: "Policies",
+    policies: Policies,
     temperature: float = 5.0,
 ) -> dict[str, Tensor]:
     """Losses towards a teacher, not weighted. Nothing in the released code reaches them; adaptvit has `Recipe.teacher`.
@@ -179,7 +241,7 @@ def distillation(
     }
 
 
-def published_gmacs(policies: "Policies", dim: int, mlp_ratio: float, base: float) -> Tensor:
+def published_gmacs(policies: Policies, dim: int, mlp_ratio: float, base: float) -> Tensor:
     """GMACs an image by the tables that the released code counts with, (B,): for comparison with the paper alone.
 
     They are for 197 tokens and heads of 64 channels; others are counted by the same rule. Beside what any count leaves

@@ -1,0 +1,198 @@
+"""What a method is: a config that builds its model, and finds out from images what it can; and how others add theirs.
+
+MethodConfig    what adapt, commands, recipes, comparisons, playground and checkpoints speak with
+DropConfig      a method that is one function: which tokens go on after a block
+Methods         the methods by name: the library's own, and those of packages outside
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Set
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from adaptvit.budget import Trial, measure_dial, meet_target
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
+
+Role = Literal["method", "dense", "control", "reference", "released"]
+
+DIAL = 64
+"""Images that a dial is measured on, at most."""
+
+
+class MethodConfig(ABC):
+    """A method's numbers, a frozen dataclass of them: what a method kept elsewhere derives from."""
+
+    method: ClassVar[str]
+    """Name of the method: on the command line, in checkpoints and tables."""
+    title: ClassVar[str]
+    """What people call it."""
+    trained: ClassVar[bool] = False
+    """Whether what it decides by has to be trained, so that images alone make nothing of it."""
+    role: ClassVar[Role] = "method"
+    """In comparisons: `dense`, which leaves nothing out; `control`, which leaves out just anything; `reference`, which
+    the others are held against at the same budget; `released`, a method as its published code has it, which is not
+    compared."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "method" in vars(cls) and "title" not in vars(cls):
+            cls.title = cls.method
+
+    @property
+    def needs(self) -> Set[str]:
+        """What it needs of a ViT: names in `adaptvit.vit.OFFERS`."""
+        return frozenset()
+
+    @property
+    def knob(self) -> Knob | None:
+        """What steers it; None where nothing does."""
+        return None
+
+    @property
+    def aim(self) -> float | None:
+        """Share of the dense MACs that its own loss terms train for; None where they know no budget."""
+        return None
+
+    @abstractmethod
+    def build(self, vit: VisionTransformer) -> AdaptiveViT:
+        """The adaptive model around `vit`, sharing its weights, in the mode that `vit` is in.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces, or lacks what the method needs.
+        """
+
+    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model with what the method can find out from images alone, beside its knob: by default, nothing.
+
+        Args:
+            vit, images, target, search: as of `fit`.
+        Returns:
+            In evaluation mode, its knob not turned yet.
+        """
+        return self.build(vit).eval()
+
+    def fit(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model at a budget: fitted, its knob turned so that images meet the target.
+
+        Args:
+            vit: shared by the model, but for methods that have to change its weights, which copy it.
+            images: calibration batch, as the model takes them; the more, the better the budget holds on others.
+            target: what images are to cost.
+            search: `unit`, `tolerance`, `labels`, `tell`, as `adaptvit.meet_target` takes them.
+        Returns:
+            In evaluation mode, as `vit` then is, with a dial.
+        Raises:
+            TypeError: the method cannot run on this ViT.
+            ValueError: the target cannot be met, or logits that are not finite.
+        """
+        return turned(self.fitted(vit, images, target, **search), images, target, **search)
+
+    def prepared(self, vit: VisionTransformer, images: Tensor) -> VisionTransformer:
+        """What a model that was fitted is built on again: `vit`, or a copy with the weights that `fitted` changes."""
+        return vit
+
+
+def turned(
+    model: AdaptiveViT,
+    images: Tensor,
+    target: float,
+    *,
+    tell: Callable[[Trial], object] | None = None,
+    **search: Any,
+) -> AdaptiveViT:
+    """A model in evaluation mode, its knob turned so that images meet a target, with a dial measured on some."""
+    seen: dict[float, float] = {}
+
+    def note(trial: Trial) -> None:
+        assert trial.knob is not None  # of a method that has one
+        seen[trial.knob] = trial.share
+        if tell is not None:
+            tell(trial)
+
+    meet_target(model, images, target, tell=note, **search)
+    some = images[:: max(1, len(images) // DIAL)][:DIAL]
+    model.dial = measure_dial(model, some, seen if len(some) == len(images) else {})
+    return model
+
+
+class DropConfig(MethodConfig):
+    """A method made of one function: after each block but the last, which tokens go on."""
+
+    @abstractmethod
+    def decide(self, before: Tokens, after: Tokens, block: int) -> Tensor | None:
+        """The tokens that go on after block number `block`, from 0.
+
+        Args:
+            before: the tokens as the block got them.
+            after: the same tokens as it leaves them.
+        Returns:
+            (B, N) bool, of which prefix tokens and dead slots do not matter; None drops nothing.
+        """
+
+    def build(self, vit: VisionTransformer) -> "DroppingViT":
+        """Wrap `vit`, sharing its weights; no parameter is added."""
+        return DroppingViT(vit, self)
+
+
+class DroppingViT(AdaptiveViT):
+    """A ViT that drops the tokens that its config's `decide` leaves out."""
+
+    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+        tokens, grid = self.start(images, layout or Packed)
+        depth = torch.full(tokens.shape, self.depth, device=images.device)
+        prefix = torch.arange(tokens.shape[1], device=images.device)[None] < self.prefix
+        for number in range(self.depth):
+            before, tokens = tokens, self.run_block(number, tokens)
+            going = None if number == self.depth - 1 else self.config.decide(before, tokens, number)
+            if going is not None:
+                live = tokens.live
+                tokens = tokens.keep(going | prefix)
+                depth = depth.masked_fill(live & ~tokens.live, number + 1)
+        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live)
+
+
+class Methods(Mapping[str, type[MethodConfig]]):
+    """Config types by the names of their methods; those of other packages are found by the entry points `GROUP`.
+
+    [project.entry-points."adaptvit.methods"]
+    norm = "my_package:NormConfig"
+    """
+
+    GROUP = "adaptvit.methods"
+
+    def __init__(self, *configs: type[MethodConfig]) -> None:
+        self._known = {config.method: config for config in configs}
+        self._searched = False
+
+    def register(self, config: type[MethodConfig]) -> type[MethodConfig]:
+        """Make a method known in this process; a decorator of its config.
+
+        Raises:
+            ValueError: another has its name.
+        """
+        if self._known.setdefault(config.method, config) is not config:
+            raise ValueError(f"there is a method {config.method!r} already, of {self._known[config.method].__name__}")
+        return config
+
+    def _all(self) -> dict[str, type[MethodConfig]]:
+        if not self._searched:  # not before somebody asks: those packages import this one
+            self._searched = True
+            for point in entry_points(group=self.GROUP):
+                self.register(point.load())
+        return self._known
+
+    def __getitem__(self, name: str) -> type[MethodConfig]:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())

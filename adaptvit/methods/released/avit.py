@@ -1,0 +1,138 @@
+"""A-ViT as its released code trains it: its losses and gradients, which the paper's algorithm does not have."""
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, xlogy
+from torch.nn.functional import scaled_dot_product_attention
+
+from adaptvit.methods.avit import AViT, AViTConfig, each
+from adaptvit.methods.base import Role
+from adaptvit.priors import released_target
+from adaptvit.tokens import Masked, Tokens
+from adaptvit.usage import Output, Usage
+from adaptvit.vit import embed
+
+HIDDEN = -1000.0
+"""Added to the attention logits of halted keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedAViTConfig(AViTConfig):
+    """A-ViT (Yin et al., CVPR 2022) as its released code trains it; logits and halting depths are `AViTConfig`'s.
+
+    Differs from it:
+
+    - the distribution loss averages scores over all tokens of images 2..B only, halted tokens adding the scores of
+      all-zero inputs, NaN (and skipped) at batch 1; there: over patch tokens of all images, halted ones counting 0;
+    - the last block's score is its raw sigmoid; there: it counts as 1, as in the output;
+    - the target sums to 3.26 and exists for 12 blocks only; there: it is a distribution over 1..L;
+    - the divergence is divided by L, probabilities clamped to [0.01, 0.99]; there: it is a sum over blocks, a block's
+      share being 0.001 or more;
+    - the ponder loss averages over all tokens; there: over patch tokens;
+    - gradients pass straight through halted tokens, by way of those spurious scores; there: none does.
+    """
+
+    method: ClassVar[str] = "avit_released"
+    title: ClassVar[str] = "A-ViT as released"
+    role: ClassVar[Role] = "released"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for depth in each(self.prior_depth):
+            if depth < 2 or depth % 1:
+                raise ValueError(
+                    f"ReleasedAViTConfig.prior_depth must be a whole block from the second on, got {depth}"
+                )
+
+    @property
+    def needs(self) -> Set[str]:
+        return super().needs | {"attention", "token norms"}
+
+    def build(self, vit: VisionTransformer) -> "ReleasedAViT":
+        """Wrap `vit`, sharing its weights; no parameter is added."""
+        return ReleasedAViT(vit, self)
+
+
+class ReleasedAViT(AViT):
+    """A ViT whose tokens halt, with the released losses and gradients."""
+
+    def target(self, name: str, peak: float, scale: float) -> Tensor:
+        return released_target(name, self.depth, int(peak), scale)
+
+    def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
+        """As `AViT` where images may leave early; else every slot in every block, with the released losses.
+
+        Args:
+            images, early_exit: as there.
+            layout: None packs where images may leave early, and is `Masked` else: the losses read dead slots.
+        Raises:
+            ValueError: the losses asked of `Packed`.
+        """
+        early_exit = not self.training if early_exit is None else early_exit
+        if early_exit:
+            return super().forward(images, layout, early_exit)
+        if layout not in (None, Masked):
+            raise ValueError("ReleasedAViTConfig reads dead slots in its losses: use layout=Masked or early_exit=True")
+        return released_pass(self, images)
+
+
+def released_pass(model: ReleasedAViT, images: Tensor) -> Output:
+    """The full pass, every slot in every block, with the released losses."""
+    x, grid = embed(model.vit, images)
+    live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    total = torch.zeros(live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    rho, output = total, total.new_zeros(())
+    reading = torch.arange(live.shape[1], device=x.device) < (model.read or live.shape[1])
+    lives, scores = [], []
+    for block in model.vit.blocks:
+        last = block is model.vit.blocks[-1]
+        x = run_block(block, x, live)
+        tokens = Masked(x, live)
+        raw = torch.sigmoid(model.config.gate_scale * x[..., 0].to(total.dtype) - model.config.gate_center)
+        score = torch.ones_like(raw) if last else raw
+        if model.config.class_token == "stays" and not last:
+            score = score.masked_fill(reading, 0)
+        reached = live & (total + score > 1 - model.config.epsilon)
+        going = live & (total + score < 1 - model.config.epsilon)
+        remainder = (1 - total) * reached
+        output = output + model.read_out(tokens, remainder + score * going)
+        rho = rho + live + remainder
+        total = total + score
+        lives.append(live)
+        scores.append(raw)
+        live = going
+    depth = torch.stack(lives).sum(dim=0)
+    usage = Usage.of_depth(depth, model.heads, grid, model.prefix)
+    done = model.finish(output.to(x.dtype), usage)
+    return replace(done, terms=terms(model, torch.stack(scores), rho))
+
+
+def run_block(block: Block, x: Tensor, live: Tensor) -> Tensor:
+    """One block on (B, N, D) with halted tokens set to 0, in value only: their gradient passes straight through."""
+    alive = live[..., None].to(x.dtype)
+    x = x + (alive * x - x).detach()
+    attn = block.attn
+    normed = alive * block.norm1(alive * x)
+    q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    mask = HIDDEN * (1 - alive).transpose(1, 2)[:, None]
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    mixed = scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask=mask, dropout_p=dropout)
+    out = attn.norm(mixed.transpose(1, 2).flatten(-2))
+    if attn.gate is not None:
+        out = out * attn.gate(normed).sigmoid()
+    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+    return x + block.drop_path2(block.ls2(block.mlp(alive * block.norm2(alive * x))))
+
+
+def terms(model: ReleasedAViT, scores: Tensor, rho: Tensor) -> dict[str, Tensor]:
+    """Ponder loss over all tokens; distribution loss over images 2..B, left out where it is NaN or not positive."""
+    ponder = {"ponder": model.config.ponder_weight * rho.mean()}
+    mean_scores = scores[:, 1:].flatten(1).mean(dim=1)
+    model_distribution = (mean_scores / mean_scores.sum()).clamp(0.01, 0.99)
+    goal = model.prior.to(scores.dtype)
+    prior = model.config.prior_weight * (xlogy(goal, goal) - goal * model_distribution.log()).mean()
+    return ponder | {"prior": prior} if prior > 0 else ponder

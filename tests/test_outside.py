@@ -1,0 +1,123 @@
+"""A method kept outside the package goes wherever one of its own does."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from samples import picture
+from test_imports import PACKAGE, imported, modules
+
+from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
+from adaptvit.methods import METHODS
+from adaptvit.playground import Playground, PlaygroundConfig, Session
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_method.py"
+NAMED = {"recipes", "comparisons", "demo"}
+"""Modules of experiments that are about certain methods, and so name them."""
+ORDINARY = {"full", "random"}
+"""Names of methods that are words of other things too."""
+PUBLISHED = {"names", "checkpoints"}
+"""Modules of what was published for certain methods: names of models, and files."""
+
+
+@pytest.fixture(scope="module")
+def example() -> type[MethodConfig]:
+    spec = spec_from_file_location("norm_method", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["norm_method"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.NormConfig
+
+
+@pytest.fixture
+def known(example: type[MethodConfig]) -> Iterator[str]:
+    METHODS.register(example)
+    yield example.method
+    del METHODS._known[example.method]
+
+
+def test_it_takes_a_dozen_lines() -> None:
+    tree = ast.parse(EXAMPLE.read_text())
+    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    first = config.decorator_list[0].lineno
+    blank = sum(not line.strip() for line in EXAMPLE.read_text().splitlines()[first - 1 : config.end_lineno])
+    assert config.end_lineno - first + 1 - blank <= 12
+
+
+def test_the_commands_take_it(known: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = tmp_path / "run"
+    sizes = "--recipe.epochs 1 --recipe.batch_size 64 --recipe.warmup_epochs 0 --recipe.ease_epochs 0"
+    words = f"train digits --method-name {known} --method.threshold 0.7 {sizes} --recipe.target 0.85 --output {run}"
+    assert cli.main(words.split()) == 0
+    trained = load(run / "model.safetensors")
+    assert trained.config.method == known
+    assert trained.dial is not None
+
+
+def test_a_plain_vit_becomes_one_and_is_measured_drawn_and_compared(
+    known: str, example: type[MethodConfig], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", patch_size=8, **settings)
+    dense, fast, images = tmp_path / "dense.safetensors", tmp_path / "fast.safetensors", tmp_path / "images"
+    for number in range(12):
+        (images / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture(number).save(images / "ab"[number % 2] / f"{number}.png")
+    save(FullConfig().build(vit), dense)
+    assert cli.main(["budget", str(dense), str(images), str(fast), "--target", "0.85", "--method", known]) == 0
+    assert isinstance(load(fast).config, example)
+    assert cli.main(["draw", str(fast), str(images / "a"), "--output", str(tmp_path / "drawn")]) == 0
+    assert cli.main(["evaluate", str(fast), str(images), "--workers", "0"]) == 0
+    few = ["--rounds=1", "--latencies=2", "--timed=2", "--workers=0", f"--output={tmp_path / 'compared'}"]
+    words = ["compare", "methods", str(dense), str(images), f"--methods=[{known}]", "--budgets=[0.85]", *few]
+    assert cli.main(words) == 0
+    assert f"{known}," in (tmp_path / "compared" / "methods.csv").read_text()
+    playground = Playground(PlaygroundConfig(models=(str(dense),)))
+    view = Session(playground).view(str(dense), known, 0.85)
+    assert view.budget.share == pytest.approx(0.85, abs=0.1)
+
+
+def test_it_is_adapted_and_turned(example: type[MethodConfig]) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2)
+    model = adapt(vit, torch.randn(16, 3, 64, 64), 0.78, example())
+    model.compute = 0.79
+    assert model.compute == pytest.approx(0.79)
+
+
+def test_a_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "norm_method.py").write_text(EXAMPLE.read_text())
+    told = tmp_path / "norm_method-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: norm-method\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[adaptvit.methods]\nnorm = norm_method:NormConfig\n")
+    code = "from adaptvit.methods import METHODS, untrained; print(METHODS['norm'].__module__, 'norm' in untrained())"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["norm_method", "True"]
+
+
+def test_two_methods_of_one_name_are_refused(example: type[MethodConfig], known: str) -> None:
+    with pytest.raises(ValueError, match="there is a method 'norm' already, of NormConfig"):
+        METHODS.register(type("Other", (example,), {"method": "norm"}))
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.split(".")[0] not in ("methods", "flax")])
+def test_no_method_is_told_from_others_outside_methods(module: str) -> None:
+    """By its class or by its name: what is said there holds for all methods, those of other packages too."""
+    if module in NAMED | PUBLISHED:
+        return
+    path = modules()[module]
+    files = {name for name in imported(path) if name.startswith("adaptvit.methods.")}
+    assert not files
+    words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert not words & (set(METHODS) - ORDINARY)
