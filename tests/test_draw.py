@@ -13,7 +13,8 @@ import adaptvit
 from adaptvit import draw as module
 from adaptvit.cli import main
 from adaptvit.data import read_image
-from adaptvit.draw import DrawConfig, draw, full_usage, shortened, spearman
+from adaptvit.draw import DrawConfig, draw, shortened, spearman
+from adaptvit.methods.avit import AViT
 from adaptvit.usage import Output, Usage
 
 
@@ -109,7 +110,7 @@ def test_depth_is_of_the_full_run_and_cost_of_the_usual_one(
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_full_run(name: str) -> None:
     model = METHODS[name].build(small_vit()).eval()
-    depth = full_usage(model, torch.randn(2, 3, 32, 32)).patch_depth
+    depth = model.to_the_end(torch.randn(2, 3, 32, 32)).usage.patch_depth
     assert depth.shape == (2, 4, 4)
 
 
@@ -129,7 +130,7 @@ def test_the_most_varied_image_of_each_class_is_drawn(
         tokens = torch.cat([torch.tensor([[1], [4]])[: len(images)], halves], dim=1)  # class tokens, not to be counted
         return Output(torch.zeros(len(images), 3), Usage.of_depth(tokens, heads=[4] * 4, grid=(4, 4), prefix=1))
 
-    monkeypatch.setattr(module, "_full_output", output)
+    monkeypatch.setattr(AViT, "to_the_end", output)
     drawing = draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", per_class=True, batch_size=2))
     assert [file.name for file in drawing.files] == ["grid.png", "class-ant.png", "class-bee.png"]
     assert [caption.splitlines()[0] for caption in drawn[0]["captions"]] == ["ant: 2.png", "bee: 1.png"]
@@ -210,7 +211,7 @@ def test_a_summary_shows_the_extremes(name: str, drawn: list[dict[str, Any]], tm
     images = looked_at(model, [tmp_path / "own" / f"{number}.png" for number in range(11)])
     with torch.inference_mode():
         output = model(images)
-        depth = full_usage(model, images).patch_depth
+        depth = model.to_the_end(images).usage.patch_depth
     gmacs = (adaptvit.macs(output.usage, model.shape) / 1e9).tolist()
     sure = output.logits.softmax(dim=1).amax(dim=1).tolist()
     orders = [sorted(range(11), key=key.__getitem__, reverse=up)[:8] for key, up in [(gmacs, False), (gmacs, True)]]

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit import ATSConfig, AViTConfig, Masked, Packed, Usage, dense_macs, macs
 from adaptvit.methods import METHODS as ALL
-from adaptvit.model import AdaptiveViT, MethodConfig
+from adaptvit.methods import MethodConfig
+from adaptvit.model import AdaptiveViT
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
@@ -169,11 +170,11 @@ def uneven_vit(dtype: torch.dtype = torch.float32) -> nn.Module:
     return vit.to(dtype).eval()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name in METHODS])
 def test_blocks_may_differ(name: str) -> None:
     vit = uneven_vit(torch.float64)
     if name == "adavit":
-        with pytest.raises(TypeError, match="as many heads in every block"):
+        with pytest.raises(TypeError, match=r"AdaViT needs equal heads, but the blocks of .* have 2 or 4"):
             ALL[name]().build(vit)
         return
     model = vary(METHODS[name].build(vit)).eval().requires_grad_(False)

@@ -104,11 +104,11 @@ class AdaViTConfig(MethodConfig):
         check_fields(self)
         if not self.policies or len(set(self.policies)) < len(self.policies):
             raise ValueError(
-                f"AdaViTConfig.policies must be some of {', '.join(KINDS)}, each once, got {self.policies}"
+                f"{type(self).__name__}.policies must be some of {', '.join(KINDS)}, each once, got {self.policies}"
             )
         if not self.usage_weight and (self.diversity_weight or self.entropy_weight or any(self.minimum_weights)):
             raise ValueError(
-                "AdaViTConfig.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
+                f"{type(self).__name__}.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
             )
 
     def build(self, vit: VisionTransformer) -> "AdaViT":
@@ -173,7 +173,7 @@ class AdaViT(AdaptiveViT):
             first = getattr(config, name)
             if first >= size and kinds & set(config.policies):
                 raise ValueError(
-                    f"AdaViTConfig.{name} is block {first}, but {model_name(vit)} has blocks 0..{size - 1}"
+                    f"{type(config).__name__}.{name} is block {first}, but {model_name(vit)} has blocks 0..{size - 1}"
                 )
         check_gated(vit, config.heads_take if "heads" in config.policies else None)
         self.plain_mlp = has_plain_mlp(vit)
@@ -391,7 +391,7 @@ class AdaViT(AdaptiveViT):
         least = self.share(Policies(**off), grid).item()
         if target < least:
             raise ValueError(
-                f"AdaViTConfig.macs_target is {target:g}, but what these policies cannot leave out of "
+                f"{type(self.config).__name__}.macs_target is {target:g}, but what these policies cannot leave out of "
                 f"{model_name(self.vit)} takes {least:.3g} of its MACs"
             )
 

@@ -62,7 +62,7 @@ class ATSConfig(MethodConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         if isinstance(self.tokens, Sequence) and list(self.tokens) != sorted(self.tokens, reverse=True):
-            raise ValueError(f"ATSConfig.tokens must not grow from block to block, got {self.tokens}")
+            raise ValueError(f"{type(self).__name__}.tokens must not grow from block to block, got {self.tokens}")
 
     def schedule(self, blocks: int) -> tuple[int | None, ...]:
         """K of so many sampling blocks; a schedule is returned as it is."""
@@ -88,19 +88,20 @@ class ATS(AdaptiveViT):
 
     def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
         super().__init__(vit, config)
+        own = type(config).__name__
         blocks = tuple(range(self.depth // 4, self.depth)) if config.blocks is None else tuple(config.blocks)
         beyond = [block for block in blocks if block >= self.depth]
         if beyond:
             name = model_name(vit)
-            raise ValueError(f"ATSConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}")
+            raise ValueError(f"{own}.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}")
         counts = config.schedule(len(blocks))
         if len(counts) != len(blocks):
-            raise ValueError(f"ATSConfig.tokens has {len(counts)} numbers for {len(blocks)} blocks: {blocks}")
+            raise ValueError(f"{own}.tokens has {len(counts)} numbers for {len(blocks)} blocks: {blocks}")
         self.points: dict[int, int | None] = dict(zip(blocks, counts, strict=True))
         if self.read is not None:
             self.points.pop(self.depth - 1, None)  # nothing would read what it keeps
         if not self.points:
-            raise ValueError(f"ATSConfig.blocks={blocks} is the last block only, of which just the class token is read")
+            raise ValueError(f"{own}.blocks={blocks} is the last block only, of which just the class token is read")
         for block in self.points:
             self.sampling_points(block, math.prod(patch_grid(vit)))
 

@@ -70,12 +70,12 @@ class AViTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        parts = len(self.prior_weights or ())
+        parts, own = len(self.prior_weights or ()), type(self).__name__
         for name in ("prior", "prior_depth", "prior_scale"):
             value = getattr(self, name)
             if isinstance(value, tuple) and (len(value) != parts or not parts):
                 raise ValueError(
-                    f"AViTConfig.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
+                    f"{own}.{name} has {len(value)} values, but prior_weights has {parts}: a mixture takes one "
                     "weight for each"
                 )
 
@@ -132,7 +132,8 @@ class AViT(AdaptiveViT):
         for depth in each(config.prior_depth):
             if not 1 <= depth <= blocks:
                 raise ValueError(
-                    f"AViTConfig.prior_depth must lie in 1..{blocks}, the blocks of this ViT, got {depth:g}"
+                    f"{type(config).__name__}.prior_depth must lie in 1..{blocks}, the blocks of this ViT, got "
+                    f"{depth:g}"
                 )
         parts = [self.target(name, peak, scale) for name, peak, scale in zip(*settings, strict=True)]
         self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)

@@ -78,7 +78,7 @@ class DynamicViTConfig(MethodConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         if isinstance(self.keep_rate, Sequence) and any(b > a for a, b in pairwise(self.keep_rate)):
-            raise ValueError(f"DynamicViTConfig.keep_rate must not grow from stage to stage, got {self.keep_rate}")
+            raise ValueError(f"{type(self).__name__}.keep_rate must not grow from stage to stage, got {self.keep_rate}")
 
     def build(self, vit: VisionTransformer) -> "DynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained.
@@ -147,7 +147,7 @@ class DynamicViT(AdaptiveViT):
         beyond = [block for block in self.stages if block >= self.depth]
         if beyond:
             raise ValueError(
-                f"DynamicViTConfig.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}"
+                f"{type(config).__name__}.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 1}"
             )
         if not self.stages:
             raise ValueError(
@@ -156,7 +156,7 @@ class DynamicViT(AdaptiveViT):
         rates = config.keep_rate
         if isinstance(rates, Sequence) and len(rates) != len(self.stages):
             stages = f"{len(self.stages)} stages, before blocks {self.stages}"
-            raise ValueError(f"DynamicViTConfig.keep_rate has {len(rates)} numbers, but {name} has {stages}")
+            raise ValueError(f"{type(config).__name__}.keep_rate has {len(rates)} numbers, but {name} has {stages}")
         if dim % 4:
             raise ValueError(f"{name} has {dim} channels, but DynamicViT's predictors need a multiple of 4")
         self.score_predictor = nn.ModuleList(Predictor(dim) for _ in self.stages).to(next(vit.parameters()))

@@ -31,9 +31,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
-from adaptvit.methods import ats, ats_released
+from adaptvit.methods import ats
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.released import ReleasedATSConfig
+from adaptvit.methods.released import ats as ats_released
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
 from adaptvit.vit import add_attention, embed, project, run_block
@@ -361,7 +362,7 @@ def test_vit_pytorchs_sampler(lucidrains_sampler: Path) -> None:
     arrays = {name: torch.from_numpy(value) for name, value in recorded.arrays.items()}
     live = arrays["mask"].bool()[:, 1:]
     attention, size = arrays["attn"][:, :, 0].transpose(1, 2), arrays["value"].norm(dim=-1).transpose(1, 2)
-    score = ats.normalise(ats.significance(attention, size)[:, 1:] * live, live)
+    score = ats.normalise(ats.ATS.significance(None, attention, size)[:, 1:] * live, live)
     torch.testing.assert_close(score, arrays["prob"] * live, atol=2e-6, rtol=1e-4)
     kept = ats.draw(score, arrays["gumbel"])
     ids = [[position - 1 for position in row if position > 0] for row in arrays["ids"].tolist()]

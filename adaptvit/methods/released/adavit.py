@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout, normalize
 
+from adaptvit.checks import In
 from adaptvit.gated import Gates
 from adaptvit.gates import entropy, gumbel_difference, straight_through
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig, Policies
@@ -53,7 +54,7 @@ class ReleasedAdaViTConfig(AdaViTConfig):
     title: ClassVar[str] = "AdaViT as released"
     role: ClassVar[Role] = "released"
 
-    macs_target: float | None = None
+    macs_target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = None
     """None: there is no such loss."""
     attention_mask: Literal["keys", "keys with gradient", "after softmax"] = "keys"
     """In training patches that are off are hidden before the softmax, with or without a gradient through the mask, or
