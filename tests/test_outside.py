@@ -57,7 +57,7 @@ def test_the_commands_take_it(known: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sizes = "--recipe.epochs 1 --recipe.batch_size 64 --recipe.warmup_epochs 0 --recipe.ease_epochs 0"
     words = f"train digits --method-name {known} --method.threshold 0.7 {sizes} --recipe.target 0.85 --output {run}"
-    assert cli.main(words.split()) == 0
+    assert cli.main([*words.split(), "--data.workers", "0"]) == 0
     trained = load(run / "model.safetensors")
     assert trained.config.method == known
     assert trained.dial is not None
@@ -99,11 +99,13 @@ def test_a_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
     told = tmp_path / "norm_method-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: norm-method\nVersion: 1.0\n")
-    (told / "entry_points.txt").write_text("[adaptvit.methods]\nnorm = norm_method:NormConfig\n")
+    points = "[adaptvit.methods]\nnorm = norm_method:NormConfig\nlost = norm_method:LostConfig\n"
+    (told / "entry_points.txt").write_text(points)
     code = "from adaptvit.methods import METHODS, untrained; print(METHODS['norm'].__module__, 'norm' in untrained())"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["norm_method", "True"]
+    assert "the method 'lost' of norm_method:LostConfig cannot be loaded: " in said.stderr
 
 
 def test_two_methods_of_one_name_are_refused(example: type[MethodConfig], known: str) -> None:

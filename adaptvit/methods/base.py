@@ -1,8 +1,10 @@
 """What a method is: a config that builds its model, and finds out from images what it can; and how others add theirs.
 
-MethodConfig    what adapt, commands, recipes, comparisons, playground and checkpoints speak with
-DropConfig      a method that is one function: which tokens go on after a block
-Methods         the methods by name: the library's own, and those of packages outside
+    MethodConfig    what adapt, commands, recipes, comparisons, playground and checkpoints speak with
+    DropConfig      a method that is one function: which tokens go on after a block
+    Methods         the methods by name: the library's own, and those of packages outside
+
+Nothing above tells one method from another by its name or its class.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from adaptvit.budget import Trial, measure_dial, meet_target
 from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.terminal import warn
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 
@@ -116,8 +119,9 @@ def turned(
             tell(trial)
 
     meet_target(model, images, target, tell=note, **search)
-    some = images[:: max(1, len(images) // DIAL)][:DIAL]
-    model.dial = measure_dial(model, some, seen if len(some) == len(images) else {})
+    if len(images) > DIAL:
+        images, seen = images[torch.linspace(0, len(images) - 1, DIAL).long()], {}
+    model.dial = measure_dial(model, images, seen)
     return model
 
 
@@ -161,8 +165,10 @@ class DroppingViT(AdaptiveViT):
 class Methods(Mapping[str, type[MethodConfig]]):
     """Config types by the names of their methods; those of other packages are found by the entry points `GROUP`.
 
-    [project.entry-points."adaptvit.methods"]
-    norm = "my_package:NormConfig"
+        [project.entry-points."adaptvit.methods"]
+        norm = "my_package:NormConfig"
+
+    One that cannot be loaded is named in a warning, and left out.
     """
 
     GROUP = "adaptvit.methods"
@@ -185,7 +191,10 @@ class Methods(Mapping[str, type[MethodConfig]]):
         if not self._searched:  # not before somebody asks: those packages import this one
             self._searched = True
             for point in entry_points(group=self.GROUP):
-                self.register(point.load())
+                try:
+                    self.register(point.load())
+                except Exception as error:  # whatever another package's import raises
+                    warn(f"the method {point.name!r} of {point.value} cannot be loaded: {error}", stacklevel=3)
         return self._known
 
     def __getitem__(self, name: str) -> type[MethodConfig]:
