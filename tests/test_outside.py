@@ -57,7 +57,8 @@ def test_the_commands_take_it(known: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sizes = "--recipe.epochs 1 --recipe.batch_size 64 --recipe.warmup_epochs 0 --recipe.ease_epochs 0"
     words = f"train digits --method-name {known} --method.threshold 0.7 {sizes} --recipe.target 0.85 --output {run}"
-    assert cli.main([*words.split(), "--data.workers", "0"]) == 0
+    small = "{img_size: 32, patch_size: 8, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 2}"
+    assert cli.main([*words.split(), "--model_args", small, "--data.workers", "0"]) == 0
     trained = load(run / "model.safetensors")
     assert trained.config.method == known
     assert trained.dial is not None
