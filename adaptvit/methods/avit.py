@@ -101,14 +101,17 @@ class AViTConfig(MethodConfig):
             TypeError: the ViT's residual stream cannot be turned, or it has no class token.
             ValueError: what `fit_gate` raises.
         """
-        vit = copy.deepcopy(vit).eval()
-        scale, _ = fit_gate(vit, images)
-        return replace(self, gate_scale=self.sharpness * scale, class_token="stays").build(vit)
+        turned, scale = _with_gate(vit, images)
+        return replace(self, gate_scale=self.sharpness * scale, class_token="stays").build(turned)
 
     def prepared(self, vit: VisionTransformer, images: Tensor) -> VisionTransformer:
-        vit = copy.deepcopy(vit).eval()
-        fit_gate(vit, images)
-        return vit
+        return _with_gate(vit, images)[0]
+
+
+def _with_gate(vit: VisionTransformer, images: Tensor) -> tuple[VisionTransformer, float]:
+    """A copy of `vit` that carries the gate fitted to images, and the scale of that gate."""
+    vit = copy.deepcopy(vit).eval()
+    return vit, fit_gate(vit, images)[0]
 
 
 def each(value: Any, parts: int = 1) -> tuple[Any, ...]:
