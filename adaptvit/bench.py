@@ -21,7 +21,7 @@ from adaptvit.checkpoints import is_stored, open_model, remade
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods import METHODS, MethodConfig, dense, is_dense
+from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.terminal import warn
@@ -40,8 +40,8 @@ class BenchConfig:
     """Name of a timm ViT, whose weights are random, which its speed does not depend on; or a file, folder or repository
     of a model, as other commands take it, with its own."""
     method: Annotated[str | None, OneOf(METHODS)] = None
-    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, the first of them where it is
-    a plain ViT."""
+    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, `DEFAULT` where it is a
+    plain ViT."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
@@ -72,7 +72,7 @@ class BenchConfig:
         check_fields(self)
         stored = is_stored(self.model)
         if self.method is not None or not stored:
-            self.of(METHODS[self.method or next(iter(METHODS))]())
+            self.of(METHODS[self.method or DEFAULT]())
         if self.images % self.batch_size:
             raise ValueError(
                 f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
@@ -191,7 +191,7 @@ def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
         ValueError: it has a method already, which is another; or the settings are not of its own.
     """
     if is_dense(model):
-        return config.of(METHODS[config.method or next(iter(METHODS))]()).build(model.vit)
+        return config.of(METHODS[config.method or DEFAULT]()).build(model.vit)
     if config.method not in (None, model.config.method):
         raise ValueError(
             f"{config.model} is {model.config.method} already; method {config.method!r} is for a plain ViT"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, checked
-from adaptvit.methods import METHODS, MethodConfig
+from adaptvit.methods import DEFAULT, METHODS, MethodConfig
 from adaptvit.model import AdaptiveViT
 
 
@@ -38,7 +38,7 @@ def adapt(
         ValueError: the method has to be trained, or a target that cannot be met.
     """
     check_target(target, unit)
-    config = next(iter(METHODS.values()))() if config is None else config
+    config = METHODS[DEFAULT]() if config is None else config
     if config.trained:
         raise ValueError(
             f"{config.title} decides by what training gives it, which images alone cannot: train it, and then give it "

@@ -33,7 +33,9 @@ METHODS = Methods(
     ReleasedAdaViTConfig,
     ReleasedDynamicViTConfig,
 )
-"""Config types by name. The first is what a ViT becomes unless told."""
+"""Config types by name."""
+DEFAULT = MergeConfig.method
+"""What a ViT becomes unless told."""
 
 
 def untrained() -> tuple[str, ...]:
@@ -57,4 +59,4 @@ def is_dense(model: AdaptiveViT) -> bool:
     return model.config.role == "dense"
 
 
-__all__ = ["METHODS", "MethodConfig", "dense", "is_dense", "named", "turned", "untrained"]
+__all__ = ["DEFAULT", "METHODS", "MethodConfig", "dense", "is_dense", "named", "turned", "untrained"]
