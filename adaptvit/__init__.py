@@ -2,9 +2,9 @@
 
 from importlib.metadata import version
 
-from adaptvit import names as names  # registers the A-ViT models with timm
+from adaptvit.adapt import adapt
+from adaptvit.backbones.parts import ViTConfig
 from adaptvit.budget import measure_dial, meet_target
-from adaptvit.checkpoints import convert, load, save
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
@@ -15,10 +15,10 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.parts import ViTConfig
 from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.untrained import adapt
 from adaptvit.usage import Output, Usage, join
+from adaptvit.weights import names as names  # which registers them with timm
+from adaptvit.weights.checkpoints import convert, load, save
 
 __version__ = version("adaptvit")
 
@@ -53,3 +53,7 @@ __all__ = [
     "meet_target",
     "save",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,26 +20,26 @@ import yaml
 from accelerate import PartialState  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from adaptvit import demo
-from adaptvit.bench import BenchConfig, bench
 from adaptvit.budget import Trial
-from adaptvit.checkpoints import convert
-from adaptvit.compare import Row, compare, table
-from adaptvit.compare_methods import MethodsConfig, compare_methods
-from adaptvit.compare_methods import table as compared_table
-from adaptvit.comparisons import COMPARISONS
+from adaptvit.commands import demo
+from adaptvit.commands.bench import BenchConfig, bench
+from adaptvit.commands.compare import Row, compare, table
+from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
+from adaptvit.commands.compare_methods import table as compared_table
+from adaptvit.commands.comparisons import COMPARISONS
+from adaptvit.commands.draw import DrawConfig, draw
+from adaptvit.commands.playground import PlaygroundConfig
+from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import LeftOut, Unreadable
-from adaptvit.draw import DrawConfig, draw
-from adaptvit.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.files import append_csv, as_json, check_is_file, check_output, read_csv, write_atomically
+from adaptvit.measure.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.methods import METHODS
-from adaptvit.playground import PlaygroundConfig
-from adaptvit.predict import PredictConfig, predict
 from adaptvit.process import as_found
-from adaptvit.recipes import RECIPES
-from adaptvit.report import Table
-from adaptvit.run import Run, run, set_budget
+from adaptvit.show.report import Table
 from adaptvit.terminal import leave, say
+from adaptvit.training.recipes import RECIPES
+from adaptvit.training.run import Run, run, set_budget
+from adaptvit.weights.checkpoints import convert
 
 Config = TypeVar("Config")
 
@@ -488,7 +488,7 @@ def playground_parser() -> ArgumentParser:
 def run_playground(arguments: Namespace) -> None:
     """Serve the page until stopped."""
     try:
-        from adaptvit.page import serve
+        from adaptvit.commands.page import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

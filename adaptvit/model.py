@@ -10,10 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.macs import Shape
-from adaptvit.tokens import Tokens
-from adaptvit.usage import Output, Usage
-from adaptvit.vit import (
+from adaptvit.backbones.vit import (
     Projected,
     check,
     check_offers,
@@ -29,6 +26,9 @@ from adaptvit.vit import (
     shape_of,
     timm_config,
 )
+from adaptvit.macs import Shape
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Output, Usage
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class AdaptiveViT(nn.Module, ABC):
         """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
 
         Args:
-            chosen, projected, bias: as `adaptvit.vit.run_block` takes them.
+            chosen, projected, bias: as `adaptvit.backbones.vit.run_block` takes them.
         """
         if chosen is None and self.reads_few(number):
             assert self.read is not None

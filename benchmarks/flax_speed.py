@@ -15,7 +15,7 @@ import flax
 import jax
 
 from adaptvit.flax import ViT
-from adaptvit.timing import interleaved
+from adaptvit.measure.speed import interleaved
 
 IMAGE, PATCH = 256, 16
 SETTINGS = {

@@ -13,11 +13,11 @@ import torch
 from timm.data import resolve_model_data_config
 
 from adaptvit import Masked, Packed, dense_macs, macs
-from adaptvit.checkpoints import open_model
 from adaptvit.data import DataConfig, collate, open_split
-from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json
-from adaptvit.timing import interleaved
+from adaptvit.measure.evaluate import evaluate
+from adaptvit.measure.speed import interleaved
+from adaptvit.weights.checkpoints import open_model
 
 BATCH, ROUNDS = 64, 20
 

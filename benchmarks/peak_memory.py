@@ -11,7 +11,7 @@ import timm
 import torch
 
 from adaptvit import AViTConfig, FullConfig, Packed
-from adaptvit.bench import BenchConfig, bench_images
+from adaptvit.commands.bench import BenchConfig, bench_images
 
 MODEL, BATCH, GATE_CENTER = "deit_small_patch16_224", 32, 5.49
 

@@ -20,13 +20,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
-from adaptvit.checkpoints import start_from
+from adaptvit.adapt import INFLECTIONS
 from adaptvit.data import DataConfig, open_split
 from adaptvit.files import as_json
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.run import spread_over
-from adaptvit.untrained import INFLECTIONS
+from adaptvit.training.run import spread_over
+from adaptvit.weights.checkpoints import start_from
 
 BATCH, THREADS = 50, 1
 SCHEDULES = (8, 12, 16)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import adaptvit
 from adaptvit import AViTConfig, ViTConfig
-from adaptvit.parts import BLOCKS, NORMS, Mixer
+from adaptvit.backbones.parts import BLOCKS, NORMS, Mixer
 from adaptvit.tokens import Tokens
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import adaptvit
-from adaptvit.priors import PRIORS, halting_prior
+from adaptvit.methods.priors import PRIORS, halting_prior
 
 
 def logistic(depths: Tensor, target: float, scale: float) -> Tensor:

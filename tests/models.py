@@ -17,12 +17,12 @@ from adaptvit import (
     MergeConfig,
     ToMeConfig,
 )
+from adaptvit.backbones.parts import add_representation, set_head_dim
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.ats import RandomConfig
 from adaptvit.methods.dynamicvit import DynamicViT
 from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
-from adaptvit.parts import add_representation, set_head_dim
 
 PARTS = {"model_name": "parts_vit", "embed_dim": 48, "dynamic_img_size": None}
 FLAVOURS: dict[str, dict[str, Any]] = {

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
+from adaptvit.backbones.parts import Rotary
+from adaptvit.backbones.vit import attention_received, project
 from adaptvit.methods.ats import RandomConfig, draw, gumbel_noise, inverse_transform, normalise, random_order
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.methods.released import ats as ats_released
-from adaptvit.parts import Rotary
 from adaptvit.tokens.kernels import ROWS
-from adaptvit.vit import attention_received, project
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 SEEDS = st.integers(0, 10_000)

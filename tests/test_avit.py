@@ -12,8 +12,8 @@ from torch.nn.functional import kl_div
 
 from adaptvit import AViTConfig, Masked, Packed, dense_macs, load, macs, save
 from adaptvit.methods.avit import LEAST_SHARE, halt, kl_divergence
+from adaptvit.methods.priors import PRIORS, halting_prior
 from adaptvit.methods.released import ReleasedAViTConfig
-from adaptvit.priors import PRIORS, halting_prior
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 GATE = {"gate_scale": 4.0, "gate_center": 2.0}

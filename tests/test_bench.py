@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adaptvit.bench import BenchConfig, bench
 from adaptvit.cli import main
+from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.methods import METHODS
 
 SMALL = {"img_size": 64, "images": 8, "batch_size": 4, "rounds": 2, "threads": 1}

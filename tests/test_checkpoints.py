@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import adaptvit
 from adaptvit import AdaViTConfig, AViTConfig, FullConfig, Knob
-from adaptvit.checkpoints import gate_in_name, resize_positions, start_from
+from adaptvit.backbones.t2t import t2t_vit
 from adaptvit.methods.full import Full
-from adaptvit.t2t import t2t_vit
+from adaptvit.weights.checkpoints import gate_in_name, resize_positions, start_from
 
 TINY = "avit_tiny_patch16_224"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

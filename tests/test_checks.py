@@ -20,21 +20,21 @@ from hypothesis import strategies as st
 from models import images, small_vit
 
 import adaptvit
-from adaptvit.bench import BenchConfig
+from adaptvit.backbones.parts import ViTConfig
 from adaptvit.checks import Ascending, In, OneOf, check_device, check_fields, checked, quoted
-from adaptvit.compare import Comparison
-from adaptvit.compare_methods import MethodsConfig
+from adaptvit.commands.bench import BenchConfig
+from adaptvit.commands.compare import Comparison
+from adaptvit.commands.compare_methods import MethodsConfig
+from adaptvit.commands.demo import DemoConfig
+from adaptvit.commands.draw import DrawConfig
+from adaptvit.commands.playground import PlaygroundConfig
+from adaptvit.commands.predict import PredictConfig
 from adaptvit.data import DataConfig
-from adaptvit.demo import DemoConfig
-from adaptvit.draw import DrawConfig
-from adaptvit.evaluate import EvaluateConfig
+from adaptvit.measure.evaluate import EvaluateConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
-from adaptvit.parts import ViTConfig
-from adaptvit.playground import PlaygroundConfig
-from adaptvit.predict import PredictConfig
-from adaptvit.run import Run
-from adaptvit.train import Recipe
+from adaptvit.training.loop import Recipe
+from adaptvit.training.run import Run
 
 RUN = Run(method=FullConfig(), data=DataConfig(), recipe=Recipe(epochs=2))
 NEEDED: dict[type, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def declared(kind: Any) -> bool:
 def test_every_config_is_in_the_table() -> None:
     found = set()
     for module in pkgutil.walk_packages(adaptvit.__path__, "adaptvit."):
-        if module.name.startswith("adaptvit.flax") or module.name == "adaptvit.page":
+        if module.name.startswith("adaptvit.flax") or module.name == "adaptvit.commands.page":
             continue  # which need packages that are not always here
         for name, kind in vars(importlib.import_module(module.name)).items():
             if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and name.endswith("Config"):

@@ -18,8 +18,8 @@ from PIL import Image
 
 from adaptvit import cli, load, save
 from adaptvit.cli import train_parser
-from adaptvit.recipes import RECIPES
-from adaptvit.run import Run
+from adaptvit.training.recipes import RECIPES
+from adaptvit.training.run import Run
 
 
 def said(capsys: pytest.CaptureFixture) -> str:

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from adaptvit import AViTConfig, checkpoints, compare, files, records
-from adaptvit import run as running
+from adaptvit import AViTConfig, files, records
 from adaptvit.cli import main
-from adaptvit.compare import Comparison, Row
-from adaptvit.comparisons import COMPARISONS
+from adaptvit.commands import compare
+from adaptvit.commands.compare import Comparison, Row
+from adaptvit.commands.comparisons import COMPARISONS
 from adaptvit.data import DataConfig
-from adaptvit.run import Run
-from adaptvit.train import Recipe
+from adaptvit.training import run as running
+from adaptvit.training.loop import Recipe
+from adaptvit.training.run import Run
+from adaptvit.weights import checkpoints
 
 SIZES = {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 3}
 

@@ -17,22 +17,12 @@ from models import small_vit
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from adaptvit import (
-    AdaptiveViT,
-    AViTConfig,
-    DynamicViTConfig,
-    FullConfig,
-    MethodConfig,
-    adapt,
-    compare_methods,
-    load,
-    macs,
-    save,
-)
+from adaptvit import AdaptiveViT, AViTConfig, DynamicViTConfig, FullConfig, MethodConfig, adapt, load, macs, save
 from adaptvit.cli import main
-from adaptvit.compare_methods import MethodsConfig, Outcome, Row, table
+from adaptvit.commands import compare_methods
+from adaptvit.commands.compare_methods import MethodsConfig, Outcome, Row, table
 from adaptvit.data import DataConfig, open_split
-from adaptvit.pictures import one_below_another
+from adaptvit.show.pictures import one_below_another
 
 QUICK = {"workers": 0, "timed": 4, "rounds": 1, "latencies": 2, "calibration": 8, "pictures": 1}
 

@@ -27,7 +27,7 @@ from adaptvit.data import (
     open_split,
 )
 from adaptvit.data import sets as data_module
-from adaptvit.train import Recipe, train
+from adaptvit.training.loop import Recipe, train
 
 PLAIN = DataConfig(workers=0)
 

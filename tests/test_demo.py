@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import adaptvit.demo
-from adaptvit.checkpoints import load
+import adaptvit.commands.demo
+from adaptvit.commands.demo import DemoConfig, run, small_vit
 from adaptvit.data import digits
-from adaptvit.demo import DemoConfig, run, small_vit
-from adaptvit.train import Recipe
+from adaptvit.training.loop import Recipe
+from adaptvit.weights.checkpoints import load
 
 TINY = DemoConfig(
     size=16,
@@ -19,7 +19,7 @@ TINY = DemoConfig(
     heads=2,
     dense=Recipe(epochs=2, batch_size=96, optimizer="muon", learning_rate=0.02),
     adaptive=Recipe(epochs=2, batch_size=96, learning_rate=1e-4),
-    method=replace(adaptvit.demo.METHOD, prior_depth=2),
+    method=replace(adaptvit.commands.demo.METHOD, prior_depth=2),
     target=0.75,
     calibration=32,
     batch=16,
@@ -35,7 +35,7 @@ def test_the_demo_runs_from_end_to_end_and_goes_on_where_it_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.demo, "save", stop)
+        patch.setattr(adaptvit.commands.demo, "save", stop)
         with pytest.raises(KeyboardInterrupt, match="goes on after the last finished"):
             run(tmp_path, TINY)
     assert not (tmp_path / "report.html").exists()

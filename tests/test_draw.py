@@ -10,10 +10,10 @@ from scipy.stats import spearmanr
 from timm.data import create_transform, resolve_model_data_config
 
 import adaptvit
-from adaptvit import draw as module
 from adaptvit.cli import main
+from adaptvit.commands import draw as module
+from adaptvit.commands.draw import DrawConfig, draw, shortened, spearman
 from adaptvit.data import read_image
-from adaptvit.draw import DrawConfig, draw, shortened, spearman
 from adaptvit.methods.avit import AViT
 from adaptvit.usage import Output, Usage
 

@@ -12,7 +12,7 @@ from test_usage import kept
 
 from adaptvit import ATSConfig, EViTConfig, FullConfig, Masked, MergeConfig, Packed, cli, dense_macs, macs, save
 from adaptvit.data import Images, Unreadable
-from adaptvit.evaluate import EvaluateConfig, evaluate, evaluate_model, speed
+from adaptvit.measure.evaluate import EvaluateConfig, evaluate, evaluate_model, speed
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,23 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-import adaptvit.draw
-import adaptvit.predict
 from adaptvit import AdaViTConfig, FullConfig, MergeConfig, ToMeConfig, adapt, cli, meet_target, save
-from adaptvit.bench import BenchConfig, bench
 from adaptvit.budget import attempt
+from adaptvit.commands import draw
+from adaptvit.commands import predict as predicting
+from adaptvit.commands.bench import BenchConfig, bench
+from adaptvit.commands.playground import DIGITS, Playground, PlaygroundConfig, Session
+from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import Images, Unreadable
-from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json
+from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.methods import untrained
 from adaptvit.methods.adavit import fit_policies
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.playground import DIGITS, Playground, PlaygroundConfig, Session
-from adaptvit.predict import PredictConfig, predict
-from adaptvit.run import set_budget
+from adaptvit.training.run import set_budget
 
 
 def spoilt_head(file: Path) -> Path:
@@ -111,8 +111,8 @@ def test_a_weight_that_no_logit_shows_is_named() -> None:
 
 def test_predict_names_what_has_no_finite_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(FullConfig().build(small_vit()), tmp_path / "model.safetensors")
-    opened = adaptvit.predict.open_model
-    monkeypatch.setattr(adaptvit.predict, "open_model", lambda model: fails_on_dark(opened(model)))
+    opened = predicting.open_model
+    monkeypatch.setattr(predicting, "open_model", lambda model: fails_on_dark(opened(model)))
     for ending in ("csv", "jsonl"):
         config = PredictConfig(
             model=str(tmp_path / "model.safetensors"),
@@ -144,8 +144,8 @@ def test_the_command_line_counts_them_and_exits_1(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(FullConfig().build(small_vit()), tmp_path / "model.safetensors")
-    opened = adaptvit.predict.open_model
-    monkeypatch.setattr(adaptvit.predict, "open_model", lambda model: fails_on_dark(opened(model)))
+    opened = predicting.open_model
+    monkeypatch.setattr(predicting, "open_model", lambda model: fails_on_dark(opened(model)))
     output = tmp_path / "out.csv"
     model = str(tmp_path / "model.safetensors")
     assert cli.main(["predict", model, str(folder), "--output", str(output), "--workers", "0", "--top", "2"]) == 1
@@ -158,11 +158,11 @@ def test_the_command_line_counts_them_and_exits_1(
 
 def test_draw_names_what_has_no_finite_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(METHODS["avit"].build(small_vit()), tmp_path / "model.safetensors")
-    opened = adaptvit.draw.open_model
-    monkeypatch.setattr(adaptvit.draw, "open_model", lambda model: fails_on_dark(opened(model)))
+    opened = draw.open_model
+    monkeypatch.setattr(draw, "open_model", lambda model: fails_on_dark(opened(model)))
     for kind in ({"summary": True}, {"per_class": True}):
-        config = adaptvit.draw.DrawConfig(str(tmp_path / "model.safetensors"), folder, tmp_path / "drawn", **kind)
-        (one,) = adaptvit.draw.draw(config).unreadable
+        config = draw.DrawConfig(str(tmp_path / "model.safetensors"), folder, tmp_path / "drawn", **kind)
+        (one,) = draw.draw(config).unreadable
         assert "class0" in one.name
         assert one.reason == "the model's logits for it are not finite"
 
@@ -228,7 +228,7 @@ def test_bench_times_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
         return torch.full((2, 3, 224, 224), torch.nan)
 
-    monkeypatch.setattr("adaptvit.bench.bench_images", spoil)
+    monkeypatch.setattr("adaptvit.commands.bench.bench_images", spoil)
     config = BenchConfig(model="test_vit", img_size=224, batch_size=1, images=2, rounds=1, target=None, threads=1)
     with pytest.raises(ValueError, match="the logits of all 2 images are not finite"):
         bench(config)

@@ -6,9 +6,9 @@ import torch
 from models import small_vit
 from torch import Tensor
 
+from adaptvit.backbones.vit import attention_received, embed, project, run_block, set_channel
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
-from adaptvit.vit import attention_received, embed, project, run_block, set_channel
 
 FLAVOURS = {
     "plain": {},

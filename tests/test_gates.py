@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from adaptvit.gates import annealed, entropy, gate, gumbel_difference, log_odds, straight_through
+from adaptvit.methods.gates import annealed, entropy, gate, gumbel_difference, log_odds, straight_through
 from adaptvit.methods.released import adavit
 
 

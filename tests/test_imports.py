@@ -1,64 +1,29 @@
-"""Imports go down only."""
+"""Imports go down only: the floors are those that docs/design.md draws."""
 
 import ast
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "adaptvit"
+import adaptvit
 
-LAYERS: list[set[str]] = [
-    {"checks"},
-    {"files", "process", "terminal"},
-    {"records", "tensorfiles"},
-    {"tokens.base", "tokens.kernels"},
-    {"tokens.masked", "tokens.packed"},
-    {"seeds", "macs", "tokens", "priors", "losses", "t2t", "gates"},
-    {"usage", "parts"},
-    {"vit"},
-    {"model", "gated"},
-    {"budget", "timing"},
-    {"methods.base"},
-    {"methods.regression", "methods.full"},
-    {"methods.avit_gate"},
-    {
-        "methods.avit",
-        "methods.ats",
-        "methods.adavit",
-        "methods.evit",
-        "methods.dynamicvit",
-        "methods.tome",
-    },
-    {"methods.released.avit", "methods.released.ats", "methods.released.adavit", "methods.released.dynamicvit"},
-    {"methods.released"},
-    {"methods"},
-    {"flax.samplers"},
-    {"flax.ats_vit"},
-    {"flax", "flax.convert"},
-    {"names"},
-    {"data.images", "data.preparation", "data.classes", "data.tars"},
-    {"data.folders"},
-    {"data.libraries", "data.shards"},
-    {"data.sets"},
-    {"pictures", "checkpoints", "data"},
-    {"evaluate", "bench", "report", "untrained"},
-    {"train", "predict", "draw"},
-    {"run", "demo"},
-    {"recipes", "compare", "compare_methods", "playground"},
-    {"comparisons", "page"},
-    {"cli"},
-]
-"""A module imports from the layers above its own only; `adaptvit` itself, the public names, may import all but cli."""
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "adaptvit"
+DRAWING = (ROOT / "docs" / "design.md").read_text().split("## Floors")[1].split("\n## ")[0]
+FLOORS = [words.split() for words in re.findall(r"^    ((?:\w+(?:/|\.py) ?)+)", DRAWING, flags=re.M)]
+"""Folders and files of the package, from the top."""
 
 FORBIDDEN = {
-    "pictures": ("adaptvit.methods", "adaptvit.vit", "timm"),
-    "macs": ("adaptvit.methods", "adaptvit.vit", "timm"),
+    "show.pictures": ("adaptvit.methods", "adaptvit.backbones", "timm"),
+    "macs": ("timm",),
     "usage": ("timm",),
     **{f"tokens.{name}": ("timm",) for name in ("base", "kernels", "masked", "packed")},
-    "flax.ats_vit": ("torch", "timm", "adaptvit.tokens", "adaptvit.vit"),
+    "flax.ats_vit": ("torch", "timm", "adaptvit.tokens", "adaptvit.backbones"),
     "flax.samplers": ("torch", "timm"),
 }
-"""What a module must not know of, whatever its layer."""
+"""What a module must not know of, whatever its floor."""
 
 
 def modules() -> dict[str, Path]:
@@ -71,13 +36,9 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of the modules that a file imports when it is loaded, type checking apart."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []
+    """Full names of the modules that a file imports, for type checking too."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -87,16 +48,31 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_its_layer() -> None:
-    assert set(modules()) == set().union(*LAYERS)
+def ours(module: str) -> set[str]:
+    """Modules of the package that one of them imports."""
+    return {name.removeprefix("adaptvit.") for name in imported(modules()[module])} & set(modules())
+
+
+def floor(module: str) -> int:
+    top = module.split(".")[0]
+    return next(number for number, names in enumerate(FLOORS) if {f"{top}/", f"{top}.py"} & set(names))
+
+
+def test_the_drawing_has_every_folder_and_file() -> None:
+    there = {path.name + ("/" if path.is_dir() else "") for path in PACKAGE.iterdir()}
+    assert {name for names in FLOORS for name in names} == there - {"__init__.py", "__pycache__/", "py.typed"}
 
 
 @pytest.mark.parametrize("module", modules())
 def test_imports_go_down_only(module: str) -> None:
-    level = next(index for index, layer in enumerate(LAYERS) if module in layer)
-    below = set().union(*LAYERS[:level])
-    ours = {name.removeprefix("adaptvit.") for name in imported(modules()[module]) if name.startswith("adaptvit.")}
-    assert ours & set(modules()) <= below
+    top = module.split(".")[0]
+    above = {name for name in ours(module) if name.split(".")[0] != top and floor(name) <= floor(module)}
+    assert not above
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {module: ours(module) - {module} for module in modules()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # raises CycleError
 
 
 @pytest.mark.parametrize("module", FORBIDDEN)
@@ -110,3 +86,8 @@ def test_only_the_flax_side_needs_jax(module: str) -> None:
     roots = {name.split(".")[0] for name in imported(modules()[module])}
     assert not roots & {"jax", "flax", "optax", "orbax"}
     assert not any(name.startswith("adaptvit.flax") for name in imported(modules()[module]))
+
+
+def test_the_package_shows_its_public_names() -> None:
+    assert dir(adaptvit) == sorted(adaptvit.__all__)
+    assert all(hasattr(adaptvit, name) for name in dir(adaptvit))

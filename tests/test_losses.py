@@ -7,7 +7,7 @@ from models import images, small_vit
 from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig
-from adaptvit.losses import over_processes
+from adaptvit.methods.losses import over_processes
 
 
 def gradient(batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

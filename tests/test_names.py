@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import adaptvit
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
-from adaptvit.names import DYNAMICVIT, EVIT, default_cfgs
+from adaptvit.weights.names import DYNAMICVIT, EVIT, default_cfgs
 
 NAMES = {
     "avit_tiny_patch16_224": (10.0, 30.0),

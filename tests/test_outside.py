@@ -15,8 +15,8 @@ from samples import picture
 from test_imports import PACKAGE, imported, modules
 
 from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
+from adaptvit.commands.playground import Playground, PlaygroundConfig, Session
 from adaptvit.methods import METHODS
-from adaptvit.playground import Playground, PlaygroundConfig, Session
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_method.py"
 NAMED = {"recipes", "comparisons", "demo"}

@@ -29,16 +29,16 @@ from adaptvit import (
     macs,
     save,
 )
-from adaptvit.checkpoints import start_from
+from adaptvit.backbones.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
+from adaptvit.backbones.t2t import sinusoid
+from adaptvit.backbones.vit import describe, project, rebuild, set_channel
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.released import ReleasedAViTConfig
-from adaptvit.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
-from adaptvit.run import Run, run
-from adaptvit.t2t import sinusoid
 from adaptvit.tokens import Tokens
-from adaptvit.train import Recipe
-from adaptvit.vit import describe, project, rebuild, set_channel
+from adaptvit.training.loop import Recipe
+from adaptvit.training.run import Run, run
+from adaptvit.weights.checkpoints import start_from
 
 SIZES: dict[str, Any] = {
     "img_size": 32,

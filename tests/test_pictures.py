@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import METHODS, images, small_vit, vary
 
-from adaptvit.pictures import (
+from adaptvit.show.pictures import (
     cost_histogram,
     curves,
     data_uri,

@@ -26,9 +26,9 @@ from PIL import Image
 from timm.data import create_transform
 
 import adaptvit
-from adaptvit import cli, playground
-from adaptvit.methods import untrained
-from adaptvit.playground import (
+from adaptvit import cli
+from adaptvit.commands import playground
+from adaptvit.commands.playground import (
     DIGITS,
     SEEN,
     SIDE,
@@ -40,6 +40,7 @@ from adaptvit.playground import (
     open_picture,
     steer,
 )
+from adaptvit.methods import untrained
 
 
 @pytest.fixture(scope="module")
@@ -340,14 +341,14 @@ def test_without_gradio_the_command_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "adaptvit.page", raising=False)
+    monkeypatch.delitem(sys.modules, "adaptvit.commands.page", raising=False)
     assert cli.main(["playground"]) == 2
     assert capsys.readouterr().err == "adaptvit: the playground needs gradio: pip install 'adaptvit[playground]'\n"
 
 
 def answered(headers: list[tuple[str, str]], method: str = "GET", path: str = "/config", kind: str = "http") -> bool:
     """Whether a request gets past the page's guard; what does not gets 403 and no CORS header."""
-    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    page = pytest.importorskip("adaptvit.commands.page", reason="gradio is not installed")
     reached, sent = [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -419,7 +420,7 @@ def test_what_gradio_fails_on_is_refused_in_a_sentence(built: Any, monkeypatch: 
 
 
 def test_the_oldest_stored_pictures_are_deleted_first(tmp_path: Path) -> None:
-    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    page = pytest.importorskip("adaptvit.commands.page", reason="gradio is not installed")
 
     def write(name: str, age_s: float) -> None:
         (tmp_path / name).mkdir()
@@ -442,7 +443,7 @@ def test_the_oldest_stored_pictures_are_deleted_first(tmp_path: Path) -> None:
 def test_an_upload_for_which_there_is_no_room_is_refused_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    page = pytest.importorskip("adaptvit.commands.page", reason="gradio is not installed")
     monkeypatch.setattr(page.Stored, "tidy", lambda self: False)
     sent = []
 
@@ -459,7 +460,7 @@ def test_an_upload_for_which_there_is_no_room_is_refused_in_a_sentence(
 def test_what_a_killed_server_left_is_deleted_and_what_others_use_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    page = pytest.importorskip("adaptvit.commands.page", reason="gradio is not installed")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead, other = tmp_path / f"{page.FOLDER}dead", tmp_path / "other"
     for folder in (dead, other):
@@ -478,7 +479,7 @@ def test_what_a_killed_server_left_is_deleted_and_what_others_use_is_not(
 @pytest.fixture(scope="module")
 def built(shared: Playground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page, not served."""
-    page = pytest.importorskip("adaptvit.page", reason="gradio is not installed")
+    page = pytest.importorskip("adaptvit.commands.page", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patched:
         folder = tmp_path_factory.mktemp("stored")
         patched.setenv("GRADIO_TEMP_DIR", str(folder))

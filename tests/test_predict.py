@@ -18,9 +18,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 
-from adaptvit import AViTConfig, FullConfig, load, macs, predict, save
+from adaptvit import AViTConfig, FullConfig, load, macs, save
+from adaptvit.commands import predict
+from adaptvit.commands.predict import FolderImages, PredictConfig, Prediction, find_images
 from adaptvit.methods.avit import AViT
-from adaptvit.predict import FolderImages, PredictConfig, Prediction, find_images
 
 READABLE = ["a/2.png", "a/10.jpg", "B/ümlaut, with comma.png", "cmyk.jpg", "grey16.png", "moving.gif", "palette.png"]
 UNREADABLE = ["a/5 empty.png", "a/6 text.jpg", "cut.jpg"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Cauchy, Distribution, Laplace, LogNormal, Normal, StudentT
 
-from adaptvit.priors import PRIORS, QUASI, SKEW, halting_prior, log_density, mixture, released_target
+from adaptvit.methods.priors import PRIORS, QUASI, SKEW, halting_prior, log_density, mixture, released_target
 
 DEPTHS = torch.arange(1, 13, dtype=torch.float64)
 

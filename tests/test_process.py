@@ -27,20 +27,20 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Dataset
 
-import adaptvit.demo
+import adaptvit.commands.demo
 from adaptvit import AdaptiveViT, FullConfig, cli, save
-from adaptvit.bench import BenchConfig, bench
-from adaptvit.compare import Comparison, compare
-from adaptvit.compare_methods import MethodsConfig, compare_methods
+from adaptvit.commands.bench import BenchConfig, bench
+from adaptvit.commands.compare import Comparison, compare
+from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
+from adaptvit.commands.draw import DrawConfig, draw
+from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import Data, DataConfig, Images, digits
-from adaptvit.draw import DrawConfig, draw
-from adaptvit.evaluate import EvaluateConfig, evaluate, evaluate_model
+from adaptvit.measure.evaluate import EvaluateConfig, evaluate, evaluate_model
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
-from adaptvit.predict import PredictConfig, predict
 from adaptvit.process import as_found
-from adaptvit.run import Run, run, set_budget
-from adaptvit.train import Recipe, train
+from adaptvit.training.loop import Recipe, train
+from adaptvit.training.run import Run, run, set_budget
 
 SHARED = (PartialState, AcceleratorState, GradientState)
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
@@ -117,14 +117,14 @@ def a_run(folder: Path, output: Path, workers: int = 0) -> Run:
     )
 
 
-DEMO = adaptvit.demo.DemoConfig(
+DEMO = adaptvit.commands.demo.DemoConfig(
     size=16,
     dim=24,
     blocks=2,
     heads=2,
     dense=Recipe(epochs=1, warmup_epochs=0, batch_size=480),
     adaptive=Recipe(epochs=1, warmup_epochs=0, batch_size=480),
-    method=replace(adaptvit.demo.METHOD, prior_depth=1),
+    method=replace(adaptvit.commands.demo.METHOD, prior_depth=1),
     target=0.8,
     calibration=16,
     batch=8,
@@ -145,7 +145,7 @@ CALLS: dict[str, Callable[[Path, Path], object]] = {
         PredictConfig(str(folder / "vit.safetensors"), folder / "images", output.with_suffix(".csv"), top=1, workers=1)
     ),
     "bench": lambda folder, output: bench(BENCH),
-    "demo": lambda folder, output: adaptvit.demo.run(output, DEMO),
+    "demo": lambda folder, output: adaptvit.commands.demo.run(output, DEMO),
     "set_budget": lambda folder, output: set_budget(
         str(folder / "vit.safetensors"), folder / "images", output.with_suffix(".safetensors"), 0.9, method="evit"
     ),

@@ -9,8 +9,8 @@ import torch
 from models import images, small_vit
 
 from adaptvit import AViTConfig, FullConfig, Masked, Packed, meet_target
-from adaptvit.parts import BLOCKS, NORMS
-from adaptvit.priors import PRIORS, halting_prior
+from adaptvit.backbones.parts import BLOCKS, NORMS
+from adaptvit.methods.priors import PRIORS, halting_prior
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,8 +56,8 @@ def test_a_prior_kept_elsewhere_is_a_prior(capsys: pytest.CaptureFixture, monkey
 
 
 def test_parts_kept_elsewhere_pack_and_steer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaptvit.parts.NORMS", {**NORMS})  # the rows go when the test ends
-    monkeypatch.setattr("adaptvit.parts.BLOCKS", {**BLOCKS})
+    monkeypatch.setattr("adaptvit.backbones.parts.NORMS", {**NORMS})  # the rows go when the test ends
+    monkeypatch.setattr("adaptvit.backbones.parts.BLOCKS", {**BLOCKS})
     example = runpy.run_path(str(ROOT / "examples" / "your_own_part.py"))
     for block in ("attention", "pool"):
         settings = {"model_name": "parts_vit", "norm": "scale", "block": block, "embed_dim": 48}

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from adaptvit.pictures import data_uri
-from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.pictures import data_uri
+from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 
 
 def report() -> Report:

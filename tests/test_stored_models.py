@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import adaptvit
 from adaptvit import AViTConfig, EViTConfig, FullConfig
-from adaptvit.bench import BenchConfig, bench
-from adaptvit.checkpoints import open_model, start_from
 from adaptvit.cli import main
-from adaptvit.compare import Comparison, compare
+from adaptvit.commands.bench import BenchConfig, bench
+from adaptvit.commands.compare import Comparison, compare
 from adaptvit.data import DataConfig
-from adaptvit.run import Run, run
-from adaptvit.train import Recipe
+from adaptvit.training.loop import Recipe
+from adaptvit.training.run import Run, run
+from adaptvit.weights.checkpoints import open_model, start_from
 
 NAME = "vit_tiny_patch16_224"
 PARTS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -66,7 +66,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise EntryNotFoundError(file)
         return str(tmp_path / "mine" / file)
 
-    monkeypatch.setattr(adaptvit.checkpoints, "hf_hub_download", download)
+    monkeypatch.setattr(adaptvit.weights.checkpoints, "hf_hub_download", download)
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_what_a_stored_method_learnt_is_measured_at_another_size(
         nn.init.normal_(policy.weight)
     adaptvit.save(model, tmp_path / "mine.safetensors")
     measured = []
-    monkeypatch.setattr(adaptvit.bench, "meet_target", lambda model, *_: measured.append(model))
+    monkeypatch.setattr(adaptvit.commands.bench, "meet_target", lambda model, *_: measured.append(model))
     bench(BenchConfig(str(tmp_path / "mine.safetensors"), img_size=48, **BENCH))
     own = {key: value for key, value in model.state_dict().items() if key != "vit.pos_embed"}
     assert all(torch.equal(measured[0].state_dict()[key], value) for key, value in own.items())

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from adaptvit.report import Picture, Report, Section, Table, write
+from adaptvit.show.report import Picture, Report, Section, Table, write
 from adaptvit.terminal import say, shown, warn
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202egnp.exe\u2066\r\n\x9b2J\udcff\u200b"

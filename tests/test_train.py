@@ -15,11 +15,11 @@ from filelock import FileLock
 from models import small_vit
 from torch import Tensor
 
-import adaptvit.train
+import adaptvit.training.loop
 from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, DynamicViTConfig, FullConfig
 from adaptvit.data import Data, Images, Unreadable, digits
-from adaptvit.evaluate import evaluate
-from adaptvit.train import Recipe, fingerprint, train
+from adaptvit.measure.evaluate import evaluate
+from adaptvit.training.loop import Recipe, fingerprint, train
 
 RECIPE = Recipe(epochs=3, batch_size=16, learning_rate=1e-3)
 AVIT = AViTConfig(gate_scale=4.0, gate_center=2.0)
@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     history = train(whole, data, recipe, tmp_path / "whole")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs=1))
+        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=1))
         with pytest.raises(KeyboardInterrupt):
             train(model(config), data, recipe, tmp_path / "resumed")
     torch.manual_seed(99)
@@ -126,7 +126,7 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(
 def interrupted(data: Data, output: Path, epochs: int) -> tuple[Path, Path]:
     """A training stopped after so many epochs: its last two checkpoints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs))
+        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, RECIPE, output)
     (last,) = output.glob("checkpoint-*.pt")
@@ -266,7 +266,7 @@ def test_an_averaged_run_resumes_exactly(data: Data, tmp_path: Path, monkeypatch
     whole, resumed = model(), model()
     history = train(whole, data, recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs=2))
+        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=2))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, recipe, tmp_path / "resumed")
     again = train(resumed, data, recipe, tmp_path / "resumed")
@@ -372,7 +372,7 @@ def test_a_batch_that_cannot_meet_the_target_leaves_the_knob_and_the_run_goes_on
     def out_of_reach(*_: object, **__: object) -> None:
         raise ValueError("no gate_center meets the target")
 
-    monkeypatch.setattr(adaptvit.train, "meet_target", out_of_reach)
+    monkeypatch.setattr(adaptvit.training.loop, "meet_target", out_of_reach)
     recipe = replace(RECIPE, target=0.6, steer_every=2)
     with pytest.warns(UserWarning, match=r"the knob stays as it was at update \d: no gate_center meets the target"):
         history = train(trained, data, recipe, tmp_path)
@@ -394,7 +394,7 @@ def test_gates_cool_to_their_last_temperature_and_so_after_a_resume(
     assert whole.config.temperature == pytest.approx(1.0)
     resumed = model(config)
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.train, "write_atomically", stopping_after(1))
+        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(1))
         with pytest.raises(KeyboardInterrupt):
             train(resumed, data, recipe, tmp_path / "resumed")
     resumed = model(config)
@@ -451,7 +451,7 @@ def test_a_dead_worker_is_said(data: Data, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_last_checkpoint(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.train, "write_atomically", stopping_after(epochs=1))
+        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=1))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, RECIPE, tmp_path)
     (checkpoint,) = tmp_path.glob("checkpoint-*.pt")
@@ -492,7 +492,7 @@ from pathlib import Path
 from models import small_vit
 from adaptvit import AViTConfig
 from adaptvit.data import Images, digits
-from adaptvit.train import Recipe, train
+from adaptvit.training.loop import Recipe, train
 
 torch.set_num_threads(1)
 whole = digits(size=16, margin=2)

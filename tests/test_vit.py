@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adaptvit
 from adaptvit import FullConfig, Masked, Packed
-from adaptvit.parts import representation_names
-from adaptvit.vit import describe, rebuild, set_channel, shape_of
+from adaptvit.backbones.parts import representation_names
+from adaptvit.backbones.vit import describe, rebuild, set_channel, shape_of
 
 NAMES = [
     # DeiT: class token, distilled, DeiT III with LayerScale and positions without the class token

@@ -14,9 +14,9 @@ from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from adaptvit.backbones.vit import model_name
 from adaptvit.flax.ats_vit import Flavour, ViT, pair
 from adaptvit.methods.ats import ATS, ATSConfig
-from adaptvit.vit import model_name
 
 PARTS: tuple[type, ...] = (
     *(VisionTransformer, PatchEmbed, Block, Attention, LayerScale, Mlp, LayerNorm),

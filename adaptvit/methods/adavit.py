@@ -17,17 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adaptvit.budget import BATCH
-from adaptvit.checks import In, OneOf, check_fields
-from adaptvit.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
-from adaptvit.gates import entropy, gate, gumbel_difference, log_odds, probability
-from adaptvit.macs import dense_macs, macs
-from adaptvit.methods.base import MethodConfig
-from adaptvit.methods.regression import Regression, importance
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.usage import Output, Usage, check_finite
-from adaptvit.vit import (
+from adaptvit.backbones.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
+from adaptvit.backbones.vit import (
     attention_norm,
     attention_received,
     embed,
@@ -37,6 +28,15 @@ from adaptvit.vit import (
     project_normed,
     run_block,
 )
+from adaptvit.budget import BATCH
+from adaptvit.checks import In, OneOf, check_fields
+from adaptvit.macs import dense_macs, macs
+from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
+from adaptvit.methods.regression import Regression, importance
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.usage import Output, Usage, check_finite
 
 KINDS = ("patches", "heads", "sublayers")
 

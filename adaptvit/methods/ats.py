@@ -17,18 +17,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import MethodConfig, Role
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
-from adaptvit.vit import (
+from adaptvit.backbones.vit import (
     Projected,
     attention_received,
     model_name,
     patch_grid,
     project,
 )
+from adaptvit.checks import Ascending, In, check_fields
+from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
 
 MOST_POINTS = 65536
 """Sampling points of an image, where a sampler handles them one by one."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.priors import PRIORS, halting_prior, mixture
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.priors import PRIORS, halting_prior, mixture
 from adaptvit.terminal import warn
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
@@ -54,7 +54,7 @@ class AViTConfig(MethodConfig):
     prior_weight: Annotated[float, In("[0, inf)")] = 1e-3
     """alpha_d, the weight of the distribution loss; 0 switches it off."""
     prior: Annotated[tuple[str, ...] | str, OneOf(PRIORS)] = "gaussian"
-    """Target distribution of the halting depth, a name in `adaptvit.priors.PRIORS`."""
+    """Target distribution of the halting depth, a name in `adaptvit.methods.priors.PRIORS`."""
     prior_depth: Annotated[tuple[float, ...] | float | None, In("[1, inf)")] = None
     """Where the prior peaks, in blocks, 1-based; None is three quarters of the depth, 9 of 12 as released."""
     prior_scale: Annotated[tuple[float, ...] | float, In("[0.001, 1000]")] = 1.0

@@ -1,8 +1,8 @@
 """Fit A-ViT's gate to a pretrained ViT before any training: choose what channel 0 carries.
 
 A-ViT reads its halting score from channel 0 of the residual stream, which in a pretrained ViT means nothing in
-particular. But the stream can be turned without changing what the ViT computes (`adaptvit.vit.set_channel`), so that
-channel 0 becomes the direction in which it is best told, by linear regression, how little the class token attends to a
+particular. But the stream can be turned without changing what the ViT computes (`set_channel`), so that channel 0
+becomes the direction in which it is best told, by linear regression, how little the class token attends to a
 patch over all blocks. Halting then begins with the patches that the ViT itself looks at least.
 """
 
@@ -10,10 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.methods.regression import Regression, importance
-from adaptvit.tokens import Masked, Tokens
-from adaptvit.usage import check_finite
-from adaptvit.vit import (
+from adaptvit.backbones.vit import (
     attention_received,
     check_offers,
     embed,
@@ -23,6 +20,9 @@ from adaptvit.vit import (
     set_channel,
     shape_of,
 )
+from adaptvit.methods.regression import Regression, importance
+from adaptvit.tokens import Masked, Tokens
+from adaptvit.usage import check_finite
 
 BATCH = 32
 

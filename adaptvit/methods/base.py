@@ -49,7 +49,7 @@ class MethodConfig(ABC):
 
     @property
     def needs(self) -> Set[str]:
-        """What it needs of a ViT: names in `adaptvit.vit.OFFERS`."""
+        """What it needs of a ViT: names in `adaptvit.backbones.vit.OFFERS`."""
         return frozenset()
 
     @property

@@ -19,14 +19,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 
+from adaptvit.backbones.gated import Gates, run_gated
+from adaptvit.backbones.vit import final_norm, model_name, run_block
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.gated import Gates, run_gated
-from adaptvit.gates import gumbel_difference, straight_through
 from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import final_norm, model_name, run_block
 
 
 @dataclass(frozen=True, kw_only=True)

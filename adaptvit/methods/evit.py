@@ -17,19 +17,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.checks import Ascending, In, check_fields, valid
-from adaptvit.gated import gated_macs
-from adaptvit.methods.base import MethodConfig
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
-from adaptvit.vit import (
+from adaptvit.backbones.gated import gated_macs
+from adaptvit.backbones.vit import (
     add_attention,
     add_mlp,
     attention_received,
     model_name,
     project,
 )
+from adaptvit.checks import Ascending, In, check_fields, valid
+from adaptvit.methods.base import MethodConfig
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
 

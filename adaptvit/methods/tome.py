@@ -19,21 +19,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from adaptvit.budget import BATCH, meet_target
-from adaptvit.checks import In, check_fields
-from adaptvit.losses import distillation
-from adaptvit.macs import block_macs
-from adaptvit.methods.base import MethodConfig, Role
-from adaptvit.methods.full import FullConfig
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage, check_finite
-from adaptvit.vit import (
+from adaptvit.backbones.vit import (
     add_attention,
     add_mlp,
     patch_grid,
     project,
 )
+from adaptvit.budget import BATCH, meet_target
+from adaptvit.checks import In, check_fields
+from adaptvit.macs import block_macs
+from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.methods.full import FullConfig
+from adaptvit.methods.losses import distillation
+from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.tokens import Packed, Tokens
+from adaptvit.usage import Output, Usage, check_finite
 
 NEEDS = frozenset({"attention", "token norms", "free slots"})
 

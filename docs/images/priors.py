@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from adaptvit.pictures import ACCENT, INK
-from adaptvit.priors import PRIORS, halting_prior, mixture
+from adaptvit.methods.priors import PRIORS, halting_prior, mixture
+from adaptvit.show.pictures import ACCENT, INK
 
 BLOCKS = 12
 SCALES = {1.0: INK, 2.0: ACCENT}

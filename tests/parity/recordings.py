@@ -21,7 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.parts import add_representation, representation_names, set_head_dim
+from adaptvit.backbones.parts import add_representation, representation_names, set_head_dim
 
 OURS = Path(__file__).parent
 EPS = float(np.finfo(np.float32).eps)

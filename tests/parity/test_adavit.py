@@ -19,12 +19,12 @@ from torch.nn.functional import cross_entropy
 
 import adaptvit
 from adaptvit import AdaViTConfig, FullConfig, Masked, Packed
+from adaptvit.backbones.parts import representation_names
+from adaptvit.backbones.t2t import SPLITS, published_names, t2t_vit
 from adaptvit.methods import adavit
 from adaptvit.methods.adavit import AdaViT, Policies
 from adaptvit.methods.released import ReleasedAdaViTConfig
 from adaptvit.methods.released import adavit as released
-from adaptvit.parts import representation_names
-from adaptvit.t2t import SPLITS, published_names, t2t_vit
 
 KINDS = {"token": "patches", "head": "heads", "layer": "sublayers"}
 

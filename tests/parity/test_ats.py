@@ -31,13 +31,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
+from adaptvit.backbones.vit import add_attention, embed, project, run_block
 from adaptvit.methods import ats
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.methods.released import ats as ats_released
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
-from adaptvit.vit import add_attention, embed, project, run_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 MODES = pytest.mark.parametrize("mode", ["mask", "single", "prune"])

@@ -13,11 +13,11 @@ from recordings import apart, filled, images, our_name, terms_of, vit_of
 from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig, Masked, Packed
-from adaptvit.checkpoints import resize_positions
 from adaptvit.methods.avit import AViT
+from adaptvit.methods.priors import released_target
 from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.methods.released import avit as released
-from adaptvit.priors import released_target
+from adaptvit.weights.checkpoints import resize_positions
 
 
 def load(path: Path) -> SimpleNamespace:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from adaptvit import DynamicViTConfig, Masked, Packed
-from adaptvit.losses import distillation
+from adaptvit.backbones.vit import embed, final_norm, run_block
 from adaptvit.methods import dynamicvit
 from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention
+from adaptvit.methods.losses import distillation
 from adaptvit.methods.released.dynamicvit import ReleasedDynamicViT, ReleasedDynamicViTConfig
-from adaptvit.vit import embed, final_norm, run_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 

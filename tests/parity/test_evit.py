@@ -19,9 +19,9 @@ from recordings import apart, filled, images, our_name, terms_of, vit_of
 from torch import Tensor
 
 from adaptvit import EViTConfig, Masked, Packed
-from adaptvit.checkpoints import resize_positions
 from adaptvit.methods.evit import EViT, keep_rate_at
 from adaptvit.usage import Output
+from adaptvit.weights.checkpoints import resize_positions
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 

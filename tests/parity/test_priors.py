@@ -11,7 +11,7 @@ from recordings import apart
 from torch.nn.functional import kl_div
 
 from adaptvit.methods.avit import kl_divergence
-from adaptvit.priors import SKEW_PEAK, log_normal, mixture, released_target
+from adaptvit.methods.priors import SKEW_PEAK, log_normal, mixture, released_target
 
 DISTRIBUTIONS = {"normal": "gaussian", "laplace": "laplace", "studentt30": "student_t", "cauchy": "cauchy"}
 

@@ -10,7 +10,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-from adaptvit.recipes import avit_small_imagenet, avit_tiny_imagenet
+from adaptvit.training.recipes import avit_small_imagenet, avit_tiny_imagenet
 
 RECIPES = {"tiny": avit_tiny_imagenet, "small": avit_small_imagenet}
 

@@ -15,7 +15,7 @@ import torch
 from recordings import EPS, apart, images, with_changes
 from torch import Tensor, nn
 
-from adaptvit.t2t import SPLITS, TokensToToken, published_names, sinusoid, soft_split
+from adaptvit.backbones.t2t import SPLITS, TokensToToken, published_names, sinusoid, soft_split
 
 
 def load(path: Path) -> SimpleNamespace:

@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout, normalize
 
+from adaptvit.backbones.gated import Gates
 from adaptvit.checks import In
-from adaptvit.gated import Gates
-from adaptvit.gates import entropy, gumbel_difference, straight_through
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig, Policies
 from adaptvit.methods.base import Role
+from adaptvit.methods.gates import entropy, gumbel_difference, straight_through
 
 POLICIES = {
     "token_select.mlp_head": "patch_policy",

@@ -9,12 +9,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, xlogy
 from torch.nn.functional import scaled_dot_product_attention
 
+from adaptvit.backbones.vit import embed
 from adaptvit.methods.avit import AViT, AViTConfig, each
 from adaptvit.methods.base import Role
-from adaptvit.priors import released_target
+from adaptvit.methods.priors import released_target
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import Output, Usage
-from adaptvit.vit import embed
 
 HIDDEN = -1000.0
 """Added to the attention logits of halted keys."""

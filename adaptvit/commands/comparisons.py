@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from adaptvit.compare import Comparison
+from adaptvit.commands.compare import Comparison
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.recipes import digits
-from adaptvit.run import Run
-from adaptvit.train import Recipe
+from adaptvit.training.loop import Recipe
+from adaptvit.training.recipes import digits
+from adaptvit.training.run import Run
 
 HALTING = AViTConfig(
     gate_scale=2.0, gate_center=3.0, class_token="stays", prior="gaussian", prior_depth=4.0, prior_weight=0.1

@@ -19,9 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adaptvit.macs import Shape
-from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.vit import (
+from adaptvit.backbones.vit import (
     MLP_ROWS,
     add_branch,
     model_name,
@@ -29,6 +27,8 @@ from adaptvit.vit import (
     project_normed,
     through,
 )
+from adaptvit.macs import Shape
+from adaptvit.tokens import Masked, Packed, Tokens
 
 Takes = Literal["input", "hidden", "identity"]
 """What else a head that is off switches off: `input`, its channels of what the MLP reads; `hidden`, its share of the
@@ -64,7 +64,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 
 
 NEEDS = frozenset({"attention", "token norms", "equal heads"})
-"""What blocks need that run under gates, as `adaptvit.vit.OFFERS` has it."""
+"""What blocks need that run under gates, as `adaptvit.backbones.vit.OFFERS` has it."""
 
 
 def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:

@@ -1,7 +1,7 @@
 """The one door to timm: runs a timm ViT's own submodules on `Tokens`, and refuses, by name, what it does not reproduce.
 
 Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
-No other module of the package reads a timm model's attributes, but for `adaptvit.t2t` and `adaptvit.parts`, which make
+No other module of the package reads a timm model's attributes, but for `t2t` and `parts` beside it, which make
 some, and `adaptvit.flax.convert`.
 """
 
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit.macs import BlockShape, Shape
-from adaptvit.parts import (
+from adaptvit.backbones.parts import (
     Mixer,
     PartsViT,
     RepresentationHead,
@@ -30,7 +29,8 @@ from adaptvit.parts import (
     add_representation,
     set_head_dim,
 )
-from adaptvit.t2t import PATCH, TokensToToken, linear_macs, t2t_vit
+from adaptvit.backbones.t2t import PATCH, TokensToToken, linear_macs, t2t_vit
+from adaptvit.macs import BlockShape, Shape
 from adaptvit.tokens import Tokens
 
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks, and PartsViT"

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import (
     DataConfig,
@@ -38,9 +37,10 @@ from adaptvit.data import (
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.process import as_found, best_device
+from adaptvit.show.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.usage import Usage, join
+from adaptvit.weights.checkpoints import open_model
 
 PAGE = 24
 """Most images on a grid."""

@@ -30,9 +30,9 @@ from PIL import Image, ImageOps
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adaptvit.commands.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
 from adaptvit.methods import METHODS
-from adaptvit.pictures import COLOURS
-from adaptvit.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
+from adaptvit.show.pictures import COLOURS
 
 FILE_SIZE = "32mb"
 """Largest file that is taken."""

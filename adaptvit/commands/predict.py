@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from adaptvit.checkpoints import digest, open_model
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.data import (
     FolderImages,
@@ -45,6 +44,7 @@ from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, serve
 from adaptvit.records import VERSION, read_record, version, write_record
+from adaptvit.weights.checkpoints import digest, open_model
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""

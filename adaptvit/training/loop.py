@@ -34,22 +34,22 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
+from adaptvit.backbones.vit import check_images, class_count, prefix_tokens
 from adaptvit.budget import meet_target
-from adaptvit.checkpoints import digest
 from adaptvit.checks import In, check_fields, quoted
 from adaptvit.data import Batch, Data, Renormalise, filled
-from adaptvit.evaluate import evaluate
 from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
-from adaptvit.gates import annealed
-from adaptvit.losses import distillation, over_processes
 from adaptvit.macs import dense_macs, macs
+from adaptvit.measure.evaluate import evaluate
+from adaptvit.methods.gates import annealed
+from adaptvit.methods.losses import distillation, over_processes
 from adaptvit.model import AdaptiveViT, LogitsOnly
 from adaptvit.process import as_found, serve
 from adaptvit.seeds import begin_stream, stream
-from adaptvit.tensorfiles import existing, read_torch, reason
 from adaptvit.terminal import shown, warn
 from adaptvit.usage import Output
-from adaptvit.vit import check_images, class_count, prefix_tokens
+from adaptvit.weights.checkpoints import digest
+from adaptvit.weights.tensorfiles import existing, read_torch, reason
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 

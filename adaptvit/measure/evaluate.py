@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from adaptvit.checkpoints import open_model
+from adaptvit.backbones.vit import model_name, patch_grid, shape_of
 from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import (
     Batch,
@@ -34,13 +34,13 @@ from adaptvit.data import (
     preparation,
 )
 from adaptvit.macs import dense_macs, macs
+from adaptvit.measure.speed import Speed, speeds
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, serve
-from adaptvit.tensorfiles import check_finite
-from adaptvit.timing import Speed, speeds
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
-from adaptvit.vit import model_name, patch_grid, shape_of
+from adaptvit.weights.checkpoints import open_model
+from adaptvit.weights.tensorfiles import check_finite
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,17 +17,17 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
-from adaptvit.checkpoints import is_stored, open_model, remade
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
 from adaptvit.macs import dense_macs, macs
+from adaptvit.measure.speed import Speed, interleaved
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.terminal import warn
-from adaptvit.timing import Speed, interleaved
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
+from adaptvit.weights.checkpoints import is_stored, open_model, remade
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -3,7 +3,7 @@
     Playground   the models, shared by everybody who looks at the page; one computation at a time
     Session      one person's pictures, and what a model makes of the last of them: a `View`
 
-The page itself is `adaptvit.page`. Letters: B images, L blocks, N token slots.
+The page itself is `adaptvit.commands.page`. Letters: B images, L blocks, N token slots.
 """
 
 import threading
@@ -26,16 +26,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from adaptvit.budget import attempt, meet_target
-from adaptvit.checkpoints import open_model
 from adaptvit.checks import In, check_fields
 from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
+from adaptvit.measure.speed import interleaved
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.model import AdaptiveViT
-from adaptvit.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
-from adaptvit.timing import interleaved
+from adaptvit.show.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
 from adaptvit.usage import Usage, join
+from adaptvit.weights.checkpoints import open_model
 
 BUNDLED = Path(__file__).with_name("digits.safetensors")
 """A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""

@@ -12,8 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from adaptvit.adapt import adapt
+from adaptvit.backbones.vit import check
 from adaptvit.budget import Trial, Unit, check_target
-from adaptvit.checkpoints import digest, is_stored, open_model, remade, save, start_from
 from adaptvit.checks import In, OneOf, check_device, check_fields, checked
 from adaptvit.data import (
     Batch,
@@ -27,16 +28,15 @@ from adaptvit.data import (
     preparation,
     preparation_of_name,
 )
-from adaptvit.evaluate import Result, evaluate
 from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
+from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say, warn
-from adaptvit.train import Epoch, Recipe, check_shape, fingerprint, train
-from adaptvit.untrained import adapt
-from adaptvit.vit import check
+from adaptvit.training.loop import Epoch, Recipe, check_shape, fingerprint, train
+from adaptvit.weights.checkpoints import digest, is_stored, open_model, remade, save, start_from
 
 CALIBRATION = 256
 """Training images that gate and knob are calibrated on, spread over the split."""
@@ -133,7 +133,7 @@ def run(
         FileNotFoundError: no such data or weights.
         TypeError: the model is not a ViT that this library reproduces.
         ValueError: data, weights, teacher and recipe do not go together.
-        And what `adaptvit.train.train` raises.
+        And what `adaptvit.training.loop.train` raises.
     """
     check_output_folder(config.output)
     size = {} if config.img_size is None else {"img_size": config.img_size}

@@ -13,8 +13,8 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.released import ReleasedAdaViTConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
-from adaptvit.run import Run
-from adaptvit.train import Recipe
+from adaptvit.training.loop import Recipe
+from adaptvit.training.run import Run
 
 
 def digits() -> Run:

@@ -24,23 +24,23 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from adaptvit.checkpoints import digest, open_model, start_from
+from adaptvit.adapt import adapt
 from adaptvit.checks import In, OneOf, check_device, check_fields
+from adaptvit.commands.draw import last_groups
 from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, first_of, open_split, pixels, preparation
-from adaptvit.draw import last_groups
-from adaptvit.evaluate import check_classes, outputs
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, macs
+from adaptvit.measure.evaluate import check_classes, outputs
+from adaptvit.measure.speed import interleaved, speeds
 from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
-from adaptvit.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
-from adaptvit.report import Picture, Report, Section, Table, machine, write
-from adaptvit.run import spread_over
+from adaptvit.show.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
+from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import warn
-from adaptvit.timing import interleaved, speeds
-from adaptvit.untrained import adapt
+from adaptvit.training.run import spread_over
+from adaptvit.weights.checkpoints import digest, open_model, start_from
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adaptvit.budget import meet_target
-from adaptvit.checkpoints import save
 from adaptvit.checks import In, check_fields
 from adaptvit.data import Data, digits
-from adaptvit.evaluate import Result, Speed, evaluate, speed
 from adaptvit.files import check_output_folder
 from adaptvit.macs import macs
+from adaptvit.measure.evaluate import Result, Speed, evaluate, speed
 from adaptvit.methods import turned
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
 from adaptvit.process import as_found
 from adaptvit.records import version
-from adaptvit.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
+from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import say
 from adaptvit.tokens import Masked, Packed
-from adaptvit.train import Epoch, Recipe, fingerprint, train
+from adaptvit.training.loop import Epoch, Recipe, fingerprint, train
+from adaptvit.weights.checkpoints import save
 
 METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")
 """Tokens of a ViT trained for a minute are far larger than DeiT's, so its gate is flatter than the released one."""

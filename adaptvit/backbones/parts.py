@@ -35,8 +35,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from adaptvit.backbones.t2t import linear_macs, sinusoid
 from adaptvit.checks import In, OneOf, check_fields
-from adaptvit.t2t import linear_macs, sinusoid
 from adaptvit.tokens import Tokens
 
 
@@ -114,8 +114,8 @@ def _check_mixer(config: ViTConfig) -> None:
 class TokenPart(nn.Module, ABC):
     """A part whose result for a token depends on its slot or on the image's other tokens.
 
-    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.vit` calls, on those that are
-    live. With every token live they are the same.
+    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.vit` calls, on those
+    that are live. With every token live they are the same.
     """
 
     @abstractmethod

@@ -8,7 +8,7 @@
 
 Tensors: `vit.state_dict()` as it is, and what a method adds to it under `method.`. The metadata's `adaptvit` is JSON:
 
-    {"version": 1, "method": name, "config": fields of the method's config, "vit": what `adaptvit.vit.describe` says}
+    {"version": 1, "method": name, "config": fields of the method's config, "vit": what `describe` says of it}
 """
 
 import argparse
@@ -32,30 +32,9 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.checks import In, checked
-from adaptvit.files import replacing
-from adaptvit.methods import METHODS, dense
-from adaptvit.methods.avit import AViTConfig
-from adaptvit.methods.base import MethodConfig
-from adaptvit.methods.full import FullConfig
-from adaptvit.methods.released import adavit, of_today
-from adaptvit.model import AdaptiveViT, Dial
-from adaptvit.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
-from adaptvit.parts import add_representation, representation_names
-from adaptvit.records import stable
-from adaptvit.t2t import published_names
-from adaptvit.tensorfiles import (
-    check_finite,
-    check_fit,
-    check_state_dict,
-    existing,
-    read_json,
-    read_safetensors,
-    read_torch,
-    reason,
-)
-from adaptvit.terminal import warn
-from adaptvit.vit import (
+from adaptvit.backbones.parts import add_representation, representation_names
+from adaptvit.backbones.t2t import published_names
+from adaptvit.backbones.vit import (
     ARGUMENTS,
     PREPROCESSING,
     check_described,
@@ -65,6 +44,27 @@ from adaptvit.vit import (
     position_rows,
     rebuild,
     timm_config,
+)
+from adaptvit.checks import In, checked
+from adaptvit.files import replacing
+from adaptvit.methods import METHODS, dense
+from adaptvit.methods.avit import AViTConfig
+from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.full import FullConfig
+from adaptvit.methods.released import adavit, of_today
+from adaptvit.model import AdaptiveViT, Dial
+from adaptvit.records import stable
+from adaptvit.terminal import warn
+from adaptvit.weights.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
+from adaptvit.weights.tensorfiles import (
+    check_finite,
+    check_fit,
+    check_state_dict,
+    existing,
+    read_json,
+    read_safetensors,
+    read_torch,
+    reason,
 )
 
 KEY = "adaptvit"

@@ -43,7 +43,7 @@ class Picture:
     """An image with the sentence that says how to read it."""
 
     source: str
-    """A data URI, as `adaptvit.pictures.data_uri` makes them."""
+    """A data URI, as `adaptvit.show.pictures.data_uri` makes them."""
     caption: str
     """How to read it."""
     wide: bool = False
@@ -89,7 +89,7 @@ def write(report: Report, path: Path) -> None:
         FileNotFoundError: the folder does not exist.
     """
     environment = Environment(
-        loader=PackageLoader("adaptvit", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("adaptvit.show", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     write_atomically(path, environment.get_template("report.html.jinja").render(report=report))
 

@@ -16,18 +16,18 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from adaptvit.checkpoints import is_stored, load, weights_file
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data, preparation
-from adaptvit.evaluate import Result
 from adaptvit.files import check_output_folder, write_csv
-from adaptvit.pictures import data_uri, error_bars, write_png
+from adaptvit.measure.evaluate import Result
+from adaptvit.measure.speed import speeds
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
-from adaptvit.report import Picture, Report, Section, Table, machine, write
-from adaptvit.run import Run, run, spread_over
+from adaptvit.show.pictures import data_uri, error_bars, write_png
+from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import warn
-from adaptvit.timing import speeds
+from adaptvit.training.run import Run, run, spread_over
+from adaptvit.weights.checkpoints import is_stored, load, weights_file
 
 ROUNDS, TIMED = 10, 64
 """Timed turns, and images in a timed batch."""
@@ -96,7 +96,7 @@ def compare(
     Raises:
         OSError: what cannot be written is named, and with it the figures that it would have held.
         ValueError: fewer than two seeds or one process, or a folder holds a run of other settings or images.
-        And what `adaptvit.run.run` raises, but for a loss that does not stay finite, which is counted.
+        And what `adaptvit.training.run.run` raises, but for a loss that does not stay finite, which is counted.
     """
     jobs = {
         name: [

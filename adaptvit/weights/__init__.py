@@ -1,0 +1,1 @@
+"""Files of models, ours and others', and the names timm learns."""
