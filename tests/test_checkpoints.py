@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import adaptvit
 from adaptvit import AdaViTConfig, AViTConfig, FullConfig, Knob
 from adaptvit.backbones.t2t import t2t_vit
+from adaptvit.methods.avit import gate_in_name
 from adaptvit.methods.full import Full
-from adaptvit.weights.checkpoints import gate_in_name, resize_positions, start_from
+from adaptvit.weights.checkpoints import resize_positions, start_from
 
 TINY = "avit_tiny_patch16_224"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -407,7 +408,7 @@ def test_a_missing_source_and_an_unknown_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"in\.pth does not exist"):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", TINY)
     with pytest.raises(
-        ValueError, match=r"model_name must be a timm ViT or one of avit_tiny_patch16_224, .*, got 'deit_tiny'"
+        ValueError, match=r"model_name must be a timm ViT or one of .*, avit_tiny_patch16_224, .*, got 'deit_tiny'"
     ):
         adaptvit.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "deit_tiny")
 

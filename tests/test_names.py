@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import timm
 import torch
@@ -5,9 +7,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import adaptvit
+from adaptvit import MethodConfig
+from adaptvit.methods import METHODS
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
-from adaptvit.weights.names import DYNAMICVIT, EVIT, default_cfgs
+from adaptvit.weights.names import default_cfgs
 
 NAMES = {
     "avit_tiny_patch16_224": (10.0, 30.0),
@@ -68,7 +72,24 @@ def test_adavit_is_evaluated_as_published(name: str) -> None:
 def test_timm_lists_the_names() -> None:
     assert set(timm.list_models("avit*")) == set(NAMES)
     assert set(timm.list_models("ada_step*")) == set(ADA_NAMES)
-    assert set(default_cfgs) == set(NAMES) | set(ADA_NAMES) | set(EVIT) | set(DYNAMICVIT)
+    every = {name: named for kind in METHODS.values() for name, named in kind.published.names.items()}
+    assert all(timm.is_model(name) and timm.is_model(named.inside) for name, named in every.items())
+    assert set(default_cfgs) == set(every) - {"dynamicvit_256_patch16_224"}  # which nobody has weights of
+
+
+def test_every_method_has_names() -> None:
+    assert all(kind.published.names for kind in METHODS.values() if kind.role in ("method", "reference"))
+    assert not any(kind.published.names for kind in METHODS.values() if kind.role in ("control", "dense", "released"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS.values() if kind.published.names])
+def test_a_name_is_its_method_around_the_vit_of_its_size(kind: type[MethodConfig]) -> None:
+    name, named = next(iter(kind.published.names.items()))
+    model = timm.create_model(name, img_size=64, depth=4, num_classes=10)
+    assert model.config == kind(**named.fields)
+    assert model.vit.pretrained_cfg["architecture"] == named.inside
+    assert model.forward(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 10)
+    assert timm.models.model_entrypoint(name).__doc__ == named.about
 
 
 def test_arguments_go_to_the_config_or_to_timm() -> None:
@@ -78,6 +99,19 @@ def test_arguments_go_to_the_config_or_to_timm() -> None:
     assert model.config == adaptvit.AViTConfig(gate_scale=10.0, gate_center=20.0, class_token="stays")
     assert (model.num_classes, model.shape.depth) == (10, 2)
     assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ats_tiny_patch16_224", adaptvit.ATSConfig(blocks=(0,), tokens=9, rate=0.5)),
+        ("tome_small_patch16_224", adaptvit.ToMeConfig(r=4, inflection=-1.0)),
+        ("merge_base_patch16_224", adaptvit.MergeConfig(thresholds=(0.6, 0.9), shift=0.1)),
+    ],
+)
+def test_fields_of_the_config_are_options(name: str, config: MethodConfig) -> None:
+    options = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
+    assert timm.create_model(name, depth=2, img_size=64, **options).config == config
 
 
 def test_arguments_of_adavit_go_to_the_config_or_to_timm() -> None:

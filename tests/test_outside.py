@@ -16,15 +16,14 @@ from test_imports import PACKAGE, imported, modules
 
 from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
 from adaptvit.commands.playground import Playground, PlaygroundConfig, Session
-from adaptvit.methods import METHODS
+from adaptvit.methods import METHODS, Named, Published
+from adaptvit.weights.names import method_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_method.py"
-NAMED = {"recipes", "comparisons", "demo"}
+NAMED = {"training.recipes", "commands.comparisons", "commands.demo"}
 """Modules of experiments that are about certain methods, and so name them."""
 ORDINARY = {"full", "random"}
 """Names of methods that are words of other things too."""
-PUBLISHED = {"names", "checkpoints"}
-"""Modules of what was published for certain methods: names of models, and files."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +108,20 @@ def test_a_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
     assert "the method 'lost' of norm_method:LostConfig cannot be loaded: " in said.stderr
 
 
+def test_timm_learns_the_names_that_it_declares(example: type[MethodConfig]) -> None:
+    names = {"norm_mini_patch16_32": Named(inside="deit_tiny_patch16_224", about="Small.", fields={"threshold": 0.5})}
+    kind = type("Other", (example,), {"method": "other_norm", "published": Published(names=names)})
+    assert not timm.is_model("norm_mini_patch16_32")
+    METHODS.register(kind)
+    try:
+        model = timm.create_model("norm_mini_patch16_32", img_size=32, depth=2)
+        assert method_of("norm_mini_patch16_32") is kind
+    finally:
+        del METHODS._known["other_norm"]
+    assert model.config == kind(threshold=0.5)
+    assert model.pretrained_cfg["crop_pct"] == 0.9
+
+
 def test_two_methods_of_one_name_are_refused(example: type[MethodConfig], known: str) -> None:
     with pytest.raises(ValueError, match="there is a method 'norm' already, of NormConfig"):
         METHODS.register(type("Other", (example,), {"method": "norm"}))
@@ -117,7 +130,7 @@ def test_two_methods_of_one_name_are_refused(example: type[MethodConfig], known:
 @pytest.mark.parametrize("module", [name for name in modules() if name.split(".")[0] not in ("methods", "flax")])
 def test_no_method_is_told_from_others_outside_methods(module: str) -> None:
     """By its class or by its name: what is said there holds for all methods, those of other packages too."""
-    if module in NAMED | PUBLISHED:
+    if module in NAMED:
         return
     path = modules()[module]
     files = {name for name in imported(path) if name.startswith("adaptvit.methods.")}

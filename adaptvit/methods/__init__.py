@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig, RandomConfig
 from adaptvit.methods.avit import AViTConfig
-from adaptvit.methods.base import MethodConfig, Methods, turned
+from adaptvit.methods.base import MethodConfig, Methods, Named, Published, turned
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
@@ -14,6 +14,7 @@ from adaptvit.methods.released import (
     ReleasedATSConfig,
     ReleasedAViTConfig,
     ReleasedDynamicViTConfig,
+    of_today,
 )
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT
@@ -59,4 +60,16 @@ def is_dense(model: AdaptiveViT) -> bool:
     return model.config.role == "dense"
 
 
-__all__ = ["DEFAULT", "METHODS", "MethodConfig", "dense", "is_dense", "named", "turned", "untrained"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "MethodConfig",
+    "Named",
+    "Published",
+    "dense",
+    "is_dense",
+    "named",
+    "of_today",
+    "turned",
+    "untrained",
+]

@@ -31,7 +31,8 @@ from adaptvit.backbones.vit import (
 from adaptvit.budget import BATCH
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.macs import dense_macs, macs
-from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.adavit_files import PUBLISHED
+from adaptvit.methods.base import MethodConfig, Published
 from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
 from adaptvit.methods.regression import Regression, importance
 from adaptvit.model import AdaptiveViT, Knob
@@ -52,6 +53,7 @@ class AdaViTConfig(MethodConfig):
     title: ClassVar[str] = "AdaViT"
     needs: ClassVar[Set[str]] = NEEDS
     trained: ClassVar[bool] = True
+    published: ClassVar[Published] = PUBLISHED
     knob: ClassVar[Knob | None] = Knob("lean", sign=1, lowest=-30.0, highest=30.0, step=0.25)
 
     policies: Annotated[tuple[str, ...], OneOf(KINDS)] = KINDS

@@ -25,7 +25,7 @@ from adaptvit.backbones.vit import (
     project,
 )
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
@@ -47,6 +47,9 @@ class ATSConfig(MethodConfig):
     title: ClassVar[str] = "ATS"
     needs: ClassVar[Set[str]] = frozenset({"attention"})
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=64.0, step=0.05)
+    published: ClassVar[Published] = Published(
+        names=around_deits("ats", dict.fromkeys(DEITS, " whose blocks from the fourth on sample their patches."))
+    )
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that sample, 0-based; None is all but the first quarter, 3 to 11 of 12 as released."""

@@ -7,7 +7,8 @@ Symbols of the paper: h halting score, R remainder, rho ponder cost, gamma and b
 """
 
 import copy
-from collections.abc import Set
+import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.methods.avit_gate import fit_gate
-from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.priors import PRIORS, halting_prior, mixture
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.terminal import warn
@@ -27,6 +28,41 @@ from adaptvit.usage import Output, Usage
 LEAST_SHARE = 1e-3
 """What a block counts at least in the target's divergence from the model, which one that no patch enters would make
 infinite."""
+GATE = ("gate_scale", "gate_center")
+"""Fields that published files keep elsewhere than in their tensors."""
+
+
+def gate_in_name(name: str) -> dict[str, float]:
+    """The gate in a released file's name, `<anything>-<scale>-<centre>.pth`; empty where the name has none.
+
+    A date at the end of a name reads as a gate too: rename such a file, or pass the gate to `convert`.
+    """
+    found = re.search(r"-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)\.(?:pth|pt|safetensors)$", name)
+    return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
+
+
+def trained_gate(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What training arguments say of a gate."""
+    return {name: arguments[name] for name in GATE if name in arguments}
+
+
+def _lent(size: str, of: str, **gate: float) -> dict[str, Named]:
+    """A model with a distillation token."""
+    about = f"DeiT-{size} with a distillation token. Nobody has published a gate for it: this is {of}."
+    inside = f"deit_{size}_distilled_patch16_224"
+    return {f"avit_{size}_distilled_patch16_224": Named(inside=inside, about=about, fields=gate)}
+
+
+TINY = {"gate_scale": 10.0, "gate_center": 30.0}
+SMALL = {"gate_scale": 10.0, "gate_center": 75.0}
+"""Gates of the released weights."""
+NAMES = (
+    around_deits("avit", {"tiny": " with the gate of the released weights, 10 / 30."}, **TINY)
+    | around_deits("avit", {"small": " with the gate of the released weights, 10 / 75."}, **SMALL)
+    | around_deits("avit", {"base": ". Nobody has published a gate for it: this is small's, 10 / 75."}, **SMALL)
+    | _lent("tiny", "tiny's, 10 / 30", **TINY)
+    | _lent("small", "small's, 10 / 75", **SMALL)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +75,9 @@ class AViTConfig(MethodConfig):
     method: ClassVar[str] = "avit"
     title: ClassVar[str] = "A-ViT"
     knob: ClassVar[Knob | None] = Knob("gate_center", sign=1, lowest=-1000.0, highest=1000.0, step=0.5)
+    published: ClassVar[Published] = Published(
+        names=NAMES, untold=GATE, by_arguments=trained_gate, by_file_name=gate_in_name, fitted="gate"
+    )
 
     sharpness: Annotated[float, In("(0, 1e6]")] = 6.0
     """Of `fitted`: how far the logits of the scores spread. At 1 patches halt at similar depths, at 8 some at once and

@@ -1,6 +1,7 @@
 """What a method is: a config that builds its model, and finds out from images what it can; and how others add theirs.
 
     MethodConfig    what adapt, commands, recipes, comparisons, playground and checkpoints speak with
+    Published       its models that have names, and what its authors' files say
     DropConfig      a method that is one function: which tokens go on after a block
     Methods         the methods by name: the library's own, and those of packages outside
 
@@ -9,6 +10,7 @@ Nothing above tells one method from another by its name or its class.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +28,61 @@ Role = Literal["method", "dense", "control", "reference", "released"]
 
 DIAL = 64
 """Images that a dial is measured on, at most."""
+DEITS = {
+    "tiny": "DeiT-tiny (192 channels, 12 blocks, 3 heads)",
+    "small": "DeiT-small (384 channels, 12 blocks, 6 heads)",
+    "base": "DeiT-base (768 channels, 12 blocks, 12 heads)",
+}
+"""What most models that have a name are around."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A model of a method by a name that timm learns."""
+
+    inside: str
+    """timm's name of the ViT."""
+    about: str
+    """In one line."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of the method's config, for this size, where they are not its defaults."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of the ViT, where timm has none of these sizes, so that there are no weights to download."""
+
+
+def around_deits(start: str, about: Mapping[str, str], **fields: Any) -> dict[str, Named]:
+    """Models around DeiTs by names that begin with `start`.
+
+    Args:
+        about: by sizes in `DEITS`, what is to be said after the DeiT.
+        fields: of the method's config.
+    """
+    return {
+        f"{start}_{size}_patch16_224": Named(
+            inside=f"deit_{size}_patch16_224", about=f"{DEITS[size]}{rest}", fields=fields
+        )
+        for size, rest in about.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What there is of a method beside its code: models that have a name, and files that its authors wrote."""
+
+    names: Mapping[str, Named] = field(default_factory=dict)
+    """Models that timm learns. Files may be of them."""
+    untold: tuple[str, ...] = ()
+    """Fields of the config that the tensors of a file do not say."""
+    by_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda arguments: {}
+    """Fields that a file's training arguments say."""
+    by_file_name: Callable[[str], dict[str, Any]] = lambda name: {}
+    """Fields that a file's name says."""
+    our_tensors: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    """A file's tensors by our names: the ViT's by timm's, the method's with `method.` before them. Tensors that are
+    named so already, or are of others, stay as they are."""
+    fitted: str = ""
+    """What the fields `untold` are, in a word, where they are fitted to the weights: with them any ViT's file is of
+    this method, and without them a model decides by numbers that nobody fitted to it."""
 
 
 class MethodConfig(ABC):
@@ -41,11 +98,14 @@ class MethodConfig(ABC):
     """In comparisons: `dense`, which leaves nothing out; `control`, which leaves out just anything; `reference`, which
     the others are held against at the same budget; `released`, a method as its published code has it, which is not
     compared."""
+    published: ClassVar[Published] = Published()
+    """Its models that have names, and what its authors' files say."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "method" in vars(cls) and "title" not in vars(cls):
-            cls.title = cls.method
+        if "method" in vars(cls):  # another than the one it derives from
+            cls.title = vars(cls).get("title", cls.method)
+            cls.published = vars(cls).get("published", Published())
 
     @property
     def needs(self) -> Set[str]:
@@ -176,6 +236,7 @@ class Methods(Mapping[str, type[MethodConfig]]):
     def __init__(self, *configs: type[MethodConfig]) -> None:
         self._known = {config.method: config for config in configs}
         self._searched = False
+        self._to_tell: list[Callable[[type[MethodConfig]], object]] = []
 
     def register(self, config: type[MethodConfig]) -> type[MethodConfig]:
         """Make a method known in this process; a decorator of its config.
@@ -183,9 +244,19 @@ class Methods(Mapping[str, type[MethodConfig]]):
         Raises:
             ValueError: another has its name.
         """
-        if self._known.setdefault(config.method, config) is not config:
+        if self._known.get(config.method, config) is not config:
             raise ValueError(f"there is a method {config.method!r} already, of {self._known[config.method].__name__}")
+        if config.method not in self._known:
+            for tell in self._to_tell:
+                tell(config)
+            self._known[config.method] = config
         return config
+
+    def each(self, tell: Callable[[type[MethodConfig]], object]) -> None:
+        """Tell of every method: of those that are known now, and of others as they become known."""
+        for config in self._known.values():  # without a search: this package may still be importing
+            tell(config)
+        self._to_tell.append(tell)
 
     def _all(self) -> dict[str, type[MethodConfig]]:
         if not self._searched:  # not before somebody asks: those packages import this one

@@ -8,7 +8,7 @@ Symbols of the paper: pi probability of keeping a patch, rho keep ratio.
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,11 +22,25 @@ from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 from adaptvit.backbones.gated import Gates, run_gated
 from adaptvit.backbones.vit import final_norm, model_name, run_block
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
+
+ABOUT = " with predictors: published with weights."
+NAMES = around_deits("dynamicvit", dict.fromkeys(("small", "base"), ABOUT)) | {
+    "dynamicvit_256_patch16_224": Named(
+        inside="deit_tiny_patch16_224",
+        about=f"DeiT-256 (256 channels, 12 blocks, 4 heads){ABOUT}",
+        arguments={"embed_dim": 256, "num_heads": 4},
+    )
+}
+
+
+def our_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A released file's tensors, among which the predictors are named as ours."""
+    return {f"method.{key}" if key.startswith("score_predictor.") else key: value for key, value in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,7 @@ class DynamicViTConfig(MethodConfig):
     title: ClassVar[str] = "DynamicViT"
     needs: ClassVar[Set[str]] = frozenset({"attention", "token norms"})
     trained: ClassVar[bool] = True
+    published: ClassVar[Published] = Published(names=NAMES, untold=("keep_rate",), our_tensors=our_tensors)
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that patches are dropped before, 0-based; None is one after each quarter of the depth, as released: 3,

@@ -26,12 +26,13 @@ from adaptvit.backbones.vit import (
     project,
 )
 from adaptvit.checks import Ascending, In, check_fields, valid
-from adaptvit.methods.base import MethodConfig
+from adaptvit.methods.base import MethodConfig, Published, around_deits
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Packed, Tokens
 from adaptvit.usage import Output, Usage
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
+ABOUT = " whose blocks 3, 6 and 9 keep 0.7: published with weights."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class EViTConfig(MethodConfig):
     method: ClassVar[str] = "evit"
     title: ClassVar[str] = "EViT"
     knob: ClassVar[Knob | None] = Knob("rate", sign=1, lowest=0.0, highest=8.0, step=0.05)
+    published: ClassVar[Published] = Published(
+        names=around_deits("evit", dict.fromkeys(("small", "base"), ABOUT)), untold=("keep_rate", "fuse")
+    )
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
     """The blocks that reduce, 0-based; None is one after each quarter of the depth, 3, 6 and 9 of 12 as released."""

@@ -28,7 +28,7 @@ from adaptvit.backbones.vit import (
 from adaptvit.budget import BATCH, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.macs import block_macs
-from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.losses import distillation
 from adaptvit.model import AdaptiveViT, Knob
@@ -52,6 +52,9 @@ class ToMeConfig(MethodConfig):
     role: ClassVar[Role] = "reference"
     needs: ClassVar[Set[str]] = NEEDS
     knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
+    published: ClassVar[Published] = Published(
+        names=around_deits("tome", dict.fromkeys(DEITS, " whose blocks each merge 8 tokens."))
+    )
 
     r: Annotated[int | Sequence[int], In("[0, inf)")] = 8
     """Tokens merged in each block, at most half of the patches it has: one number for all blocks, or one for each, of
@@ -124,6 +127,9 @@ class MergeConfig(MethodConfig):
     title: ClassVar[str] = "merging by similarity"
     needs: ClassVar[Set[str]] = NEEDS
     knob: ClassVar[Knob | None] = Knob("shift", sign=1, lowest=-2.0, highest=2.0, step=0.02)
+    published: ClassVar[Published] = Published(
+        names=around_deits("merge", dict.fromkeys(DEITS, " whose blocks merge tokens that are alike."))
+    )
 
     thresholds: Annotated[float | Sequence[float], In("[-1, 1]")] = 0.7
     """A token of A is merged where it scores this or more, in [-1, 1]: one number for all blocks, or one for each; at 1

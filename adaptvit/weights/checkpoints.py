@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -47,15 +47,11 @@ from adaptvit.backbones.vit import (
 )
 from adaptvit.checks import In, checked
 from adaptvit.files import replacing
-from adaptvit.methods import METHODS, dense
-from adaptvit.methods.avit import AViTConfig
-from adaptvit.methods.base import MethodConfig
-from adaptvit.methods.full import FullConfig
-from adaptvit.methods.released import adavit, of_today
+from adaptvit.methods import METHODS, MethodConfig, Published, dense, of_today
 from adaptvit.model import AdaptiveViT, Dial
 from adaptvit.records import stable
 from adaptvit.terminal import warn
-from adaptvit.weights.names import ADAVIT, AVIT, DYNAMICVIT, DYNAMICVIT_256, EVIT
+from adaptvit.weights.names import all_names, method_of
 from adaptvit.weights.tensorfiles import (
     check_finite,
     check_fit,
@@ -69,8 +65,6 @@ from adaptvit.weights.tensorfiles import (
 
 KEY = "adaptvit"
 VERSION = 1
-GATE = ("gate_scale", "gate_center")
-"""Fields of `AViTConfig` that published files keep elsewhere than in their tensors."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 """Of files with weights: a name that ends so is never a model's."""
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -81,8 +75,6 @@ WRAPPED = ("state_dict_ema", "state_dict", "model", "model_ema")
 """Where training checkpoints have their weights, in the order in which the trainings' own evaluation reads them."""
 HEADS = ("head.", "head_dist.")
 """What the names of a classifier's tensors begin with."""
-UNTAUGHT = (*AVIT, *ADAVIT, *DYNAMICVIT)
-"""Names whose downloaded weights are a DeiT's, which never learnt what the method decides by."""
 NOT_FITTED = "what it drops says nothing of an image; train it, or let adaptvit budget fit a plain model"
 MADE_AT_MOST = 2**30
 """Bytes of tables that a model makes for itself; those of the largest in use are some megabytes."""
@@ -165,6 +157,7 @@ def open_model(name: Path | str) -> AdaptiveViT:
         file = weights_file(name)
         opened = _open_file(file) if file == Path(name) else _open_in_folder(file)
         return opened.eval()
+    kind = method_of(word)  # which makes the names of packages outside known
     if not timm.is_model(word):
         raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model")
     try:
@@ -178,8 +171,8 @@ def open_model(name: Path | str) -> AdaptiveViT:
         ) from error
     if not isinstance(model, AdaptiveViT):
         return dense(model).eval()
-    if word in UNTAUGHT:
-        warn(f"{word} has {model.config.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
+    if kind is not None and (kind.trained or kind.published.fitted):  # nobody taught a DeiT what to decide by
+        warn(f"{word} has {kind.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
     return model.eval()
 
 
@@ -221,23 +214,27 @@ def _open_file(path: Path) -> AdaptiveViT:
         return load(path)
     source = _read_weights(path)
     name, settings = _told_model(source)
-    gate = _trained_gate(source) if _told(name) == GATE else {}
-    if name in AVIT:  # in other names two numbers may be a date
-        gate = gate_in_name(path) | gate
+    own = method_of(name)
+
+    def told(published: Published) -> dict[str, Any]:
+        said = {} if own is None else published.by_file_name(path.name)  # of a plain ViT two numbers may be a date
+        return said | published.by_arguments(source.trained_with)
+
+    kind, given = _said(name, told)
     if settings.get("depth", 1) > len(source.tensors):
         raise ValueError(f"{path} says {settings['depth']} blocks, but has only {len(source.tensors)} tensors")
     with _rebuilding(path), torch.device("meta"):
-        twin = _untrained(name, source, gate, settings)  # without memory: the file may claim any size
+        twin = _untrained(name, source, kind, given, settings)  # without memory: the file may claim any size
     _check_claims(source, twin, f"{path} does not fit the {name} of its training arguments")
-    model = _untrained(name, source, gate, settings)
-    told = {key: source.trained_with.get(key) or None for key in PREPROCESSING}
+    model = _untrained(name, source, kind, given, settings)
+    shown = {key: source.trained_with.get(key) or None for key in PREPROCESSING}
     try:
-        data = check_described("its training arguments'", told | {"input_size": None}, PREPROCESSING)
+        data = check_described("its training arguments'", shown | {"input_size": None}, PREPROCESSING)
     except ValueError as error:
         raise ValueError(f"{path} cannot be opened: {error}") from error
     model.vit.pretrained_cfg = timm_config(model.vit) | data
     _filled(model, source, name)
-    _tell_unfitted(path, name, gate)
+    _tell_unfitted(path, own, given)
     return model
 
 
@@ -451,23 +448,27 @@ def convert(
         ValueError: a setting that the method does not have or that is out of range; `source` is damaged, needs code to
             be read, is not finite, or does not fit `model_name` and `num_classes`.
     """
+    own = method_of(model_name)
     if not timm.is_model(model_name):
-        names = ", ".join([*AVIT, *ADAVIT, *EVIT, *DYNAMICVIT, DYNAMICVIT_256])
-        raise ValueError(f"model_name must be a timm ViT or one of {names}, got {model_name!r}")
-    chosen = {"gate_scale": gate_scale, "gate_center": gate_center, "keep_rate": keep_rate, "fuse": fuse}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if wrong := [name for name in given if name not in _told(model_name)]:
+        raise ValueError(f"model_name must be a timm ViT or one of {', '.join(all_names())}, got {model_name!r}")
+    options = {"gate_scale": gate_scale, "gate_center": gate_center, "keep_rate": keep_rate, "fuse": fuse}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if wrong := [name for name in chosen if not any(name in kind.published.untold for kind in _of(model_name))]:
         raise ValueError(f"{model_name} has no {' and no '.join(wrong)}: leave out what its method does not have")
     found = _read_weights(weights_file(source))
     settings = {"num_classes": num_classes} | ({} if img_size is None else {"img_size": img_size})
-    if _told(model_name) == GATE:
-        given = _trained_gate(found) | gate_in_name(found.path) | given
-    model = _untrained(model_name, found, given, settings)
+
+    def told(published: Published) -> dict[str, Any]:
+        said = published.by_arguments(found.trained_with) | published.by_file_name(found.path.name)
+        return said | {name: chosen[name] for name in published.untold if name in chosen}
+
+    kind, given = _said(model_name, told)
+    model = _untrained(model_name, found, kind, given, settings)
     classes = _class_count(found)
     if classes not in (None, num_classes):
         raise ValueError(f"{source} has a head of {classes} classes, not {num_classes}: pass num_classes={classes}")
     save(_filled(model, found, model_name), target)
-    _tell_unfitted(source, model_name, given)
+    _tell_unfitted(source, own, given)
     return model
 
 
@@ -504,45 +505,49 @@ def _with_representation(vit: Any, source: "_Source") -> Any:
     return vit
 
 
-def _told(model_name: str) -> tuple[str, ...]:
-    """What the tensors of a published file do not say of its method, as arguments of `convert`."""
-    if model_name in ADAVIT:
-        return ()
-    if model_name in EVIT:
-        return ("keep_rate", "fuse")
-    if model_name in DYNAMICVIT or model_name == DYNAMICVIT_256:
-        return ("keep_rate",)
-    return GATE
+def _of(model_name: str) -> list[type[MethodConfig]]:
+    """The methods that a file may be of: the name's own; of a plain ViT, those that its weights may be fitted for."""
+    own = method_of(model_name)
+    return [own] if own else [kind for kind in METHODS.values() if kind.published.fitted]
 
 
-def _untrained(model_name: str, source: "_Source", given: dict[str, Any], settings: dict[str, Any]) -> AdaptiveViT:
-    """The model that is filled: a name's own method; A-ViT around a timm ViT with a gate; else the plain ViT.
+def _said(
+    model_name: str, told: Callable[[Published], dict[str, Any]]
+) -> tuple[type[MethodConfig] | None, dict[str, Any]]:
+    """The method that a file is of, None of a plain ViT, and what is said of its config, as `told` has it."""
+    for kind in _of(model_name):
+        if given := told(kind.published):
+            return kind, given
+    return method_of(model_name), {}
+
+
+def _untrained(
+    model_name: str,
+    source: "_Source",
+    kind: type[MethodConfig] | None,
+    given: dict[str, Any],
+    settings: dict[str, Any],
+) -> AdaptiveViT:
+    """The model that is filled: a name's own method; a method around a timm ViT; else the plain ViT.
 
     Args:
-        given: what is said of the method, its gate included.
+        given: fields of the method's config.
     """
     try:
-        if model_name in ADAVIT:
-            given = adavit.settings(source.trained_with)
-        if model_name in AVIT or _told(model_name) != GATE:
+        if method_of(model_name):
             model = timm.create_model(model_name, **settings, **given)
         else:
-            config = AViTConfig(**given) if given else FullConfig()
-            model = config.build(timm.create_model(model_name, **settings))
+            vit = timm.create_model(model_name, **settings)
+            model = dense(vit) if kind is None else kind(**given).build(vit)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source.path} cannot have {given}: {reason(error)}" if given else str(error)) from error
     return model.config.build(_with_representation(model.vit, source))
 
 
-def _trained_gate(source: "_Source") -> dict[str, Any]:
-    """What a file's training arguments say of a gate."""
-    return {name: source.trained_with[name] for name in GATE if name in source.trained_with}
-
-
-def _tell_unfitted(path: Path | str, model_name: str, gate: dict[str, Any]) -> None:
-    """Say so where an A-ViT has the gate of its name alone, which nobody fitted to these weights."""
-    if model_name in AVIT and not gate:
-        warn(f"{path} has no gate that was fitted or trained: {NOT_FITTED}", stacklevel=3)
+def _tell_unfitted(path: Path | str, own: type[MethodConfig] | None, given: dict[str, Any]) -> None:
+    """Say so where a model has numbers of its name alone, which nobody fitted to these weights."""
+    if own is not None and own.published.fitted and not given:
+        warn(f"{path} has no {own.published.fitted} that was fitted or trained: {NOT_FITTED}", stacklevel=3)
 
 
 def _fit_positions(source: "_Source", vit: VisionTransformer) -> None:
@@ -605,15 +610,6 @@ def resize_positions(
     return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix, antialias=False)
 
 
-def gate_in_name(path: Path | str) -> dict[str, float]:
-    """The gate in a released file's name, `<anything>-<scale>-<centre>.pth`; empty where the name has none.
-
-    A date at the end of a name reads as a gate too: rename such a file, or pass the gate to `convert`.
-    """
-    found = re.search(r"-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)\.(?:pth|pt|safetensors)$", Path(path).name)
-    return {"gate_scale": float(found[1]), "gate_center": float(found[2])} if found else {}
-
-
 def _read_weights(path: Path, ours: bool = False) -> _Source:
     """Somebody else's weights under our names; one of our own files too where `ours` is true."""
     if _is_safetensors(path):
@@ -634,7 +630,8 @@ def _read_weights(path: Path, ours: bool = False) -> _Source:
         if held:
             weights, arguments = held[0], content.get("args")
             arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-            trained_with = {**arguments} if isinstance(arguments, Mapping) else {}
+            named = arguments.items() if isinstance(arguments, Mapping) else ()
+            trained_with = {name: value for name, value in named if isinstance(name, str)}
             if "arch" in content:
                 trained_with.setdefault("model", content["arch"])
     return _Source(path, _under_our_names(path, check_state_dict(path, weights)), trained_with)
@@ -673,8 +670,8 @@ def _is_safetensors(path: Path) -> bool:
 def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Published weights as our files spell them.
 
-    What is named otherwise: T2T-ViT's stem; AdaViT's queries, keys, values and policies; DynamicViT's predictors; the
-    representation layer of timm's up to 0.5; what `_timm_names` has.
+    What is named otherwise: what the methods say; T2T-ViT's stem; the representation layer of timm's up to 0.5; what
+    `_timm_names` has.
 
     Raises:
         ValueError: two tensors have one name then, or parts of one tensor do not go together.
@@ -682,12 +679,13 @@ def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
     cleaned = clean_state_dict(tensors)
     if len(cleaned) < len(tensors):
         raise ValueError(f"{path} holds a tensor twice: with and without the prefix that parallel training gives it")
+    renamed = published_names(representation_names(_timm_names(cleaned)))
     try:
-        renamed = adavit.state_dict(published_names(representation_names(_timm_names(cleaned))))
+        for kind in METHODS.values():
+            renamed = kind.published.our_tensors(renamed)
     except RuntimeError as error:
         raise ValueError(f"{path} holds queries, keys and values that do not go together: {reason(error)}") from error
-    names = {key: key.removeprefix("vit.") if key.startswith("vit.score_predictor.") else key for key in renamed}
-    return {_stored_name(names[key]): value for key, value in renamed.items()}
+    return renamed
 
 
 def _timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

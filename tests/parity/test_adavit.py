@@ -23,6 +23,7 @@ from adaptvit.backbones.parts import representation_names
 from adaptvit.backbones.t2t import SPLITS, published_names, t2t_vit
 from adaptvit.methods import adavit
 from adaptvit.methods.adavit import AdaViT, Policies
+from adaptvit.methods.adavit_files import our_tensors
 from adaptvit.methods.released import ReleasedAdaViTConfig
 from adaptvit.methods.released import adavit as released
 
@@ -41,10 +42,13 @@ NOT_REBUILT = ("use_full_head", "random_policy", "random_head", "random_layer", 
 
 def weights_of_case(case: dict) -> dict[str, Tensor]:
     """The recorded ones under our names."""
-    state = released.state_dict(published_names(with_changes(case)))
-    vit = {key.removeprefix("vit."): value for key, value in state.items() if key.startswith("vit.")}
-    policies = {key: value for key, value in state.items() if not key.startswith("vit.")}
-    return {f"vit.{key}": value for key, value in representation_names(vit).items()} | policies
+    state = representation_names(our_tensors(published_names(with_changes(case))))
+    return {name_in_model(key): value for key, value in state.items()}
+
+
+def name_in_model(key: str) -> str:
+    """Of a tensor in a file."""
+    return key.removeprefix("method.") if key.startswith("method.") else f"vit.{key}"
 
 
 def vit_of_case(case: dict, state: Mapping[str, Tensor]) -> VisionTransformer:
@@ -422,5 +426,5 @@ def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:
         whole = gradients[f"vit.{found[1]}.qkv.{found[3]}"]
         return None if whole is None else whole.chunk(3)[("query", "key", "value").index(found[2])]
     key = our_name(key, {name.removeprefix("vit."): None for name in gradients})
-    (name,) = released.state_dict(published_names({key: torch.zeros(1)}))
-    return gradients[name]
+    (name,) = our_tensors(published_names({key: torch.zeros(1)}))
+    return gradients[name_in_model(name)]

@@ -1,14 +1,10 @@
-"""AdaViT as its released code trains it, and what its files and tables have.
+"""AdaViT as its released code trains it, and what its tables have.
 
 ReleasedAdaViTConfig            its decisions in training, its losses and gradients
-state_dict, settings            its files' tensors and training arguments
 published_gmacs                 the MACs that its tables count
 distillation                    losses towards a teacher that it has
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,14 +19,6 @@ from adaptvit.checks import In
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig, Policies
 from adaptvit.methods.base import Role
 from adaptvit.methods.gates import entropy, gumbel_difference, straight_through
-
-POLICIES = {
-    "token_select.mlp_head": "patch_policy",
-    "head_select.mlp_head": "head_policy",
-    "layer_select.mlp_head": "sublayer_policy",
-    "norm_policy": "policy_norm",
-}
-"""The released names of the policies' parameters, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,32 +178,6 @@ def layer_loss(
     return loss - entropy_weight * entropy(logits) + weight * (least - sublayers.mean(dim=0)).clamp(min=0).sum()
 
 
-def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the training arguments in a released file say of its model, as fields of `AdaViTConfig`.
-
-    Args:
-        arguments: by their released names; of a file that has none, an empty mapping gives no field.
-    """
-    if not any(name.startswith("ada_") for name in arguments):
-        return {}
-    on = {name for name, value in arguments.items() if value is True}
-    kinds = {
-        "patches": on & {"ada_token", "ada_token_with_mlp"},
-        "heads": on & {"ada_head", "ada_head_v2", "ada_head_attn"},
-        "sublayers": on & {"ada_layer", "ada_block"},
-    }
-    found: dict[str, Any] = {
-        "policies": tuple(kind for kind, options in kinds.items() if options),
-        "patches_skip": "attention" if kinds["patches"] == {"ada_token"} else "attention and mlp",
-        "heads_take": "hidden" if "ada_head_v2" in on else "identity" if "ada_head_attn" in on else "input",
-        "norm_policies": "norm_policy" in on,
-    }
-    for name, field in (("keep_layers", "first_block"), ("ada_token_start_layer", "first_patch_block")):
-        if arguments.get(name) is not None:
-            found[field] = arguments[name]
-    return found
-
-
 def distillation(
     attention: tuple[Tensor, Tensor],
     hidden: tuple[Tensor, Tensor],
@@ -262,24 +224,3 @@ def published_gmacs(policies: Policies, dim: int, mlp_ratio: float, base: float)
     products = 3 * kept * dim * width + 2 * kept**2 * width + kept * width**2
     blocks = norm + attention * (norm + products) + mlp * kept * (width * hidden + hidden * dim)
     return base + (blocks * (width > 0) * (tokens > 0)).sum(dim=1) / 1e9
-
-
-def state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released state dict under the names of `AdaViT`: of a model's own, or a T2T-ViT's, backbone and policies."""
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        part = re.fullmatch(r"(blocks\.\d+\.attn)\.(query|key|value)\.(weight|bias)", key)
-        policy = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.)?(\w+_select\.mlp_head|norm_policy)\.(weight|bias)", key)
-        if part:
-            parts[f"vit.{part[1]}.qkv.{part[3]}"][part[2]] = value
-        elif policy and policy[2] in POLICIES:
-            renamed[f"{POLICIES[policy[2]]}.{policy[1]}.{policy[3]}"] = value
-        else:
-            renamed[f"vit.{key}"] = value
-    for key, found in parts.items():
-        if len(found) == 3:
-            renamed[key] = torch.cat([found[name] for name in ("query", "key", "value")])
-        else:  # stay as they are, for whoever compares names to find
-            renamed |= {key.replace(".qkv.", f".{name}."): value for name, value in found.items()}
-    return renamed
