@@ -17,7 +17,7 @@ from test_imports import PACKAGE, imported, modules
 from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
 from adaptvit.commands.playground import Playground, PlaygroundConfig, Session
 from adaptvit.methods import METHODS, Named, Published
-from adaptvit.weights.names import method_of
+from adaptvit.weights.names import default_cfgs, method_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_method.py"
 NAMED = {"training.recipes", "commands.comparisons", "commands.demo"}
@@ -120,6 +120,7 @@ def test_timm_learns_the_names_that_it_declares(example: type[MethodConfig]) -> 
         assert method_of("norm_mini_patch16_32") is kind
     finally:
         del METHODS._known["other_norm"]
+        default_cfgs.pop("norm_mini_patch16_32")
     assert model.config == kind(threshold=0.5)
     assert model.pretrained_cfg["crop_pct"] == 0.9
 
