@@ -10,22 +10,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.backbones.vit import (
-    Projected,
+from adaptvit.backbones.base import (
     check,
     check_offers,
     class_count,
-    classify,
-    embed,
-    head_macs,
     input_size,
     model_name,
     prefix_tokens,
     read_slots,
-    run_block,
-    shape_of,
     timm_config,
 )
+from adaptvit.backbones.forward import Projected, classify, embed, run_block
+from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.macs import Shape
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage
@@ -140,7 +136,7 @@ class AdaptiveViT(nn.Module, ABC):
         """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
 
         Args:
-            chosen, projected, bias: as `adaptvit.backbones.vit.run_block` takes them.
+            chosen, projected, bias: as `adaptvit.backbones.forward.run_block` takes them.
         """
         if chosen is None and self.reads_few(number):
             assert self.read is not None

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
+from adaptvit.backbones.forward import attention_received, project
 from adaptvit.backbones.parts import Rotary
-from adaptvit.backbones.vit import attention_received, project
 from adaptvit.methods.ats import RandomConfig, draw, gumbel_noise, inverse_transform, normalise, random_order
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.methods.released import ats as ats_released

@@ -6,7 +6,8 @@ import torch
 from models import small_vit
 from torch import Tensor
 
-from adaptvit.backbones.vit import attention_received, embed, project, run_block, set_channel
+from adaptvit.backbones.forward import attention_received, embed, project, run_block
+from adaptvit.backbones.turn import set_channel
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adaptvit import Masked, Packed
 from adaptvit.backbones.gated import Gates, Takes, check_gated, gated_macs, run_gated
-from adaptvit.backbones.vit import shape_of
+from adaptvit.backbones.sizes import shape_of
 
 TAKES: tuple[Takes, ...] = ("input", "hidden", "identity")
 FLAVOURS = ["class token", "LayerScale", "QK norm", "attention pool", "CLIP"]

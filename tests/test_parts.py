@@ -29,9 +29,11 @@ from adaptvit import (
     macs,
     save,
 )
+from adaptvit.backbones.forward import project
 from adaptvit.backbones.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
+from adaptvit.backbones.record import describe, rebuild
 from adaptvit.backbones.t2t import sinusoid
-from adaptvit.backbones.vit import describe, project, rebuild, set_channel
+from adaptvit.backbones.turn import set_channel
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.released import ReleasedAViTConfig

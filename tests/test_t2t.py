@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import adaptvit
 from adaptvit import ATSConfig, AViTConfig, FullConfig, dense_macs
 from adaptvit.backbones.t2t import MODELS, SPLITS, Performer, SkipToValues, TokensToToken, sinusoid, soft_split, t2t_vit
-from adaptvit.backbones.vit import set_channel
+from adaptvit.backbones.turn import set_channel
 from adaptvit.weights.checkpoints import start_from
 
 SIZES: dict[str, Any] = {"img_size": (32, 48), "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

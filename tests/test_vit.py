@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import adaptvit
 from adaptvit import FullConfig, Masked, Packed
 from adaptvit.backbones.parts import representation_names
-from adaptvit.backbones.vit import describe, rebuild, set_channel, shape_of
+from adaptvit.backbones.record import describe, rebuild
+from adaptvit.backbones.sizes import shape_of
+from adaptvit.backbones.turn import set_channel
 
 NAMES = [
     # DeiT: class token, distilled, DeiT III with LayerScale and positions without the class token

@@ -1,7 +1,7 @@
 """A timm block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
 
 `Masked` computes everything and multiplies by the gates, which is the definition and passes their gradients. `Packed`
-computes what is on and nothing else. With `vit.py` this is the door to timm: no other module reads a block.
+computes what is on and nothing else. With `forward.py` this is the door to timm: no other module reads a block.
 
 Letters: B images, N token slots, T tokens of a part of the batch, D channels, H heads, d channels per head, F hidden
 channels of the MLP.
@@ -19,14 +19,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adaptvit.backbones.vit import (
-    MLP_ROWS,
-    add_branch,
-    model_name,
-    on_tokens,
-    project_normed,
-    through,
-)
+from adaptvit.backbones.base import model_name
+from adaptvit.backbones.forward import MLP_ROWS, add_branch, on_tokens, project_normed, through
 from adaptvit.macs import Shape
 from adaptvit.tokens import Masked, Packed, Tokens
 
@@ -64,7 +58,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 
 
 NEEDS = frozenset({"attention", "token norms", "equal heads"})
-"""What blocks need that run under gates, as `adaptvit.backbones.vit.OFFERS` has it."""
+"""What blocks need that run under gates, as `adaptvit.backbones.base.OFFERS` has it."""
 
 
 def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:

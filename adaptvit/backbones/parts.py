@@ -114,7 +114,7 @@ def _check_mixer(config: ViTConfig) -> None:
 class TokenPart(nn.Module, ABC):
     """A part whose result for a token depends on its slot or on the image's other tokens.
 
-    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.vit` calls, on those
+    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.forward` calls, on those
     that are live. With every token live they are the same.
     """
 

@@ -16,7 +16,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.backbones.vit import input_size, timm_config
+from adaptvit.backbones.base import input_size, timm_config
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey, as Pillow has them."""

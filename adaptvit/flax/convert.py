@@ -14,7 +14,7 @@ from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from adaptvit.backbones.vit import model_name
+from adaptvit.backbones.base import model_name
 from adaptvit.flax.ats_vit import Flavour, ViT, pair
 from adaptvit.methods.ats import ATS, ATSConfig
 

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from adaptvit.backbones.vit import model_name, patch_grid, shape_of
+from adaptvit.backbones.base import model_name, patch_grid
+from adaptvit.backbones.sizes import shape_of
 from adaptvit.checks import In, check_device, check_fields, checked
 from adaptvit.data import (
     Batch,

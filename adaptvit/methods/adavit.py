@@ -17,17 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from adaptvit.backbones.base import model_name, patch_grid
+from adaptvit.backbones.forward import attention_norm, attention_received, embed, like_norm, project_normed, run_block
 from adaptvit.backbones.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
-from adaptvit.backbones.vit import (
-    attention_norm,
-    attention_received,
-    embed,
-    like_norm,
-    model_name,
-    patch_grid,
-    project_normed,
-    run_block,
-)
 from adaptvit.budget import BATCH
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.macs import dense_macs, macs

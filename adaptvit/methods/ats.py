@@ -17,13 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.backbones.vit import (
-    Projected,
-    attention_received,
-    model_name,
-    patch_grid,
-    project,
-)
+from adaptvit.backbones.base import model_name, patch_grid
+from adaptvit.backbones.forward import Projected, attention_received, project
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.model import AdaptiveViT, Knob

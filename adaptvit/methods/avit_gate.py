@@ -10,16 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from adaptvit.backbones.vit import (
-    attention_received,
-    check_offers,
-    embed,
-    prefix_tokens,
-    project,
-    run_block,
-    set_channel,
-    shape_of,
-)
+from adaptvit.backbones.base import check_offers, prefix_tokens
+from adaptvit.backbones.forward import attention_received, embed, project, run_block
+from adaptvit.backbones.sizes import shape_of
+from adaptvit.backbones.turn import set_channel
 from adaptvit.methods.regression import Regression, importance
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import check_finite

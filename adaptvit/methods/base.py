@@ -109,7 +109,7 @@ class MethodConfig(ABC):
 
     @property
     def needs(self) -> Set[str]:
-        """What it needs of a ViT: names in `adaptvit.backbones.vit.OFFERS`."""
+        """What it needs of a ViT: names in `adaptvit.backbones.base.OFFERS`."""
         return frozenset()
 
     @property

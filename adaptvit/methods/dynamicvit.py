@@ -19,8 +19,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 
+from adaptvit.backbones.base import model_name
+from adaptvit.backbones.forward import final_norm, run_block
 from adaptvit.backbones.gated import Gates, run_gated
-from adaptvit.backbones.vit import final_norm, model_name, run_block
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through

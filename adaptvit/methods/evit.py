@@ -17,14 +17,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from adaptvit.backbones.base import model_name
+from adaptvit.backbones.forward import add_attention, add_mlp, attention_received, project
 from adaptvit.backbones.gated import gated_macs
-from adaptvit.backbones.vit import (
-    add_attention,
-    add_mlp,
-    attention_received,
-    model_name,
-    project,
-)
 from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.methods.base import MethodConfig, Published, around_deits
 from adaptvit.model import AdaptiveViT, Knob

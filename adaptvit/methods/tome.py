@@ -19,12 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from adaptvit.backbones.vit import (
-    add_attention,
-    add_mlp,
-    patch_grid,
-    project,
-)
+from adaptvit.backbones.base import patch_grid
+from adaptvit.backbones.forward import add_attention, add_mlp, project
 from adaptvit.budget import BATCH, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.macs import block_macs

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
-from adaptvit.backbones.vit import check_images, class_count, prefix_tokens
+from adaptvit.backbones.base import check_images, class_count, prefix_tokens
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, check_fields, quoted
 from adaptvit.data import Batch, Data, Renormalise, filled

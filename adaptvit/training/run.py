@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from adaptvit.adapt import adapt
-from adaptvit.backbones.vit import check
+from adaptvit.backbones.base import check
 from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, OneOf, check_device, check_fields, checked
 from adaptvit.data import (

@@ -32,19 +32,10 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from adaptvit.backbones.base import model_name, patch_grid, position_rows, timm_config
 from adaptvit.backbones.parts import add_representation, representation_names
+from adaptvit.backbones.record import ARGUMENTS, PREPROCESSING, check_described, describe, rebuild
 from adaptvit.backbones.t2t import published_names
-from adaptvit.backbones.vit import (
-    ARGUMENTS,
-    PREPROCESSING,
-    check_described,
-    describe,
-    model_name,
-    patch_grid,
-    position_rows,
-    rebuild,
-    timm_config,
-)
 from adaptvit.checks import In, checked
 from adaptvit.files import replacing
 from adaptvit.methods import METHODS, MethodConfig, Published, dense, of_today

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
-from adaptvit.backbones.vit import add_attention, embed, project, run_block
+from adaptvit.backbones.forward import add_attention, embed, project, run_block
 from adaptvit.methods import ats
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.released import ReleasedATSConfig

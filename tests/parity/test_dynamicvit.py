@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from adaptvit import DynamicViTConfig, Masked, Packed
-from adaptvit.backbones.vit import embed, final_norm, run_block
+from adaptvit.backbones.forward import embed, final_norm, run_block
 from adaptvit.methods import dynamicvit
 from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention
 from adaptvit.methods.losses import distillation

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, xlogy
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit.backbones.vit import embed
+from adaptvit.backbones.forward import embed
 from adaptvit.methods.avit import AViT, AViTConfig, each
 from adaptvit.methods.base import Role
 from adaptvit.methods.priors import released_target

@@ -1,0 +1,95 @@
+"""A rotation of a timm ViT's channels that leaves what it computes as it is."""
+
+import torch
+from timm.layers import LayerScale, Mlp, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from adaptvit.backbones.base import check_offers, model_name
+from adaptvit.backbones.parts import RepresentationHead
+from adaptvit.backbones.t2t import TokensToToken
+
+
+def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
+    """Turn the residual stream, in place, so that channel 0 carries a direction of it; the ViT computes what it did.
+
+    A rotation that keeps the all-ones vector commutes with layer norm once its weights are folded into the linear maps
+    that follow, and every linear map can be turned to match. The rotation is the reflection that takes channel 0 to
+    mean(x) + sqrt(1 - 1/D) u.x, u being the direction without its mean, of unit length.
+
+    Args:
+        direction: (D,), not constant, on the ViT's device.
+    Raises:
+        TypeError: the ViT has a part that no rotation passes through: another norm than layer norm, a norm before the
+            blocks, an attention pool, gated attention, or a linear map without the bias that a norm's would go to.
+        ValueError: the direction is constant.
+    """
+    _check_rotatable(vit)
+    size = vit.embed_dim
+    u = direction.double() - direction.double().mean()
+    if not u.norm() > 0:
+        raise ValueError("the direction for channel 0 is constant over the channels, which layer norm cannot see")
+    identity = torch.eye(size, dtype=torch.float64, device=u.device)
+    v = identity[0] - (1 / size + (1 - 1 / size) ** 0.5 * u / u.norm())
+    rotation = identity - 2 * torch.outer(v, v) / v.dot(v)
+    with torch.no_grad():
+        for norm, readers in _readers(vit):
+            for reader in readers:
+                if reader.bias is not None:
+                    _assign(reader.bias, reader.bias.double() + reader.weight.double() @ norm.bias.double())
+                _assign(reader.weight, (reader.weight.double() * norm.weight.double()) @ rotation)
+            norm.weight.fill_(1)
+            norm.bias.zero_()
+        for block in vit.blocks:
+            for scale, writer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+                gain = scale.gamma.double() if isinstance(scale, LayerScale) else u.new_ones(size)
+                _assign(writer.weight, rotation @ (gain[:, None] * writer.weight.double()))
+                if writer.bias is not None:
+                    _assign(writer.bias, rotation @ (gain * writer.bias.double()))
+                if isinstance(scale, LayerScale):
+                    scale.gamma.fill_(1)
+        stem = vit.patch_embed.project if isinstance(vit.patch_embed, TokensToToken) else vit.patch_embed.proj
+        _assign(stem.weight, torch.tensordot(rotation, stem.weight.double(), dims=1))
+        if stem.bias is not None:
+            _assign(stem.bias, rotation @ stem.bias.double())
+        for name in ("pos_embed", "cls_token", "reg_token", "dist_token"):
+            table = getattr(vit, name, None)
+            if table is not None:
+                _assign(table, table.double() @ rotation)
+
+
+def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]]]:
+    """Every norm of the residual stream, and the linear maps that read it."""
+    pairs = [(block.norm1, [block.attn.qkv]) for block in vit.blocks]
+    pairs += [(block.norm2, [block.mlp.fc1]) for block in vit.blocks]
+    head = vit.head.pre_logits.fc if isinstance(vit.head, RepresentationHead) else vit.head
+    heads = [head for head in (head, getattr(vit, "head_dist", None)) if isinstance(head, nn.Linear)]
+    return [*pairs, (vit.norm if isinstance(vit.norm, nn.LayerNorm) else vit.fc_norm, heads)]
+
+
+def _check_rotatable(vit: VisionTransformer) -> None:
+    name = model_name(vit)
+    check_offers(vit, {"attention"}, "turning the residual stream")
+    block, stem = vit.blocks[0], vit.patch_embed
+    for part, fault in (
+        ("norm_pre", not isinstance(vit.norm_pre, nn.Identity)),
+        ("attn_pool", vit.attn_pool is not None),
+        (
+            "patch_embed",
+            not isinstance(stem, TokensToToken)
+            and (not isinstance(stem, PatchEmbed) or not isinstance(stem.norm, nn.Identity)),
+        ),
+        ("blocks.0.attn.gate", block.attn.gate is not None),
+        ("blocks.0.mlp", type(block.mlp) is not Mlp),
+    ):
+        if fault:
+            raise TypeError(f"{name}.{part} is of a kind whose residual stream cannot be turned")
+    for norm, readers in _readers(vit):
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"{name} has {type(norm).__name__}; only with LayerNorm can the residual stream be turned")
+        if any(reader.bias is None and norm.bias.any() for reader in readers):
+            raise TypeError(f"{name} has a linear map without bias after a norm with one, which cannot be turned")
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value.to(parameter.dtype))
