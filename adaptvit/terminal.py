@@ -1,8 +1,9 @@
-"""Lines for a terminal: what a name holds is shown, never obeyed."""
+"""A terminal: lines for it, in which what a name holds is shown, never obeyed, and the words that come from it."""
 
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -41,3 +42,13 @@ def leave(file: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, file.fileno())
     os.close(nowhere)
+
+
+def word_after(words: Sequence[str], option: str) -> str | None:
+    """The value of an option among words that are not parsed yet, the last one where there are several."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found

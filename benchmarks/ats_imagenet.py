@@ -20,13 +20,12 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from adaptvit import ATSConfig, FullConfig, Output, dense_macs, join, macs, meet_target
-from adaptvit.data import DataConfig, open_split
+from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
 from adaptvit.measure.speed import interleaved
 from adaptvit.methods import ats
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.model import AdaptiveViT
-from adaptvit.training.run import spread_over
 from adaptvit.weights.checkpoints import start_from
 
 BATCH, TIMED, ROUNDS, THREADS = 50, 32, 5, 1

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
 from adaptvit.adapt import INFLECTIONS
-from adaptvit.data import DataConfig, open_split
+from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.training.run import spread_over
 from adaptvit.weights.checkpoints import start_from
 
 BATCH, THREADS = 50, 1

@@ -23,14 +23,14 @@ import adaptvit
 from adaptvit.backbones.parts import ViTConfig
 from adaptvit.checks import Ascending, In, OneOf, check_device, check_fields, checked, quoted
 from adaptvit.commands.bench import BenchConfig
-from adaptvit.commands.compare import Comparison
 from adaptvit.commands.compare_methods import MethodsConfig
+from adaptvit.commands.compare_variants import Comparison
 from adaptvit.commands.demo import DemoConfig
 from adaptvit.commands.draw import DrawConfig
+from adaptvit.commands.evaluate import EvaluateConfig
 from adaptvit.commands.playground import PlaygroundConfig
 from adaptvit.commands.predict import PredictConfig
 from adaptvit.data import DataConfig
-from adaptvit.measure.evaluate import EvaluateConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
 from adaptvit.training.loop import Recipe

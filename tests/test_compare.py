@@ -15,8 +15,8 @@ import pytest
 
 from adaptvit import AViTConfig, files, records
 from adaptvit.cli import main
-from adaptvit.commands import compare
-from adaptvit.commands.compare import Comparison, Row
+from adaptvit.commands import compare_variants as compare
+from adaptvit.commands.compare_variants import Comparison, Row
 from adaptvit.commands.comparisons import COMPARISONS
 from adaptvit.data import DataConfig
 from adaptvit.training import run as running

@@ -11,8 +11,9 @@ from PIL import Image
 from test_usage import kept
 
 from adaptvit import ATSConfig, EViTConfig, FullConfig, Masked, MergeConfig, Packed, cli, dense_macs, macs, save
+from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.data import Images, Unreadable
-from adaptvit.measure.evaluate import EvaluateConfig, evaluate, evaluate_model, speed
+from adaptvit.measure.evaluate import evaluate, speed
 
 
 @pytest.fixture(scope="module")

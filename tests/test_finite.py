@@ -19,6 +19,7 @@ from adaptvit.budget import attempt
 from adaptvit.commands import draw
 from adaptvit.commands import predict as predicting
 from adaptvit.commands.bench import BenchConfig, bench
+from adaptvit.commands.budget import set_budget
 from adaptvit.commands.playground import DIGITS, Playground, PlaygroundConfig, Session
 from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import Images, Unreadable
@@ -30,7 +31,6 @@ from adaptvit.methods.adavit import fit_policies
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.training.run import set_budget
 
 
 def spoilt_head(file: Path) -> Path:

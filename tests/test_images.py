@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from adaptvit import FullConfig, load, save
 from adaptvit.commands.bench import BenchConfig, bench_images
+from adaptvit.commands.budget import set_budget
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
 from adaptvit.commands.draw import DrawConfig, draw
+from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.commands.playground import Playground, PlaygroundConfig, Session, open_picture
 from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import DataConfig, Renormalise, Samples, Unreadable, decode_image, open_image, open_split, read_image
 from adaptvit.data.images import TURNS
 from adaptvit.data.libraries import TorchImages
 from adaptvit.data.preparation import preparation, preparation_of_name
-from adaptvit.measure.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.training.loop import Recipe
-from adaptvit.training.run import Run, run, set_budget
+from adaptvit.training.run import Run, run
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NOISE = np.kron(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))

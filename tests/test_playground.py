@@ -399,7 +399,7 @@ def test_what_gradio_fails_on_is_refused_in_a_sentence(built: Any, monkeypatch: 
     from gradio.routes import App
     from starlette.testclient import TestClient
 
-    from adaptvit import page
+    from adaptvit.commands import page
 
     async def serve() -> Any:  # in a loop, or gradio leaves one of its own open
         return App.create_app(built.queue(api_open=False))

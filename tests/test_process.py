@@ -30,17 +30,19 @@ from torch.utils.data import Dataset
 import adaptvit.commands.demo
 from adaptvit import AdaptiveViT, FullConfig, cli, save
 from adaptvit.commands.bench import BenchConfig, bench
-from adaptvit.commands.compare import Comparison, compare
+from adaptvit.commands.budget import set_budget
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
+from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.commands.draw import DrawConfig, draw
+from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.data import Data, DataConfig, Images, digits
-from adaptvit.measure.evaluate import EvaluateConfig, evaluate, evaluate_model
+from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
 from adaptvit.process import as_found
 from adaptvit.training.loop import Recipe, train
-from adaptvit.training.run import Run, run, set_budget
+from adaptvit.training.run import Run, run
 
 SHARED = (PartialState, AcceleratorState, GradientState)
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}

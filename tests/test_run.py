@@ -12,10 +12,11 @@ from PIL import Image
 
 from adaptvit import AdaViTConfig, AViTConfig, FullConfig, MergeConfig, load, save
 from adaptvit.budget import Trial
+from adaptvit.commands.budget import set_budget
 from adaptvit.data import DataConfig
 from adaptvit.training.loop import Recipe
 from adaptvit.training.recipes import RECIPES
-from adaptvit.training.run import Run, run, set_budget
+from adaptvit.training.run import Run, run
 from adaptvit.weights.checkpoints import open_model, start_from
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}

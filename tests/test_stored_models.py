@@ -21,7 +21,7 @@ import adaptvit
 from adaptvit import AViTConfig, EViTConfig, FullConfig
 from adaptvit.cli import main
 from adaptvit.commands.bench import BenchConfig, bench
-from adaptvit.commands.compare import Comparison, compare
+from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.data import DataConfig
 from adaptvit.training.loop import Recipe
 from adaptvit.training.run import Run, run

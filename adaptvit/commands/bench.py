@@ -1,6 +1,7 @@
 """Measured speed beside the MACs that were saved: timm's own model, masked and packed execution, in turns."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import timm
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.models.vision_transformer import VisionTransformer
@@ -18,13 +20,15 @@ from torchvision.transforms import v2
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
+from adaptvit.commands.console import config_of
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
+from adaptvit.files import as_json, check_output, write_atomically
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import Speed, interleaved
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
-from adaptvit.terminal import warn
+from adaptvit.terminal import say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
 from adaptvit.weights.checkpoints import is_stored, open_model, remade
@@ -263,3 +267,35 @@ def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
             raise ValueError(f"{str(folder / item.name)!r} cannot be read as an image: {item.reason}")
         images.append(item[0])
     return torch.stack(images)
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit bench MODEL`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Move a method's knob to a MACs target, then time dense, masked and packed runs.",
+    )
+    parser.add_class_arguments(BenchConfig, as_positional=True)
+    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    return parser
+
+
+def execute(arguments: Namespace) -> None:
+    """Print the figures as a table and write them where asked."""
+    config = config_of(BenchConfig, arguments)
+    if arguments.json:
+        check_output(arguments.json)
+    figures = bench(config)
+    for name in ("dense_images_per_s", "masked_images_per_s", "packed_images_per_s"):
+        say(f"{name:>22} {figures[name]:10.2f}")
+    for name in ("ideal_speedup", "realised_speedup", "ratio"):
+        say(f"{name:>22} {figures[name]:10.3f}")
+    for name in ("macs_dense", "macs_executed"):
+        say(f"{name:>22} {figures[name] / 1e9:10.3f} G")
+    tokens = figures["tokens_per_block"]
+    for name in ("mean", "min", "max"):
+        say(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
+    loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
+    say(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
+    if arguments.json:
+        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -26,11 +27,23 @@ from tqdm import tqdm
 
 from adaptvit.adapt import adapt
 from adaptvit.checks import In, OneOf, check_device, check_fields
+from adaptvit.commands.console import config_of, say_table, say_unused
 from adaptvit.commands.draw import last_groups
-from adaptvit.data import DataConfig, LeftOut, Samples, Unreadable, first_of, open_split, pixels, preparation
+from adaptvit.commands.evaluate import check_classes
+from adaptvit.data import (
+    DataConfig,
+    LeftOut,
+    Samples,
+    Unreadable,
+    first_of,
+    open_split,
+    pixels,
+    preparation,
+    spread_over,
+)
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, macs
-from adaptvit.measure.evaluate import check_classes, outputs
+from adaptvit.measure.evaluate import outputs
 from adaptvit.measure.speed import interleaved, speeds
 from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
@@ -38,8 +51,7 @@ from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.show.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.show.report import Picture, Report, Section, Table, machine, write
-from adaptvit.terminal import warn
-from adaptvit.training.run import spread_over
+from adaptvit.terminal import say, warn
 from adaptvit.weights.checkpoints import digest, open_model, start_from
 
 
@@ -579,3 +591,26 @@ def _headline(rows: Sequence[Row], budget: float | None) -> str:
 
 def _said(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit compare methods MODEL ROOT [FILES...]`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Every method that needs no training, at several budgets, and models that were fine-tuned: "
+        "accuracy against MACs and measured speed. What is finished is never run again.",
+    )
+    parser.add_argument("name", choices=["methods"], help="methods.")
+    parser.add_class_arguments(MethodsConfig, as_positional=True, skip={"files"})
+    parser.add_argument(
+        "files", nargs="*", default=[], help="Fine-tuned models of the same classes, named as MODEL is."
+    )
+    return parser
+
+
+def execute(arguments: Namespace) -> int:
+    """Run what is not finished, and print the table; 1 where images could not be read."""
+    arguments.files = tuple(arguments.files)
+    outcome = compare_methods(config_of(MethodsConfig, arguments), lambda rows: say_table(table(rows)))
+    say(f"{outcome.report}: the report")
+    return say_unused(outcome.unreadable, outcome.left_out)

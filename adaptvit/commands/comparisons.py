@@ -1,13 +1,17 @@
 """Comparisons that have a name: functions that return a `Comparison`, as recipes return a `Run`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adaptvit.commands.compare import Comparison
+from jsonargparse import ArgumentParser, Namespace
+
+from adaptvit.commands.compare_variants import Comparison, Row, compare, table
+from adaptvit.commands.console import say_table
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.terminal import say
 from adaptvit.training.loop import Recipe
 from adaptvit.training.recipes import digits
 from adaptvit.training.run import Run
@@ -107,3 +111,44 @@ COMPARISONS: dict[str, Callable[[], Comparison]] = {
     comparison.__name__: comparison for comparison in (priors, parts, parts_halting, thresholds, digits_priors)
 }
 """What `adaptvit compare` knows by name."""
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit compare NAME`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Train every variant of a comparison with every seed; table, csv, plots and a report with spreads. "
+        "What is finished is never run again. `adaptvit compare methods --help`: methods side by side on one model.",
+    )
+    parser.add_argument("name", type=str, help=f"One of {', '.join(COMPARISONS)}, or methods.")
+    parser.add_argument(
+        "--root", type=Path, default=None, help="Folder of the images, where it is not the comparison's."
+    )
+    parser.add_argument("--epochs", type=int, default=None, help="Other than the comparison's.")
+    parser.add_argument("--output", type=Path, default=None, help="Folder of the results; runs/NAME by default.")
+    parser.add_function_arguments(compare, skip={"comparison", "output", "tell"})
+    return parser
+
+
+def execute(arguments: Namespace) -> int:
+    """Train what is not finished, and print the table."""
+    if arguments.name not in COMPARISONS:
+        raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)} or methods, got {arguments.name!r}")
+    comparison = COMPARISONS[arguments.name]()
+    variants = comparison.variants
+    if arguments.root is not None:
+        variants = {name: replace(run, data=replace(run.data, root=arguments.root)) for name, run in variants.items()}
+    if arguments.epochs is not None:
+        variants = {
+            name: replace(run, recipe=replace(run.recipe, epochs=arguments.epochs)) for name, run in variants.items()
+        }
+    output = arguments.output or Path("runs") / arguments.name
+
+    def tell(rows: list[Row]) -> None:
+        say(comparison.question)
+        say("")
+        say_table(table(rows))
+
+    compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes, tell)
+    say(f"{output / 'report.html'}: the report")
+    return 0

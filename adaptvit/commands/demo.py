@@ -1,10 +1,12 @@
 """The demo: a small ViT learns to read digits, then where it can stop early; a report shows what that saved."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -288,3 +290,18 @@ def _report(
             "Machine": machine(),
         },
     )
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit demo`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Train a small ViT on scikit-learn's digits, make it adaptive, measure both and write a report.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder of the report and the weights.")
+    return parser
+
+
+def execute(arguments: Namespace) -> None:
+    """Run the demo at its default sizes; an interrupted one goes on where it stopped."""
+    run(arguments.output)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from adaptvit.checks import In, check_device, check_fields
+from adaptvit.commands.console import config_of, say_unused
 from adaptvit.data import (
     DataConfig,
     LeftOut,
@@ -39,6 +41,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.show.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
+from adaptvit.terminal import say
 from adaptvit.usage import Usage, join
 from adaptvit.weights.checkpoints import open_model
 
@@ -414,3 +417,26 @@ def shortened(name: str, most: int = 48) -> str:
     """A file name on one line of at most so many characters, cut in the middle."""
     name = "".join(character if character.isprintable() else "?" for character in name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-((most - 1) // 2) :]}"
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit draw MODEL FOLDER`."""
+    parser = ArgumentParser(
+        description="Draw images beside the depth of their tokens, or what many images use and cost."
+    )
+    parser.add_class_arguments(DrawConfig, as_positional=True)
+    return parser
+
+
+def execute(arguments: Namespace) -> int:
+    """Say what was drawn; 1 where images could not be read."""
+    config = config_of(DrawConfig, arguments)
+    drawing = draw(config)
+    say(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
+    if drawing.beyond_limit:
+        what = "classes" if config.per_class else "pictures"
+        done = "looked at" if config.summary else "drawn"
+        say(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
+    if drawing.finding:
+        say(drawing.finding)
+    return say_unused(drawing.unreadable, drawing.left_out)

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
@@ -27,6 +29,7 @@ from torch.nn.functional import interpolate
 
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checks import In, check_fields
+from adaptvit.commands.console import config_of
 from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
@@ -503,3 +506,25 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
         seen_gmacs=gmacs,
         heads=adaptive.heads,
     )
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit playground [MODEL ...]`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Show a page on this machine where pictures go through a dense and an adaptive ViT side by side.",
+    )
+    parser.add_argument("models", nargs="*", type=str, help="Files, folders, repositories or timm's names of ViTs.")
+    parser.add_class_arguments(PlaygroundConfig, skip={"models"})
+    return parser
+
+
+def execute(arguments: Namespace) -> None:
+    """Serve the page until stopped."""
+    try:
+        page = import_module("adaptvit.commands.page")
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError("the playground needs gradio: pip install 'adaptvit[playground]'") from None
+    page.serve(config_of(PlaygroundConfig, arguments))

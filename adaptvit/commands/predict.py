@@ -22,11 +22,13 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from adaptvit.checks import In, check_device, check_fields
+from adaptvit.commands.console import config_of, say_unused
 from adaptvit.data import (
     FolderImages,
     LeftOut,
@@ -44,6 +46,7 @@ from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, serve
 from adaptvit.records import VERSION, read_record, version, write_record
+from adaptvit.terminal import say
 from adaptvit.weights.checkpoints import digest, open_model
 
 PATIENCE = timedelta(days=7)
@@ -415,3 +418,20 @@ def _settings(
 
 def _decimals(values: Sequence[float]) -> list[str]:
     return [f"{value:.6f}" for value in values]
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit predict MODEL FOLDER`."""
+    parser = ArgumentParser(description="Classes, GMACs and tokens left per block of every image in a folder.")
+    parser.add_class_arguments(PredictConfig, as_positional=True)
+    return parser
+
+
+def execute(arguments: Namespace) -> int:
+    """Write the file; 1 where images could not be read. Under torchrun the main process speaks for all."""
+    result = predict(config_of(PredictConfig, arguments))
+    if not PartialState().is_main_process:
+        return 0
+    earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
+    say(f"{result.output}: {result.images} images{earlier}")
+    return say_unused(result.unreadable, result.left_out)

@@ -45,6 +45,7 @@ from adaptvit.data.sets import (
     open_data,
     open_pictures,
     open_split,
+    spread_over,
 )
 
 __all__ = [
@@ -82,4 +83,5 @@ __all__ = [
     "read_class_map",
     "read_image",
     "read_names",
+    "spread_over",
 ]

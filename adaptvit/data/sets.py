@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from adaptvit.checks import In, check_fields, checked, quoted
 from adaptvit.data.classes import label_number, read_class_map
 from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split
-from adaptvit.data.images import Unreadable, decode_image, read_image
+from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
@@ -296,6 +296,19 @@ def _pair(item: Any) -> tuple[Tensor, int]:
 def filled(items: Sequence[Any]) -> Batch:
     """`collate`, another image taking the place of an unreadable one."""
     return collate(items, fill=True)
+
+
+def spread_over(split: Dataset, count: int) -> Batch:
+    """Up to `count` readable images, spread evenly over a split.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    size = len(split)  # type: ignore[arg-type]
+    batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
+    if not len(batch.images):
+        raise ValueError(f"none of the images looked at can be read{first_of(batch.unreadable)}")
+    return batch
 
 
 def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:

@@ -10,31 +10,24 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
-from adaptvit.adapt import adapt
 from adaptvit.backbones.base import check
-from adaptvit.budget import Trial, Unit, check_target
-from adaptvit.checks import In, OneOf, check_device, check_fields, checked
+from adaptvit.checks import In, check_fields
 from adaptvit.data import (
-    Batch,
     DataConfig,
-    Samples,
-    class_names,
-    collate,
-    first_of,
     open_data,
-    open_split,
     preparation,
     preparation_of_name,
+    spread_over,
 )
-from adaptvit.files import as_json, check_output, check_output_folder, write_atomically
+from adaptvit.files import as_json, check_output_folder, write_atomically
 from adaptvit.measure.evaluate import Result, evaluate
-from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
+from adaptvit.methods import MethodConfig, is_dense, turned
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream
-from adaptvit.terminal import say, warn
+from adaptvit.terminal import say
 from adaptvit.training.loop import Epoch, Recipe, check_shape, fingerprint, train
 from adaptvit.weights.checkpoints import digest, is_stored, open_model, remade, save, start_from
 
@@ -231,84 +224,3 @@ def _tell(words: str) -> None:
     """Once, however many processes train."""
     if _is_main():
         say(words)
-
-
-@checked
-@as_found()
-def set_budget(
-    model: str,
-    folder: Path,
-    output: Path,
-    target: float | None = None,
-    unit: Unit = "share",
-    method: Annotated[str | None, OneOf(untrained)] = None,
-    images: Annotated[int, In("[1, inf)")] = CALIBRATION,
-    tell: Callable[[Trial], object] | None = None,
-    device: str | None = None,
-) -> MethodConfig:
-    """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
-
-    Args:
-        model: a file, folder, repository or timm name of a ViT, as `open_model` takes it.
-        folder: images of the kind it will see, in folders or not.
-        output: the file to write.
-        target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
-        unit: `share` of the dense MACs, `gmacs` an image, or `images_per_s` on this machine.
-        method: what a plain ViT becomes, `merge` by default; what it can find out from the images is fitted.
-        images: how many of them to look at.
-        tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
-        device: where to run: cpu or cuda; None is cuda where there is one.
-    Returns:
-        The config written.
-    Raises:
-        FileNotFoundError: no such model, folder, or folder of `output`.
-        TypeError: the method cannot run on this ViT.
-        ValueError: a method for a model that has another, no readable images, or a target
-            that cannot be met.
-    """
-    if target is None and unit != "share":
-        raise ValueError(f"unit {unit!r} needs a target")
-    target = 0.5 if target is None else target
-    check_target(target, unit)
-    check_output(output)
-    device = best_device() if device is None else device
-    check_device("device", device)
-    opened = open_model(model).to(device)
-    split = open_split(DataConfig(root=folder), preparation(opened, model), "train")
-    config: MethodConfig = opened.config
-    plain = is_dense(opened)
-    if not plain and method not in (None, config.method):
-        raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
-    for one in split.left_out if isinstance(split, Samples) else ():
-        warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
-    batch = spread_over(split, images)
-    if batch.unreadable:
-        warn(f"{len(batch.unreadable)} images cannot be read{first_of(batch.unreadable)}", stacklevel=2)
-    labels = batch.labels.to(device) if len(class_names(split)) == opened.num_classes else None
-    looked_at = batch.images.to(next(opened.parameters()))
-    tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
-    if plain:
-        chosen = None if method is None else METHODS[method]()
-        opened = adapt(opened.vit, looked_at, target, chosen, unit, tolerance, labels, tell)
-    else:
-        turned(opened, looked_at, target, unit=unit, tolerance=tolerance, labels=labels, tell=tell)
-    try:
-        save(opened, output)
-    except OSError as error:
-        knob = opened.config.knob
-        found = f"{knob.field} {getattr(opened.config, knob.field):g} meets the target"
-        raise OSError(error.errno, f"{error.strerror or error}; {found}") from error
-    return opened.config
-
-
-def spread_over(split: Dataset, count: int) -> Batch:
-    """Up to `count` readable images, spread evenly over a split.
-
-    Raises:
-        ValueError: none of them can be read.
-    """
-    size = len(split)  # type: ignore[arg-type]
-    batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
-    if not len(batch.images):
-        raise ValueError(f"none of the images looked at can be read{first_of(batch.unreadable)}")
-    return batch

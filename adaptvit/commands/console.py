@@ -1,0 +1,46 @@
+"""Between a command and who called it: options become a config, figures and tables become lines."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+
+from adaptvit.data import LeftOut, Unreadable
+from adaptvit.show.report import Table
+from adaptvit.terminal import say
+
+Config = TypeVar("Config")
+
+
+def config_of(kind: type[Config], arguments: Namespace | dict[str, Any]) -> Config:
+    """What a command was told, as a config."""
+    return kind(**{field.name: arguments[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def say_listed(figures: dict[str, Any]) -> None:
+    """A figure a line, names aligned."""
+    width = max(map(len, figures))
+    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in figures.items()}
+    for name, value in shown.items():
+        say(f"{name:>{width}}  {'-' if value is None else value}")
+
+
+def say_table(cells: Table) -> None:
+    """The table, and an empty line."""
+    for line in [*cells.text().split("\n"), ""]:
+        say(line)
+
+
+def say_unused(unreadable: Sequence[Unreadable], left_out: Sequence[LeftOut]) -> int:
+    """Name what could not be read, and the first few of what was left out; the exit code."""
+    for other in left_out:
+        say(f"adaptvit: left out: {other}", sys.stderr)
+    for one in unreadable:
+        say(f"adaptvit: {one}", sys.stderr)
+    spoilt = sum(one.decoded for one in unreadable)
+    for count, what in ((len(unreadable) - spoilt, "could not be read"), (spoilt, "have logits that are not finite")):
+        if count:
+            say(f"adaptvit: {count} images {what} and are left out", sys.stderr)
+    return 1 if unreadable else 0

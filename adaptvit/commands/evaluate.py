@@ -1,0 +1,130 @@
+"""`adaptvit evaluate`: accuracy, GMACs, depth of tokens and speed of a model on a data set."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from jsonargparse import ArgumentParser, Namespace
+from torch.utils.data import DataLoader, Dataset
+
+from adaptvit.checks import In, check_device, check_fields
+from adaptvit.commands.console import config_of, say_listed, say_unused
+from adaptvit.data import ClassFolders, DataConfig, Samples, class_names, collate, open_split, preparation
+from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
+from adaptvit.measure.evaluate import Result, evaluate, speed
+from adaptvit.model import AdaptiveViT
+from adaptvit.process import as_found, best_device
+from adaptvit.weights.checkpoints import open_model
+
+KNOWN_BY = ("model", "data", "images")
+"""Columns of a CSV file that `evaluate` adds lines to."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate, on what."""
+
+    model: str
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
+    root: Path
+    """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
+    dataset: str = ""
+    """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it."""
+    split: str = "validation"
+    """The split of it."""
+    class_map: Path | None = None
+    """File with the class names in the order of the labels, one on a line."""
+    batch_size: Annotated[int, In("[1, inf)")] = 64
+    """Images per forward pass."""
+    workers: Annotated[int, In("[0, 1024]")] = 2
+    """Processes that decode."""
+    device: str = field(default_factory=best_device)
+    """Where to run: cpu or cuda; cuda unless told, where there is one."""
+    rounds: Annotated[int, In("[0, inf)")] = 10
+    """Timed turns of dense, masked and packed execution of one batch; 0 measures no speed."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_device("EvaluateConfig.device", self.device)
+
+
+@as_found()
+def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
+    """Open model and images, evaluate, and time one batch; also everything as JSON-able figures.
+
+    Raises:
+        FileNotFoundError: no such model or folder.
+        ValueError: the model's classes are not those of the images, or no image can be read.
+    """
+    model = open_model(config.model).to(config.device)
+    settings = preparation(model, config.model)
+    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
+    data = open_split(source, settings, config.split)
+    check_classes(data, model, config.root, config.class_map)
+    result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)
+    result = replace(result, left_out=data.left_out if isinstance(data, Samples) else ())
+    figures: dict[str, Any] = {"model": config.model, "data": str(config.dataset or config.root), **result.figures}
+    if config.rounds:
+        loader = DataLoader(data, config.batch_size, collate_fn=collate)
+        batch = next(batch for batch in loader if len(batch.labels))
+        timing = speed(model.vit, model, batch.images.to(next(model.parameters())), config.rounds)
+        figures |= {f"{name}_images_per_s": getattr(timing, name) for name in ("dense", "masked", "packed")}
+        figures |= {"ideal_speedup": timing.ideal, "realised_speedup": timing.gain, "ratio": timing.ratio}
+        figures |= {"load_average": os.getloadavg()[0], "timed_batch": len(batch.images)}
+    return result, figures
+
+
+def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path | None) -> None:
+    """Refuse data of other classes than the model's, as far as the number of their folders tells.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    classes, reader = class_names(data), getattr(data, "reader", None)
+    empty: tuple[str, ...] = ()
+    if isinstance(reader, ClassFolders):
+        empty = reader.empty
+        if not classes:
+            first = reader.filename(0)
+            raise ValueError(f"{str(root)!r} has images, but no folders of classes: {first!r} lies in none")
+    if classes and class_map is None and (empty or len(classes) != model.num_classes):
+        without = f" {', '.join(map(repr, empty[:3]))} without images," if empty else ""
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)};{without} "
+            "if they are some of the model's, pass class_map"
+        )
+    named = class_names(data, class_map)
+    if class_map is not None and len(named) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but class_map {str(class_map)!r} has {len(named)}"
+        )
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit evaluate MODEL ROOT`."""
+    parser = ArgumentParser(
+        allow_abbrev=False, description="Accuracy, GMACs, depth of tokens and speed of a model on a data set."
+    )
+    parser.add_class_arguments(EvaluateConfig, as_positional=True)
+    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    parser.add_argument("--csv", type=Path, default=None, help="Also append them, a line a model, to this file.")
+    return parser
+
+
+def execute(arguments: Namespace) -> int:
+    """Print the figures, write them where asked; 1 where images could not be read."""
+    config = config_of(EvaluateConfig, arguments)
+    for path in (arguments.json, arguments.csv):
+        if path:
+            check_output(path)
+    if arguments.csv:
+        read_csv(arguments.csv, KNOWN_BY)
+    result, figures = evaluate_model(config)
+    say_listed(figures)
+    if arguments.json:
+        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
+    if arguments.csv:
+        append_csv(arguments.csv, figures, KNOWN_BY)
+    return say_unused(result.unreadable, result.left_out)
