@@ -114,8 +114,8 @@ def _check_mixer(config: ViTConfig) -> None:
 class TokenPart(nn.Module, ABC):
     """A part whose result for a token depends on its slot or on the image's other tokens.
 
-    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.forward` calls, on those
-    that are live. With every token live they are the same.
+    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.forward` calls, on
+    those that are live. With every token live they are the same.
     """
 
     @abstractmethod
