@@ -18,7 +18,8 @@ from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights import names as names  # which registers them with timm
-from adaptvit.weights.checkpoints import convert, load, save
+from adaptvit.weights.checkpoints import load, save
+from adaptvit.weights.published import convert
 
 __version__ = version("adaptvit")
 

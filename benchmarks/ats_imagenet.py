@@ -26,7 +26,7 @@ from adaptvit.measure.speed import interleaved
 from adaptvit.methods import ats
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.model import AdaptiveViT
-from adaptvit.weights.checkpoints import start_from
+from adaptvit.weights.opening import start_from
 
 BATCH, TIMED, ROUNDS, THREADS = 50, 32, 5, 1
 BUDGETS = (0.8, 0.65, 0.55, 0.45)

@@ -17,7 +17,7 @@ from adaptvit.data import DataConfig, collate, open_split
 from adaptvit.files import as_json
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.measure.speed import interleaved
-from adaptvit.weights.checkpoints import open_model
+from adaptvit.weights.opening import open_model
 
 BATCH, ROUNDS = 64, 20
 

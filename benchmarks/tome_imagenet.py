@@ -25,7 +25,7 @@ from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
 from adaptvit.methods.tome import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.weights.checkpoints import start_from
+from adaptvit.weights.opening import start_from
 
 BATCH, THREADS = 50, 1
 SCHEDULES = (8, 12, 16)

@@ -23,7 +23,8 @@ from adaptvit import AdaViTConfig, AViTConfig, FullConfig, Knob
 from adaptvit.backbones.t2t import t2t_vit
 from adaptvit.methods.avit import gate_in_name
 from adaptvit.methods.full import Full
-from adaptvit.weights.checkpoints import resize_positions, start_from
+from adaptvit.weights.opening import start_from
+from adaptvit.weights.published import resize_positions
 
 TINY = "avit_tiny_patch16_224"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

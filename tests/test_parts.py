@@ -40,7 +40,7 @@ from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.tokens import Tokens
 from adaptvit.training.loop import Recipe
 from adaptvit.training.run import Run, run
-from adaptvit.weights.checkpoints import start_from
+from adaptvit.weights.opening import start_from
 
 SIZES: dict[str, Any] = {
     "img_size": 32,

@@ -17,7 +17,7 @@ from adaptvit.data import DataConfig
 from adaptvit.training.loop import Recipe
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run, run
-from adaptvit.weights.checkpoints import open_model, start_from
+from adaptvit.weights.opening import open_model, start_from
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
 

@@ -25,7 +25,7 @@ from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.data import DataConfig
 from adaptvit.training.loop import Recipe
 from adaptvit.training.run import Run, run
-from adaptvit.weights.checkpoints import open_model, start_from
+from adaptvit.weights.opening import open_model, start_from
 
 NAME = "vit_tiny_patch16_224"
 PARTS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -66,7 +66,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise EntryNotFoundError(file)
         return str(tmp_path / "mine" / file)
 
-    monkeypatch.setattr(adaptvit.weights.checkpoints, "hf_hub_download", download)
+    monkeypatch.setattr(adaptvit.weights.places, "hf_hub_download", download)
 
 
 @pytest.fixture

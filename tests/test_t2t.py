@@ -14,7 +14,7 @@ import adaptvit
 from adaptvit import ATSConfig, AViTConfig, FullConfig, dense_macs
 from adaptvit.backbones.t2t import MODELS, SPLITS, Performer, SkipToValues, TokensToToken, sinusoid, soft_split, t2t_vit
 from adaptvit.backbones.turn import set_channel
-from adaptvit.weights.checkpoints import start_from
+from adaptvit.weights.opening import start_from
 
 SIZES: dict[str, Any] = {"img_size": (32, 48), "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 TYPES = pytest.mark.parametrize("tokens_type", ["performer", "transformer"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import adaptvit
 from adaptvit import AViTConfig, FullConfig
-from adaptvit.weights.checkpoints import open_model, start_from
+from adaptvit.weights.opening import open_model, start_from
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 NAMED = "vit_tiny_patch16_224"
@@ -321,7 +321,7 @@ def test_a_repository_that_is_not_here_is_said_with_the_way_out(monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network\nat all")
 
-    monkeypatch.setattr(adaptvit.weights.checkpoints, "hf_hub_download", fail)
+    monkeypatch.setattr(adaptvit.weights.places, "hf_hub_download", fail)
     with pytest.raises(ValueError, match=r"hf-hub:me/mine is not here .*\(no network\).*local-dir:FOLDER") as error:
         open_model("hf-hub:me/mine")
     assert "\n" not in str(error.value)

@@ -31,7 +31,8 @@ from adaptvit.process import as_found, best_device
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
-from adaptvit.weights.checkpoints import is_stored, open_model, remade
+from adaptvit.weights.opening import open_model, remade
+from adaptvit.weights.places import is_stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,7 +14,8 @@ from adaptvit.files import check_output
 from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
 from adaptvit.process import as_found, best_device
 from adaptvit.terminal import say, warn
-from adaptvit.weights.checkpoints import open_model, save
+from adaptvit.weights.checkpoints import save
+from adaptvit.weights.opening import open_model
 
 
 @checked

@@ -52,7 +52,8 @@ from adaptvit.records import contents, known, same, stable, version, write_recor
 from adaptvit.show.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import say, warn
-from adaptvit.weights.checkpoints import digest, open_model, start_from
+from adaptvit.weights.checkpoints import digest
+from adaptvit.weights.opening import open_model, start_from
 
 
 @dataclass(frozen=True)

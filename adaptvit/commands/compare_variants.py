@@ -27,7 +27,8 @@ from adaptvit.show.pictures import data_uri, error_bars, write_png
 from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import warn
 from adaptvit.training.run import Run, run
-from adaptvit.weights.checkpoints import is_stored, load, weights_file
+from adaptvit.weights.checkpoints import load
+from adaptvit.weights.places import is_stored, weights_file
 
 ROUNDS, TIMED = 10, 64
 """Timed turns, and images in a timed batch."""

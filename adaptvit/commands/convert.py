@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.files import check_output
 from adaptvit.terminal import say
-from adaptvit.weights.checkpoints import convert
+from adaptvit.weights.published import convert
 
 
 def options(_: Sequence[str]) -> ArgumentParser:

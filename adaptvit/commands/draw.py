@@ -43,7 +43,7 @@ from adaptvit.process import as_found, best_device
 from adaptvit.show.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.terminal import say
 from adaptvit.usage import Usage, join
-from adaptvit.weights.checkpoints import open_model
+from adaptvit.weights.opening import open_model
 
 PAGE = 24
 """Most images on a grid."""

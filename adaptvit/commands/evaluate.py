@@ -16,7 +16,7 @@ from adaptvit.files import append_csv, as_json, check_output, read_csv, write_at
 from adaptvit.measure.evaluate import Result, evaluate, speed
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
-from adaptvit.weights.checkpoints import open_model
+from adaptvit.weights.opening import open_model
 
 KNOWN_BY = ("model", "data", "images")
 """Columns of a CSV file that `evaluate` adds lines to."""

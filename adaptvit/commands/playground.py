@@ -38,7 +38,7 @@ from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.show.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
 from adaptvit.usage import Usage, join
-from adaptvit.weights.checkpoints import open_model
+from adaptvit.weights.opening import open_model
 
 BUNDLED = Path(__file__).with_name("digits.safetensors")
 """A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""

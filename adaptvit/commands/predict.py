@@ -47,7 +47,8 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, serve
 from adaptvit.records import VERSION, read_record, version, write_record
 from adaptvit.terminal import say
-from adaptvit.weights.checkpoints import digest, open_model
+from adaptvit.weights.checkpoints import digest
+from adaptvit.weights.opening import open_model
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""

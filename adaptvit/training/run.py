@@ -14,13 +14,7 @@ from torch.utils.data import IterableDataset
 
 from adaptvit.backbones.base import check
 from adaptvit.checks import In, check_fields
-from adaptvit.data import (
-    DataConfig,
-    open_data,
-    preparation,
-    preparation_of_name,
-    spread_over,
-)
+from adaptvit.data import DataConfig, open_data, preparation, preparation_of_name, spread_over
 from adaptvit.files import as_json, check_output_folder, write_atomically
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.methods import MethodConfig, is_dense, turned
@@ -29,7 +23,9 @@ from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say
 from adaptvit.training.loop import Epoch, Recipe, check_shape, fingerprint, train
-from adaptvit.weights.checkpoints import digest, is_stored, open_model, remade, save, start_from
+from adaptvit.weights.checkpoints import digest, save
+from adaptvit.weights.opening import open_model, remade, start_from
+from adaptvit.weights.places import is_stored
 
 CALIBRATION = 256
 """Training images that gate and knob are calibrated on, spread over the split."""

@@ -17,7 +17,7 @@ from adaptvit.methods.avit import AViT
 from adaptvit.methods.priors import released_target
 from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.methods.released import avit as released
-from adaptvit.weights.checkpoints import resize_positions
+from adaptvit.weights.published import resize_positions
 
 
 def load(path: Path) -> SimpleNamespace:

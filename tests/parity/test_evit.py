@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptvit import EViTConfig, Masked, Packed
 from adaptvit.methods.evit import EViT, keep_rate_at
 from adaptvit.usage import Output
-from adaptvit.weights.checkpoints import resize_positions
+from adaptvit.weights.published import resize_positions
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 

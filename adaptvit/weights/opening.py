@@ -1,0 +1,138 @@
+"""A model by any name that a command line gives, and weights by any such name for a ViT that is there.
+
+open_model    a file, or timm's or the Hub's name of a model -> the model
+start_from    any of these -> the weights of a ViT to fine-tune
+remade        a ViT -> the same for other images or classes
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from adaptvit.backbones.base import model_name
+from adaptvit.backbones.record import describe, rebuild
+from adaptvit.methods import dense
+from adaptvit.model import AdaptiveViT
+from adaptvit.terminal import warn
+from adaptvit.weights.names import method_of
+from adaptvit.weights.places import is_stored, weights_file
+from adaptvit.weights.published import (
+    NOT_FITTED,
+    Source,
+    fit_positions,
+    open_file,
+    open_in_folder,
+    position_table,
+    read_weights,
+)
+from adaptvit.weights.tensorfiles import check_finite, check_fit, reason
+
+HEADS = ("head.", "head_dist.")
+"""What the names of a classifier's tensors begin with."""
+
+
+def open_model(name: Path | str) -> AdaptiveViT:
+    """The model that a command line names, in evaluation mode.
+
+    An adaptvit file; a timm ViT by its name, by the Hub's (`hf-hub:OWNER/NAME`) or by a folder in that format
+    (`local-dir:FOLDER`, or the folder alone); or a training checkpoint of timm's or DeiT's, which says its model. A
+    plain ViT comes as `FullConfig().build(vit)`. What is not here is downloaded.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        TypeError: the timm model is not a ViT that this library reproduces.
+        ValueError: none of these, weights that cannot be downloaded or do not say their model, or what `load` raises.
+    """
+    word = str(name)
+    if is_stored(name):
+        file = weights_file(name)
+        opened = open_file(file) if file == Path(name) else open_in_folder(file)
+        return opened.eval()
+    kind = method_of(word)  # which makes the names of packages outside known
+    if not timm.is_model(word):
+        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model")
+    try:
+        model = timm.create_model(word, pretrained=True)
+    except Exception as error:  # timm and the Hub's client raise a dozen kinds
+        if isinstance(error, ValueError):  # ours, of models that nobody has weights of
+            raise
+        raise ValueError(
+            f"the weights of {word} are not here and cannot be downloaded ({reason(error)}): download them where there "
+            f"is a network, and turn them into a file with adaptvit convert FILE OUT {word}"
+        ) from error
+    if not isinstance(model, AdaptiveViT):
+        return dense(model).eval()
+    if kind is not None and (kind.trained or kind.published.fitted):  # nobody taught a DeiT what to decide by
+        warn(f"{word} has {kind.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
+    return model.eval()
+
+
+def start_from(vit: VisionTransformer, source: Path | str) -> bool:
+    """Give a ViT the weights of a file, to be fine-tuned: positions resized, a head of other classes left out.
+
+    A table of positions that is not trained stays, unless the file has the same, turned as `fit_gate` turns it.
+
+    Args:
+        source: a file as `convert` takes it, or an adaptvit file, whose method is left out; or the name of a folder or
+            repository with one, as `open_model` takes it.
+    Returns:
+        Whether the head came along.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, needs code to be read, its other tensors do not fit or are not finite, or it is
+            not to be told which grid its positions are for.
+    """
+    found = read_weights(weights_file(source), ours=True)
+    tensors = {key: value for key, value in found.tensors.items() if not key.startswith("method.")}
+    return _started(vit, replace(found, tensors=tensors), str(source))
+
+
+def remade(vit: VisionTransformer, **arguments: Any) -> tuple[VisionTransformer, bool]:
+    """A ViT made anew with other arguments, and the weights it had, as `start_from` gives them.
+
+    Args:
+        arguments: of `timm.create_model`.
+    Returns:
+        The new ViT, and whether the head came along.
+    Raises:
+        ValueError: weights do not fit those arguments, or nothing can be made of them.
+    """
+    name = model_name(vit)
+    try:
+        new = rebuild(describe(vit), **arguments)
+    except Exception as error:  # timm asserts, torch overflows, and each constructor has other arguments
+        raise ValueError(f"{name} cannot be made with {arguments}: {reason(error)}") from error
+    source = Source(Path(name), dict(vit.state_dict()), {}, position_table(vit)[1])
+    return new, _started(new, source, f"{name} as it was")
+
+
+def _started(vit: VisionTransformer, source: Source, name: str) -> bool:
+    """Fill a ViT with what fits; whether the head did."""
+    tensors, own = source.tensors, vit.state_dict()
+    heads = {key for key in own if key.startswith(HEADS)}
+    fits = all(key in tensors and tensors[key].shape == own[key].shape for key in heads)
+    if not fits:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+    if "pos_embed" in own and not vit.pos_embed.requires_grad:  # no other is of its kind but one turned with its stream
+        if not _is_turned(tensors.get("pos_embed"), own["pos_embed"]):
+            tensors["pos_embed"] = own["pos_embed"]
+    else:
+        fit_positions(replace(source, tensors=tensors), vit)
+    wanted = own if fits else {key: own[key] for key in own if key not in heads}
+    check_fit(f"{name} does not fit {model_name(vit)}", tensors, wanted)
+    check_finite(name, tensors)
+    vit.load_state_dict(tensors, strict=fits)
+    return fits
+
+
+def _is_turned(table: Tensor | None, own: Tensor) -> bool:
+    """Whether a table is `own` but for a rotation of the channels."""
+    if table is None or table.shape != own.shape or not table.is_floating_point():
+        return False
+    table = table.to(own)
+    return torch.allclose(table @ table.mT, own @ own.mT, atol=1e-3)
