@@ -33,7 +33,7 @@ from adaptvit.commands.predict import PredictConfig
 from adaptvit.data import DataConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
 
 RUN = Run(method=FullConfig(), data=DataConfig(), recipe=Recipe(epochs=2))

@@ -20,7 +20,7 @@ from adaptvit.commands.compare_variants import Comparison, Row
 from adaptvit.commands.comparisons import COMPARISONS
 from adaptvit.data import DataConfig
 from adaptvit.training import run as running
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
 from adaptvit.weights import checkpoints
 

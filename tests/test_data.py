@@ -27,7 +27,8 @@ from adaptvit.data import (
     open_split,
 )
 from adaptvit.data import sets as data_module
-from adaptvit.training.loop import Recipe, train
+from adaptvit.training.loop import train
+from adaptvit.training.recipe import Recipe
 
 PLAIN = DataConfig(workers=0)
 

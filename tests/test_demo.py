@@ -8,7 +8,7 @@ import torch
 import adaptvit.commands.demo
 from adaptvit.commands.demo import DemoConfig, run, small_vit
 from adaptvit.data import digits
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.weights.checkpoints import load
 
 TINY = DemoConfig(

@@ -26,7 +26,7 @@ from adaptvit.data import DataConfig, Renormalise, Samples, Unreadable, decode_i
 from adaptvit.data.images import TURNS
 from adaptvit.data.libraries import TorchImages
 from adaptvit.data.preparation import preparation, preparation_of_name
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run, run
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -38,7 +38,7 @@ from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.tokens import Tokens
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run, run
 from adaptvit.weights.opening import start_from
 

@@ -41,7 +41,8 @@ from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
 from adaptvit.process import as_found
-from adaptvit.training.loop import Recipe, train
+from adaptvit.training.loop import train
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run, run
 
 SHARED = (PartialState, AcceleratorState, GradientState)

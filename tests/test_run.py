@@ -14,7 +14,7 @@ from adaptvit import AdaViTConfig, AViTConfig, FullConfig, MergeConfig, load, sa
 from adaptvit.budget import Trial
 from adaptvit.commands.budget import set_budget
 from adaptvit.data import DataConfig
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run, run
 from adaptvit.weights.opening import open_model, start_from

@@ -16,7 +16,8 @@ from torch import Tensor
 from adaptvit import FullConfig
 from adaptvit.data import Data, Images, digits
 from adaptvit.seeds import begin_stream, stream
-from adaptvit.training.loop import Recipe, train
+from adaptvit.training.loop import train
+from adaptvit.training.recipe import Recipe
 
 GRID = [(seed, epoch) for seed in range(3) for epoch in (1, 2, 3)]
 

@@ -23,7 +23,7 @@ from adaptvit.cli import main
 from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.data import DataConfig
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run, run
 from adaptvit.weights.opening import open_model, start_from
 

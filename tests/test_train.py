@@ -16,10 +16,12 @@ from models import small_vit
 from torch import Tensor
 
 import adaptvit.training.loop
+import adaptvit.training.resuming
 from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, DynamicViTConfig, FullConfig
 from adaptvit.data import Data, Images, Unreadable, digits
 from adaptvit.measure.evaluate import evaluate
-from adaptvit.training.loop import Recipe, fingerprint, train
+from adaptvit.training.loop import fingerprint, train
+from adaptvit.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=16, learning_rate=1e-3)
 AVIT = AViTConfig(gate_scale=4.0, gate_center=2.0)
@@ -66,7 +68,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     history = train(whole, data, recipe, tmp_path / "whole")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=1))
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(epochs=1))
         with pytest.raises(KeyboardInterrupt):
             train(model(config), data, recipe, tmp_path / "resumed")
     torch.manual_seed(99)
@@ -126,7 +128,7 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(
 def interrupted(data: Data, output: Path, epochs: int) -> tuple[Path, Path]:
     """A training stopped after so many epochs: its last two checkpoints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs))
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(epochs))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, RECIPE, output)
     (last,) = output.glob("checkpoint-*.pt")
@@ -266,7 +268,7 @@ def test_an_averaged_run_resumes_exactly(data: Data, tmp_path: Path, monkeypatch
     whole, resumed = model(), model()
     history = train(whole, data, recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=2))
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(epochs=2))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, recipe, tmp_path / "resumed")
     again = train(resumed, data, recipe, tmp_path / "resumed")
@@ -394,7 +396,7 @@ def test_gates_cool_to_their_last_temperature_and_so_after_a_resume(
     assert whole.config.temperature == pytest.approx(1.0)
     resumed = model(config)
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(1))
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(1))
         with pytest.raises(KeyboardInterrupt):
             train(resumed, data, recipe, tmp_path / "resumed")
     resumed = model(config)
@@ -451,7 +453,7 @@ def test_a_dead_worker_is_said(data: Data, tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_last_checkpoint(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(adaptvit.training.loop, "write_atomically", stopping_after(epochs=1))
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(epochs=1))
         with pytest.raises(KeyboardInterrupt):
             train(model(), data, RECIPE, tmp_path)
     (checkpoint,) = tmp_path.glob("checkpoint-*.pt")
@@ -492,7 +494,8 @@ from pathlib import Path
 from models import small_vit
 from adaptvit import AViTConfig
 from adaptvit.data import Images, digits
-from adaptvit.training.loop import Recipe, train
+from adaptvit.training.loop import train
+from adaptvit.training.recipe import Recipe
 
 torch.set_num_threads(1)
 whole = digits(size=16, margin=2)

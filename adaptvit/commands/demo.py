@@ -27,7 +27,8 @@ from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps,
 from adaptvit.show.report import Picture, Report, Section, Table, machine, write
 from adaptvit.terminal import say
 from adaptvit.tokens import Masked, Packed
-from adaptvit.training.loop import Epoch, Recipe, fingerprint, train
+from adaptvit.training.loop import fingerprint, train
+from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import save
 
 METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")

@@ -6,16 +6,13 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 
 import fnmatch
 import math
-import os
 import time
-import zipfile
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -26,7 +23,7 @@ from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -36,10 +33,8 @@ from tqdm import tqdm
 
 from adaptvit.backbones.base import check_images, class_count, prefix_tokens
 from adaptvit.budget import meet_target
-from adaptvit.checks import In, check_fields, quoted
 from adaptvit.data import Batch, Data, Renormalise, filled
-from adaptvit.files import as_json, check_output_folder, replacing, write_atomically
-from adaptvit.macs import dense_macs, macs
+from adaptvit.files import check_output_folder
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.gates import annealed
 from adaptvit.methods.losses import distillation, over_processes
@@ -47,116 +42,14 @@ from adaptvit.model import AdaptiveViT, LogitsOnly
 from adaptvit.process import as_found, serve
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.terminal import shown, warn
+from adaptvit.training.recipe import Epoch, Recipe
+from adaptvit.training.resuming import Checkpoints
+from adaptvit.training.tally import Tally
 from adaptvit.usage import Output
 from adaptvit.weights.checkpoints import digest
-from adaptvit.weights.tensorfiles import existing, read_torch, reason
+from adaptvit.weights.tensorfiles import reason
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to train."""
-
-    epochs: Annotated[int, In("[1, inf)")]
-    """Passes over the training split."""
-    batch_size: Annotated[int, In("[1, inf)")] = 64
-    """Images per step and process; the images left over at the end of an epoch are skipped."""
-    accumulate: Annotated[int, In("[1, inf)")] = 1
-    """Steps whose gradients are averaged into one update."""
-    optimizer: str = "adamw"
-    """A name of `timm.optim.list_optimizers()`."""
-    learning_rate: Annotated[float, In("(0, inf)")] = 1e-3
-    """Peak of the learning rate, after the warm-up; from there it falls along a cosine."""
-    method_learning_rate: Annotated[float, In("(0, inf)")] = 1.0
-    """Of the method's own parameters, over that of the ViT's."""
-    warmup_learning_rate: Annotated[float, In("[0, inf)")] = 0.0
-    """Where the warm-up begins."""
-    least_learning_rate: Annotated[float | None, In("[0, inf)")] = None
-    """Where the cosine ends; None is a hundredth of the peak."""
-    weight_decay: Annotated[float, In("[0, inf)")] = 0.05
-    """Weight decay of matrices; biases and norms have none."""
-    warmup_epochs: Annotated[int, In("[0, inf)")] = 1
-    """Epochs of linear warm-up, below `epochs`."""
-    label_smoothing: Annotated[float, In("[0, 1)")] = 0.1
-    """Share of the target spread over all classes, in [0, 1)."""
-    mixup: Annotated[float, In("[0, 1000]")] = 0.0
-    """Alpha of mixup; 0 is off."""
-    cutmix: Annotated[float, In("[0, 1000]")] = 0.0
-    """Alpha of cutmix; 0 is off. With both, each batch takes one of them at random."""
-    clip_grad: Annotated[float | None, In("(0, inf)")] = 1.0
-    """Largest norm of the gradient of an update; None does not clip."""
-    ema_decay: Annotated[float | None, In("(0, 1)")] = None
-    """Decay of the averaged weights, in (0, 1). They are what is evaluated, and what a finished run leaves in the
-    model; None averages nothing."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the forward pass; weights, gradients and halting stay float32."""
-    distillation: Literal["soft", "hard"] = "soft"
-    """What a teacher teaches: its distribution, or its first choice."""
-    distillation_weight: Annotated[float, In("[0, 1]")] = 0.5
-    """Share of the teacher in the task's loss, in [0, 1]."""
-    temperature: Annotated[float, In("[0.001, 1e6]")] = 1.0
-    """Of soft distillation."""
-    freeze: tuple[str, ...] = ()
-    """Parameters of the ViT to leave as they are, by patterns of their names: patch_embed.*, blocks.0.*, pos_embed."""
-    final_gate_temperature: Annotated[float | None, In("[0.001, 1e6]")] = None
-    """Temperature of the method's gates at the end; it falls to that by equal factors. None keeps the method's."""
-    target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = None
-    """Share of the dense MACs in (0, 1] that the method's knob is steered to while training; None leaves the knob."""
-    ease_epochs: Annotated[float, In("[0, inf)")] = 0.0
-    """Epochs over which the target comes down from 1, so that pretrained features are not wrecked at the first step."""
-    steer_every: Annotated[int, In("[1, inf)")] = 40
-    """Updates between two settings of the knob, each on the images at hand."""
-    evaluate_every: Annotated[int, In("[0, inf)")] = 1
-    """Epochs between two evaluations of the test split, the last epoch's always included; 0 never evaluates."""
-    tensorboard: bool = False
-    """Also log to TensorBoard, in the run's folder."""
-    seed: Annotated[int, In("[0, 4294967295]")] = 0
-    """Decides the starting weights, and with the number of the epoch the order of the images and all that is drawn in
-    training; seeds, epochs and processes share nothing of it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.optimizer.lower().removeprefix("lookahead_") not in list_optimizers():
-            raise ValueError(
-                f"Recipe.optimizer must be a name of timm.optim.list_optimizers(), got {quoted(self.optimizer)}"
-            )
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"Recipe.batch_size must be even for mixup and cutmix, got {self.batch_size}")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch, averaged over its training images: a line of the log."""
-
-    epoch: int
-    """Counted from 1."""
-    loss: float
-    """Loss of the task."""
-    terms: dict[str, float]
-    """The method's own loss terms, weighted."""
-    accuracy: float
-    """Share of training images classified correctly while training."""
-    macs: float
-    """Executed MACs over those of the timm model, forward pass."""
-    depth_mean: float | None
-    """Mean blocks entered by a patch token; None, like the next two, where the method does not track them."""
-    depth_min: int | None
-    """Of any patch."""
-    depth_max: int | None
-    """Of any patch."""
-    learning_rate: float
-    """Of the last update."""
-    knob: float | None
-    """The method's knob at the end; None where it has none."""
-    unreadable: int
-    """Training images that could not be decoded; another of the batch took the place of each."""
-    test: dict[str, float | int | None] | None
-    """What `evaluate` says of the test split after this epoch; None where it was not asked."""
-    seconds: float
-    """Duration."""
 
 
 @as_found()
@@ -243,9 +136,7 @@ class _Training:
         self.accelerator, self.model, self.data, self.recipe, self.name = accelerator, model, data, recipe, shown(name)
         self.output = output
         key = key or fingerprint(model, data, recipe, None if teacher is None else digest(teacher, None))
-        self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
-        self.previous = output / f"previous-{key}.pt"
-        self.last: Path | None = None
+        self.checkpoints = Checkpoints(output, key)
         if recipe.target is not None and getattr(model.config, "knob", None) is None:
             raise ValueError(f"Recipe.target is {recipe.target}, but {type(model.config).__name__} has no knob")
         self.first_temperature = getattr(model.config, "temperature", None)
@@ -301,14 +192,14 @@ class _Training:
         self.unreadable: dict[str, str] = {}
 
     def run(self, resume: bool) -> list[Epoch]:
-        if self.checkpoint.exists() or self.previous.exists():
+        if self.checkpoints.are_there:
             if not resume:
                 raise FileExistsError(
                     f"{str(self.output)!r} holds a checkpoint of this very run: resume it, or choose another folder"
                 )
             self._restore()
         elif resume and self.accelerator.is_main_process:
-            self._tell_of_others()
+            self.checkpoints.tell_of_others()
         if self.recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):
@@ -321,7 +212,7 @@ class _Training:
                     f"a process that decodes images died in epoch {number}; {self._kept()}"
                 ) from error
             if self.accelerator.is_main_process:
-                self._save()
+                self.checkpoints.write(self._state(), self.history)
             self.accelerator.log(_flat(self.history[-1]), step=number)
         for tracker in self.accelerator.trackers:  # its own `end_training` takes the process group down too
             tracker.finish()
@@ -330,16 +221,6 @@ class _Training:
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         return self.history
-
-    def _tell_of_others(self) -> None:
-        """Say so where there is something to go on with, but not of this run."""
-        others = sorted(path.name for path in self.output.glob("checkpoint-*.pt"))
-        if others:
-            warn(
-                f"nothing in {str(self.output)!r} is of this very run, which begins afresh: {', '.join(others)} is of "
-                "other settings, weights or images, or of another version of adaptvit",
-                stacklevel=5,
-            )
 
     def _loader(self) -> DataLoader:
         split, recipe, world = self.data.train, self.recipe, self.accelerator.num_processes
@@ -523,37 +404,20 @@ class _Training:
                 told = f"training image {name!r} cannot be read, another took its place: {why}"
                 warn(told, stacklevel=2, everywhere=True)
 
-    def _save(self) -> None:
-        """Write the checkpoint of the last epoch; the one before it is kept, under another name."""
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint has beside the history."""
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "history": [asdict(epoch) for epoch in self.history],
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
-        with replacing(self.checkpoint) as partial:
-            try:
-                torch.save(state, partial)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(
-                    f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {reason(error)}"
-                ) from error
-            if self.last == self.checkpoint:  # or what is there is damaged, and the previous one better
-                os.replace(self.checkpoint, self.previous)
-        self.last = self.checkpoint
-        self._write_log()
-
-    def _write_log(self) -> None:
-        write_atomically(self.log, "".join(as_json(asdict(epoch)) + "\n" for epoch in self.history))
 
     def _restore(self) -> None:
-        """Go back to the last checkpoint, or to the one before it where that is damaged.
-
-        Raises:
-            ValueError: neither can be read; or the training was finished, which its last checkpoint alone can tell.
-        """
-        saved = self._read_checkpoints()
+        """Go back to the last checkpoint that can be read, as `Checkpoints.read` says."""
+        tells = self.accelerator.is_main_process
+        saved = self.checkpoints.read(self.accelerator.device, self.recipe.epochs, tells)
+        self.history = saved["history"]
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -562,62 +426,13 @@ class _Training:
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(self.last)!r} does not fit this training: {reason(error)}") from error
+            raise ValueError(f"{str(self.checkpoints.last)!r} does not fit this training: {reason(error)}") from error
         knob = getattr(self.model.config, "knob", None)
         if knob is not None and self.recipe.target is not None:
             self.model.config = replace(self.model.config, **{knob.field: self.history[-1].knob})
-        if self.accelerator.is_main_process:
-            self._write_log()  # it may have an epoch more, or one less where a process was killed before it wrote
-
-    def _read_checkpoints(self) -> dict[str, Any]:
-        device, faults = self.accelerator.device, []
-        for path in (self.checkpoint, self.previous):
-            if not path.exists():
-                continue
-            try:
-                saved = read_checkpoint(path, device)
-            except ValueError as error:
-                faults.append(str(error))
-                continue
-            self.last, self.history = path, saved["history"]
-            epochs = len(self.history)
-            if faults and epochs + 1 == self.recipe.epochs:
-                raise ValueError(
-                    f"{faults[0]}; the training was finished, and its model is model.safetensors beside it: remove the "
-                    f"damaged file to train epoch {epochs + 1} again from {path.name}"
-                )
-            if faults and self.accelerator.is_main_process:
-                warn(f"{faults[0]}; going on from {path.name}, after epoch {epochs}", stacklevel=5)
-            return saved
-        raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a training resumes from, its checksums compared.
-
-    torch's file is a zip archive, which has a checksum (CRC-32) of every tensor and of all that says what they are;
-    torch itself does not compare them.
-
-    Raises:
-        ValueError: the file is damaged or something else.
-    """
-    try:
-        with zipfile.ZipFile(existing(path)) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # zipfile raises BadZipFile, zlib's errors, and what wrong offsets make it stumble on
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise ValueError(f"{str(path)!r} is damaged: {reason(error)}") from error
-    if damaged is not None:
-        raise ValueError(f"{str(path)!r} is damaged: the checksum of {damaged} is wrong")
-    saved = read_torch(path, device)
-    try:
-        history = [Epoch(**epoch) for epoch in saved["history"]]
-    except (KeyError, TypeError):
-        history = []
-    if not history:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a training that this adaptvit can go on with")
-    return saved | {"history": history}
+        if tells:
+            # it may have an epoch more, or one less where a process was killed before it wrote
+            self.checkpoints.write_log(self.history)
 
 
 def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]:
@@ -695,61 +510,3 @@ def _flat(epoch: Epoch) -> dict[str, float]:
         for name, value in figures.items()
         if value is not None
     }
-
-
-class Tally:
-    """Running sums over the images of an epoch, on this process; `epoch` adds up those of all."""
-
-    def __init__(self, model: AdaptiveViT) -> None:
-        self.model = model
-        self.images = 0
-        self.sums: defaultdict[str, float] = defaultdict(float)
-        self.depths = (model.shape.depth, 0)
-
-    def add(self, output: Output, labels: Tensor, task: Tensor, unreadable: int) -> None:
-        """Count a batch: its outputs, its (B,) labels, the mean loss of the task, images that could not be read."""
-        usage, shape, images = output.usage, self.model.shape, len(labels)
-        self.images += images
-        self.sums["loss"] += images * task.item()
-        self.sums["unreadable"] += unreadable
-        self.sums["accuracy"] += (output.logits.argmax(dim=1).cpu() == labels.cpu()).sum().item()
-        self.sums["macs"] += macs(usage, shape).sum().item() / dense_macs(shape, usage.grid)
-        for name, term in output.terms.items():
-            self.sums[f"terms.{name}"] += images * term.item()
-        if usage.live is not None:
-            depth = usage.patch_depth
-            self.sums["depth"] += depth.double().mean(dim=(1, 2)).sum().item()
-            self.depths = (min(self.depths[0], int(depth.min())), max(self.depths[1], int(depth.max())))
-
-    def line(self) -> str:
-        """The running means, for a progress bar."""
-        means = {name: total / self.images for name, total in self.sums.items()}
-        depth = f", depth {means['depth']:.2f}" if "depth" in means else ""
-        return f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}, MACs {means['macs']:.1%}{depth}"
-
-    def epoch(
-        self, number: int, learning_rate: float, seconds: float, accelerator: Accelerator, test: dict[str, Any] | None
-    ) -> Epoch:
-        """The means over the images of all processes."""
-        sums = torch.tensor([self.images, *self.sums.values()], dtype=torch.float64, device=accelerator.device)
-        images, *totals = accelerator.reduce(sums).tolist()
-        depths = accelerator.gather(torch.tensor([self.depths], device=accelerator.device))
-        means = {name: total / images for name, total in zip(self.sums, totals, strict=True)}
-        tracked = "depth" in means
-        config = self.model.config
-        knob = getattr(config, "knob", None)
-        return Epoch(
-            epoch=number,
-            loss=means["loss"],
-            terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
-            accuracy=means["accuracy"],
-            macs=means["macs"],
-            depth_mean=means["depth"] if tracked else None,
-            depth_min=int(depths[:, 0].min()) if tracked else None,
-            depth_max=int(depths[:, 1].max()) if tracked else None,
-            learning_rate=learning_rate,
-            knob=None if knob is None else getattr(config, knob.field),
-            unreadable=round(means["unreadable"] * images),
-            test=test,
-            seconds=seconds,
-        )

@@ -13,7 +13,7 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.released import ReleasedAdaViTConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
-from adaptvit.training.loop import Recipe
+from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
 
 

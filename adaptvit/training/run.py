@@ -22,7 +22,8 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say
-from adaptvit.training.loop import Epoch, Recipe, check_shape, fingerprint, train
+from adaptvit.training.loop import check_shape, fingerprint, train
+from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import digest, save
 from adaptvit.weights.opening import open_model, remade, start_from
 from adaptvit.weights.places import is_stored
