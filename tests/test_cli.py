@@ -44,7 +44,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 def test_demo_takes_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folders = []
-    monkeypatch.setattr(demo, "run", folders.append)
+    monkeypatch.setattr(demo, "run_demo", folders.append)
     assert cli.main(["demo", "--output", str(tmp_path)]) == 0
     assert folders == [tmp_path]
 
@@ -60,7 +60,7 @@ def test_what_stops_a_command_is_said_without_a_traceback(
     def stop(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "run", stop)
+    monkeypatch.setattr(demo, "run_demo", stop)
     assert cli.main(["demo"]) == code
     assert said(capsys) == f"adaptvit: {error}\n"
 
@@ -146,7 +146,7 @@ def test_convert_says_no_gate_where_there_is_none(tmp_path: Path, capsys: pytest
 
 
 def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(demo, "run", lambda folder: warnings.warn("the gate halts everything", stacklevel=2))
+    monkeypatch.setattr(demo, "run_demo", lambda folder: warnings.warn("the gate halts everything", stacklevel=2))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["demo"]) == 0
@@ -162,7 +162,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Run, bool]]:
         asked.append((config, resume))
         raise KeyboardInterrupt("not trained here")
 
-    monkeypatch.setattr(train, "run", stop)
+    monkeypatch.setattr(train, "train_run", stop)
     return asked
 
 
@@ -353,7 +353,7 @@ def test_sigterm_says_what_sigint_says(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; the same command goes on") from None
 
-    monkeypatch.setattr(demo, "run", long)
+    monkeypatch.setattr(demo, "run_demo", long)
     try:
         assert cli.main(["demo"]) == code
     finally:
@@ -366,7 +366,7 @@ def test_an_interruption_without_words_is_said(monkeypatch: pytest.MonkeyPatch, 
     def stop(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run", stop)
+    monkeypatch.setattr(demo, "run_demo", stop)
     assert cli.main(["demo"]) == 130
     assert said(capsys) == "adaptvit: interrupted\n"
 
@@ -376,7 +376,7 @@ def test_a_fault_of_ours_is_not_said_to_be_the_users(fault: type[Exception], mon
     def wrong(folder: Path) -> None:
         raise fault("ours")
 
-    monkeypatch.setattr(demo, "run", wrong)
+    monkeypatch.setattr(demo, "run_demo", wrong)
     with pytest.raises(fault, match="ours") as told:
         cli.main(["demo"])
     assert told.value.__notes__ == ["This is a fault of adaptvit, not yours: please report it with the lines above."]

@@ -16,7 +16,7 @@ import pytest
 from adaptvit import AViTConfig, files, records
 from adaptvit.cli import main
 from adaptvit.commands import compare_variants as compare
-from adaptvit.commands.compare_variants import Comparison, Row
+from adaptvit.commands.compare_variants import Comparison, VariantRow
 from adaptvit.commands.comparisons import COMPARISONS
 from adaptvit.data import DataConfig
 from adaptvit.training import run as running
@@ -41,19 +41,19 @@ def comparison() -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def finished(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
+def finished(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[VariantRow]]:
     folder = tmp_path_factory.mktemp("comparison")
     return folder, compare.compare(comparison, folder, seeds=2)
 
 
 @pytest.fixture
-def folder(finished: tuple[Path, list[Row]], tmp_path: Path) -> Path:
+def folder(finished: tuple[Path, list[VariantRow]], tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(finished[0], tmp_path / "copy"))
 
 
 def test_every_variant_is_trained_with_every_seed_and_spreads_are_over_seeds(
-    finished: tuple[Path, list[Row]],
+    finished: tuple[Path, list[VariantRow]],
 ) -> None:
     folder, (late, early) = finished
     found = {
@@ -82,7 +82,7 @@ def test_every_variant_is_trained_with_every_seed_and_spreads_are_over_seeds(
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_is_finished_is_not_run_again_and_the_rest_comes_out_the_same(
-    comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path, processes: int
+    comparison: Comparison, finished: tuple[Path, list[VariantRow]], folder: Path, processes: int
 ) -> None:
     gone, kept = folder / "early" / "seed-1", folder / "early" / "seed-0" / "finished.json"
     before = kept.stat().st_mtime_ns
@@ -97,7 +97,7 @@ def test_what_is_finished_is_not_run_again_and_the_rest_comes_out_the_same(
 
 @pytest.mark.parametrize(("name", "damage"), [("early/seed-1/finished.json", "changed"), ("speed.json", "{}")])
 def test_a_damaged_record_is_named_and_computed_again(
-    name: str, damage: str, comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path
+    name: str, damage: str, comparison: Comparison, finished: tuple[Path, list[VariantRow]], folder: Path
 ) -> None:
     record = folder / name
     whole = record.read_text()
@@ -121,9 +121,9 @@ def test_an_upgraded_version_computes_everything_again(
 
     def counted(job: Run, *arguments: object, **others: object) -> object:
         trained.append(job)
-        return running.run(job, *arguments, **others)
+        return running.train_run(job, *arguments, **others)
 
-    monkeypatch.setattr(compare, "run", counted)
+    monkeypatch.setattr(compare, "train_run", counted)
     logs = set(folder.rglob("log-*.jsonl"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -140,7 +140,7 @@ def test_an_upgraded_version_computes_everything_again(
 
 
 def test_a_field_that_a_later_version_adds_does_not_refuse_a_folder(
-    comparison: Comparison, finished: tuple[Path, list[Row]], folder: Path
+    comparison: Comparison, finished: tuple[Path, list[VariantRow]], folder: Path
 ) -> None:
     for path in folder.rglob("*.json"):
         if path.name in ("finished.json", "speed.json"):
@@ -172,7 +172,7 @@ def test_a_run_that_diverges_is_counted_and_the_others_stand(comparison: Compari
     rows = compare.compare(both, folder, seeds=2)
     assert [row.diverged for row in rows] == [0, 0, 2]
     assert rows[2].over_seeds("top1") is None
-    assert "wild (2 of 2 diverged)" in compare.table(rows).text()
+    assert "wild (2 of 2 diverged)" in compare.variants_table(rows).text()
     with (folder / "runs.csv").open(newline="") as file:
         lines = [(line["variant"], line["seed"], bool(line["diverged"])) for line in csv.DictReader(file)]
     assert lines[-2:] == [("wild", "0", True), ("wild", "1", True)]
@@ -185,7 +185,7 @@ def test_figures_are_told_where_the_disk_is_full(
 ) -> None:
     gone = folder / "early" / "seed-1"
     shutil.rmtree(gone)
-    told: list[Row] = []
+    told: list[VariantRow] = []
     replacing = files.replacing
 
     def no_room(path: Path) -> Any:
@@ -202,7 +202,7 @@ def test_figures_are_told_where_the_disk_is_full(
     assert (early.against_first is None) == (full != "summary.csv")
     assert full in str(caught.value)
     assert bool(re.search(r"; the run came to top1 0\.\d+, loss \d", str(caught.value))) == (full != "summary.csv")
-    assert compare.table(told).text()
+    assert compare.variants_table(told).text()
 
 
 def test_what_cannot_be_compared_is_refused(comparison: Comparison, folder: Path) -> None:

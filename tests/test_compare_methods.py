@@ -20,7 +20,7 @@ from timm.data import resolve_model_data_config
 from adaptvit import AdaptiveViT, AViTConfig, DynamicViTConfig, FullConfig, MethodConfig, adapt, load, macs, save
 from adaptvit.cli import main
 from adaptvit.commands import compare_methods
-from adaptvit.commands.compare_methods import MethodsConfig, Outcome, Row, table
+from adaptvit.commands.compare_methods import EntryRow, MethodsConfig, MethodsOutcome, methods_table
 from adaptvit.data import DataConfig, open_split
 from adaptvit.show.pictures import one_below_another
 
@@ -51,18 +51,18 @@ def settings(folder: Path, output: Path, **changes: object) -> MethodsConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MethodsConfig, Outcome]:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MethodsConfig, MethodsOutcome]:
     files = (str(folder / "tuned.safetensors"),)
     config = settings(folder, tmp_path_factory.mktemp("output"), files=files, budgets=(0.8, 0.6, 0.05))
     return config, compare_methods.compare_methods(config)
 
 
-def by_label(outcome: Outcome) -> dict[str, Row]:
+def by_label(outcome: MethodsOutcome) -> dict[str, EntryRow]:
     return {row.entry.label: row for row in outcome.rows}
 
 
 def test_every_method_meets_its_budget_on_images_that_were_not_fitted_to(
-    finished: tuple[MethodsConfig, Outcome],
+    finished: tuple[MethodsConfig, MethodsOutcome],
 ) -> None:
     rows = by_label(finished[1])
     dense = rows["dense"].record["gmacs"]
@@ -87,7 +87,7 @@ def test_an_unreadable_image_that_was_set_aside_is_told(folder: Path, tmp_path: 
     assert [one.name for one in outcome.unreadable] == ["0/0.png"]
 
 
-def test_differences_from_dense_are_image_by_image(finished: tuple[MethodsConfig, Outcome]) -> None:
+def test_differences_from_dense_are_image_by_image(finished: tuple[MethodsConfig, MethodsOutcome]) -> None:
     config, outcome = finished
     rows = by_label(outcome)
     model = load(config.model).eval()
@@ -104,7 +104,7 @@ def test_differences_from_dense_are_image_by_image(finished: tuple[MethodsConfig
     assert row.against_dense == pytest.approx((mean(gaps), stdev(gaps) / len(gaps) ** 0.5))
 
 
-def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
+def test_what_is_written(finished: tuple[MethodsConfig, MethodsOutcome]) -> None:
     config, outcome = finished
     with (config.output / "methods.csv").open(newline="") as file:
         lines = {(line["name"], line["budget"]): line for line in csv.DictReader(file)}
@@ -124,7 +124,7 @@ def test_what_is_written(finished: tuple[MethodsConfig, Outcome]) -> None:
 
 
 def test_the_same_images_are_shown_through_every_model_of_one_budget_and_every_file(
-    finished: tuple[MethodsConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[MethodsConfig, MethodsOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = finished
     shown: dict = {}
@@ -171,7 +171,7 @@ def test_a_model_in_half_precision_is_given_images_of_its_own(command: str, fold
 
 
 def test_what_is_there_is_not_computed_again_and_the_rest_is(
-    finished: tuple[MethodsConfig, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[MethodsConfig, MethodsOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, outcome = finished
     again = replace(config, output=shutil.copytree(config.output, tmp_path / "copy"), batch_size=5, pictures=0)
@@ -194,7 +194,7 @@ def test_what_is_there_is_not_computed_again_and_the_rest_is(
     assert asked[1:] == [("ats", 0.7)]
 
 
-def test_a_rebuilt_model_does_what_its_record_says(finished: tuple[MethodsConfig, Outcome]) -> None:
+def test_a_rebuilt_model_does_what_its_record_says(finished: tuple[MethodsConfig, MethodsOutcome]) -> None:
     config, outcome = finished
     what = compare_methods._Compared(config)
     for row in outcome.rows:
@@ -212,7 +212,7 @@ def test_a_method_that_the_model_cannot_do_says_why(folder: Path, tmp_path: Path
     outcome = compare_methods.compare_methods(config)
     assert "in its place" in by_label(outcome)["merge 0.6"].record["refused"]
     assert all(row.record["refused"] for row in outcome.rows[1:])
-    shown = table(outcome.rows).text().splitlines()
+    shown = methods_table(outcome.rows).text().splitlines()
     assert "ATS needs attention, but the blocks of parts_vit have TokenMLP in its place" in shown[4]
 
 
@@ -294,7 +294,7 @@ def test_the_command_prints_the_table(
 
 
 def test_a_data_set_by_name_is_the_same_as_its_folder(
-    finished: tuple[MethodsConfig, Outcome], folder: Path, tmp_path: Path
+    finished: tuple[MethodsConfig, MethodsOutcome], folder: Path, tmp_path: Path
 ) -> None:
     config = settings(folder, tmp_path, dataset="torch/image_folder", methods=(), budgets=())
     (row,) = compare_methods.compare_methods(config).rows

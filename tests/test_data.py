@@ -21,9 +21,9 @@ from adaptvit.data import (
     DataConfig,
     Unreadable,
     collate,
-    digits,
     filled,
     open_data,
+    open_digits,
     open_split,
 )
 from adaptvit.data import sets as data_module
@@ -73,14 +73,14 @@ def wide(grey: np.ndarray, path: Path) -> None:
 
 
 def test_every_digit_is_in_one_split_and_every_class_in_both() -> None:
-    data = digits()
+    data = open_digits()
     assert (len(data.train), len(data.test)) == (1797 - HELD_OUT, HELD_OUT)
     for split in (data.train, data.test):
         assert set(split.labels.tolist()) == set(range(10))
 
 
 def test_an_item_is_a_normalised_image_and_its_label() -> None:
-    data = digits(size=24, margin=2)
+    data = open_digits(size=24, margin=2)
     image, label = data.test[0]
     assert (image.shape, image.dtype, type(label)) == ((1, 24, 24), torch.float32, int)
     assert data.train.images.mean().abs() < 1e-5
@@ -91,20 +91,20 @@ def test_an_item_is_a_normalised_image_and_its_label() -> None:
 
 
 def test_the_margin_is_black() -> None:
-    pixels = digits(size=32, margin=4).pixels(digits(size=32, margin=4).test.images)
+    pixels = open_digits(size=32, margin=4).pixels(open_digits(size=32, margin=4).test.images)
     edge = torch.ones(32, 32, dtype=torch.bool)
     edge[4:-4, 4:-4] = False
     torch.testing.assert_close(pixels[..., edge], torch.zeros_like(pixels[..., edge]), atol=1e-6, rtol=0)
 
 
 def test_training_images_move_and_test_images_do_not() -> None:
-    data = digits()
+    data = open_digits()
     assert not torch.equal(data.train[0][0], data.train[0][0])
     assert torch.equal(data.test[0][0], data.test[0][0])
 
 
 def test_augmentation_follows_the_global_seed() -> None:
-    data, visits = digits(), []
+    data, visits = open_digits(), []
     for _ in range(2):
         torch.manual_seed(3)
         visits.append(data.train[5][0])
@@ -113,7 +113,7 @@ def test_augmentation_follows_the_global_seed() -> None:
 
 def test_a_margin_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match=r"margin must lie in \[0, 8\).*got 8"):
-        digits(size=16, margin=8)
+        open_digits(size=16, margin=8)
 
 
 def test_a_folder_has_the_labels_of_its_folders_names(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_reader_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_no_folder_is_the_digits() -> None:
-    assert open_data(DataConfig(), {}).name == digits().name
+    assert open_data(DataConfig(), {}).name == open_digits().name
 
 
 def test_digits_are_the_same_in_three_channels(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_digits_are_the_same_in_three_channels(tmp_path: Path) -> None:
     assert torch.equal(moved[0], moved[2])
     assert grey.name != colour.name
     with pytest.raises(ValueError, match="not with 2 channels"):
-        digits(channels=2)
+        open_digits(channels=2)
 
 
 @pytest.mark.parametrize("name", ["insects", "tfds/cifar10", "folder", "hfds"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import adaptvit.commands.demo
-from adaptvit.commands.demo import DemoConfig, run, small_vit
-from adaptvit.data import digits
+from adaptvit.commands.demo import DemoConfig, run_demo, small_vit
+from adaptvit.data import open_digits
 from adaptvit.training.recipe import Recipe
 from adaptvit.weights.checkpoints import load
 
@@ -37,12 +37,12 @@ def test_the_demo_runs_from_end_to_end_and_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(adaptvit.commands.demo, "save", stop)
         with pytest.raises(KeyboardInterrupt, match="goes on after the last finished"):
-            run(tmp_path, TINY)
+            run_demo(tmp_path, TINY)
     assert not (tmp_path / "report.html").exists()
 
     logs = {path: path.read_text() for path in tmp_path.rglob("*.jsonl")}
     assert len(logs) == 2
-    outcome = run(tmp_path, TINY)
+    outcome = run_demo(tmp_path, TINY)
     assert {path: path.read_text() for path in tmp_path.rglob("*.jsonl")} == logs
     assert all(len(text.splitlines()) == 2 and json.loads(text.splitlines()[0]) for text in logs.values())
 
@@ -54,13 +54,13 @@ def test_the_demo_runs_from_end_to_end_and_goes_on_where_it_stopped(
     assert "A-ViT, packed" in printed
     assert f"{outcome.packed.top1:.1%}" in outcome.report.read_text()
 
-    image = digits(16, margin=2).test[0][0][None]
+    image = open_digits(16, margin=2).test[0][0][None]
     model = load(tmp_path / "avit.safetensors").eval()
     with torch.inference_mode():
         assert model(image).logits.shape == (1, 10)
 
 
 def test_the_starting_weights_follow_the_seed() -> None:
-    data = digits(16, margin=2)
+    data = open_digits(16, margin=2)
     one, two = small_vit(TINY, data).state_dict(), small_vit(TINY, data).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -13,7 +13,8 @@ from test_usage import kept
 from adaptvit import ATSConfig, EViTConfig, FullConfig, Masked, MergeConfig, Packed, cli, dense_macs, macs, save
 from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.data import Images, Unreadable
-from adaptvit.measure.evaluate import evaluate, speed
+from adaptvit.measure.evaluate import evaluate
+from adaptvit.measure.speed import measure_speed
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_an_empty_data_set_is_refused() -> None:
 
 def test_speed_times_all_three(data: Images) -> None:
     vit = small_vit()
-    figures = speed(vit, METHODS["avit"].build(vit), data.images, rounds=2)
+    figures = measure_speed(vit, METHODS["avit"].build(vit), data.images, rounds=2)
     assert min(figures.dense, figures.masked, figures.packed, figures.gain) > 0
 
 

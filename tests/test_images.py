@@ -27,7 +27,7 @@ from adaptvit.data.images import TURNS
 from adaptvit.data.libraries import TorchImages
 from adaptvit.data.preparation import preparation, preparation_of_name
 from adaptvit.training.recipe import Recipe
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NOISE = np.kron(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
@@ -196,8 +196,8 @@ def test_a_model_of_other_channels_is_refused_by_every_command_before_any_work(t
     )
     four = timm.create_model("vit_tiny_patch16_224", in_chans=4, **SIZES)
     for call in (
-        lambda: run(made),
-        lambda: run(replace(made, data=DataConfig())),  # the digits
+        lambda: train_run(made),
+        lambda: train_run(replace(made, data=DataConfig())),  # the digits
         lambda: evaluate_model(EvaluateConfig(str(file), tmp_path)),
         lambda: predict(PredictConfig(str(file), tmp_path, tmp_path / "a.csv", top=1)),
         lambda: draw(DrawConfig(str(file), tmp_path / "train" / "a", tmp_path / "drawn")),
@@ -264,7 +264,7 @@ def test_the_digits_train_models_of_one_and_of_three_channels(channels: int, tmp
         recipe=Recipe(epochs=1, batch_size=128, warmup_epochs=0),
         output=tmp_path / "out",
     )
-    outcome = run(made)
+    outcome = train_run(made)
     assert outcome.result.images == 360
     assert preparation(outcome.model)["input_size"] == (channels, 32, 32)
     assert len(preparation(outcome.model)["mean"]) == channels
@@ -350,7 +350,7 @@ def test_a_rectangular_model_trains_evaluates_and_predicts(tmp_path: Path) -> No
         recipe=Recipe(epochs=1, batch_size=4, warmup_epochs=0),
         output=tmp_path / "out",
     )
-    outcome = run(made)
+    outcome = train_run(made)
     assert outcome.result.usage.grid == (4, 2)
     assert preparation(outcome.model)["input_size"] == (3, 32, 16)
     result, _ = evaluate_model(EvaluateConfig(str(outcome.file), root, workers=0, rounds=0))

@@ -39,7 +39,7 @@ from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.tokens import Tokens
 from adaptvit.training.recipe import Recipe
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 from adaptvit.weights.opening import start_from
 
 SIZES: dict[str, Any] = {
@@ -525,7 +525,7 @@ def test_the_gate_can_be_fitted_to_rotary_and_cosine() -> None:
 
 def test_a_run_takes_parts_as_model_arguments(tmp_path: Path) -> None:
     settings = {name: value for name, value in SIZES.items() if name != "num_classes"}
-    outcome = run(
+    outcome = train_run(
         Run(
             model="parts_vit",
             model_args={**settings, "in_chans": 1, "position": "sinusoidal", "norm": "instance"},

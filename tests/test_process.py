@@ -36,14 +36,14 @@ from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.commands.draw import DrawConfig, draw
 from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.commands.predict import PredictConfig, predict
-from adaptvit.data import Data, DataConfig, Images, digits
+from adaptvit.data import Data, DataConfig, Images, open_digits
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
 from adaptvit.process import as_found
 from adaptvit.training.loop import train
 from adaptvit.training.recipe import Recipe
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 
 SHARED = (PartialState, AcceleratorState, GradientState)
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def few() -> Data:
-    whole = digits(size=16, margin=2)
+    whole = open_digits(size=16, margin=2)
     train, test = (Images(part.images[:16], part.labels[:16]) for part in (whole.train, whole.test))
     return replace(whole, train=train, test=test)
 
@@ -139,7 +139,7 @@ QUICK = {"workers": 1, "timed": 2, "rounds": 1, "latencies": 2, "calibration": 2
 
 CALLS: dict[str, Callable[[Path, Path], object]] = {
     "train": lambda folder, output: train(copy.deepcopy(MODEL), DATA, RECIPE, output),
-    "run": lambda folder, output: run(a_run(folder, output, workers=1)),
+    "run": lambda folder, output: train_run(a_run(folder, output, workers=1)),
     "evaluate": lambda folder, output: evaluate(MODEL, DATA.test, workers=1),
     "evaluate_model": lambda folder, output: evaluate_model(
         EvaluateConfig(str(folder / "vit.safetensors"), folder / "images", workers=1, rounds=1)
@@ -148,7 +148,7 @@ CALLS: dict[str, Callable[[Path, Path], object]] = {
         PredictConfig(str(folder / "vit.safetensors"), folder / "images", output.with_suffix(".csv"), top=1, workers=1)
     ),
     "bench": lambda folder, output: bench(BENCH),
-    "demo": lambda folder, output: adaptvit.commands.demo.run(output, DEMO),
+    "demo": lambda folder, output: adaptvit.commands.demo.run_demo(output, DEMO),
     "set_budget": lambda folder, output: set_budget(
         str(folder / "vit.safetensors"), folder / "images", output.with_suffix(".safetensors"), 0.9, method="evit"
     ),

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from adaptvit.show.pictures import data_uri
-from adaptvit.show.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 
 
 def report() -> Report:
@@ -14,7 +14,7 @@ def report() -> Report:
         headline="2 < 3 & so on",
         introduction=["first", "second"],
         table=Table(["", "accuracy"], [["dense", "95.0%"], ["A-ViT", "94.9%"]], "a note"),
-        sections=[Section("pictures", [Picture(data_uri(Figure((1, 1))), "a caption", wide=True)])],
+        sections=[Section("pictures", [Illustration(data_uri(Figure((1, 1))), "a caption", wide=True)])],
         facts={"Settings": {"epochs": 3}, "Machine": machine()},
     )
 
@@ -32,7 +32,7 @@ class Links(HTMLParser):
 
 
 def test_the_page_fetches_nothing(tmp_path: Path) -> None:
-    write(report(), tmp_path / "report.html")
+    write_report(report(), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     links = Links(text).found
     assert len(links) == 1
@@ -42,7 +42,7 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_the_page_says_it_all_and_escapes_it(tmp_path: Path) -> None:
-    write(report(), tmp_path / "report.html")
+    write_report(report(), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     for said in ("a title", "2 &lt; 3 &amp; so on", "second", "94.9%", "a note", "a caption", "epochs"):
         assert said in text
@@ -50,7 +50,7 @@ def test_the_page_says_it_all_and_escapes_it(tmp_path: Path) -> None:
 
 def test_a_picture_from_elsewhere_is_refused() -> None:
     with pytest.raises(ValueError, match="must be a data URI"):
-        Picture("https://example.org/a.png", "not ours")
+        Illustration("https://example.org/a.png", "not ours")
 
 
 def test_the_machine_has_no_name() -> None:

@@ -16,7 +16,7 @@ from adaptvit.commands.budget import set_budget
 from adaptvit.data import DataConfig
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.recipes import RECIPES
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 from adaptvit.weights.opening import open_model, start_from
 
 SMALL = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8}
@@ -51,7 +51,7 @@ def small(folder: Path, tmp_path: Path) -> Run:
 
 
 def test_a_run_leaves_a_model_at_its_target_and_its_figures(small: Run) -> None:
-    outcome = run(small)
+    outcome = train_run(small)
     stored = load(outcome.file)
     assert stored.config == outcome.model.config
     assert stored.pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
@@ -69,7 +69,7 @@ def test_noisy_gates_are_set_to_the_target_as_evaluation_decides(
 ) -> None:
     config = AdaViTConfig(macs_target=trained, patch_threshold=0.5)
     recipe = replace(small.recipe, target=steered)
-    figures = run(replace(small, method=config, recipe=recipe)).result.figures
+    figures = train_run(replace(small, method=config, recipe=recipe)).result.figures
     assert figures["gmacs"] / figures["gmacs_dense"] == pytest.approx(0.7, abs=0.1)
 
 
@@ -82,18 +82,18 @@ def test_a_method_is_fitted_to_a_budget(small: Run) -> None:
 
 
 def test_thresholds_are_fitted_before_training(small: Run) -> None:
-    outcome = run(replace(small, method=MergeConfig()))
+    outcome = train_run(replace(small, method=MergeConfig()))
     assert isinstance(outcome.model.config, MergeConfig)
     assert len(set(outcome.model.config.thresholds)) == SMALL["depth"]  # one number for all blocks before
     assert outcome.result.figures["gmacs"] / outcome.result.figures["gmacs_dense"] == pytest.approx(0.6, abs=0.1)
 
 
 def test_a_finished_run_is_refused_unless_resumed_and_then_the_same(small: Run) -> None:
-    run(small)
+    train_run(small)
     before = (small.output / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="resume it"):
-        run(small)
-    run(small, resume=True)
+        train_run(small)
+    train_run(small, resume=True)
     assert (small.output / "model.safetensors").read_bytes() == before
 
 
@@ -124,7 +124,7 @@ def test_what_does_not_go_together_is_refused(small: Run) -> None:
 def test_digits_recipe_takes_images_of_its_own(folder: Path, tmp_path: Path) -> None:
     digits = RECIPES["digits"]()
     recipe = replace(digits.recipe, epochs=2, batch_size=8, ease_epochs=1, warmup_epochs=0)
-    outcome = run(replace(digits, data=DataConfig(root=folder, workers=0), recipe=recipe, output=tmp_path))
+    outcome = train_run(replace(digits, data=DataConfig(root=folder, workers=0), recipe=recipe, output=tmp_path))
     assert outcome.model.pretrained_cfg["input_size"] == (1, 32, 32)
     assert outcome.model.pretrained_cfg["mean"] == pytest.approx((0.5,), abs=0.05)
 
@@ -135,7 +135,7 @@ def test_recipes_of_methods_with_fixed_counts_meet_their_target(name: str, folde
     recipe = replace(made.recipe, epochs=2, batch_size=8, target=0.7, steer_every=1)
     method = replace(made.method, blocks=(0, 1))
     made = replace(made, model_args=SMALL, img_size=64, weights=None, method=method, recipe=recipe, output=tmp_path)
-    outcome = run(replace(made, data=DataConfig(root=folder, workers=0)))
+    outcome = train_run(replace(made, data=DataConfig(root=folder, workers=0)))
     assert outcome.result.gmacs / outcome.result.gmacs_dense == pytest.approx(0.7, abs=0.05)
     again = open_model(outcome.file)
     assert again.config == outcome.model.config

@@ -14,7 +14,7 @@ from models import small_vit
 from torch import Tensor
 
 from adaptvit import FullConfig
-from adaptvit.data import Data, Images, digits
+from adaptvit.data import Data, Images, open_digits
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.training.loop import train
 from adaptvit.training.recipe import Recipe
@@ -54,7 +54,7 @@ class Watched(Images):
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    whole = digits(size=8, margin=0)
+    whole = open_digits(size=8, margin=0)
     return replace(whole, train=Watched(whole.train.images[:24], whole.train.labels[:24]), name="24 digits")
 
 

@@ -24,7 +24,7 @@ from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.data import DataConfig
 from adaptvit.training.recipe import Recipe
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 from adaptvit.weights.opening import open_model, start_from
 
 NAME = "vit_tiny_patch16_224"
@@ -194,17 +194,17 @@ def small(folder: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_a_stored_model_is_training_from_its_weights(kind: str, small: Run, tmp_path: Path) -> None:
     name = stored(tmp_path, kind, vit(num_classes=7) if kind == "file" else None)  # a head of others is left out
-    by_name = run(replace(small, model=name, drop_path=0.1)).model
+    by_name = train_run(replace(small, model=name, drop_path=0.1)).model
     save_file(open_model(name).vit.state_dict(), tmp_path / "plain.safetensors")
     of_timm = replace(small, model_args=PARTS, img_size=32, drop_path=0.1, output=tmp_path / "other")
-    by_weights = run(replace(of_timm, weights=tmp_path / "plain.safetensors")).model
+    by_weights = train_run(replace(of_timm, weights=tmp_path / "plain.safetensors")).model
     assert all(torch.equal(value, by_weights.state_dict()[key]) for key, value in by_name.state_dict().items())
 
 
 def test_a_stored_model_is_trained_at_another_size_and_prepared_by_its_own_record(small: Run, tmp_path: Path) -> None:
     model = vit()
     model.pretrained_cfg = model.pretrained_cfg | {"mean": (0.1, 0.2, 0.3)}
-    trained = run(replace(small, model=stored(tmp_path, "file", model), img_size=(40, 24))).model
+    trained = train_run(replace(small, model=stored(tmp_path, "file", model), img_size=(40, 24))).model
     assert trained.pretrained_cfg["input_size"] == (3, 40, 24)
     assert tuple(trained.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
 
@@ -213,7 +213,7 @@ def test_a_stored_method_is_left_out_of_a_training_and_said(
     small: Run, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     adaptvit.save(EViTConfig(rate=0.5).build(vit(depth=4)), tmp_path / "evit.safetensors")
-    trained = run(replace(small, model=str(tmp_path / "evit.safetensors"), method=AViTConfig()))
+    trained = train_run(replace(small, model=str(tmp_path / "evit.safetensors"), method=AViTConfig()))
     assert isinstance(trained.model.config, AViTConfig)
     assert "the evit in" in capsys.readouterr().out
 
@@ -228,9 +228,9 @@ def test_weights_beside_a_model_that_brings_its_own_are_refused(small: Run, tmp_
 def test_arguments_that_a_stored_model_cannot_have_are_refused(small: Run, tmp_path: Path) -> None:
     name = stored(tmp_path, "file")
     with pytest.raises(ValueError, match=r"does not fit .*missing blocks\.2"):
-        run(replace(small, model=name, model_args={"depth": 3}))
+        train_run(replace(small, model=name, model_args={"depth": 3}))
     with pytest.raises(ValueError, match=r"cannot be made with .*'colour': 3"):
-        run(replace(small, model=name, model_args={"colour": 3}))
+        train_run(replace(small, model=name, model_args={"colour": 3}))
 
 
 def test_a_changed_model_is_not_taken_for_the_one_that_was_compared(small: Run, tmp_path: Path) -> None:

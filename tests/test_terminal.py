@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from adaptvit.show.report import Picture, Report, Section, Table, write
+from adaptvit.show.report import Illustration, Report, Section, Table, write_report
 from adaptvit.terminal import say, shown, warn
 
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202egnp.exe\u2066\r\n\x9b2J\udcff\u200b"
@@ -50,7 +50,7 @@ def test_a_table_shows_names_and_a_report_quotes_them(tmp_path: pytest.TempPathF
     first, second = table.text().split("\n")
     assert second.startswith(r"a\x1b[31m<script>")
     assert len(first) == len(second)
-    picture = Picture("data:image/png;base64,", '"><script>alert(2)</script>')
+    picture = Illustration("data:image/png;base64,", '"><script>alert(2)</script>')
     name = "<script>alert(3)</script>"
     report = Report(
         title=name,
@@ -60,5 +60,5 @@ def test_a_table_shows_names_and_a_report_quotes_them(tmp_path: pytest.TempPathF
         sections=[Section(name, [picture])],
         facts={name: {name: name}},
     )
-    write(report, tmp_path / "report.html")
+    write_report(report, tmp_path / "report.html")
     assert "<script" not in (tmp_path / "report.html").read_text()

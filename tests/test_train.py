@@ -18,7 +18,7 @@ from torch import Tensor
 import adaptvit.training.loop
 import adaptvit.training.resuming
 from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, DynamicViTConfig, FullConfig
-from adaptvit.data import Data, Images, Unreadable, digits
+from adaptvit.data import Data, Images, Unreadable, open_digits
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.training.loop import fingerprint, train
 from adaptvit.training.recipe import Recipe
@@ -29,7 +29,7 @@ AVIT = AViTConfig(gate_scale=4.0, gate_center=2.0)
 
 @pytest.fixture(scope="module")
 def data() -> Data:
-    whole = digits(size=16, margin=2)
+    whole = open_digits(size=16, margin=2)
     train = Images(whole.train.images[:48], whole.train.labels[:48], whole.train.augment)
     test = Images(whole.test.images[:40], whole.test.labels[:40])
     return replace(whole, train=train, test=test, name="48 digits")
@@ -493,12 +493,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from models import small_vit
 from adaptvit import AViTConfig
-from adaptvit.data import Images, digits
+from adaptvit.data import Images, open_digits
 from adaptvit.training.loop import train
 from adaptvit.training.recipe import Recipe
 
 torch.set_num_threads(1)
-whole = digits(size=16, margin=2)
+whole = open_digits(size=16, margin=2)
 small = Images(whole.train.images[:48].double(), whole.train.labels[:48])
 data = replace(whole, train=small, test=small)
 vit = small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)

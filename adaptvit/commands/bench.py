@@ -239,7 +239,7 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     settings = preparation(vit, config.model)
     size = settings["input_size"][1:]
     if config.data is not None:
-        return _folder(config.data, config.images, settings)
+        return _of_folder(config.data, config.images, settings)
     crop = v2.Compose(
         [
             v2.ToImage(),
@@ -253,7 +253,7 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     return torch.stack([crop(photographs[i % len(photographs)]) for i in range(config.images)])
 
 
-def _folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
+def _of_folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
     listing = list_folder(folder, "BenchConfig.data")
     pictures = open_pictures(listing, settings)
     size = len(pictures)

@@ -50,7 +50,7 @@ from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.show.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
-from adaptvit.show.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import say, warn
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import open_model, start_from
@@ -129,7 +129,7 @@ DENSE = Entry("dense")
 
 
 @dataclass(frozen=True)
-class Row:
+class EntryRow:
     """What came of an entry."""
 
     entry: Entry
@@ -146,10 +146,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MethodsOutcome:
     """What `compare_methods` found."""
 
-    rows: list[Row]
+    rows: list[EntryRow]
     """The dense model first."""
     unreadable: list[Unreadable]
     """Images that could not be decoded and are in no figure."""
@@ -160,7 +160,7 @@ class Outcome:
 
 
 @as_found()
-def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] | None = None) -> Outcome:
+def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], object] | None = None) -> MethodsOutcome:
     """Evaluate every method at every budget and every file, time all of them in turns, and write the results.
 
     Each entry leaves a record in `output/records`, known by all that decides it, and is never evaluated twice by one
@@ -183,11 +183,11 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
     models = {entry: what.rebuild(entry, record) for entry, record in records.items() if not record["refused"]}
     timed = what.speeds(models)
     rows = [
-        Row(
+        EntryRow(
             entry,
             record,
-            _paired(record, records[DENSE]),
-            _paired(record, records.get(Entry(named("reference"), entry.budget), record)),
+            _paired_by_image(record, records[DENSE]),
+            _paired_by_image(record, records.get(Entry(named("reference"), entry.budget), record)),
             timed["speeds"].get(entry.label, {}),
         )
         for entry, record in records.items()
@@ -201,7 +201,9 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
     shown = sorted(budgets)[(len(budgets) - 1) // 2] if budgets else None
-    sections = [Section("Accuracy against cost", [Picture(data_uri(figure), said) for figure, said in plots.values()])]
+    sections = [
+        Section("Accuracy against cost", [Illustration(data_uri(figure), said) for figure, said in plots.values()])
+    ]
     drawn = {entry: model for entry, model in models.items() if entry != DENSE and entry.budget in (shown, None)}
     if drawn and config.pictures:
         sections.append(Section("What is kept, or merged", what.pictures(drawn)))
@@ -209,13 +211,13 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[Row]], object] |
         title="adaptvit compare methods",
         headline=_headline(rows, shown),
         introduction=what.introduction(records[DENSE]),
-        table=table(rows),
+        table=methods_table(rows),
         sections=sections,
         facts={"Conditions": conditions, "Machine": timed["machine"]},
     )
-    write(report, config.output / "report.html")
+    write_report(report, config.output / "report.html")
     unreadable = [*what.unreadable, *(Unreadable(*one) for one in records[DENSE]["unreadable"])]
-    return Outcome(rows, unreadable, config.output / "report.html", what.left_out)
+    return MethodsOutcome(rows, unreadable, config.output / "report.html", what.left_out)
 
 
 class _Compared:
@@ -347,7 +349,7 @@ class _Compared:
         _keep(path, record)
         return record
 
-    def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Picture]:
+    def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Illustration]:
         """The same images, below them what each model did with their patches; none where they have odd channels."""
         images = self.some(self.dense, self.config.pictures)
         if images.shape[1] not in (1, 3):
@@ -376,7 +378,7 @@ class _Compared:
             "A row for each model. Where it merges, the patches of each token are shown in their mean colour; where it "
             "drops patches, the colour over each says how many blocks worked on it."
         )
-        return [Picture(data_uri(one_below_another(rows, blocks, below), "png"), said, wide=True)]
+        return [Illustration(data_uri(one_below_another(rows, blocks, below), "png"), said, wide=True)]
 
     def introduction(self, dense: dict[str, Any]) -> list[str]:
         """What was done, in words."""
@@ -403,7 +405,7 @@ class _Compared:
         }
 
 
-def table(rows: Sequence[Row]) -> Table:
+def methods_table(rows: Sequence[EntryRow]) -> Table:
     """What was found, a line an entry."""
     columns = [
         "",
@@ -515,7 +517,7 @@ def _measured(
     }
 
 
-def _paired(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
+def _paired_by_image(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
     """Mean and standard error of the difference in top-1, image by image; None of `base` itself, where refused, and
     where the two are of other images, as the logits of one are not finite for some."""
     if record is base or record["refused"] or base["refused"] or record["unreadable"] != base["unreadable"]:
@@ -531,7 +533,7 @@ def _one_by_one(model: Callable[[Tensor], object], images: Tensor) -> Callable[[
     return lambda: model(next(turns))
 
 
-def _line(row: Row) -> dict[str, Any]:
+def _line(row: EntryRow) -> dict[str, Any]:
     """A line of `methods.csv`."""
     record, gap = row.record, row.against_dense
     line: dict[str, Any] = {"name": row.entry.name, "budget": row.entry.budget, "refused": record["refused"]}
@@ -549,12 +551,12 @@ def _line(row: Row) -> dict[str, Any]:
     return line | {"config": as_json(record["config"])}
 
 
-def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
+def _plots(rows: Sequence[EntryRow], methods: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
     """Figures by file name, each with its caption; `methods` are those of the fine-tuned files, by name."""
     done = [row for row in rows if not row.record["refused"]]
     dense, others = done[0], done[1:]
 
-    def plot(x: Callable[[Row], float], label: str, better: Literal["less", "more"]) -> Figure:
+    def plot(x: Callable[[EntryRow], float], label: str, better: Literal["less", "more"]) -> Figure:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in others:
             tuned = row.entry.budget is None
@@ -574,7 +576,7 @@ def _plots(rows: Sequence[Row], methods: Mapping[str, str]) -> dict[str, tuple[F
     }
 
 
-def _headline(rows: Sequence[Row], budget: float | None) -> str:
+def _headline(rows: Sequence[EntryRow], budget: float | None) -> str:
     """The best of the methods at one budget."""
     able = [
         row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != named("control")
@@ -612,6 +614,6 @@ def options(_: Sequence[str]) -> ArgumentParser:
 def execute(arguments: Namespace) -> int:
     """Run what is not finished, and print the table; 1 where images could not be read."""
     arguments.files = tuple(arguments.files)
-    outcome = compare_methods(config_of(MethodsConfig, arguments), lambda rows: say_table(table(rows)))
+    outcome = compare_methods(config_of(MethodsConfig, arguments), lambda rows: say_table(methods_table(rows)))
     say(f"{outcome.report}: the report")
     return say_unused(outcome.unreadable, outcome.left_out)

@@ -24,9 +24,9 @@ from adaptvit.measure.speed import speeds
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.show.pictures import data_uri, error_bars, write_png
-from adaptvit.show.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import warn
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 from adaptvit.weights.checkpoints import load
 from adaptvit.weights.places import is_stored, weights_file
 
@@ -49,13 +49,13 @@ class Comparison:
         check_fields(self)
         if len(self.variants) < 2:
             raise ValueError(f"Comparison.variants must be two variants or more, got {list(self.variants)}")
-        folders = [_folder(name) for name in self.variants]
+        folders = [_folder_name(name) for name in self.variants]
         if len(set(folders)) < len(folders):
             raise ValueError(f"Comparison.variants must differ in more than punctuation, their folders being {folders}")
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One variant over its seeds; spreads are standard deviations over seeds."""
 
     name: str
@@ -82,8 +82,8 @@ def compare(
     output: Path,
     seeds: Annotated[int, In("[2, inf)", "for there is no spread over fewer")] = 3,
     processes: Annotated[int, In("[1, 1024]")] = 1,
-    tell: Callable[[list[Row]], object] | None = None,
-) -> list[Row]:
+    tell: Callable[[list[VariantRow]], object] | None = None,
+) -> list[VariantRow]:
     """Train every variant with every seed, then measure speeds in turns and write the report.
 
     Writes `runs.csv`, a line a run, `summary.csv`, a line a variant, plots, `report.html`, and a folder for each run.
@@ -97,11 +97,13 @@ def compare(
     Raises:
         OSError: what cannot be written is named, and with it the figures that it would have held.
         ValueError: fewer than two seeds or one process, or a folder holds a run of other settings or images.
-        And what `adaptvit.training.run.run` raises, but for a loss that does not stay finite, which is counted.
+        And what `adaptvit.training.run.train_run` raises, but for a loss that does not stay finite, which is counted.
     """
     jobs = {
         name: [
-            replace(config, recipe=replace(config.recipe, seed=seed), output=output / _folder(name) / f"seed-{seed}")
+            replace(
+                config, recipe=replace(config.recipe, seed=seed), output=output / _folder_name(name) / f"seed-{seed}"
+            )
             for seed in range(seeds)
         ]
         for name, config in comparison.variants.items()
@@ -118,11 +120,11 @@ def compare(
                 bar.update()
         except OSError:
             if tell is not None:
-                tell(_rows(_found(jobs, settings), {}))
+                tell(_variant_rows(_left(jobs, settings), {}))
             raise
-    found = _found(jobs, settings)
+    found = _left(jobs, settings)
     speeds = _speeds({name: runs[0] for name, runs in jobs.items() if found[name][0]["figures"]}, settings, output)
-    rows = _rows(found, speeds)
+    rows = _variant_rows(found, speeds)
     if tell is not None:
         tell(rows)
     lines = [
@@ -135,32 +137,34 @@ def compare(
     plots = _plots(rows)
     for name, (figure, _) in plots.items():
         write_png(figure, output / f"{name}.png")
-    write(_report(comparison, rows, seeds, plots), output / "report.html")
+    write_report(_report(comparison, rows, seeds, plots), output / "report.html")
     return rows
 
 
-def _found(
+def _left(
     jobs: Mapping[str, Sequence[Run]], settings: Mapping[Path, dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """What each run of a variant left, as far as they are finished."""
     return {name: [_finished(job, settings[job.output]) or UNFINISHED for job in runs] for name, runs in jobs.items()}
 
 
-def _rows(found: Mapping[str, Sequence[dict[str, Any]]], speeds: Mapping[str, dict[str, float]]) -> list[Row]:
+def _variant_rows(
+    found: Mapping[str, Sequence[dict[str, Any]]], speeds: Mapping[str, dict[str, float]]
+) -> list[VariantRow]:
     first = next(iter(found.values()))
     return [
-        Row(
+        VariantRow(
             name,
             [one["figures"] for one in results if one["figures"]],
             sum(one["diverged"] is not None for one in results),
-            None if results is first else _paired(results, first),
+            None if results is first else _paired_by_seed(results, first),
             speeds.get(name, {}),
         )
         for name, results in found.items()
     ]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def variants_table(rows: Sequence[VariantRow]) -> Table:
     """What was found, a line a variant."""
     columns = ["", "top-1, %", "against the first", "loss", "GMACs", "depth", "images/s", "realised / ideal gain"]
     terms = list(dict.fromkeys(name for row in rows for one in row.runs for name in one if name.startswith("term ")))
@@ -222,7 +226,7 @@ def _train(job: Run, settings: dict[str, Any], threads: int | None) -> None:
     measured: list[Result] = []
     try:
         try:
-            outcome = run(job, resume=True, known_by=version(), tell=measured.append)
+            outcome = train_run(job, resume=True, known_by=version(), tell=measured.append)
         except FloatingPointError as error:
             record["diverged"] = str(error)
         else:
@@ -286,13 +290,13 @@ def _speeds(
     return found
 
 
-def _paired(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
+def _paired_by_seed(results: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     pairs = zip(results, first, strict=True)
     gaps = [a["figures"]["top1"] - b["figures"]["top1"] for a, b in pairs if a["figures"] and b["figures"]]
     return (mean(gaps), stdev(gaps) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
 
 
-def _summary(row: Row) -> dict[str, Any]:
+def _summary(row: VariantRow) -> dict[str, Any]:
     """A line of `summary.csv`."""
     line: dict[str, Any] = {"variant": row.name, "runs": len(row.runs), "diverged": row.diverged}
     for figure in dict.fromkeys(name for one in row.runs for name in one if name != "seed"):
@@ -304,7 +308,7 @@ def _summary(row: Row) -> dict[str, Any]:
     return line | row.speed
 
 
-def _plots(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
+def _plots(rows: Sequence[VariantRow]) -> dict[str, tuple[Figure, str]]:
     """Figures by file name, each with its caption."""
     plots = {}
     for figure, label, scale in (("top1", "top-1, %", 100.0), ("gmacs", "GMACs", 1.0), ("depth_mean", "depth", 1.0)):
@@ -316,23 +320,25 @@ def _plots(rows: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
     return plots
 
 
-def _report(comparison: Comparison, rows: Sequence[Row], seeds: int, plots: Mapping[str, tuple[Figure, str]]) -> Report:
+def _report(
+    comparison: Comparison, rows: Sequence[VariantRow], seeds: int, plots: Mapping[str, tuple[Figure, str]]
+) -> Report:
     known = [row for row in rows if row.over_seeds("top1")]
     best = max(known, key=lambda row: row.over_seeds("top1") or (0.0, 0.0), default=None)
     headline = "No variant came to its end with two seeds." if best is None else _headline(best, rows[0])
-    pictures = [Picture(data_uri(figure), caption) for figure, caption in plots.values()]
+    pictures = [Illustration(data_uri(figure), caption) for figure, caption in plots.values()]
     base = next(iter(comparison.variants.values()))
     return Report(
         title="adaptvit compare",
         headline=headline,
         introduction=[comparison.question, f"{len(rows)} variants, {seeds} seeds each."],
-        table=table(rows),
+        table=variants_table(rows),
         sections=[Section("Over seeds", pictures)],
         facts={"The first variant": _facts(base), "Machine": machine()},
     )
 
 
-def _headline(best: Row, first: Row) -> str:
+def _headline(best: VariantRow, first: VariantRow) -> str:
     top1 = _shown(best.over_seeds("top1"), 1, 100)
     if best.against_first is None:
         return f"{best.name} has the best accuracy, {top1} %."
@@ -356,5 +362,5 @@ def _shown(both: tuple[float, float] | None, digits: int, scale: float = 1.0, si
     return "-" if both is None else f"{scale * both[0]:{sign}.{digits}f} ± {scale * both[1]:.{digits}f}"
 
 
-def _folder(name: str) -> str:
+def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")

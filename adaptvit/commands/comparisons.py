@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from adaptvit.commands.compare_variants import Comparison, Row, compare, table
+from adaptvit.commands.compare_variants import Comparison, VariantRow, compare, variants_table
 from adaptvit.commands.console import say_table
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
@@ -144,10 +144,10 @@ def execute(arguments: Namespace) -> int:
         }
     output = arguments.output or Path("runs") / arguments.name
 
-    def tell(rows: list[Row]) -> None:
+    def tell(rows: list[VariantRow]) -> None:
         say(comparison.question)
         say("")
-        say_table(table(rows))
+        say_table(variants_table(rows))
 
     compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes, tell)
     say(f"{output / 'report.html'}: the report")

@@ -14,17 +14,18 @@ from torch.utils.data import Dataset
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, check_fields
-from adaptvit.data import Data, digits
+from adaptvit.data import Data, open_digits
 from adaptvit.files import check_output_folder
 from adaptvit.macs import macs
-from adaptvit.measure.evaluate import Result, Speed, evaluate, speed
+from adaptvit.measure.evaluate import Result, evaluate
+from adaptvit.measure.speed import Speed, measure_speed
 from adaptvit.methods import turned
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.process import as_found
 from adaptvit.records import version
 from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
-from adaptvit.show.report import Picture, Report, Section, Table, machine, write
+from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import say
 from adaptvit.tokens import Masked, Packed
 from adaptvit.training.loop import fingerprint, train
@@ -34,8 +35,8 @@ from adaptvit.weights.checkpoints import save
 METHOD = AViTConfig(gate_scale=0.15, prior_weight=0.02, prior_depth=5, divergence="model||target")
 """Tokens of a ViT trained for a minute are far larger than DeiT's, so its gate is flatter than the released one."""
 
-DENSE = Recipe(epochs=14, evaluate_every=0, batch_size=48, optimizer="muon", learning_rate=0.02)
-ADAPTIVE = Recipe(epochs=6, evaluate_every=0, batch_size=48, learning_rate=3e-4)
+DENSE_RECIPE = Recipe(epochs=14, evaluate_every=0, batch_size=48, optimizer="muon", learning_rate=0.02)
+ADAPTIVE_RECIPE = Recipe(epochs=6, evaluate_every=0, batch_size=48, learning_rate=3e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,9 @@ class DemoConfig:
     """Transformer blocks."""
     heads: Annotated[int, In("[1, 65536]")] = 3
     """Attention heads."""
-    dense: Recipe = DENSE
+    dense: Recipe = DENSE_RECIPE
     """How the plain ViT is trained."""
-    adaptive: Recipe = ADAPTIVE
+    adaptive: Recipe = ADAPTIVE_RECIPE
     """How it is fine-tuned with halting."""
     method: AViTConfig = METHOD
     """Token halting; its gate is calibrated before the fine-tuning and again after it."""
@@ -80,7 +81,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoOutcome:
     """What the demo found."""
 
     dense: Result
@@ -98,7 +99,7 @@ class Outcome:
 
 
 @as_found()
-def run(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> Outcome:
+def run_demo(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> DemoOutcome:
     """Train, fine-tune, evaluate, draw and report; what an earlier run of the same config finished is not repeated.
 
     Writes `report.html` and `avit.safetensors`, and the training's checkpoints and logs, in `output`.
@@ -114,11 +115,11 @@ def run(output: Path = Path("runs/demo"), config: DemoConfig = DemoConfig()) -> 
         ) from None
 
 
-def _run(output: Path, config: DemoConfig) -> Outcome:
+def _run(output: Path, config: DemoConfig) -> DemoOutcome:
     check_output_folder(output)
     torch.set_num_threads(config.threads)
     output.mkdir(parents=True, exist_ok=True)
-    data = digits(config.size, margin=config.size // 8)
+    data = open_digits(config.size, margin=config.size // 8)
 
     vit = small_vit(config, data)
     plain = FullConfig().build(vit)
@@ -128,7 +129,7 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
 
     adaptive_vit = small_vit(config, data)
     adaptive_vit.load_state_dict(vit.state_dict())
-    calibration = _first(data.train, config.calibration)
+    calibration = _first_images(data.train, config.calibration)
     model = config.method.build(adaptive_vit).eval()
     meet_target(model, calibration, config.target)
     key = fingerprint(model, data, config.adaptive, version())
@@ -138,16 +139,16 @@ def _run(output: Path, config: DemoConfig) -> Outcome:
     save(model, output / "avit.safetensors")
 
     masked, packed = (evaluate(model, data.test, layout) for layout in (Masked, Packed))
-    images = _first(data.test, config.batch).to(trained_on)
-    outcome = Outcome(
+    images = _first_images(data.test, config.batch).to(trained_on)
+    outcome = DemoOutcome(
         dense=dense,
         masked=masked,
         packed=packed,
-        speed=speed(vit, model, images, config.rounds),
+        speed=measure_speed(vit, model, images, config.rounds),
         ideal=dense.gmacs / packed.gmacs,
         report=output / "report.html",
     )
-    write(_report(outcome, model, data, learned, adapted, config), outcome.report)
+    write_report(_report(outcome, model, data, learned, adapted, config), outcome.report)
     for line in ["", *_table(outcome).text().split("\n"), "", _headline(outcome), f"Report: {outcome.report}"]:
         say(line)
     return outcome
@@ -171,12 +172,12 @@ def small_vit(config: DemoConfig, data: Data) -> VisionTransformer:
     return vit
 
 
-def _first(data: Dataset, count: int) -> Tensor:
+def _first_images(data: Dataset, count: int) -> Tensor:
     torch.manual_seed(0)  # training images change from visit to visit
     return torch.stack([data[index][0] for index in range(count)])
 
 
-def _headline(outcome: Outcome) -> str:
+def _headline(outcome: DemoOutcome) -> str:
     dense, packed = outcome.dense, outcome.packed
     points = 100 * (packed.top1 - dense.top1)
     error = 100 * (2 * dense.top1 * (1 - dense.top1) / dense.images) ** 0.5
@@ -187,7 +188,7 @@ def _headline(outcome: Outcome) -> str:
     )
 
 
-def _table(outcome: Outcome) -> Table:
+def _table(outcome: DemoOutcome) -> Table:
     def row(name: str, result: Result, rate: float, ideal: str, realised: str) -> list[str]:
         return [name, f"{result.top1:.1%}", f"{result.gmacs:.4f}", f"{rate:,.0f}", ideal, realised]
 
@@ -209,7 +210,7 @@ def _table(outcome: Outcome) -> Table:
 
 
 def _report(
-    outcome: Outcome, model: AViT, data: Data, learned: list[Epoch], adapted: list[Epoch], config: DemoConfig
+    outcome: DemoOutcome, model: AViT, data: Data, learned: list[Epoch], adapted: list[Epoch], config: DemoConfig
 ) -> Report:
     result, blocks = outcome.packed, model.shape.depth
     rows, columns = result.usage.grid
@@ -232,13 +233,13 @@ def _report(
     )
     phases = {"dense": learned, "A-ViT": adapted}
     plots = [
-        Picture(
+        Illustration(
             data_uri(
                 curves({name: [epoch.accuracy for epoch in run] for name, run in phases.items()}, "accuracy", True)
             ),
             "Share of the augmented training digits read correctly, epoch by epoch.",
         ),
-        Picture(
+        Illustration(
             data_uri(curves({name: [epoch.macs for epoch in run] for name, run in phases.items()}, "MACs", True)),
             "MACs of the forward pass while training, over those of timm's model; the dense run is below 100 % because "
             "the last block computes only the token that the classifier reads.",
@@ -259,18 +260,18 @@ def _report(
             Section(
                 "Where the compute goes",
                 [
-                    Picture(
+                    Illustration(
                         data_uri(maps, "png"),
                         "Test digits beside the number of blocks that each patch entered, brighter being deeper: the "
                         "four cheapest, four in the middle, the four dearest.",
                         wide=True,
                     ),
-                    Picture(
+                    Illustration(
                         data_uri(tokens_per_block(result.usage)),
                         "Tokens that each block still attends to: bars are the mean image, lines span the middle "
                         "80 % of images.",
                     ),
-                    Picture(
+                    Illustration(
                         data_uri(cost_histogram(cost, outcome.dense.gmacs)),
                         "What the test images cost one by one: the further left of the dotted line, the more is saved.",
                     ),
@@ -305,4 +306,4 @@ def options(_: Sequence[str]) -> ArgumentParser:
 
 def execute(arguments: Namespace) -> None:
     """Run the demo at its default sizes; an interrupted one goes on where it stopped."""
-    run(arguments.output)
+    run_demo(arguments.output)

@@ -13,7 +13,8 @@ from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import config_of, say_listed, say_unused
 from adaptvit.data import ClassFolders, DataConfig, Samples, class_names, collate, open_split, preparation
 from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
-from adaptvit.measure.evaluate import Result, evaluate, speed
+from adaptvit.measure.evaluate import Result, evaluate
+from adaptvit.measure.speed import measure_speed
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.weights.opening import open_model
@@ -69,7 +70,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
     if config.rounds:
         loader = DataLoader(data, config.batch_size, collate_fn=collate)
         batch = next(batch for batch in loader if len(batch.labels))
-        timing = speed(model.vit, model, batch.images.to(next(model.parameters())), config.rounds)
+        timing = measure_speed(model.vit, model, batch.images.to(next(model.parameters())), config.rounds)
         figures |= {f"{name}_images_per_s": getattr(timing, name) for name in ("dense", "masked", "packed")}
         figures |= {"ideal_speedup": timing.ideal, "realised_speedup": timing.gain, "ratio": timing.ratio}
         figures |= {"load_average": os.getloadavg()[0], "timed_batch": len(batch.images)}

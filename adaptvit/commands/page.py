@@ -393,7 +393,7 @@ class OwnApp(App):
         await self.guard(scope, receive, send)
 
 
-def serve(config: PlaygroundConfig) -> None:
+def serve_page(config: PlaygroundConfig) -> None:
     """Open the models and show the page until stopped.
 
     Raises:

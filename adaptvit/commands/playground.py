@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 from adaptvit.budget import attempt, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.commands.console import config_of
-from adaptvit.data import HELD_OUT, decode_image, digits, in_channels, open_image, pixels, preparation, read_names
+from adaptvit.data import HELD_OUT, decode_image, in_channels, open_digits, open_image, pixels, preparation, read_names
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import interleaved
@@ -144,7 +144,7 @@ def photographs() -> list[Image.Image]:
 
 def handwritten() -> list[Image.Image]:
     """Digits of the test split, one of each class."""
-    data = digits()
+    data = open_digits()
     first = {data.test[index][1]: data.test[index][0] for index in reversed(range(HELD_OUT))}
     shown = [(255 * data.pixels(first[kind])[0]).round().byte().numpy() for kind in sorted(first)]
     return [Image.fromarray(grey) for grey in shown]
@@ -527,4 +527,4 @@ def execute(arguments: Namespace) -> None:
         if error.name != "gradio":
             raise
         raise ValueError("the playground needs gradio: pip install 'adaptvit[playground]'") from None
-    page.serve(config_of(PlaygroundConfig, arguments))
+    page.serve_page(config_of(PlaygroundConfig, arguments))

@@ -157,7 +157,9 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
             )
             for batch in tqdm(loader, desc="predicting", unit="batch", disable=not state.is_main_process):
                 unreadable += batch.unreadable
-                rows = list(zip(batch.labels.tolist(), _rows(model, batch.images, classes, config.top), strict=True))
+                rows = list(
+                    zip(batch.labels.tolist(), _image_rows(model, batch.images, classes, config.top), strict=True)
+                )
                 unreadable += [not_finite(names[index]) for index, row in rows if row is None]
                 lines = [form.line(names[index], row) for index, row in rows if row is not None and index not in done]
                 file.write("".join(lines))
@@ -196,7 +198,7 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
     )
 
 
-class Row(NamedTuple):
+class ImageRow(NamedTuple):
     """What is told of an image."""
 
     classes: list[str] | list[int]
@@ -215,7 +217,7 @@ class Csv:
         told = [f"{name}_{place}" for place in range(1, top + 1) for name in ("class", "probability")]
         self.header = self._joined(["file", *told, "gmacs", *(f"tokens_{block}" for block in range(1, blocks + 1))])
 
-    def line(self, name: str, row: Row) -> str:
+    def line(self, name: str, row: ImageRow) -> str:
         """An image's line, with its end."""
         classes = map(as_cell, row.classes)
         told = [cell for pair in zip(classes, _decimals(row.probabilities), strict=True) for cell in pair]
@@ -239,7 +241,7 @@ class JsonLines:
     def __init__(self, top: int, blocks: int) -> None:
         pass
 
-    def line(self, name: str, row: Row) -> str:
+    def line(self, name: str, row: ImageRow) -> str:
         """An image's line, with its end."""
         told = [
             {"class": kind, "probability": round(probability, 6)}
@@ -368,7 +370,7 @@ def _batches(
     return run, unreadable
 
 
-def _rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, top: int) -> list[Row | None]:
+def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, top: int) -> list[ImageRow | None]:
     """What is told of each image; None where its logits are not finite."""
     if not len(images):
         return []
@@ -379,7 +381,7 @@ def _rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | range, to
         best = output.logits.float().softmax(dim=1).topk(top, dim=1)
         cost = macs(output.usage, model.shape).double() / 1e9
     return [
-        Row([classes[index] for index in indices], *rest) if finite else None
+        ImageRow([classes[index] for index in indices], *rest) if finite else None
         for finite, indices, *rest in zip(
             sound.tolist(),
             best.indices.tolist(),

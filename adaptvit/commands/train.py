@@ -12,7 +12,7 @@ from adaptvit.commands.console import config_of, say_listed, say_unused
 from adaptvit.methods import METHODS
 from adaptvit.terminal import say, word_after
 from adaptvit.training.recipes import RECIPES
-from adaptvit.training.run import Run, run
+from adaptvit.training.run import Run, train_run
 
 
 def options(words: Sequence[str]) -> ArgumentParser:
@@ -75,7 +75,7 @@ def execute(arguments: Namespace) -> None:
     }
     rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
     try:
-        outcome = run(Run(**rest, **parts), arguments.resume, tell=lambda result: say_listed(result.figures))
+        outcome = train_run(Run(**rest, **parts), arguments.resume, tell=lambda result: say_listed(result.figures))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if PartialState().is_main_process:

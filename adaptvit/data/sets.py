@@ -322,7 +322,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         ValueError: it holds no images, or those of one class only.
     """
     if config.root is None and not config.dataset:
-        return digits(channels=settings["input_size"][0] if settings else 1)
+        return open_digits(channels=settings["input_size"][0] if settings else 1)
     if not config.dataset:
         missing = [name for name in (config.train_split, config.test_split) if not _has_split(config, name)]
         if missing:
@@ -350,7 +350,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
             f"{_where(config)} has other classes to test on than the {len(classes)} to train on: "
             + (told or "they are in another order")
         )
-    settings = _settings(config, settings)
+    settings = _prepared(config, settings)
     height, width = settings["input_size"][1:]
     sizes = [split.count if isinstance(split, Flow) else len(split) for split in (train, test)]  # type: ignore[arg-type]
     return Data(
@@ -384,7 +384,7 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         ValueError: it holds no images, or cannot be read with what is installed.
     """
     names = None if config.class_map is None else read_class_map(config.class_map)
-    settings = _settings(config, settings)
+    settings = _prepared(config, settings)
     channels = settings["input_size"][0]
     augmented = {
         "is_training": True,
@@ -403,7 +403,7 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         if not augment:
             return Samples(Shards(shards), channels, transform)
         return Flow(shards, len(Shards(shards)) if shards.count is None else shards.count, channels, transform)
-    found = _found(config, split, augment)
+    found = _of_library(config, split, augment)
     if isinstance(found, IterableDataset):
         if names is not None and found.reader.class_to_idx and tuple(found.reader.class_to_idx) != names:  # type: ignore[attr-defined]
             raise ValueError(f"{_where(config)} names its classes, and as a stream they are not numbered by class_map")
@@ -421,7 +421,7 @@ def _folders(config: DataConfig, split: str, names: Sequence[str] | None) -> Cla
     return folders
 
 
-def _found(config: DataConfig, split: str, augment: bool) -> Dataset:
+def _of_library(config: DataConfig, split: str, augment: bool) -> Dataset:
     """A split of a library's data set."""
     if config.dataset.lower().startswith("torch/"):
         _root(config)
@@ -454,7 +454,7 @@ def class_names(data: Dataset, class_map: Path | None = None) -> tuple[str, ...]
     return () if class_map is None else read_class_map(class_map)
 
 
-def _settings(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _prepared(config: DataConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """What the model wants, and what the config overrides, under `create_transform`'s names."""
     names = ("mean", "std", "interpolation", "crop_pct")
     wanted = ("input_size", "crop_mode", *names)
@@ -505,7 +505,7 @@ class Images(Dataset):
 
 
 @checked
-def digits(
+def open_digits(
     size: Annotated[int, In("[1, 65536]")] = 32,
     margin: Annotated[int, In("[0, 65536]")] = 4,
     seed: Annotated[int, In("[0, 4294967295]")] = 0,

@@ -28,7 +28,6 @@ from adaptvit.data import (
     not_finite,
 )
 from adaptvit.macs import dense_macs, macs
-from adaptvit.measure.speed import Speed, speeds
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, serve
 from adaptvit.tokens import Tokens
@@ -174,16 +173,6 @@ def _name(data: Dataset, item: int) -> str:
     if isinstance(data, Subset):
         return _name(data.dataset, data.indices[item])
     return data.name(item) if isinstance(data, Samples) else f"image {item}"
-
-
-def speed(vit: VisionTransformer, model: AdaptiveViT, images: Tensor, rounds: int = 10) -> Speed:
-    """Time the timm model and both executions of the adaptive one on the same (B, channels, height, width) images.
-
-    The models are left in evaluation mode.
-    """
-    vit.eval()
-    (found,) = speeds({"": model.eval()}, {"": images}, rounds, dense=(vit, images)).values()
-    return found
 
 
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:

@@ -2,6 +2,7 @@
 
 interleaved     any calls
 speeds          adaptive models beside plain ViTs: a `Speed` each
+measure_speed   one of each
 """
 
 import math
@@ -125,4 +126,14 @@ def speeds(
     for name, model in models.items():
         own = {layout: seconds[f"{layout} {name}"] for layout in layouts} | {"dense": seconds[beside[name]]}
         found[name] = Speed.of(own, len(images[name]), usages[name], model.shape)
+    return found
+
+
+def measure_speed(vit: nn.Module, model: AdaptiveViT, images: Tensor, rounds: int = 10) -> Speed:
+    """Time the timm model and both executions of the adaptive one on the same (B, channels, height, width) images.
+
+    The models are left in evaluation mode.
+    """
+    vit.eval()
+    (found,) = speeds({"": model.eval()}, {"": images}, rounds, dense=(vit, images)).values()
     return found

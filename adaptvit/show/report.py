@@ -39,7 +39,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Illustration:
     """An image with the sentence that says how to read it."""
 
     source: str
@@ -51,7 +51,7 @@ class Picture:
 
     def __post_init__(self) -> None:
         if not self.source.startswith("data:"):
-            raise ValueError(f"Picture.source must be a data URI, got {self.source[:40]!r}: use pictures.data_uri")
+            raise ValueError(f"Illustration.source must be a data URI, got {self.source[:40]!r}: use pictures.data_uri")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Section:
 
     title: str
     """The heading."""
-    pictures: Sequence[Picture]
+    pictures: Sequence[Illustration]
     """In reading order."""
 
 
@@ -82,7 +82,7 @@ class Report:
     """Heading -> name -> value: settings, machine."""
 
 
-def write(report: Report, path: Path) -> None:
+def write_report(report: Report, path: Path) -> None:
     """Write the report to an HTML file, whole or not at all.
 
     Raises:

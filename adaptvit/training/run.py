@@ -90,7 +90,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a run found and where it is."""
 
     model: AdaptiveViT
@@ -104,12 +104,12 @@ class Outcome:
 
 
 @as_found()
-def run(
+def train_run(
     config: Run,
     resume: bool = False,
     known_by: object = None,
     tell: Callable[[Result], object] | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
     Where there is a target, the knob is set once more after the last epoch, on training images prepared as test images
@@ -206,7 +206,7 @@ def run(
             tell(result)
         save(model, file)
         write_atomically(config.output / "result.json", as_json(result.figures, indent=2) + "\n")
-    return Outcome(model, history, result, file)
+    return RunOutcome(model, history, result, file)
 
 
 def _is_main() -> bool:
