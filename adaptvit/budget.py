@@ -26,6 +26,10 @@ FINEST = 1e-3
 Unit = Literal["share", "gmacs", "images_per_s"]
 
 
+class OutOfReach(ValueError):
+    """A budget that no value of a knob meets, though others are met."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What a model did on the calibration images with one value of its knob."""
@@ -100,8 +104,8 @@ def meet_target(
         The model's new config. Where the cost jumps over the target, the value on the frugal side; where everything the
         method can compute costs less than the target, the value that computes it.
     Raises:
-        ValueError: the method has no knob, the model is in training mode, no value of the knob meets the target, or
-            logits that are not finite; the model is as it was.
+        OutOfReach: no value of the knob meets the target; the model is as it was, as after any error.
+        ValueError: the method has no knob, the model is in training mode, or logits that are not finite.
     """
     check_target(target, unit)
     config, knob = model.config, _knob(model)
@@ -163,7 +167,7 @@ def _search(
             break
         if value == end:
             reached = target / (1 + there) if unit == "images_per_s" else target * (1 + there)
-            raise ValueError(
+            raise OutOfReach(
                 f"no {knob.field} meets the target of {target:g} ({unit}): the nearest is {reached:.3g}; set "
                 f"{type(config).__name__}'s other fields to spend less, or ask for less"
             )

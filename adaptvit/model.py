@@ -182,6 +182,11 @@ class AdaptiveViT(nn.Module, ABC):
         return self(images)
 
     @property
+    def leaves_early(self) -> bool:
+        """Whether images may leave a forward early, so that only `to_the_end` has the depth of every token."""
+        return type(self).to_the_end is not AdaptiveViT.to_the_end
+
+    @property
     def config(self) -> Any:
         """The method's numbers. Of a built model only the knob can be set, by `model.config = replace(...)`."""
         return self._config

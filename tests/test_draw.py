@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,29 @@ def test_a_summary_shows_the_extremes(name: str, drawn: list[dict[str, Any]], tm
     else:
         rank = spearmanr(gmacs, [-value for value in sure]).statistic
         assert drawing.finding.endswith(f"class that the model names: Spearman {rank:.2f} over 11 images")
+
+
+def test_a_summary_runs_images_again_only_where_they_leave_early(
+    drawn: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = {name.split(",")[0] for name, config in METHODS.items() if config.build(small_vit()).leaves_early}
+    assert early == {"avit"}
+    chance = replace(METHODS["adavit"], random=True).build(small_vit()).eval()
+    adaptvit.save(chance, tmp_path / "model.safetensors")
+    for number in range(3):
+        noise(tmp_path / "own" / f"{number}.png", number)
+    records, measure = [], module._measure
+
+    def measured(*given: Any) -> Any:
+        records.append(measure(*given))
+        return records[-1]
+
+    monkeypatch.setattr(module, "_measure", measured)
+    draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out", summary=True))
+    (record,) = records
+    for call in drawn:  # the decisions that were counted, not others
+        order = [int(Path(name).stem) for name in names(call)]
+        assert torch.equal(call["depth"], record.usage.patch_depth[order])
 
 
 def looked_at(model: adaptvit.AdaptiveViT, files: list[Path]) -> torch.Tensor:

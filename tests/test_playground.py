@@ -24,9 +24,11 @@ import torch
 from models import METHODS, small_vit
 from PIL import Image
 from timm.data import create_transform
+from timm.models.vision_transformer import VisionTransformer
 
 import adaptvit
-from adaptvit import cli
+from adaptvit import ATSConfig, cli
+from adaptvit.budget import OutOfReach
 from adaptvit.commands import playground
 from adaptvit.commands.playground import (
     DIGITS,
@@ -165,6 +167,21 @@ def test_a_model_without_the_token_that_a_method_needs_is_refused_in_a_sentence(
     with pytest.raises(ValueError, match=r"cannot be shown with avit: fitting a gate needs a class token"):
         session.view(files["pooled"], "avit", 0.5)
     assert session.view(files["pooled"], "ats", 0.7).adaptive.top
+
+
+def test_a_method_is_fitted_at_another_budget_only_where_one_is_out_of_reach(
+    shared: Playground, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, faults = [], [OutOfReach("no less"), ValueError("not finite")]
+
+    def fitted(self: ATSConfig, vit: VisionTransformer, images: torch.Tensor, target: float) -> None:
+        asked.append(target)
+        raise faults[len(asked) - 1]
+
+    monkeypatch.setattr(ATSConfig, "fitted", fitted)
+    with pytest.raises(ValueError, match="not finite"):
+        shared.subject(files["full"]).adapted("ats")
+    assert asked == [0.5, 0.75]
 
 
 def test_weights_that_cannot_be_downloaded_are_named(shared: Playground, monkeypatch: pytest.MonkeyPatch) -> None:

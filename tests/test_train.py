@@ -20,6 +20,7 @@ import adaptvit.training.resuming
 from adaptvit import AdaptiveViT, AdaViTConfig, AViTConfig, DynamicViTConfig, FullConfig
 from adaptvit.data import Data, Images, Unreadable, open_digits
 from adaptvit.measure.evaluate import evaluate
+from adaptvit.model import Dial
 from adaptvit.training.loop import fingerprint, train
 from adaptvit.training.recipe import Recipe
 
@@ -85,6 +86,16 @@ def test_a_finished_run_is_read_back(data: Data, tmp_path: Path) -> None:
     history = train(first, data, RECIPE, tmp_path)
     assert train(second, data, RECIPE, tmp_path) == history
     assert same_weights(first, second)
+
+
+def test_a_dial_of_other_weights_is_gone(data: Data, tmp_path: Path) -> None:
+    trained, kept = model(), Dial((20.0, 40.0), (0.5, 0.9))
+    trained.dial = kept
+    with pytest.raises(ValueError, match="which no parameter matches"):
+        train(trained, data, replace(RECIPE, freeze=("nothing",)), tmp_path)
+    assert trained.dial is kept  # no weight has changed
+    train(trained, data, RECIPE, tmp_path)
+    assert trained.dial is None
 
 
 def test_the_log_has_one_line_per_epoch(data: Data, tmp_path: Path) -> None:

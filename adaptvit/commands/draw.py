@@ -281,11 +281,14 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
 
 @torch.inference_mode()
 def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -> list[Seen]:
-    """Some images of the record, decoded again, with the depths of their tokens."""
+    """Some images of the record, decoded again, with the depths of their tokens; run again only if they left early."""
     indices = [record.indices[row] for row in rows.tolist()]
     items: list[Any] = [samples[index] for index in indices]
-    images = torch.stack([image for image, _ in items])
-    depth = model.to_the_end(images.to(next(model.parameters()))).usage.patch_depth
+    if model.leaves_early:
+        images = torch.stack([image for image, _ in items])
+        depth = model.to_the_end(images.to(next(model.parameters()))).usage.patch_depth
+    else:
+        depth = record.usage.of_images(rows).patch_depth
     return [
         Seen(samples.name(index), label, image, own)
         for index, (image, label), own in zip(indices, items, depth.cpu(), strict=True)

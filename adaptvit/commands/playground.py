@@ -27,7 +27,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from adaptvit.budget import attempt, meet_target
+from adaptvit.budget import OutOfReach, attempt, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.commands.console import config_of
 from adaptvit.data import HELD_OUT, decode_image, in_channels, open_digits, open_image, pixels, preparation, read_names
@@ -226,7 +226,7 @@ class Subject:
         for share in FITTED[:-1]:
             try:
                 return METHODS[method]().fitted(own.vit, self.calibration, share)
-            except ValueError:  # it does not come down to that, if it is not something else
+            except OutOfReach:  # the next one spends more
                 pass
         return METHODS[method]().fitted(own.vit, self.calibration, FITTED[-1])
 

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from adaptvit.backbones.base import model_name, patch_grid
 from adaptvit.backbones.forward import attention_norm, attention_received, embed, like_norm, project_normed, run_block
 from adaptvit.backbones.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
-from adaptvit.budget import BATCH
+from adaptvit.budget import BATCH, OutOfReach
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.adavit_files import PUBLISHED
@@ -492,8 +492,9 @@ def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
     Returns:
         The share of the variance of the patches' logarithmic attention that the maps explain, mean over blocks.
     Raises:
-        ValueError: no policy over patches, no class token, a share that patches alone cannot come down to, or attention
-            that is not finite or tells no patch from another.
+        OutOfReach: a share that patches alone cannot come down to.
+        ValueError: no policy over patches, no class token, or attention that is not finite or tells no patch from
+            another.
     """
     if not model.patch_policy:
         raise ValueError(f"fit_policies needs policies over patches, but the model decides {model.config.policies}")
@@ -568,7 +569,7 @@ def _kept(model: AdaViT, share: float) -> list[float]:
 
     least = cost(0.0)
     if not least < share < 1:
-        raise ValueError(
+        raise OutOfReach(
             f"fit_policies fits to a share of the dense MACs between {least:.3g}, with no patches, and 1, got {share:g}"
         )
     low, high = 0.0, 1.0

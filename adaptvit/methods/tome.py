@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from adaptvit.backbones.base import patch_grid
 from adaptvit.backbones.forward import add_attention, add_mlp, project
-from adaptvit.budget import BATCH, meet_target
+from adaptvit.budget import BATCH, OutOfReach, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.macs import block_macs
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
@@ -181,7 +181,8 @@ class MergeConfig(MethodConfig):
         are nearest to the dense model's, in mean KL divergence. Labels are not needed.
 
         Raises:
-            ValueError: no number of merged tokens meets the target, or logits that are not finite.
+            OutOfReach: no number of merged tokens meets the target.
+            ValueError: logits that are not finite.
         """
         self.build(vit)  # which says what it lacks
         how = {name: value for name, value in search.items() if name in ("unit", "tolerance")}
@@ -193,7 +194,7 @@ class MergeConfig(MethodConfig):
             like = ToMeConfig(inflection=inflection).build(vit).eval()
             try:
                 merged = meet_target(like, some, target, **how).schedule(like.depth)
-            except ValueError:
+            except OutOfReach:
                 if found:
                     continue  # rising schedules do not reach as low as even ones
                 raise

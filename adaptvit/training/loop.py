@@ -73,7 +73,7 @@ def train(
 
     Args:
         model: any adaptive model; a plain ViT trains as `FullConfig().build(vit)`. Its config ends with the knob
-            steered to, where the recipe has a target.
+            steered to, where the recipe has a target, and its dial is gone, which other weights were measured for.
         output: folder of the run, made if it is not there.
         name: what the progress bar calls it.
         resume: go on from a checkpoint of the same run; False refuses where there is one. One of another run is left
@@ -200,6 +200,7 @@ class _Training:
             self._restore()
         elif resume and self.accelerator.is_main_process:
             self.checkpoints.tell_of_others()
+        self.model.dial = None  # measured on the weights before
         if self.recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):
