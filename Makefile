@@ -15,8 +15,8 @@ test: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv || true
-	.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[dev,flax]' \
-		|| .venv/bin/python -m pip install -c constraints.txt -e '.[dev,flax]'
+	.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[all,dev,flax]' \
+		|| .venv/bin/python -m pip install -c constraints.txt -e '.[all,dev,flax]'
 	touch $@
 
 clean:

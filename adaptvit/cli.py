@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dis import opmap
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch.distributed
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from adaptvit.extras import MissingLibrary, needed
 from adaptvit.files import check_is_file
 from adaptvit.process import as_found
 from adaptvit.terminal import leave, say, word_after
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             leave(sys.stdout)
             return 128 + signal.SIGPIPE
-        except (ArgumentError, FloatingPointError, OSError, TypeError, ValueError) as error:
+        except (ArgumentError, FloatingPointError, MissingLibrary, OSError, TypeError, ValueError) as error:
             if os.environ.get(TRACEBACK):
                 for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
                     say(line, sys.stderr)
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
+    with needed("the command line"):
+        from jsonargparse import ArgumentParser, set_parsing_settings
     _check_files(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)

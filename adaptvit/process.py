@@ -12,11 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState  # type: ignore[import-untyped]
 from torch.utils.data._utils import signal_handling
-
-SHARED = (PartialState, AcceleratorState, GradientState)
-"""What accelerate knows of a process: each keeps its attributes in one dictionary for all of its instances."""
 
 
 def best_device() -> str:
@@ -35,7 +31,7 @@ def as_found() -> Iterator[None]:
     randomness = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     threads = torch.get_num_threads()
-    shared = [dict(state._shared_state) for state in SHARED]
+    shared = {id(state): dict(state) for state in _shared()}
     handlers = _handlers()
     try:
         with warnings.catch_warnings():
@@ -51,9 +47,10 @@ def as_found() -> Iterator[None]:
                 torch.cuda.set_rng_state_all(cuda)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for state, before in zip(SHARED, shared, strict=True):
-            state._shared_state.clear()
-            state._shared_state.update(before)
+        for state in _shared():
+            before = shared.get(id(state), {})  # nothing where the block was the first to import accelerate
+            state.clear()
+            state.update(before)
         for number, handler in _handlers().items():
             if handler != handlers.get(number, handler):
                 signal.signal(number, handlers[number])
@@ -75,6 +72,14 @@ def serve(_: int = 0) -> None:
             told(kind, error, place)
 
     sys.excepthook = tell
+
+
+def _shared() -> list[dict[str, Any]]:
+    """What accelerate, where it is imported, knows of the process: a dictionary for all instances of each kind."""
+    module: Any = sys.modules.get("accelerate.state")
+    if module is None:
+        return []
+    return [kind._shared_state for kind in (module.PartialState, module.AcceleratorState, module.GradientState)]
 
 
 def _handlers() -> dict[int, Any]:

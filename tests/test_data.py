@@ -356,12 +356,21 @@ def test_a_config_outside_its_range_is_refused(field: str, value: float) -> None
         DataConfig(**{field: value})
 
 
-def test_a_reader_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("datasets", ImportError, r"'hfds/a/b' needs datasets: pip install 'adaptvit\[data\]'"),
+        ("scipy", ValueError, "'hfds/a/b' needs a package: No module named 'scipy'"),
+    ],
+)
+def test_a_reader_that_is_not_installed_is_named(
+    name: str, kind: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object, **__: object) -> None:
-        raise ImportError("No module named 'datasets'")
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(data_module, "create_dataset", missing)
-    with pytest.raises(ValueError, match=r"'hfds/a/b' needs a package: .*'datasets'; pip install 'adaptvit\[data\]'"):
+    with pytest.raises(kind, match=message):
         open_data(config(tmp_path, dataset="hfds/a/b"), SETTINGS)
 
 

@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -21,7 +19,7 @@ from torchvision.transforms import v2
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import config_of
-from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, preparation
+from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, photographs, preparation
 from adaptvit.files import as_json, check_output, write_atomically
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import Speed, interleaved
@@ -249,8 +247,8 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
         ]
     )
     channels = settings["input_size"][0]
-    photographs = [in_channels(Image.fromarray(photograph), channels) for photograph in load_sample_images().images]
-    return torch.stack([crop(photographs[i % len(photographs)]) for i in range(config.images)])
+    whole = [in_channels(photograph, channels) for photograph in photographs()]
+    return torch.stack([crop(whole[i % len(whole)]) for i in range(config.images)])
 
 
 def _of_folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:

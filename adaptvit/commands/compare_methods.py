@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -49,7 +48,7 @@ from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, same, stable, version, write_record
-from adaptvit.show.pictures import data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
+from adaptvit.show.pictures import Figure, data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import say, warn
 from adaptvit.weights.checkpoints import digest

@@ -13,7 +13,6 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from adaptvit.checks import In, check_fields, checked
@@ -23,7 +22,7 @@ from adaptvit.measure.evaluate import Result
 from adaptvit.measure.speed import speeds
 from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
-from adaptvit.show.pictures import data_uri, error_bars, write_png
+from adaptvit.show.pictures import Figure, data_uri, error_bars, write_png
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import warn
 from adaptvit.training.run import Run, train_run

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
-from adaptvit.show.pictures import cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
+from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.terminal import say
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model

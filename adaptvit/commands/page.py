@@ -17,22 +17,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-import gradio as gr
 import matplotlib
 import numpy as np
-from anyio.to_thread import run_sync
 from filelock import FileLock, Timeout
-from gradio.blocks import Block, BlockFunction
-from gradio.routes import App
-from gradio.state_holder import SessionState
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adaptvit.commands.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
+from adaptvit.extras import needed
 from adaptvit.methods import METHODS
 from adaptvit.show.pictures import COLOURS
+
+with needed("the playground"):
+    import gradio as gr
+    from anyio.to_thread import run_sync
+    from gradio.blocks import Block, BlockFunction
+    from gradio.routes import App
+    from gradio.state_holder import SessionState
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FILE_SIZE = "32mb"
 """Largest file that is taken."""

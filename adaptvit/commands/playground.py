@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -30,7 +29,17 @@ from torch.nn.functional import interpolate
 from adaptvit.budget import OutOfReach, attempt, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.commands.console import config_of
-from adaptvit.data import HELD_OUT, decode_image, in_channels, open_digits, open_image, pixels, preparation, read_names
+from adaptvit.data import (
+    HELD_OUT,
+    decode_image,
+    in_channels,
+    open_digits,
+    open_image,
+    photographs,
+    pixels,
+    preparation,
+    read_names,
+)
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import interleaved
@@ -136,9 +145,9 @@ def open_picture(path: Path | str) -> Picture:
     return Picture(image, f"This picture was {', '.join(done)}." if done else "")
 
 
-def photographs() -> list[Image.Image]:
+def coloured() -> list[Image.Image]:
     """scikit-learn's two photographs, and the left half of each."""
-    whole = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    whole = photographs()
     return [part for one in whole for part in (one, one.crop((0, 0, one.width // 2, one.height)))]
 
 
@@ -179,7 +188,7 @@ class Subject:
             classes = [names.index_to_description(k) if names else f"class {k}" for k in range(count)]
         if len(classes) != count:
             raise ValueError(f"there are names of {len(classes)} classes, but the model has {count}")
-        return cls(opened.float(), classes, handwritten() if channels == 1 else photographs(), settings)
+        return cls(opened.float(), classes, handwritten() if channels == 1 else coloured(), settings)
 
     @property
     def channels(self) -> int:
@@ -521,10 +530,5 @@ def options(_: Sequence[str]) -> ArgumentParser:
 
 def execute(arguments: Namespace) -> None:
     """Serve the page until stopped."""
-    try:
-        page = import_module("adaptvit.commands.page")
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError("the playground needs gradio: pip install 'adaptvit[playground]'") from None
+    page = import_module("adaptvit.commands.page")
     page.serve_page(config_of(PlaygroundConfig, arguments))

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -41,6 +39,7 @@ from adaptvit.data import (
     read_names,
 )
 from adaptvit.data import find_images as find_images
+from adaptvit.extras import needed
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
@@ -49,6 +48,10 @@ from adaptvit.records import VERSION, read_record, version, write_record
 from adaptvit.terminal import say
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import open_model
+
+with needed("predicting"):
+    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""

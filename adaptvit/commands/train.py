@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from accelerate import PartialState  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.commands.console import config_of, say_listed, say_unused
 from adaptvit.methods import METHODS
 from adaptvit.terminal import say, word_after
 from adaptvit.training.recipes import RECIPES
-from adaptvit.training.run import Run, train_run
+from adaptvit.training.run import Run, is_main, train_run
 
 
 def options(words: Sequence[str]) -> ArgumentParser:
@@ -78,6 +77,6 @@ def execute(arguments: Namespace) -> None:
         outcome = train_run(Run(**rest, **parts), arguments.resume, tell=lambda result: say_listed(result.figures))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
-    if PartialState().is_main_process:
+    if is_main():
         say_unused(outcome.result.unreadable, ())
         say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")

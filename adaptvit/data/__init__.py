@@ -45,6 +45,7 @@ from adaptvit.data.sets import (
     open_digits,
     open_pictures,
     open_split,
+    photographs,
     spread_over,
 )
 
@@ -77,6 +78,7 @@ __all__ = [
     "open_image",
     "open_pictures",
     "open_split",
+    "photographs",
     "pixels",
     "preparation",
     "preparation_of_name",

@@ -1,4 +1,4 @@
-"""Images to train and to evaluate on: whatever timm reads, or scikit-learn's digits, which are installed with it.
+"""Images to train and to evaluate on: whatever timm reads, or scikit-learn's digits; and its photographs.
 
 An item is (image, label), a normalised float32 tensor (channels, height, width) and an int, or `Unreadable`.
 """
@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -28,6 +27,7 @@ from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
+from adaptvit.extras import MissingLibrary, needed
 
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
@@ -217,7 +217,8 @@ class Stream(IterableDataset):
         return math.ceil(self.reader.num_samples / (_place()[1] if self.reader.is_training else 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
-        from datasets import Image as HubImage  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        with needed("reading a stream of the Hub"):
+            from datasets import Image as HubImage  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         reader = self.reader
         fresh = reader.ds is None  # which timm leaves to the process that reads
@@ -426,15 +427,18 @@ def _of_library(config: DataConfig, split: str, augment: bool) -> Dataset:
     if config.dataset.lower().startswith("torch/"):
         _root(config)
     try:
-        return create_dataset(
-            config.dataset,
-            root=None if config.root is None else str(config.root),
-            split=split,
-            is_training=augment,
-            input_img_mode="",  # as they are: `data.images` is to turn them into channels
-        )
+        with needed(_where(config)):
+            return create_dataset(
+                config.dataset,
+                root=None if config.root is None else str(config.root),
+                split=split,
+                is_training=augment,
+                input_img_mode="",  # as they are: `data.images` is to turn them into channels
+            )
+    except MissingLibrary:
+        raise
     except ImportError as error:
-        raise ValueError(f"{_where(config)} needs a package: {error}; pip install 'adaptvit[data]'") from error
+        raise ValueError(f"{_where(config)} needs a package: {error}") from error
     except FileNotFoundError:
         raise
     except Exception as error:  # timm, torchvision, datasets and the Hub's client raise a dozen kinds
@@ -525,6 +529,9 @@ def open_digits(
         raise ValueError("digits are grey (1 channel) or RGB (3), not with 2 channels")
     if margin >= size / 2:
         raise ValueError(f"digits' margin must lie in [0, {size / 2:g}), half its size of {size}, got {margin}")
+    with needed("reading the digits"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     bunch = load_digits()
     small = torch.as_tensor(bunch.images, dtype=torch.float32)[:, None] / 16
     large = interpolate(small, size=size - 2 * margin, mode="bicubic", antialias=True).clamp(0, 1)
@@ -552,3 +559,10 @@ def open_digits(
         mean=(float(mean),) * channels,
         std=(float(std),) * channels,
     )
+
+
+def photographs() -> list[Image.Image]:
+    """scikit-learn's two photographs, 640 pixels wide, in colour."""
+    with needed("reading the sample photographs"):
+        from sklearn.datasets import load_sample_images
+    return [Image.fromarray(photograph) for photograph in load_sample_images().images]

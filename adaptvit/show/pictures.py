@@ -12,19 +12,22 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Colormap, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from adaptvit.extras import needed
 from adaptvit.files import replacing
 from adaptvit.usage import Usage
+
+with needed("drawing"):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, Colormap, to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 COLOURS = "viridis"
 INK = "#1b2a41"

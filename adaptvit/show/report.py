@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from adaptvit.extras import needed
 from adaptvit.files import write_atomically
 from adaptvit.terminal import shown
 
@@ -87,7 +87,10 @@ def write_report(report: Report, path: Path) -> None:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        MissingLibrary: jinja2 is not there.
     """
+    with needed("a report"):
+        from jinja2 import Environment, PackageLoader, StrictUndefined
     environment = Environment(
         loader=PackageLoader("adaptvit.show", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

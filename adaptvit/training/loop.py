@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -34,6 +31,7 @@ from tqdm import tqdm
 from adaptvit.backbones.base import check_images, class_count, prefix_tokens
 from adaptvit.budget import meet_target
 from adaptvit.data import Batch, Data, Renormalise, filled
+from adaptvit.extras import MissingLibrary, needed
 from adaptvit.files import check_output_folder
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.gates import annealed
@@ -48,6 +46,11 @@ from adaptvit.training.tally import Tally
 from adaptvit.usage import Output
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.tensorfiles import reason
+
+with needed("training"):
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    from accelerate.utils import broadcast_object_list, is_tensorboard_available  # type: ignore[import-untyped]
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -91,7 +94,10 @@ def train(
         ValueError: the images are of another shape than the model or the teacher takes, the teacher has other classes,
             the training split is smaller than a batch or has one of which no image can be read, a pattern of
             `Recipe.freeze` names no parameter, or the recipe has a target and the method no knob.
+        MissingLibrary: the recipe asks for TensorBoard, which is not there.
     """
+    if recipe.tensorboard and not is_tensorboard_available():
+        raise MissingLibrary("Recipe.tensorboard", "tensorboard")
     AcceleratorState._reset_state()  # accelerate has one precision a process otherwise; `as_found` brings it back
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or processes of torchrun would not find each other

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import timm
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -15,6 +14,7 @@ from torch.utils.data import IterableDataset
 from adaptvit.backbones.base import check
 from adaptvit.checks import In, check_fields
 from adaptvit.data import DataConfig, open_data, preparation, preparation_of_name, spread_over
+from adaptvit.extras import needed
 from adaptvit.files import as_json, check_output_folder, write_atomically
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.methods import MethodConfig, is_dense, turned
@@ -27,6 +27,9 @@ from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import digest, save
 from adaptvit.weights.opening import open_model, remade, start_from
 from adaptvit.weights.places import is_stored
+
+with needed("training"):
+    from accelerate import PartialState  # type: ignore[import-untyped]
 
 CALIBRATION = 256
 """Training images that gate and knob are calibrated on, spread over the split."""
@@ -201,7 +204,7 @@ def train_run(
         turned(model, calibration(), config.target)
     result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
     file = config.output / "model.safetensors"
-    if _is_main():
+    if is_main():
         if tell is not None:
             tell(result)
         save(model, file)
@@ -209,7 +212,8 @@ def train_run(
     return RunOutcome(model, history, result, file)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is the process that speaks and writes for all that train."""
     return _process().is_main_process
 
 
@@ -219,5 +223,5 @@ def _process() -> PartialState:
 
 def _tell(words: str) -> None:
     """Once, however many processes train."""
-    if _is_main():
+    if is_main():
         say(words)

@@ -4,13 +4,16 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
+from adaptvit.extras import needed
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.training.recipe import Epoch
 from adaptvit.usage import Output
+
+with needed("training"):
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
 
 class Tally:
