@@ -46,6 +46,14 @@ def test_the_knob_is_told_as_it_was_set() -> None:
     assert figures["knob"]["rate"] != METHODS["evit"]().rate
 
 
+def test_a_name_of_a_method_is_measured_as_it_is() -> None:
+    figures = bench(BenchConfig("tome_tiny_patch16_224", settings={"r": 2}, target=None, **SMALL))
+    assert figures["method"] == "tome"
+    assert figures["tokens_per_block"]["max"] == [17, 15, 13, 11, 9, 7, 5, 3, 2, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"settings of tome must be some of r, .*, got 'shift'"):
+        BenchConfig("tome_tiny_patch16_224", settings={"shift": 0.1})
+
+
 def test_full_drops_nothing() -> None:
     figures = bench(BenchConfig("deit_tiny_patch16_224", method="full", **SMALL))
     assert figures["tokens_per_block"]["min"] == [17] * 12

@@ -29,6 +29,7 @@ from adaptvit.process import as_found, best_device
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
+from adaptvit.weights.names import method_of
 from adaptvit.weights.opening import open_model, remade
 from adaptvit.weights.places import is_stored
 
@@ -40,8 +41,8 @@ class BenchConfig:
     """What to measure, and how."""
 
     model: str
-    """Name of a timm ViT, whose weights are random, which its speed does not depend on; or a file, folder or repository
-    of a model, as other commands take it, with its own."""
+    """Name of a timm ViT or of a method's model, whose weights are random, which its speed does not depend on; or a
+    file, folder or repository of a model, as other commands take it, with its own."""
     method: Annotated[str | None, OneOf(METHODS)] = None
     """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, `DEFAULT` where it is a
     plain ViT."""
@@ -75,7 +76,8 @@ class BenchConfig:
         check_fields(self)
         stored = is_stored(self.model)
         if self.method is not None or not stored:
-            self.of(METHODS[self.method or DEFAULT]())
+            own = None if stored else method_of(self.model)
+            self.of((METHODS[self.method] if self.method else own or METHODS[DEFAULT])())
         if self.images % self.batch_size:
             raise ValueError(
                 f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
@@ -179,10 +181,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def _opened(config: BenchConfig) -> AdaptiveViT:
-    """The model at the size asked for: stored, with its method; or timm's, plain and untrained."""
+    """The model at the size asked for: stored, with its method; or of a name, untrained."""
     size = {} if config.img_size is None else {"img_size": config.img_size}
     if not is_stored(config.model):
-        return dense(timm.create_model(config.model, **size))
+        named = timm.create_model(config.model, **size)
+        return named if isinstance(named, AdaptiveViT) else dense(named)
     model = open_model(config.model)
     return _around(model.config, remade(model.vit, **size)[0], model) if size else model
 
