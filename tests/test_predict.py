@@ -440,7 +440,7 @@ def test_lines_of_another_version_are_not_gone_on_with(config: PredictConfig, mo
 def test_a_full_disk_is_said_with_the_output_and_the_same_command_goes_on(
     config: PredictConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, calls = predict._rows, []
+    rows, calls = predict._image_rows, []
 
     def full(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -449,7 +449,7 @@ def test_a_full_disk_is_said_with_the_output_and_the_same_command_goes_on(
         return rows(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "_rows", full)
+        patch.setattr(predict, "_image_rows", full)
         with pytest.raises(OSError, match=r"out\.csv' cannot be written, the same command goes on .*No space left"):
             predict.predict(config)
     assert predict_all(config).earlier > 0
