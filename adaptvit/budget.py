@@ -58,7 +58,7 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
         start = time.perf_counter()
-        outputs = [model(batch) for batch in images.split(BATCH)]
+        outputs = [model(batch, detailed=True) for batch in images.split(BATCH)]
         logits = torch.cat([output.logits for output in outputs])
         check_finite(logits, "logits")
         top1 = None if labels is None else (logits.argmax(dim=1) == labels).double().mean().item()

@@ -6,7 +6,7 @@ Not counted, there or here: norms, activations, softmax, additions.
 
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ class Counts(Protocol):
     def deciding(self) -> Tensor | None: ...
 
 
-@dataclass(frozen=True)
-class BlockShape:
+class BlockShape(NamedTuple):
     """The sizes of a block that its MACs depend on."""
 
     heads: int
@@ -54,8 +53,7 @@ class BlockShape:
         return self.heads * self.head_dim
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The sizes of a ViT that its MACs depend on."""
 
     dim: int

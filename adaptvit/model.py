@@ -90,6 +90,8 @@ class AdaptiveViT(nn.Module, ABC):
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
         dial: what values of the knob cost; None until `config.fit` or `measure_dial` has measured it.
+        terms_scale: what a loop multiplies its loss by before the gradient is taken, 1 unless it sets this: 1 / n where
+            it adds up the gradients of n steps. Loss terms that logits carry are multiplied by it too.
     """
 
     moves: ClassVar[Set[str]] = frozenset()
@@ -108,15 +110,46 @@ class AdaptiveViT(nn.Module, ABC):
         self.vit = vit
         self._config = config
         self.dial: Dial | None = None
+        self.terms_scale = 1.0
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
         self.depth, self.heads = self._shape.depth, self._shape.heads
         self.training = vit.training  # and no part of the ViT is asked to change its own
 
+    def forward(
+        self, images: Tensor, layout: type[Tokens] | None = None, detailed: bool = False, **options: Any
+    ) -> Any:
+        """Classify images.
+
+        While it trains, the logits carry the method's loss terms along: a loss of them whose gradient is taken has the
+        gradient of loss + `terms_scale` x terms, so that a loop that knows logits alone trains the method too. Terms
+        are of the batch of this process.
+
+        Args:
+            images: (B, channels, height, width).
+            layout: how tokens are executed; None lets the method choose.
+            detailed: return what was computed too. Then the terms are returned, and the logits carry nothing.
+            options: what the method's `run` takes beside these.
+        Returns:
+            (B, classes) logits, and those of the distillation head where timm's distilled training is on; or `Output`.
+        Raises:
+            ValueError: loss terms in float16, whose losses are scaled by a factor that cannot be known here.
+            What the ViT and the method raise of images that they do not take.
+        """
+        output = self.run(images, layout, **options)
+        if detailed:
+            return output
+        logits = output.logits
+        if self.training and torch.is_grad_enabled():
+            terms = [term for term in output.terms.values() if term.requires_grad]
+            if terms:
+                logits = _carry(logits, terms, self.terms_scale)
+        return logits if output.distilled is None else (logits, output.distilled)
+
     @abstractmethod
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
-        """Classify (B, channels, height, width) images; `layout` None lets the method choose."""
+    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+        """The method: from `start`, through the blocks, to `finish`; arguments as of `forward`."""
 
     def start(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, tuple[int, ...]]:
         """How a forward begins: the ViT's embedding of the images in a layout, and their grid of patches."""
@@ -179,7 +212,7 @@ class AdaptiveViT(nn.Module, ABC):
 
     def to_the_end(self, images: Tensor) -> Output:
         """A forward that no image leaves early, so that the depth of every token in `usage` is its own."""
-        return self(images)
+        return self.run(images)
 
     @property
     def leaves_early(self) -> bool:
@@ -233,7 +266,7 @@ class AdaptiveViT(nn.Module, ABC):
     def shape(self) -> Shape:
         """The sizes for `adaptvit.macs`: of the ViT as it was built, and of its head as it is now."""
         head, head_per_patch = head_macs(self.vit)
-        return replace(self._shape, head=head, head_per_patch=head_per_patch)
+        return self._shape._replace(head=head, head_per_patch=head_per_patch)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -319,23 +352,31 @@ class AdaptiveViT(nn.Module, ABC):
         """Whether `forward` learns from a teacher's patches, its `teacher`, while it trains."""
         return False
 
-    @property
-    def logits_only(self) -> "LogitsOnly":
-        """This model as an ordinary module from images to logits, for other people's evaluation and serving loops."""
-        return LogitsOnly(self)
+
+class _Carried(torch.autograd.Function):
+    """Logits as they are, to whose gradient that of loss terms is added."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scale: float, *terms: Tensor) -> Tensor:
+        ctx.gradients = [torch.full_like(term, scale) for term in terms]
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, None, *ctx.gradients
 
 
-class LogitsOnly(nn.Module):
-    """Images -> logits."""
+def _carry(logits: Tensor, terms: list[Tensor], scale: float) -> Tensor:
+    """Logits that carry loss terms, as mixtures of experts attach their balance losses.
 
-    def __init__(self, model: AdaptiveViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).logits
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's record of the weights."""
-        return self.model.pretrained_cfg
+    Raises:
+        ValueError: in float16.
+    """
+    kind = logits.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
+    if precision == torch.float16:
+        raise ValueError(
+            "in float16 the scale of the loss cannot be known, so logits cannot carry the method's loss terms: train "
+            "in bfloat16, or add them yourself, the sum of model(images, detailed=True).terms"
+        )
+    return _Carried.apply(logits, scale, *terms)

@@ -4,7 +4,7 @@ Letters: B images, L blocks, N token slots, of which the first `prefix` are clas
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -54,9 +54,13 @@ class _Live:
         vars(usage)["live"] = live
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Usage:
-    """Per image and block, what was computed. Integer tensors are int64; nothing here carries gradients."""
+    """Per image and block, what was computed. Integer tensors are int64; nothing here carries gradients.
+
+    Nobody changes one, nor an `Output`: they are not frozen for the sake of those who rebuild what a model returns, as
+    Lightning does with every dataclass.
+    """
 
     attended: Tensor
     """(B, L) tokens that were attended to: they became keys and values. 0 where attention was off."""
@@ -128,6 +132,12 @@ class Usage:
         heads_on = attended.new_tensor(heads).expand_as(attended)
         return cls(attended, updated, heads_on, attended > 0, updated > 0, grid, prefix, live)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another record has the same of the same images."""
+        return _same(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         images, blocks = self.attended.shape
         return f"Usage({images} images, {blocks} blocks, {' x '.join(map(str, self.grid))} patches)"
@@ -194,9 +204,9 @@ class Usage:
         return {name: part for name, part in vars(self).items() if isinstance(part, Tensor | Bits)}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Output:
-    """What an adaptive model returns."""
+    """What an adaptive model returns where all of it is asked for."""
 
     logits: Tensor
     """(B, classes)."""
@@ -209,9 +219,29 @@ class Output:
     distilled: Tensor | None = None
     """(B, classes) of the distillation head, only in timm's distilled training; `logits` is then the class head's."""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another has the same numbers."""
+        return _same(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         terms = "".join(f", {name} {term.item():.4g}" for name, term in self.terms.items())
         return f"Output(logits {tuple(self.logits.shape)}, {self.usage!r}{terms})"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of what results hold: tensors by shape, precision and values, whatever holds them field by field."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        alike = one.dtype == other.dtype and one.device == other.device
+        return alike and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, Usage | Output):
+        return all(_same(getattr(one, part.name), getattr(other, part.name)) for part in fields(one))
+    return bool(one == other)
 
 
 def join(usages: list[Usage], whole: bool = False) -> Usage:

@@ -58,7 +58,7 @@ SAMPLERS = {"quantiles": QUANTILES, "random": random_patches, "by score": by_sco
 def run(model: AdaptiveViT, images: Tensor) -> Output:
     """The outputs of all images as one."""
     with torch.inference_mode():
-        outputs = [model(batch) for batch in images.split(BATCH)]
+        outputs = [model(batch, detailed=True) for batch in images.split(BATCH)]
     return Output(torch.cat([output.logits for output in outputs]), join([output.usage for output in outputs]))
 
 
@@ -102,7 +102,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         with torch.inference_mode():
             calls = {"dense": lambda: vit(timed), "packed": lambda model=model: model(timed)}
             seconds = interleaved(calls, ROUNDS)
-            usage = model(timed).usage
+            usage = model(timed, detailed=True).usage
         timed_macs = macs(usage, model.shape).double().mean().item()
         gain = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True))
         ideal = dense_macs(model.shape, usage.grid) / timed_macs

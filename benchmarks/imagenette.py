@@ -42,7 +42,7 @@ def main(data: Path, files: list[str]) -> None:
         runs[f"{name} masked"] = lambda model=model: model(images, Masked)
     with torch.inference_mode():
         seconds = interleaved(runs, ROUNDS)
-        batch_usage = {name: model(images).usage for name, model in models.items()}
+        batch_usage = {name: model(images, detailed=True).usage for name, model in models.items()}
     difficulty = results[files[0]].losses
     for name, model in models.items():
         result = results[name]

@@ -37,7 +37,7 @@ SHARE = 0.75
 def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, GMACs of each image, and the mean tokens that each block attended to."""
     with torch.inference_mode():
-        outputs = [model(batch) for batch in images.split(BATCH)]
+        outputs = [model(batch, detailed=True) for batch in images.split(BATCH)]
     usage = join([output.usage for output in outputs])
     logits = torch.cat([output.logits for output in outputs])
     return logits.log_softmax(dim=1), macs(usage, model.shape).double() / 1e9, usage.attended.double().mean(dim=0)

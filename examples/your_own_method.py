@@ -36,8 +36,7 @@ def main() -> None:
     for share in (0.9, 0.7, 0.5):
         model.compute = share
         with torch.inference_mode():
-            usage = model(images).usage
-        found = adaptvit.macs(usage, model.shape) / adaptvit.dense_macs(model.shape, usage.grid)
+            found = model(images, detailed=True).usage.share
         told = f"{found.mean():.0%} of dense MACs ({found.min():.0%}-{found.max():.0%})"
         print(f"threshold {model.config.threshold:.3f}: {told}")
 

@@ -50,7 +50,7 @@ def main() -> None:
         model = AViTConfig(gate_scale=4.0, gate_center=1.0).build(vit)
         adaptvit.meet_target(model, images, 0.6)
         with torch.inference_mode():
-            usage = model(images).usage
+            usage = model(images, detailed=True).usage
         share = adaptvit.macs(usage, model.shape) / adaptvit.dense_macs(model.shape, usage.grid)
         print(f"scale norm, {block}: {share.mean():.0%} of dense MACs")
 

@@ -19,7 +19,7 @@ RELEASED = ReleasedAdaViTConfig()
 
 def decided(model: AdaViT, batch: Tensor) -> Policies:
     with torch.no_grad():
-        return model.run(batch, Masked)[1]
+        return model.decided(batch, Masked)[1]
 
 
 def constant(config: AdaViTConfig, logit: float, **settings: Any) -> AdaViT:
@@ -83,7 +83,7 @@ def test_a_target_out_of_reach_names_what_cannot_be_left_out(policies: tuple[str
     config = AdaViTConfig(policies=policies, heads_take=takes, macs_target=None)
     model = replace(config, lean=-30.0).build(small_vit()).eval()
     batch = images(model.vit)
-    usage = model(batch).usage
+    usage = model(batch, detailed=True).usage
     least = macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid)
     assert not decided(model, batch).patches.all() or "patches" not in policies
     with pytest.raises(ValueError, match=rf"macs_target is 0.001, but .* takes {least:.3g} of its MACs$"):
@@ -145,14 +145,14 @@ def test_policies_read_a_token_normalised_by_their_own_norm() -> None:
 
 def test_a_patch_that_was_passed_over_may_return() -> None:
     model = vary(METHODS["adavit, patches"].build(small_vit())).eval()
-    live = model(images(model.vit, count=8)).usage.live
+    live = model(images(model.vit, count=8), detailed=True).usage.live
     assert (live[:, 1:] & ~live[:, :-1]).any()
     assert live[:, :, 0].all()
 
 
 def test_a_block_that_is_off_does_not_score_its_patches() -> None:
     model = vary(FREE.build(small_vit())).eval()
-    usage = model(images(model.vit, count=8)).usage
+    usage = model(images(model.vit, count=8), detailed=True).usage
     off = ~(usage.attention | usage.mlp)
     assert off.any()
     assert not usage.live[off].any()
@@ -165,7 +165,7 @@ def test_a_block_that_is_off_does_not_score_its_patches() -> None:
 @LAYOUTS
 def test_lean_goes_from_nothing_to_everything(lean: float, everything: bool, layout: type) -> None:
     model = vary(replace(FREE, lean=lean).build(small_vit())).eval()
-    usage = model(images(model.vit), layout).usage
+    usage = model(images(model.vit), layout, detailed=True).usage
     assert (usage.attention[:, 1:] == everything).all()
     assert (usage.mlp[:, 1:] == everything).all()
     assert (usage.heads[:, 1:] == 2 * everything).all()
@@ -178,8 +178,8 @@ def test_evaluation_is_that_of_the_released_code_in_both_modes() -> None:
     official = RELEASED.build(small_vit()).eval()
     official.load_state_dict(clean.state_dict())
     batch = images(clean.vit)
-    assert torch.equal(clean(batch).logits, official(batch).logits)
-    assert torch.equal(clean(batch, Masked).logits, official(batch, Masked).logits)
+    assert torch.equal(clean(batch), official(batch))
+    assert torch.equal(clean(batch, Masked), official(batch, Masked))
 
 
 @pytest.mark.parametrize("lean", [0.0, 1.0, -2.0])
@@ -213,7 +213,7 @@ def test_packed_training_is_refused() -> None:
     model = FREE.build(small_vit()).train()
     with pytest.raises(ValueError, match="AdaViT trains with layout=Masked"):
         model(images(model.vit), Packed)
-    assert model(images(model.vit)).logits.requires_grad
+    assert model(images(model.vit)).requires_grad
 
 
 @pytest.mark.parametrize("logit", [-0.5, 1.0])
@@ -235,7 +235,7 @@ def test_training_keeps_what_the_probabilities_say_but_for_the_released_patches(
 def gradients_of(model: AdaViT, batch: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(seed)
     model.zero_grad()
-    output = model(batch)
+    output = model(batch, detailed=True)
     (output.logits.square().sum() + sum(output.terms.values())).backward()
     return output.logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -255,8 +255,8 @@ def test_stochastic_depth_acts_in_every_block_but_in_the_released_code() -> None
         model = constant(config, 1000.0, drop_path_rate=0.5).train()  # all on, whatever the noise
         batch = images(model.vit)
         with torch.no_grad():
-            drawn = [model(batch).logits for _ in range(4)]
-            dense = model.eval()(batch, Masked).logits
+            drawn = [model(batch) for _ in range(4)]
+            dense = model.eval()(batch, Masked)
         assert all(torch.allclose(logits, dense, atol=1e-5) for logits in drawn) != moves
 
 
@@ -266,7 +266,7 @@ def test_the_term_on_macs_is_that_of_the_usage_and_reaches_every_policy(policies
     for target, sign in ((1.0, -1), (0.8, 1)):
         model = constant(replace(base, macs_target=target, macs_weight=3.0), 6.0).train()
         torch.manual_seed(0)
-        output = model(images(model.vit, count=8))
+        output = model(images(model.vit, count=8), detailed=True)
         share = macs(output.usage, model.shape).double().mean() / dense_macs(model.shape, output.usage.grid)
         assert 0.8 < share < 1
         assert output.terms.keys() == {"macs"}
@@ -281,19 +281,19 @@ def test_the_term_on_macs_is_that_of_the_usage_and_reaches_every_policy(policies
 def test_packed_logits_have_no_gradients_and_say_so() -> None:
     model = AdaViTConfig(macs_target=None).build(small_vit()).eval()
     batch = images(model.vit)
-    assert model(batch, Masked).logits.requires_grad
-    assert not model(batch, Packed).logits.requires_grad
+    assert model(batch, Masked).requires_grad
+    assert not model(batch, Packed).requires_grad
 
 
 def test_attention_is_dropped_out_in_training() -> None:
     model = AdaViTConfig(macs_target=None, lean=30.0).build(small_vit(attn_drop_rate=0.5)).train()
     batch = images(model.vit)
-    assert not torch.equal(model(batch).logits, model(batch).logits)
+    assert not torch.equal(model(batch), model(batch))
 
 
 def test_evaluation_has_no_loss_terms() -> None:
     model = AdaViTConfig(usage_weight=1.0).build(small_vit()).eval()
-    assert model(images(model.vit), Masked).terms == {}
+    assert model(images(model.vit), Masked, detailed=True).terms == {}
 
 
 def test_usage_losses_by_hand() -> None:
@@ -335,7 +335,7 @@ def test_usage_losses_are_weighted_and_of_the_policies_there_are() -> None:
         config = AdaViTConfig(policies=("heads", "sublayers"), usage_weight=weight, macs_target=None)
         torch.manual_seed(0)
         model = config.build(small_vit()).train()
-        terms[weight] = model(images(model.vit)).terms
+        terms[weight] = model(images(model.vit), detailed=True).terms
     assert terms[1.0].keys() == {"heads", "sublayers"}
     assert all(torch.equal(terms[2.0][kind], 2 * terms[1.0][kind]) for kind in ("heads", "sublayers"))
 

@@ -195,7 +195,7 @@ def test_logits_and_tokens_are_those_of_timms_blocks_on_the_patches_left(flavour
     batch = images(vit, dtype=torch.float64)
     turns = {part: part.table for part in vit.modules() if isinstance(part, Rotary)}
     with torch.inference_mode():
-        output = model(batch, layout)
+        output = model(batch, layout, detailed=True)
         for index in range(len(batch)):
             x = vit.norm_pre(vit._pos_embed(vit.patch_embed(batch[index : index + 1])))
             left = torch.arange(x.shape[1])
@@ -256,7 +256,7 @@ def test_no_attention_matrix_is_built(flavour: str, name: str) -> None:
     vit = small_vit(flavour, img_size=128).eval()
     model, batch = CONFIGS[name].build(vit), images(vit)
     with torch.no_grad(), Shapes() as shapes:
-        usage = model(batch, Packed).usage
+        usage = model(batch, Packed, detailed=True).usage
     numbers = {int(number) - prefix for number in usage.attended.unique() for prefix in (0, vit.num_prefix_tokens)}
     assert numbers.isdisjoint({64, 192}), "channels of a token or of the MLP would pass for tokens"
 
@@ -280,7 +280,7 @@ def test_only_the_tokens_kept_are_queries(name: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Packed, "attend", watched)
     with torch.inference_mode():
-        usage = CONFIGS[name].build(vit)(images(vit)).usage
+        usage = CONFIGS[name].build(vit)(images(vit), detailed=True).usage
     attended, updated = usage.attended.sum(dim=0).tolist(), usage.updated.sum(dim=0).tolist()
     assert sizes == list(zip(updated, attended, attended, strict=True))
     assert attended[0] > attended[1] > attended[2] > attended[3] > updated[3] == 3
@@ -289,14 +289,14 @@ def test_only_the_tokens_kept_are_queries(name: str, monkeypatch: pytest.MonkeyP
 @LAYOUTS
 def test_what_scoring_costs_is_counted_where_it_is_done(layout: type) -> None:
     vit = small_vit().eval()
-    usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout).usage
+    usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout, detailed=True).usage
     dropped = 64 * 64 * (usage.attended - usage.updated)  # queries that come to nothing
     row = 64 * usage.attended  # products of one query with the keys
     sampling = torch.tensor([1, 0, 1, 0])  # nothing reads what the last block would keep
     assert torch.equal(usage.deciding, (dropped + row) * sampling)
 
     vit = small_vit("average pool, no class token").eval()
-    usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout).usage
+    usage = ATSConfig(blocks=(0, 2, 3)).build(vit)(images(vit), layout, detailed=True).usage
     dropped = 64 * 64 * (usage.attended - usage.updated)
     assert torch.equal(usage.deciding, (dropped + 64 * usage.attended**2) * torch.tensor([1, 0, 1, 1]))
 
@@ -310,7 +310,7 @@ def test_by_default_all_but_the_first_quarter_of_the_blocks_sample_by_the_number
     vit = small_vit(dynamic_img_size=True).eval()
     for side, patches in ((32, 16), (48, 36)):
         batch = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
-        by_default, by_number = (ATSConfig(tokens=count).build(vit)(batch) for count in (None, patches))
+        by_default, by_number = (ATSConfig(tokens=count).build(vit)(batch, detailed=True) for count in (None, patches))
         assert torch.equal(by_default.logits, by_number.logits)
 
 
@@ -321,7 +321,7 @@ def test_a_last_block_whose_tokens_nothing_reads_is_not_sampled_alone() -> None:
 
 def test_an_image_keeps_at_most_k_patches() -> None:
     vit = small_vit().eval()
-    usage = ATSConfig(blocks=(0, 1, 2), tokens=(9, 5, 2)).build(vit)(images(vit, count=8)).usage
+    usage = ATSConfig(blocks=(0, 1, 2), tokens=(9, 5, 2)).build(vit)(images(vit, count=8), detailed=True).usage
     assert (usage.live[:, 1:, 1:].sum(dim=2) <= torch.tensor([9, 5, 2])).all()
     assert usage.live[:, :, 0].all()
 
@@ -330,9 +330,9 @@ def test_an_image_keeps_at_most_k_patches() -> None:
 def test_the_rate_scales_k(name: str) -> None:
     vit = small_vit().eval()
     batch, config = images(vit), replace(CONFIGS[name], blocks=None)
-    halved = replace(config, tokens=12, rate=0.5).build(vit)(batch)
-    assert torch.equal(halved.logits, replace(config, tokens=6).build(vit)(batch).logits)
-    least = replace(config, blocks=(0,), rate=0.0).build(vit)(batch).usage
+    halved = replace(config, tokens=12, rate=0.5).build(vit)(batch, detailed=True)
+    assert torch.equal(halved.logits, replace(config, tokens=6).build(vit)(batch))
+    least = replace(config, blocks=(0,), rate=0.0).build(vit)(batch, detailed=True).usage
     assert (least.live[:, 1].sum(dim=1) == 2).all()
 
 
@@ -341,7 +341,7 @@ def test_random_patches_are_as_many_as_the_scores_would_keep_and_of_each_image_i
     batch = images(vit, count=200)
     by_score, random = (kind(blocks=(1,), tokens=40).build(vit) for kind in (ATSConfig, RandomConfig))
     with torch.inference_mode():
-        best, any_ = (model(batch).usage.live[:, 2, 1:] for model in (by_score, random))
+        best, any_ = (model(batch, detailed=True).usage.live[:, 2, 1:] for model in (by_score, random))
     assert torch.equal(any_.sum(dim=1), best.sum(dim=1))
     share = best.double().sum(dim=1).mean() / best.shape[1]
     assert ((any_.double().mean(dim=0) - share).abs() < 5 * (share * (1 - share) / len(batch)) ** 0.5).all()
@@ -359,26 +359,28 @@ def test_images_of_the_same_pixels_in_other_places_have_other_orders() -> None:
 def test_gumbel_draws_in_training_or_from_a_generator(layout: type) -> None:
     vit = small_vit().eval()
     model, batch = CONFIGS["gumbel"].build(vit), images(vit)
-    quantile = CONFIGS["inverse_transform"].build(vit)(batch, layout)
-    assert torch.equal(model(batch, layout).logits, quantile.logits)
+    quantile = CONFIGS["inverse_transform"].build(vit)(batch, layout, detailed=True)
+    assert torch.equal(model(batch, layout), quantile.logits)
 
-    drawn = [model(batch, layout, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    drawn = [model(batch, layout, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(drawn[0].logits, drawn[1].logits)
     assert not torch.equal(drawn[0].usage.live, drawn[2].usage.live)
     assert not torch.equal(drawn[0].usage.live, quantile.usage.live)
 
     model.train()
     torch.manual_seed(0)
-    first, second = (model(batch, layout).usage.live for _ in range(2))
+    first, second = (model(batch, layout, detailed=True).usage.live for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(model(batch, layout).usage.live, first)
+    assert torch.equal(model(batch, layout, detailed=True).usage.live, first)
 
 
 def test_masked_and_packed_training_draw_the_same_patches() -> None:
     vit = small_vit(dtype=torch.float64).train()
     model, batch = CONFIGS["gumbel"].build(vit), images(vit, dtype=torch.float64)
-    masked, packed = (model(batch, layout, torch.Generator().manual_seed(0)) for layout in (Masked, Packed))
+    masked, packed = (
+        model(batch, layout, generator=torch.Generator().manual_seed(0), detailed=True) for layout in (Masked, Packed)
+    )
     assert torch.equal(masked.usage.live, packed.usage.live)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
 
@@ -388,7 +390,7 @@ def test_masked_and_packed_training_draw_the_same_patches() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (16, 8)], ids=str)
 def test_one_or_two_patches_are_enough(size: tuple[int, int], name: str, layout: type) -> None:
     vit = small_vit(img_size=size).eval()
-    output = CONFIGS[name].build(vit)(images(vit), layout)
+    output = CONFIGS[name].build(vit)(images(vit), layout, detailed=True)
     assert output.logits.isfinite().all()
     assert output.usage.live.any(dim=2).all()
     assert output.usage.live[:, :, 1:].any(dim=2).all()
@@ -399,8 +401,8 @@ def test_only_prune_depends_on_the_other_images(name: str) -> None:
     vit = small_vit(dtype=torch.float64).eval()
     model, batch = CONFIGS[name].build(vit), images(vit, count=12, dtype=torch.float64)
     with torch.inference_mode():
-        together = model(batch).usage.live
-        alone = torch.cat([model(image[None]).usage.live for image in batch])
+        together = model(batch, detailed=True).usage.live
+        alone = torch.cat([model(image[None], detailed=True).usage.live for image in batch])
     assert torch.equal(together, alone) == (name != "prune")
 
 
@@ -408,7 +410,7 @@ def test_only_prune_depends_on_the_other_images(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_batch_without_images_has_no_logits(name: str, layout: type) -> None:
     vit = small_vit().eval()
-    assert CONFIGS[name].build(vit)(images(vit)[:0], layout).logits.shape == (0, 7)
+    assert CONFIGS[name].build(vit)(images(vit)[:0], layout).shape == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +460,7 @@ def test_scores_that_are_not_finite_make_no_finite_logits(value: float, part: st
     vit = small_vit().eval()
     rows = {"keys": slice(64, 128), "values": slice(128, 192)}[part]
     vit.blocks[1].attn.qkv.weight.data[rows] = value
-    assert not ATSConfig(blocks=(0, 1, 2)).build(vit)(images(vit), layout).logits.isfinite().any()
+    assert not ATSConfig(blocks=(0, 1, 2)).build(vit)(images(vit), layout).isfinite().any()
 
 
 def test_images_of_another_size_are_refused() -> None:
@@ -485,7 +487,7 @@ def test_a_saved_model_comes_back_with_its_settings(config: ATSConfig, tmp_path:
     assert hash(again.config) == hash(config)
     assert again.points == model.points
     batch = images(model.vit)
-    assert torch.equal(again(batch).logits, model(batch).logits)
+    assert torch.equal(again(batch), model(batch))
 
 
 @pytest.mark.parametrize("name", ["inverse_transform", "mask"])
@@ -495,7 +497,7 @@ def test_the_rate_meets_a_budget(target: float, name: str) -> None:
     batch = images(vit, count=16)
     config = meet_target(CONFIGS[name].build(vit), batch, target)
     model = config.build(vit)
-    usage = model(batch).usage
+    usage = model(batch, detailed=True).usage
     executed = macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid)
     assert executed == pytest.approx(target, abs=0.02)
     assert config.blocks == (0, 1, 2)
@@ -507,7 +509,7 @@ def test_the_choice_is_no_part_of_the_gradient(layout: type) -> None:
     vit = small_vit(dtype=torch.float64).train()
     batch = images(vit, dtype=torch.float64)
     model = ATSConfig(blocks=(1,), tokens=6).build(vit)
-    output = model(batch, layout)
+    output = model(batch, layout, detailed=True)
     kept = output.usage.live[:, 2]
     gradient = torch.autograd.grad(output.logits.sum(), vit.blocks[0].attn.qkv.weight)[0]
 

@@ -70,7 +70,7 @@ def test_logits_are_the_mean_field_of_the_class_token(layout: type) -> None:
             mixed = mixed + (torch.where(ends, 1 - total, score) * live)[:, :1] * x[:, 0]
             total, live = total + score, live & ~ends
         expected = vit.head(vit.norm(mixed))
-        torch.testing.assert_close(model(batch, layout, early_exit=False).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(batch, layout, early_exit=False), expected, atol=1e-5, rtol=1e-5)
 
 
 @LAYOUTS
@@ -83,7 +83,7 @@ def test_leaving_early_changes_no_logit(flavour: str, center: float, layout: typ
     model = AViTConfig(gate_scale=4.0, gate_center=center).build(vit)
     batch = images(vit, count=6, dtype=torch.float64)
     with torch.inference_mode():
-        early, full = model(batch, layout), model(batch, layout, early_exit=False)
+        early, full = model(batch, layout, detailed=True), model(batch, layout, early_exit=False, detailed=True)
     torch.testing.assert_close(early.logits, full.logits, atol=1e-12, rtol=1e-10)
     assert (early.usage.depth <= full.usage.depth).all()
     if model.read is not None:
@@ -95,7 +95,7 @@ def test_leaving_early_changes_no_logit(flavour: str, center: float, layout: typ
 def test_a_class_token_that_stays_is_read_from_the_last_block() -> None:
     vit = small_vit().eval()
     model = AViTConfig(**GATE, class_token="stays").build(vit)
-    usage = model(images(vit)).usage
+    usage = model(images(vit), detailed=True).usage
     assert (usage.depth[:, 0] == 4).all()
     assert usage.depth[:, 1:].min() < 4
 
@@ -107,7 +107,7 @@ def test_loss_terms_by_hand(count: int, divergence: str) -> None:
     config = AViTConfig(**GATE, ponder_weight=0.5, prior_weight=0.25, divergence=divergence, prior_depth=3)
     model = config.build(vit)
     batch = images(vit, count, dtype=torch.float64)
-    output = model(batch)
+    output = model(batch, detailed=True)
 
     scores, rho = torch.zeros(4, dtype=torch.float64), torch.zeros(count, 17, dtype=torch.float64)
     for image in range(count):
@@ -132,7 +132,7 @@ def test_loss_terms_by_hand(count: int, divergence: str) -> None:
 
 def test_ponder_pushes_earlier_scores_up_and_the_prior_reaches_the_gate() -> None:
     vit = small_vit().train()
-    output = AViTConfig(**GATE, prior_weight=1.0).build(vit)(images(vit))
+    output = AViTConfig(**GATE, prior_weight=1.0).build(vit)(images(vit), detailed=True)
     for term in output.terms.values():
         gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias, retain_graph=True)[0]
         assert gradient.abs().sum() > 0
@@ -142,8 +142,8 @@ def test_ponder_pushes_earlier_scores_up_and_the_prior_reaches_the_gate() -> Non
 def test_evaluation_that_leaves_early_has_no_loss_terms() -> None:
     vit = small_vit().eval()
     model = AViTConfig(**GATE).build(vit)
-    assert model(images(vit)).terms == {}
-    assert set(model(images(vit), early_exit=False).terms) == {"ponder", "prior"}
+    assert model(images(vit), detailed=True).terms == {}
+    assert set(model(images(vit), early_exit=False, detailed=True).terms) == {"ponder", "prior"}
 
 
 def test_a_later_gate_computes_more() -> None:
@@ -151,7 +151,7 @@ def test_a_later_gate_computes_more() -> None:
     executed = []
     for center in (0.0, 1.0, 2.0, 4.0, 8.0, 100.0):
         model = AViTConfig(gate_scale=4.0, gate_center=center).build(vit)
-        usage = model(images(vit, count=8)).usage
+        usage = model(images(vit, count=8), detailed=True).usage
         executed.append(macs(usage, model.shape).double().mean().item() / dense_macs(model.shape, usage.grid))
     assert executed == sorted(executed)
     assert executed[0] < 0.5 < 0.8 < executed[-1]
@@ -166,9 +166,9 @@ def test_a_gate_that_halts_everything_says_so() -> None:
 def test_a_sequence_of_batches_leaves_nothing_behind() -> None:
     vit = small_vit().eval()
     model = AViTConfig(**GATE).build(vit)
-    first = model(images(vit, 2)).logits
+    first = model(images(vit, 2))
     model(images(vit, 5, seed=1))
-    assert torch.equal(model(images(vit, 2)).logits, first)
+    assert torch.equal(model(images(vit, 2)), first)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_blocks_that_no_patch_enters_cost_a_bounded_divergence_in_any_precision(
     losses = []
     for dtype in (torch.float32, torch.float64):
         model = config.build(small_vit().to(dtype).train())
-        output = model(images(model.vit).to(dtype))
+        output = model(images(model.vit).to(dtype), detailed=True)
         assert output.usage.patch_depth.max() < model.depth
         losses.append(output.terms["prior"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -276,7 +276,7 @@ def test_every_prior_has_a_finite_loss_that_reaches_the_gate(prior: str, kind: t
     """However far the blocks that a narrow prior all but rules out, which have no mass left in float32."""
     vit = small_vit(depth=12).train()
     model = kind(**GATE, prior=prior, prior_scale=0.4, prior_weight=1.0).build(vit)
-    term = model(images(vit)).terms["prior"]
+    term = model(images(vit), detailed=True).terms["prior"]
     assert term.isfinite()
     gradient = torch.autograd.grad(term, vit.blocks[0].mlp.fc2.bias)[0]
     assert gradient.isfinite().all()
@@ -290,7 +290,7 @@ def test_released_losses_train_gated_attention_and_its_dropout() -> None:
         block.attn = gated.to(torch.float64)
     model = ReleasedAViTConfig(gate_center=1e4).build(vit).eval()
     batch = images(vit, dtype=torch.float64)
-    torch.testing.assert_close(model(batch, early_exit=False).logits, vit(batch), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(model(batch, early_exit=False), vit(batch), atol=1e-10, rtol=1e-10)
     model.train()
-    one, other = (model(batch).logits for _ in range(2))
+    one, other = (model(batch) for _ in range(2))
     assert not torch.equal(one, other)

@@ -98,7 +98,7 @@ def test_depth_is_of_the_full_run_and_cost_of_the_usual_one(
         draw(DrawConfig(str(model), tmp_path / "own", tmp_path / "out", batch_size=2))
     images, loaded = torch.stack([one.image for one in seen]), adaptvit.load(model).eval()
     with torch.inference_mode():
-        full, usual = loaded(images, early_exit=False).usage, loaded(images).usage
+        full, usual = loaded(images, early_exit=False, detailed=True).usage, loaded(images, detailed=True).usage
     assert not torch.equal(full.patch_depth, usual.patch_depth)
     assert torch.equal(drawn[0]["depth"], full.patch_depth)
     for caption, depth, cost in zip(
@@ -211,7 +211,7 @@ def test_a_summary_shows_the_extremes(name: str, drawn: list[dict[str, Any]], tm
 
     images = looked_at(model, [tmp_path / "own" / f"{number}.png" for number in range(11)])
     with torch.inference_mode():
-        output = model(images)
+        output = model(images, detailed=True)
         depth = model.to_the_end(images).usage.patch_depth
     gmacs = (adaptvit.macs(output.usage, model.shape) / 1e9).tolist()
     sure = output.logits.softmax(dim=1).amax(dim=1).tolist()
@@ -270,7 +270,7 @@ def test_class_folders_tell_what_is_hard_where_they_are_the_models(
     noise(tmp_path / "own" / "train" / "k0" / "0.png", 0)
     drawing = draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out", summary=True))
     with torch.inference_mode():
-        probabilities = model(looked_at(model, files)).logits.softmax(dim=1)
+        probabilities = model(looked_at(model, files)).softmax(dim=1)
     given = [own[place // 2 if classes == 7 else own.argmax()].item() for place, own in enumerate(probabilities)]
     for call, up in zip(drawn[2:], (True, False), strict=True):
         order = sorted(range(len(files)), key=given.__getitem__, reverse=up)[:8]

@@ -60,7 +60,7 @@ def test_the_counts_follow_the_number_of_patches() -> None:
 def test_stages_keep_the_shares_of_a_list_which_no_power_gives(layout: type) -> None:
     model = build(keep_rate=[0.8, 0.5, 0.45]).eval()
     with torch.inference_mode():
-        live = model(images(model.vit), layout).usage.live
+        live = model(images(model.vit), layout, detailed=True).usage.live
     assert [live[:, block, 1:].sum(dim=1).unique().tolist() for block in model.stages] == [[12], [8], [7]]  # of 16
     half = build(keep_rate=[0.8, 0.5, 0.45], rate=0.5)
     assert [half.count(stage, 16) for stage in range(3)] == [6, 4, 3]
@@ -129,7 +129,7 @@ def test_training_without_noise_decides_as_evaluation_by_threshold_does(monkeypa
     monkeypatch.setattr(dynamicvit, "gumbel_difference", torch.zeros_like)
     model = build(select="threshold", threshold=0.5)
     batch = images(model.vit)
-    trained, evaluated = model.train()(batch), model.eval()(batch)
+    trained, evaluated = model.train()(batch, detailed=True), model.eval()(batch, detailed=True)
     assert torch.equal(trained.usage.live, evaluated.usage.live)
     assert torch.equal(trained.usage.deciding, evaluated.usage.deciding)
     torch.testing.assert_close(trained.logits, evaluated.logits, atol=1e-5, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_training_without_noise_decides_as_evaluation_by_threshold_does(monkeypa
 def test_every_parameter_that_is_used_learns(flavour: str) -> None:
     torch.manual_seed(0)
     model = build(flavour).train()
-    output = model(images(model.vit))
+    output = model(images(model.vit), detailed=True)
     (cross_entropy(output.logits, torch.tensor([0, 1, 2])) + sum(output.terms.values())).backward()
     for name, parameter in model.score_predictor.named_parameters():
         assert parameter.grad is not None, name
@@ -150,7 +150,7 @@ def test_every_parameter_that_is_used_learns(flavour: str) -> None:
 def test_the_likeliest_patch_of_an_image_is_kept_whatever_the_noise_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamicvit, "gumbel_difference", lambda score: torch.full_like(score, -1e3))
     model = build().train()
-    output = model(images(model.vit))
+    output = model(images(model.vit), detailed=True)
     sum(output.terms.values(), output.logits.sum()).backward()
     assert (output.usage.live[:, -1, 1:].sum(dim=1) == 1).all()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -183,7 +183,7 @@ def test_misuse_is_told() -> None:
         model.eval()(batch, teacher=torch.zeros(3, 16, 64))
     with torch.no_grad():
         model.score_predictor[1].out_conv[4].bias.fill_(float("nan"))
-    assert not model(batch).logits.isfinite().any()
+    assert not model(batch).isfinite().any()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_the_knob_meets_a_budget(settings: dict, knob: str, target: float) -> No
     config = meet_target(model, batch, target, tolerance=0.03)
     assert config.knob.field == knob
     assert getattr(config, knob) != getattr(before, knob)
-    usage = model(batch).usage
+    usage = model(batch, detailed=True).usage
     share = adaptvit.macs(usage, model.shape).double().mean() / adaptvit.dense_macs(model.shape, usage.grid)
     assert share.item() == pytest.approx(target, rel=0.03)
 

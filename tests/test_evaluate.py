@@ -35,7 +35,7 @@ def test_the_figures_are_those_of_one_forward_pass(data: Images) -> None:
     model = METHODS["avit"].build(small_vit())
     result = evaluate(model, data, batch_size=4)
     with torch.inference_mode():
-        output = model.eval()(data.images)
+        output = model.eval()(data.images, detailed=True)
     right = [int(row.argmax()) == label for row, label in zip(output.logits, data.labels.tolist(), strict=True)]
     among = [label in row.topk(5).indices.tolist() for row, label in zip(output.logits, data.labels, strict=True)]
     assert result.images == 10
@@ -76,7 +76,7 @@ def test_loss_and_depths_are_those_counted_by_hand(data: Images) -> None:
     model = METHODS["avit"].build(small_vit())
     result = evaluate(model, data, Masked, batch_size=3)
     with torch.inference_mode():
-        output = model.eval()(data.images, Masked)
+        output = model.eval()(data.images, Masked, detailed=True)
     losses, image_means, image_spreads = [], [], []
     for row, label, live in zip(output.logits.tolist(), data.labels.tolist(), output.usage.live, strict=True):
         losses.append(np.log(np.sum(np.exp(row))) - row[label])

@@ -99,7 +99,7 @@ def test_the_fused_token_is_the_sum_of_the_dropped_patches_by_their_scores(
 
     monkeypatch.setattr(EViT, "reduce", checked)
     with torch.inference_mode():
-        usage = model(images(model.vit, dtype=torch.float64), layout).usage
+        usage = model(images(model.vit, dtype=torch.float64), layout, detailed=True).usage
     assert usage.fused is not None
     assert not (usage.fused & ~usage.live).any()
     assert usage.fused.sum(dim=2).tolist()[0][:3] == [0, 0, 1]
@@ -130,7 +130,7 @@ def test_the_knob_meets_a_budget() -> None:
     model = EViTConfig(blocks=(0, 1, 2)).build(small_vit(img_size=128)).eval()
     batch = images(model.vit)
     meet_target(model, batch, 0.6, tolerance=0.02)
-    usage = model(batch).usage
+    usage = model(batch, detailed=True).usage
     share = adaptvit.macs(usage, model.shape).double().mean() / adaptvit.dense_macs(model.shape, usage.grid)
     assert share.item() == pytest.approx(0.6, rel=0.02)
 
@@ -140,9 +140,9 @@ def test_a_keep_rate_at_run_time_replaces_the_configs() -> None:
     told, config = EViTConfig(keep_rate=0.9).build(vit).eval(), EViTConfig(keep_rate=(0.5, 0.8, 1.0)).build(vit).eval()
     batch = images(vit)
     with torch.inference_mode():
-        assert torch.equal(told(batch, keep_rate=(0.5, 0.8, 1.0)).logits, config(batch).logits)
-        plain = FullConfig().build(vit).eval()(batch).logits
-        torch.testing.assert_close(told(batch, keep_rate=1.0).logits, plain)
+        assert torch.equal(told(batch, keep_rate=(0.5, 0.8, 1.0)), config(batch))
+        plain = FullConfig().build(vit).eval()(batch)
+        torch.testing.assert_close(told(batch, keep_rate=1.0), plain)
 
 
 def test_a_rate_told_leaves_blocks_of_rate_1_and_told_numbers_of_tokens_alone() -> None:
@@ -157,7 +157,7 @@ def test_scores_that_are_not_finite_make_no_finite_logits() -> None:
     model = EViTConfig(blocks=(1, 2)).build(small_vit()).eval()
     with torch.no_grad():
         model.vit.blocks[2].attn.qkv.weight[0, 0] = float("nan")
-    assert not model(images(model.vit)).logits.isfinite().any()
+    assert not model(images(model.vit)).isfinite().any()
 
 
 def test_the_schedule_falls_from_one_to_the_keep_rate() -> None:

@@ -13,7 +13,7 @@ from adaptvit.methods.losses import over_processes
 def gradient(batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     vit = small_vit(dtype=torch.float64).train()
     model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=1.0).build(vit)
-    output = model(batch)
+    output = model(batch, detailed=True)
     terms = model.terms(over_processes(output.means)) if dist.is_initialized() else output.terms
     (cross_entropy(output.logits, labels) + sum(terms.values())).backward()
     return vit.blocks[0].mlp.fc1.weight.grad

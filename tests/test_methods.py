@@ -60,7 +60,7 @@ def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: ty
     model = build(method, flavour, DROP_NOTHING).eval()
     batch = images(model.vit)
     with torch.inference_mode():
-        output = model(batch, layout)
+        output = model(batch, layout, detailed=True)
         torch.testing.assert_close(output.logits, model.vit(batch), atol=1e-5, rtol=1e-5)
     assert output.usage.live.all()
 
@@ -70,7 +70,7 @@ def test_masked_and_packed_agree(method: str, kind: str) -> None:
     model = build(method, kind, dtype=torch.float64).eval()
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
-        masked, packed = model(batch, Masked), model(batch, Packed)
+        masked, packed = model(batch, Masked, detailed=True), model(batch, Packed, detailed=True)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
     assert_same_record(packed.usage, masked.usage)
 
@@ -81,9 +81,9 @@ def test_a_batch_is_its_images_one_by_one(method: str, kind: str, layout: type) 
     model = build(method, kind, dtype=torch.float64).eval()
     batch = images(model.vit, count=4, dtype=torch.float64)
     with torch.inference_mode():
-        together = model(batch, layout)
+        together = model(batch, layout, detailed=True)
         for index in range(len(batch)):
-            alone = model(batch[index : index + 1], layout)
+            alone = model(batch[index : index + 1], layout, detailed=True)
             torch.testing.assert_close(alone.logits[0], together.logits[index], atol=1e-12, rtol=1e-10)
             assert_same_record(alone.usage, together.usage.of_images(torch.tensor([index])))
 
@@ -100,13 +100,13 @@ def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
     spoilt[1] = torch.nan
     spoilt[3, 0, 5, 3] = torch.inf  # in one patch
     with torch.inference_mode():
-        whole, output = model(batch, layout), model(spoilt, layout)
+        whole, output = model(batch, layout, detailed=True), model(spoilt, layout, detailed=True)
     sound = [0, 2, 4]
     torch.testing.assert_close(output.logits[sound], whole.logits[sound], atol=1e-12, rtol=1e-10)
     assert torch.equal(output.usage.live[sound], whole.usage.live[sound])
     assert not output.logits[[1, 3]].isfinite().any()
     with torch.inference_mode():
-        alone = model(spoilt[3:4], layout)
+        alone = model(spoilt[3:4], layout, detailed=True)
     assert not alone.logits.isfinite().any()
     assert torch.equal(alone.usage.live[0], output.usage.live[3])
 
@@ -128,7 +128,7 @@ def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
 def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
     model = build(method, "class token").eval()
     with torch.inference_mode():
-        usage = model(images(model.vit, count=8)).usage
+        usage = model(images(model.vit, count=8), detailed=True).usage
     assert 0.2 < usage.live.float().mean() < 0.9
     assert len({tuple(row) for row in usage.attended.tolist()}) > 4
 
@@ -138,7 +138,7 @@ def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, kin
     model = build(method, kind).eval()
     batch = images(model.vit, count=32)
     with torch.inference_mode():
-        usage = model(batch, Masked).usage
+        usage = model(batch, Masked, detailed=True).usage
     attention, mlp, heads, prefix, most = usage.attention, usage.mlp, usage.heads, usage.prefix, model.heads[0]
     for some in (attention & mlp, attention & ~mlp, mlp & ~attention, ~mlp & ~attention):
         assert some.any()
@@ -156,7 +156,7 @@ def test_macs_are_what_torch_counts(method: str, flavour: str) -> None:
     for seed in range(3):
         batch = images(model.vit, count=1, seed=seed)
         with FlopCounterMode(display=False) as counter:
-            usage = model(batch, Packed).usage
+            usage = model(batch, Packed, detailed=True).usage
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
 
@@ -179,13 +179,13 @@ def test_blocks_may_differ(name: str) -> None:
         return
     model = vary(METHODS[name].build(vit)).eval().requires_grad_(False)
     batch = images(vit, count=4, dtype=torch.float64)
-    masked, packed = model(batch, Masked), model(batch, Packed)
+    masked, packed = model(batch, Masked, detailed=True), model(batch, Packed, detailed=True)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
     assert_same_record(packed.usage, masked.usage)
     assert packed.usage.heads.max(dim=0).values.tolist() == [block.attn.num_heads for block in vit.blocks]
     for image in batch.split(1):
         with FlopCounterMode(display=False) as counter:
-            usage = model(image).usage
+            usage = model(image, detailed=True).usage
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
 
@@ -200,7 +200,7 @@ def test_a_stem_is_counted_once_and_left_in_its_mode() -> None:
         assert [part.training for part in vit.modules()] == modes
         assert len(runs) == 1
         with torch.inference_mode():
-            output = model(torch.randn(1, 3, 64, 64))
+            output = model(torch.randn(1, 3, 64, 64), detailed=True)
         macs(output.usage, model.shape)
         assert len(runs) == 2
 
@@ -215,13 +215,13 @@ def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
     batch = images(model.vit, count=1)
     with FlopCounterMode(display=False) as counter:
         model.vit(batch)
-    assert 2 * dense_macs(model.shape, model(batch).usage.grid) == counter.get_total_flops()
+    assert 2 * dense_macs(model.shape, model(batch, detailed=True).usage.grid) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("adavit")])
 def test_a_dead_token_never_returns(method: str, kind: str) -> None:
     model = build(method, kind).eval()
-    live = model(images(model.vit)).usage.live
+    live = model(images(model.vit), detailed=True).usage.live
     for before, after in pairwise(live.unbind(dim=1)):
         assert not (after & ~before).any()
 
@@ -234,7 +234,7 @@ def test_packed_training_has_the_gradients_of_masked_training(method: str, kind:
     gradients, losses = {}, {}
     for layout in (Masked, Packed):
         torch.manual_seed(3)
-        output = model(batch, layout)
+        output = model(batch, layout, detailed=True)
         loss = cross_entropy(output.logits, torch.tensor([0, 1, 2])) + sum(output.terms.values())
         losses[layout] = loss.detach()
         gradients[layout] = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -250,18 +250,9 @@ def test_packed_training_has_the_gradients_of_masked_training(method: str, kind:
 def test_decisions_are_float32_whatever_the_features(method: str, layout: type) -> None:
     model = build(method, "class token", dtype=torch.bfloat16).eval()
     with torch.inference_mode():
-        output = model(images(model.vit, dtype=torch.bfloat16), layout)
+        output = model(images(model.vit, dtype=torch.bfloat16), layout, detailed=True)
     assert output.logits.dtype == torch.bfloat16
     assert output.logits.isfinite().all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_logits_only_is_a_plain_module(method: str) -> None:
-    model = build(method, "class token").eval()
-    batch = images(model.vit)
-    assert torch.equal(model.logits_only(batch), model(batch).logits)
-    assert len(list(model.logits_only.parameters())) == len(list(model.parameters()))
-    assert {id(part) for part in model.vit.parameters()} <= {id(part) for part in model.logits_only.parameters()}
 
 
 def test_a_reset_classifier_counts() -> None:
@@ -277,7 +268,7 @@ def test_a_reset_classifier_counts() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_has_no_logits(method: str, flavour: str, layout: type) -> None:
     model = build(method, flavour).eval()
-    output = model(images(model.vit, count=0), layout)
+    output = model(images(model.vit, count=0), layout, detailed=True)
     assert output.logits.shape == (0, 7)
     assert macs(output.usage, model.shape).shape == (0,)
     assert output.usage.patch_depth.shape == (0, 4, 4)
@@ -288,8 +279,8 @@ def test_one_block_is_enough(name: str) -> None:
     vit = small_vit(depth=1)
     model, batch = ALL[name]().build(vit), images(vit)
     for layout in (Masked, Packed):
-        assert model.train()(batch, layout).logits.isfinite().all()
-        assert model.eval()(batch, layout).usage.live.shape[1] == 1
+        assert model.train()(batch, layout).isfinite().all()
+        assert model.eval()(batch, layout, detailed=True).usage.live.shape[1] == 1
 
 
 @pytest.mark.parametrize(("name", "field"), [("ats", "blocks"), ("adavit", "first_block"), ("dynamicvit", "blocks")])
@@ -300,7 +291,7 @@ def test_one_block_is_refused_by_name_where_it_is_too_few(name: str, field: str)
 
 def test_outputs_and_records_compare_by_identity() -> None:
     model = build("merge", "class token").eval()
-    one, other = (model(images(model.vit)) for _ in range(2))
+    one, other = (model(images(model.vit), detailed=True) for _ in range(2))
     assert one != other
     assert one.usage != other.usage
     assert len({one, other, one.usage, other.usage}) == 4

@@ -1,17 +1,29 @@
 """What timm's tools and people look for in a model."""
 
 import copy
+import dataclasses
+import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from models import METHODS, images, small_vit
+import torch.distributed as dist
+from models import METHODS, images, small_vit, vary
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 import adaptvit
 from adaptvit import AViTConfig, DynamicViTConfig, adapt
+from adaptvit.methods import METHODS as CONFIGS
+from adaptvit.model import AdaptiveViT
+
+PICTURES = images(small_vit(img_size=64), count=3)
 
 
 @pytest.mark.parametrize("method", ["full", "avit", "dynamicvit", "merge"])
@@ -20,7 +32,7 @@ def test_the_classifier_is_reset_as_timms_is(method: str) -> None:
     batch = images(model.vit)
     model.reset_classifier(3)
     assert model.num_classes == model.get_classifier().out_features == 3
-    output = model(batch)
+    output = model(batch, detailed=True)
     assert output.logits.shape == (len(batch), 3)
     assert model.shape.head == model.num_features * 3
     with pytest.raises(ValueError, match="built for global_pool='token', got 'avg'"):
@@ -57,7 +69,7 @@ def test_models_and_outputs_are_printed_shortly() -> None:
     assert first.startswith("MergingViT: merging by similarity on test_vit, 4 blocks, shift=")
     assert first.endswith("% of the dense MACs")
     assert second == repr(model.config)
-    output = METHODS["avit"].build(small_vit()).train()(images(vit.eval(), count=3)[..., :32, :32])
+    output = METHODS["avit"].build(small_vit()).train()(images(vit.eval(), count=3)[..., :32, :32], detailed=True)
     assert repr(output).startswith("Output(logits (3, 7), Usage(3 images, 4 blocks, 4 x 4 patches), ponder ")
 
 
@@ -66,13 +78,134 @@ def test_models_and_outputs_are_copied_and_pickled() -> None:
     batch = images(vit, count=4)
     model = adapt(vit, batch, 0.7)
     with torch.inference_mode():
-        output = model(batch)
+        output = model(batch, detailed=True)
         for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert again.dial == model.dial
-            assert torch.equal(again(batch).logits, output.logits)
+            assert torch.equal(again(batch), output.logits)
     assert torch.equal(pickle.loads(pickle.dumps(output)).usage.live, output.usage.live)
-    assert output == output
-    assert output != model(batch)
+    assert pickle.loads(pickle.dumps(output)) == output == model(batch, detailed=True)
+    assert output != model(batch + 1, detailed=True)
+    assert output != output.logits
+
+
+def test_outputs_are_rebuilt_field_by_field_as_lightning_does() -> None:
+    def rebuilt(what: Any) -> Any:
+        if isinstance(what, Tensor):
+            return what.detach().clone()
+        if isinstance(what, dict):
+            return {key: rebuilt(value) for key, value in what.items()}
+        if isinstance(what, tuple):
+            parts = [rebuilt(part) for part in what]
+            return type(what)(*parts) if hasattr(what, "_fields") else tuple(parts)
+        if dataclasses.is_dataclass(what):
+            values = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
+            again = copy.deepcopy(what, {id(value): value for value in values.values()})
+            for name, value in values.items():
+                setattr(again, name, rebuilt(value))
+            return again
+        return what
+
+    for method in ("avit", "tome"):
+        output = METHODS[method].build(small_vit()).train()(images(small_vit(), count=3), detailed=True)
+        assert rebuilt(output) == output
+        kept = dataclasses.replace(output, usage=output.usage.to_keep())
+        assert rebuilt(kept).usage.depth.tolist() == output.usage.depth.tolist()
+
+
+def gradients(model: AdaptiveViT, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+def build(method: str) -> AdaptiveViT:
+    return vary(CONFIGS[method]().build(small_vit(img_size=64))).train()
+
+
+WITH_TERMS = [name for name in CONFIGS if build(name)(PICTURES, detailed=True).terms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", WITH_TERMS)
+def test_logits_in_training_carry_the_terms_gradients(method: str, dtype: torch.dtype) -> None:
+    model = build(method)
+    labels = torch.tensor([0, 1, 2])
+    for scale in (1.0, 0.25):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            torch.manual_seed(0)
+            output = model(PICTURES, detailed=True)
+            loss = cross_entropy(output.logits, labels) + sum(output.terms.values())
+            wanted = gradients(model, scale * loss)
+            alone = gradients(model, scale * cross_entropy(model(PICTURES, detailed=True).logits, labels))
+            torch.manual_seed(0)
+            model.terms_scale = scale
+            logits = model(PICTURES)
+            assert torch.equal(logits, output.logits)
+            found = gradients(model, scale * cross_entropy(logits, labels))
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        assert any(not torch.allclose(wanted[name], alone[name], atol=1e-6) for name in alone.keys() & wanted.keys())
+
+
+def test_terms_alone_train_a_method_whose_vit_is_frozen() -> None:
+    model = build("dynamicvit")
+    model.vit.requires_grad_(False)
+    torch.manual_seed(0)
+    output = model(PICTURES, detailed=True)
+    wanted = gradients(model, sum(output.terms.values(), output.logits.mean()))
+    assert wanted
+    torch.manual_seed(0)
+    found = gradients(model, model(PICTURES).mean())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_logits_carry_nothing_in_evaluation_or_without_gradients() -> None:
+    model = build("avit")
+    assert model(PICTURES, detailed=True).terms
+    with torch.no_grad():
+        assert not model(PICTURES).requires_grad
+    assert model(PICTURES).grad_fn.name() == "_CarriedBackward"
+    assert model.eval()(PICTURES).grad_fn.name() != "_CarriedBackward"
+
+
+def test_terms_in_float16_are_refused_unless_asked_for() -> None:
+    model = build("avit")
+    with torch.autocast("cpu", torch.float16):
+        with pytest.raises(ValueError, match=r"train in bfloat16, or add them yourself, .* detailed=True"):
+            model(PICTURES)
+        assert model(PICTURES, detailed=True).terms
+        with torch.no_grad():
+            assert model(PICTURES).isfinite().all()
+
+
+def test_both_calls_pass_through_ddp(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = build("avit")
+        parallel = DistributedDataParallel(model)
+        output = parallel(PICTURES, detailed=True)
+        wanted = gradients(model, output.logits.square().mean() + sum(output.terms.values()))
+        found = gradients(model, parallel(PICTURES).square().mean())
+    finally:
+        dist.destroy_process_group()
+    assert output.usage == model(PICTURES, detailed=True).usage
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_others_may_write_what_they_write_into_every_config(method: str) -> None:
+    """Hugging Face's Trainer does."""
+    config = METHODS[method]
+    written = dataclasses.replace(config)
+    written.use_cache = False
+    assert written == config
+    assert "use_cache" not in {**written.to_dict(), **json.loads(written.to_json_string())}
+    for name in ("gate_centre", *(field.name for field in dataclasses.fields(config))):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(written, name, 1)
 
 
 def test_the_version_is_that_of_the_package() -> None:

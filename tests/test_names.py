@@ -88,7 +88,7 @@ def test_a_name_is_its_method_around_the_vit_of_its_size(kind: type[MethodConfig
     model = timm.create_model(name, img_size=64, depth=4, num_classes=10)
     assert model.config == kind(**named.fields)
     assert model.vit.pretrained_cfg["architecture"] == named.inside
-    assert model.forward(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 10)
+    assert model.forward(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     assert timm.models.model_entrypoint(name).__doc__ == named.about
 
 
@@ -98,7 +98,7 @@ def test_arguments_go_to_the_config_or_to_timm() -> None:
     )
     assert model.config == adaptvit.AViTConfig(gate_scale=10.0, gate_center=20.0, class_token="stays")
     assert (model.num_classes, model.shape.depth) == (10, 2)
-    assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 10)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_arguments_of_adavit_go_to_the_config_or_to_timm() -> None:
     )
     assert model.config == adaptvit.AdaViTConfig(policies=("heads",), macs_target=1.0)
     assert (model.num_classes, model.shape.depth) == (10, 2)
-    assert model(torch.zeros(2, 3, 64, 64)).logits.shape == (2, 10)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
 def test_an_argument_that_nobody_knows_is_refused() -> None:

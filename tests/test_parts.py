@@ -97,7 +97,7 @@ def test_dropping_nothing_is_the_plain_forward(parts: dict[str, str]) -> None:
         expected = vit(given)
         for config in (FullConfig(), AViTConfig(gate_center=1e4)):
             for layout in (Masked, Packed):
-                found = config.build(vit)(given, layout).logits
+                found = config.build(vit)(given, layout)
                 torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 
@@ -108,8 +108,8 @@ def test_masked_is_packed_is_one_by_one_where_tokens_go(parts: dict[str, str]) -
     for config in (HALTING, SAMPLING)[: 1 if parts["block"] == "mixer" else 2]:
         model = config.build(vit)
         with torch.inference_mode():
-            masked, packed = model(given, Masked), model(given, Packed)
-            alone = [model(image[None], Packed).logits[0] for image in given]
+            masked, packed = model(given, Masked, detailed=True), model(given, Packed, detailed=True)
+            alone = [model(image[None], Packed)[0] for image in given]
         assert not packed.usage.live.all()
         assert torch.equal(packed.usage.live, masked.usage.live)
         torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
@@ -123,7 +123,7 @@ def test_macs_are_what_torch_counts(parts: dict[str, str]) -> None:
     for config in (FullConfig(), HALTING, SAMPLING)[: 2 if parts["block"] == "mixer" else 3]:
         model = config.build(vit)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            usage = model(given, Packed).usage
+            usage = model(given, Packed, detailed=True).usage
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
 
@@ -143,15 +143,15 @@ def test_the_mean_of_the_patches_can_be_classified(norm: str, block: str) -> Non
     given = batch(vit)
     assert vit.num_prefix_tokens == 0
     with torch.inference_mode():
-        torch.testing.assert_close(FullConfig().build(vit)(given).logits, vit(given), atol=1e-12, rtol=1e-10)
-        masked, packed = (HALTING.build(vit)(given, layout) for layout in (Masked, Packed))
+        torch.testing.assert_close(FullConfig().build(vit)(given), vit(given), atol=1e-12, rtol=1e-10)
+        masked, packed = (HALTING.build(vit)(given, layout, detailed=True) for layout in (Masked, Packed))
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
 
 
 def test_images_that_have_left_are_not_mixed() -> None:
     model = HALTING.build(made(block="mixer"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        usage = model(batch(model.vit, 8), Packed).usage
+        usage = model(batch(model.vit, 8), Packed, detailed=True).usage
     assert (usage.attended[:, -1] == 0).any()
     assert (usage.attended[:, -1] > 0).any()
     assert 2 * macs(usage, model.shape).sum().item() == counter.get_total_flops()
@@ -503,7 +503,7 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     back = load(tmp_path / "model.safetensors").eval()
     assert (back.vit.config.position, back.vit.config.norm, back.vit.config.attention) == ("rotary", "rms", "cosine")
     given = torch.randn(2, 3, 32, 32)
-    assert torch.equal(back(given).logits, model(given).logits)
+    assert torch.equal(back(given), model(given))
 
 
 def test_a_vit_changed_by_hand_is_not_described() -> None:

@@ -25,7 +25,7 @@ from adaptvit.usage import Usage
 @pytest.fixture(scope="module")
 def usage() -> Usage:
     vit = small_vit("rectangular")
-    return METHODS["avit"].build(vit).eval()(images(vit, count=5)).usage
+    return METHODS["avit"].build(vit).eval()(images(vit, count=5), detailed=True).usage
 
 
 def test_a_depth_map_shows_the_depth_of_every_patch(usage: Usage) -> None:
@@ -62,7 +62,7 @@ def test_tokens_per_block_draws_the_means(usage: Usage) -> None:
 def test_usage_per_block_draws_the_means() -> None:
     vit = small_vit()
     model = vary(METHODS["adavit"].build(vit)).eval()
-    usage = model(images(vit, count=8)).usage
+    usage = model(images(vit, count=8), detailed=True).usage
     rows = usage_per_block(usage, model.heads).axes
     drawn = {axes.get_ylabel(): torch.tensor([bar.get_height() for bar in axes.patches]) for axes in rows}
     assert list(drawn) == ["patches", "heads", "attention", "MLP"]
@@ -91,7 +91,7 @@ def test_usage_per_block_draws_the_means() -> None:
 def test_what_no_image_left_out_is_not_drawn(name: str, rows: list[str]) -> None:
     vit = small_vit()
     model = vary(METHODS[name].build(vit)).eval()
-    axes = usage_per_block(model(images(vit, count=8)).usage, model.heads).axes
+    axes = usage_per_block(model(images(vit, count=8), detailed=True).usage, model.heads).axes
     assert [one.get_ylabel() for one in axes] == rows
 
 

@@ -78,7 +78,7 @@ def test_both_models_answer_and_cost_what_they_do_alone(method: str, session: Se
     image = create_transform(**subject.settings)(noise())[None]
     vit, adaptive = subject.opened.vit, session.playground.model(files["full"], method)
     with torch.inference_mode():
-        dense, output = vit(image).softmax(dim=1)[0], adaptive(image)
+        dense, output = vit(image).softmax(dim=1)[0], adaptive(image, detailed=True)
     for answer, expected in ((view.dense, dense), (view.adaptive, output.logits.softmax(dim=1)[0])):
         assert [name for name, _ in answer.top] == [f"class {k}" for k in expected.argsort(descending=True)[:5]]
         assert [p for _, p in answer.top] == pytest.approx(expected.sort(descending=True).values[:5].tolist(), abs=1e-5)
@@ -198,7 +198,7 @@ def test_weights_that_cannot_be_downloaded_are_named(shared: Playground, monkeyp
 def test_the_bundled_model_reads_its_examples(session: Session) -> None:
     subject = session.playground.subject(DIGITS)
     with torch.inference_mode():
-        read = subject.opened(subject.calibration).logits.argmax(dim=1)
+        read = subject.opened(subject.calibration).argmax(dim=1)
     assert (read == torch.arange(10)).sum() >= 9
     assert playground.BUNDLED.stat().st_size < 1_500_000
     view = session.view(DIGITS, "ats", 0.6)

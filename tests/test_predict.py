@@ -105,7 +105,7 @@ def test_lines_are_what_the_model_says_image_by_image(
                     pixels[np.asarray(file) == 3] = 255
                     image = Image.fromarray(pixels)
         with torch.inference_mode():
-            output = model(transform(image)[None])
+            output = model(transform(image)[None], detailed=True)
         probabilities = output.logits[0].softmax(dim=0)
         order = probabilities.argsort(descending=True)[:3].tolist()
         assert [int(row[f"class_{place}"]) for place in (1, 2, 3)] == order

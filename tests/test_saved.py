@@ -27,7 +27,7 @@ def test_a_file_of_version_0_1_0_is_the_same_model(name: str) -> None:
     model = load(FOLDER / f"{name}.safetensors").eval()
     assert type(model.config) is TODAY[name]
     with torch.inference_mode():
-        output = model(expected["images"])
+        output = model(expected["images"], detailed=True)
     torch.testing.assert_close(output.logits, expected[name], atol=1e-5, rtol=1e-5)
     assert torch.equal(output.usage.depth, expected[f"{name}.depth"])
     assert model.dial is None

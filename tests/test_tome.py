@@ -53,7 +53,7 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
     batch = torch.stack([kind[mask.long()] for kind, mask in zip(kinds, which, strict=True)])
     batch = batch.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     with torch.inference_mode():
-        output = MergeConfig(thresholds=1 - 1e-9, relative=0.0).build(vit)(batch, layout)
+        output = MergeConfig(thresholds=1 - 1e-9, relative=0.0).build(vit)(batch, layout, detailed=True)
         torch.testing.assert_close(output.logits, vit(batch), atol=1e-10, rtol=0)
     assert (output.usage.attended[:, -1] < output.usage.attended[:, 0] // 2).all()
     for groups, mask in zip(output.usage.groups[:, -1], which.flatten(1), strict=True):
@@ -68,7 +68,7 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
 def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | MergeConfig, layout: type) -> None:
     model = config.build(small_vit(flavour)).eval()
     with torch.inference_mode():
-        usage = model(images(model.vit), layout).usage
+        usage = model(images(model.vit), layout, detailed=True).usage
     for image in range(3):
         before = list(range(usage.groups.shape[2]))
         for block in range(model.depth):
@@ -83,7 +83,7 @@ def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | 
 
 def test_a_token_is_live_where_its_first_patch_was() -> None:
     model = MergeConfig(thresholds=0.4, relative=0.0).build(small_vit()).eval()
-    usage = model(images(model.vit)).usage
+    usage = model(images(model.vit), detailed=True).usage
     for image in range(3):
         groups = usage.groups[image, 1].tolist()
         first = sorted(groups.index(group) for group in {*groups})
@@ -94,14 +94,14 @@ def test_every_image_merges_r_and_attention_stays_dense(monkeypatch: pytest.Monk
     monkeypatch.setattr("adaptvit.tokens.packed.ragged_kernel", None)
     model = ToMeConfig(r=3).build(small_vit("average pool")).eval()
     with torch.inference_mode():
-        usage = model(images(model.vit)).usage
+        usage = model(images(model.vit), detailed=True).usage
     start = usage.attended[0, 0].item()
     assert usage.attended.tolist() == [[start, start - 3, start - 6, start - 9]] * 3
 
 
 def test_thresholds_leave_images_different_numbers_of_tokens() -> None:
     model = MergeConfig(thresholds=0.4, relative=0.0).build(small_vit()).eval()
-    usage = model(images(model.vit, count=8)).usage
+    usage = model(images(model.vit, count=8), detailed=True).usage
     assert len({*usage.attended[:, -1].tolist()}) > 1
 
 
@@ -109,7 +109,7 @@ def test_a_higher_threshold_merges_less_in_the_first_block() -> None:
     counts = []
     for threshold in (-1.0, 0.3, 0.6, 1.0):
         model = MergeConfig(thresholds=threshold, relative=0.0).build(small_vit()).eval()
-        counts.append(model(images(model.vit)).usage.attended[:, 1].sum().item())
+        counts.append(model(images(model.vit), detailed=True).usage.attended[:, 1].sum().item())
     assert counts == sorted(counts)
     assert counts[0] < counts[1] < counts[-1]
 
@@ -125,7 +125,7 @@ def test_a_schedule_of_more_than_half_fits_what_tome_would_do() -> None:
     vit = small_vit("average pool")
     batch = images(vit, count=4)
     model = fit_thresholds(MergeConfig(), vit, batch, ToMeConfig(r=(99, 0, 1)))
-    assert (model(batch).usage.attended[:, 1] == model.prefix + 8).all()
+    assert (model(batch, detailed=True).usage.attended[:, 1] == model.prefix + 8).all()
 
 
 def test_fitted_thresholds_merge_what_the_schedule_does_on_average() -> None:
@@ -135,7 +135,7 @@ def test_fitted_thresholds_merge_what_the_schedule_does_on_average() -> None:
     config = model.config
     assert config.shift == 0
     assert config.thresholds[1] == config.thresholds[3] == 1
-    attended = model(batch).usage.attended
+    attended = model(batch, detailed=True).usage.attended
     assert attended.double().mean(dim=0).diff().tolist() == [-3, 0, -2]
     assert len({*attended[:, 1].tolist()}) > 2
 
@@ -145,14 +145,14 @@ def test_a_budget_is_met_and_travels_with_the_model(tmp_path: Path) -> None:
     batch = images(vit, count=16)
     model = fit_thresholds(MergeConfig(), vit, batch, ToMeConfig(r=2))
     config = meet_target(model, batch, 0.7, tolerance=0.02)
-    usage = model(batch).usage
+    usage = model(batch, detailed=True).usage
     assert macs(usage, model.shape).double().mean() / dense_macs(model.shape, usage.grid) == pytest.approx(
         0.7, abs=0.02
     )
     adaptvit.save(model, tmp_path / "model.safetensors")
     restored = adaptvit.load(tmp_path / "model.safetensors")
     assert restored.config == config
-    assert torch.equal(restored(batch).logits, model(batch).logits)
+    assert torch.equal(restored(batch), model(batch))
 
 
 @pytest.mark.parametrize("r", [5, (1, 2), (4, 0, 3)])
@@ -222,7 +222,7 @@ def test_blank_images_can_be_fitted() -> None:
     batch = torch.ones(4, 3, 32, 32)
     model = fit_thresholds(MergeConfig(relative=0.0), vit, batch, ToMeConfig(r=2))
     assert max(model.config.thresholds[:3]) < 1
-    assert (model(batch).usage.attended[:, 1] <= model.prefix + 14).all()
+    assert (model(batch, detailed=True).usage.attended[:, 1] <= model.prefix + 14).all()
 
 
 def test_the_rate_multiplies_what_has_been_merged_up_to_each_block() -> None:

@@ -335,7 +335,7 @@ def test_a_teacher_is_followed(kind: str, data: Data, tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=8, learning_rate=3e-3, distillation=kind, distillation_weight=1.0, evaluate_every=0)
     train(pupil, data, recipe, tmp_path, teacher=Stubborn())
     with torch.inference_mode():
-        answers = pupil.eval()(data.train.images).logits.argmax(dim=1)
+        answers = pupil.eval()(data.train.images).argmax(dim=1)
     assert (answers == 3).float().mean() > 0.9
 
 
@@ -351,8 +351,8 @@ def test_dynamicvit_learns_from_a_teachers_patches(data: Data, tmp_path: Path) -
     assert epoch.terms["tokens"] == pytest.approx(0.5 * 30**2, rel=0.02)
     (epoch,) = train(model(DynamicViTConfig(token_weight=0.0)), data, recipe, tmp_path / "0", teacher=teacher)
     assert epoch.terms.keys() == {"ratio"}
-    with pytest.raises(TypeError, match="learns from a teacher's patches, which LogitsOnly does not give: set"):
-        train(pupil, data, recipe, tmp_path, teacher=FullConfig().build(teacher).logits_only)
+    with pytest.raises(TypeError, match="learns from a teacher's patches, which Full does not give: set"):
+        train(pupil, data, recipe, tmp_path, teacher=FullConfig().build(teacher))
     with pytest.raises(ValueError, match="with token_weight=0 it learns its logits alone"):
         train(pupil, data, recipe, tmp_path / "wide", teacher=small_vit(**{**size, "patch_size": 8}))
 
@@ -360,7 +360,7 @@ def test_dynamicvit_learns_from_a_teachers_patches(data: Data, tmp_path: Path) -
 @pytest.mark.parametrize("config", [DynamicViTConfig(), FullConfig()], ids=lambda config: config.method)
 def test_a_teacher_of_another_size_is_refused_in_a_sentence(config: Any, data: Data, tmp_path: Path) -> None:
     pupil, teacher = model(config), small_vit(img_size=24, patch_size=4, in_chans=1, num_classes=10)
-    lessons = teacher if pupil.learns_patches else FullConfig().build(teacher).logits_only
+    lessons = teacher if pupil.learns_patches else FullConfig().build(teacher)
     with pytest.raises(ValueError, match=r"images are 16 x 16 pixels, but .* takes 24 x 24"):
         train(pupil, data, RECIPE, tmp_path, teacher=lessons)
 

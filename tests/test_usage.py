@@ -35,7 +35,7 @@ def test_an_image_of_many_keeps_less_than_3_kb_and_its_figures(name: str, side: 
     vit = small_vit(img_size=side, patch_size=patch, depth=depth, embed_dim=12, num_heads=3)
     model = METHODS[name]().build(vit).eval()
     with torch.inference_mode():
-        usages = [model(images(vit, 1, seed=seed)).usage for seed in range(2)]
+        usages = [model(images(vit, 1, seed=seed), detailed=True).usage for seed in range(2)]
     several, whole = join(usages), join(usages, whole=True)
     assert kept(several) <= 3000
     for field in dataclasses.fields(Usage):
@@ -58,7 +58,7 @@ def test_an_image_of_many_keeps_less_than_3_kb_and_its_figures(name: str, side: 
 def test_a_record_counts_its_own_macs(method: str) -> None:
     model = METHODS[method]().build(small_vit().eval())
     with torch.inference_mode():
-        usages = [model(images(model.vit, count=count)).usage for count in (2, 3)]
+        usages = [model(images(model.vit, count=count), detailed=True).usage for count in (2, 3)]
     for usage in [*usages, join(usages), usages[1].of_images(torch.tensor([2, 0])), usages[0].to_keep()]:
         assert torch.equal(usage.macs, macs(usage, model.shape))
         torch.testing.assert_close(usage.share, usage.macs / dense_macs(model.shape, usage.grid), check_dtype=False)

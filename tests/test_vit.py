@@ -87,7 +87,7 @@ def agree(vit: nn.Module, layout: type, batch: torch.Tensor) -> None:
     torch.manual_seed(1)
     expected = vit(batch)
     torch.manual_seed(1)
-    torch.testing.assert_close(model(batch, layout).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(batch, layout), expected, atol=1e-5, rtol=1e-5)
 
 
 @LAYOUTS
@@ -143,7 +143,7 @@ def test_dynamic_image_size_takes_any_grid(layout: type) -> None:
     vit = small("test_vit", dynamic_img_size=True, dynamic_img_pad=True).eval()
     batch = torch.randn(2, 3, 70, 33)
     agree(vit, layout, batch)
-    assert FullConfig().build(vit)(batch).usage.grid == (5, 3)
+    assert FullConfig().build(vit)(batch, detailed=True).usage.grid == (5, 3)
 
 
 @LAYOUTS
@@ -158,7 +158,7 @@ def test_distilled_training_returns_both_heads() -> None:
     vit = small("deit_tiny_distilled_patch16_224").train()
     vit.set_distilled_training()
     batch = images(vit)
-    output = FullConfig().build(vit)(batch)
+    output = FullConfig().build(vit)(batch, detailed=True)
     logits, distilled = vit(batch)
     torch.testing.assert_close(output.logits, logits)
     torch.testing.assert_close(output.distilled, distilled)
@@ -257,7 +257,7 @@ def test_heads_of_another_width_than_the_vits_run_packed_as_masked(name: str) ->
     model = vary(METHODS[name].build(small_vit(head_dim=24))).eval()
     batch = images(model.vit)
     with torch.inference_mode():
-        packed, masked = model(batch, Packed), model(batch, Masked)
+        packed, masked = model(batch, Packed, detailed=True), model(batch, Masked, detailed=True)
     torch.testing.assert_close(packed.logits, masked.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(adaptvit.macs(packed.usage, model.shape), adaptvit.macs(masked.usage, model.shape))
 
@@ -273,5 +273,5 @@ def test_autocast_keeps_decisions_of_the_weights_dtype() -> None:
     vit = small("test_vit").eval()
     batch = images(vit)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        packed = FullConfig().build(vit)(batch).logits
+        packed = FullConfig().build(vit)(batch)
         torch.testing.assert_close(packed, vit(batch), atol=2e-2, rtol=2e-2)

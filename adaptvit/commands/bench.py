@@ -133,12 +133,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
     model.train(config.train)
-    passes = {"dense": vit} | {name: _Layout(model, layout) for name, layout in LAYOUTS.items()}
+    passes = {"dense": vit} | {name: partial(model, layout=layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
-        passes_made = [(output.logits.detach(), output.usage) for output in map(model, batches)]
-    logits, usages = zip(*passes_made, strict=True)
-    check_finite(torch.cat(logits), "logits")
-    usage = join(list(usages))
+        outputs = [model(batch, detailed=True) for batch in batches]
+    check_finite(torch.cat([output.logits.detach() for output in outputs]), "logits")
+    usage = join([output.usage for output in outputs])
+    del outputs  # and their graphs
     load_before = os.getloadavg()[0]
     with torch.inference_mode(not config.train):
         step = _train_step if config.train else _evaluate
@@ -211,17 +211,6 @@ def _around(method: Any, vit: VisionTransformer, like: AdaptiveViT) -> AdaptiveV
     own = {name: value for name, value in like.state_dict().items() if not name.startswith("vit.")}
     model.load_state_dict(own, strict=False)
     return model
-
-
-class _Layout:
-    """A model bound to a layout, called like a plain ViT."""
-
-    def __init__(self, model: AdaptiveViT, layout: Any) -> None:
-        self.model, self.layout = model, layout
-
-    def __call__(self, images: Tensor) -> Tensor:
-        output = self.model(images, self.layout)
-        return output.logits + sum(output.terms.values())
 
 
 def _evaluate(run: Any, batches: tuple[Tensor, ...]) -> None:

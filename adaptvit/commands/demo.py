@@ -221,7 +221,7 @@ def _report(
     items = [data.test[int(index)] for index in chosen]
     images = torch.stack([image for image, _ in items])
     with torch.inference_mode():
-        whole = model(images.to(next(model.parameters()).device), early_exit=False)  # early exit cuts depth maps short
+        whole = model.to_the_end(images.to(next(model.parameters()).device))
     maps = depth_maps(
         data.pixels(images),
         whole.usage.patch_depth,

@@ -262,7 +262,7 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
         there = [index for index, item in zip(part, items, strict=True) if not isinstance(item, Unreadable)]
         if not len(batch.labels):
             continue
-        output = model(batch.images.to(like))
+        output = model(batch.images.to(like), detailed=True)
         _check_tracked(model, output.usage)
         logits = output.logits.double().cpu()
         sound = logits.isfinite().all(dim=1)
@@ -396,7 +396,7 @@ def _gmacs(model: AdaptiveViT, seen: list[Seen], batch_size: int) -> list[float]
     like, found = next(model.parameters()), []
     for start in range(0, len(seen), batch_size):
         images = torch.stack([one.image for one in seen[start : start + batch_size]])
-        found += (macs(model(images.to(like)).usage, model.shape).double() / 1e9).tolist()
+        found += (model(images.to(like), detailed=True).usage.macs.double() / 1e9).tolist()
     return found
 
 

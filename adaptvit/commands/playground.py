@@ -480,7 +480,7 @@ class Session:
             usages = []
             for one in shown:
                 if one.usage is None or one.setting != (model, budget.config):
-                    one.usage = adaptive(subject.prepared([one.picture])).usage
+                    one.usage = adaptive(subject.prepared([one.picture]), detailed=True).usage
                     one.setting = model, budget.config
                 usages.append(one.usage)
             return _view(model, subject, adaptive, subject.prepared([shown[-1].picture]), budget, join(usages))
@@ -509,7 +509,7 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
         pixels=pixels(image, subject.settings),
         usage=adaptive.to_the_end(image).usage,
         dense=Answer(subject.told(vit(image)), dense, 1e3 * median(seconds["dense"])),
-        adaptive=Answer(subject.told(adaptive(image).logits), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
+        adaptive=Answer(subject.told(adaptive(image)), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
         budget=budget,
         seen=seen,
         seen_gmacs=gmacs,

@@ -379,7 +379,7 @@ def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | ran
         return []
     parameter = next(model.parameters())
     with torch.inference_mode():
-        output = model(images.to(parameter.device, parameter.dtype))
+        output = model(images.to(parameter.device, parameter.dtype), detailed=True)
         sound = output.logits.isfinite().all(dim=1)
         best = output.logits.float().softmax(dim=1).topk(top, dim=1)
         cost = macs(output.usage, model.shape).double() / 1e9

@@ -112,7 +112,7 @@ class Renormalise(nn.Module):
     shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], model: nn.Module) -> None:
-        """`mean` and `std` are how the images come, by channel; `model` is timm's, a `LogitsOnly`, or any other."""
+        """`mean` and `std` are how the images come, by channel; `model` is timm's, an adaptive model, or any other."""
         super().__init__()
         record = timm_config(model)
         own, deviations = tuple(record.get("mean") or ()), tuple(record.get("std") or ())

@@ -177,7 +177,7 @@ def _name(data: Dataset, item: int) -> str:
 
 def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:
     if isinstance(model, AdaptiveViT):
-        return model(images, layout)
+        return model(images, layout, detailed=True)
     shape, grid = shape_of(model), patch_grid(model, images)
     depth = torch.full((len(images), shape.prefix + math.prod(grid)), shape.depth, device=images.device)
     return Output(model(images), Usage.of_depth(depth, shape.heads, grid, shape.prefix))

@@ -120,7 +120,7 @@ def speeds(
         calls |= {f"{layout} {name}": partial(model, images[name], LAYOUTS[layout]) for layout in layouts}
     device = next(iter(images.values())).device
     with torch.inference_mode():
-        usages = {name: model(images[name]).usage for name, model in models.items()}
+        usages = {name: model(images[name], detailed=True).usage for name, model in models.items()}
         seconds = interleaved(calls, rounds, device, bar)
     found = {}
     for name, model in models.items():

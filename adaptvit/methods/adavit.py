@@ -183,7 +183,7 @@ class AdaViT(AdaptiveViT):
         if config.macs_target is not None:
             self._check_target(config.macs_target)
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Classify images.
 
         Args:
@@ -195,12 +195,12 @@ class AdaViT(AdaptiveViT):
         """
         layout = layout or (Masked if self.training else Packed)
         with torch.no_grad() if layout is Packed else nullcontext():
-            tokens, policies, grid = self.run(images, layout)
+            tokens, policies, grid = self.decided(images, layout)
             usage, means = self.usage(policies, grid), self.means(policies, grid)
             return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
 
-    def run(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, ...]]:
-        """The blocks: what they leave, what they decided, and the patch grid; arguments as of `forward`."""
+    def decided(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, ...]]:
+        """The blocks: what they leave, what they decided, and the patch grid; arguments as of `run`."""
         if self.training and layout is Packed:
             raise ValueError("AdaViT trains with layout=Masked: its gates learn from what they leave out")
         tokens, grid = self.start(images, layout)

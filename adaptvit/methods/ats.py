@@ -103,7 +103,7 @@ class ATS(AdaptiveViT):
         for block in self.points:
             self.sampling_points(block, math.prod(patch_grid(vit)))
 
-    def forward(
+    def run(
         self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
     ) -> Output:
         """Classify images.

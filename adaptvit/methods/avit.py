@@ -184,7 +184,7 @@ class AViT(AdaptiveViT):
         """What halting scores are drawn to: (L,) over the blocks."""
         return halting_prior(name, self.depth, peak, scale)
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """Classify images.
 
         Args:
@@ -229,7 +229,7 @@ class AViT(AdaptiveViT):
         return self.finish(output.to(tokens.x.dtype), usage, means=means)
 
     def to_the_end(self, images: Tensor) -> Output:
-        return self(images, early_exit=False)
+        return self.run(images, early_exit=False)
 
     def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""

@@ -8,11 +8,12 @@
 Nothing above tells one method from another by its name or its class.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -26,6 +27,8 @@ from adaptvit.usage import Output, Usage
 
 Role = Literal["method", "dense", "control", "reference", "released"]
 
+WRITTEN_BY_OTHERS = frozenset({"use_cache"})
+"""What Hugging Face's Trainer sets in the config of any model."""
 DIAL = 64
 """Images that a dial is measured on, at most."""
 DEITS = {
@@ -106,6 +109,28 @@ class MethodConfig(ABC):
         if "method" in vars(cls):  # another than the one it derives from
             cls.title = vars(cls).get("title", cls.method)
             cls.published = vars(cls).get("published", Published())
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Leave what others write into every model's config to them; fields stay frozen."""
+        frozen = vars(cls).get("__setattr__")  # the dataclass's, which refuses any name
+        if frozen is not None and frozen.__name__ != "_set":
+
+            def _set(self: MethodConfig, name: str, value: object) -> None:
+                if name in WRITTEN_BY_OTHERS:
+                    vars(self)[name] = value
+                else:
+                    frozen(self, name, value)
+
+            cls.__setattr__ = _set  # type: ignore[method-assign, assignment]
+        return super().__new__(cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and its numbers, as loggers of trainings ask a model's config for them."""
+        return {"method": self.method, **asdict(self)}  # type: ignore[call-overload]
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict())
 
     @property
     def needs(self) -> Set[str]:
@@ -207,7 +232,7 @@ class DropConfig(MethodConfig):
 class DroppingViT(AdaptiveViT):
     """A ViT that drops the tokens that its config's `decide` leaves out."""
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         tokens, grid = self.start(images, layout or Packed)
         depth = torch.full(tokens.shape, self.depth, device=images.device)
         prefix = torch.arange(tokens.shape[1], device=images.device)[None] < self.prefix

@@ -182,7 +182,7 @@ class DynamicViT(AdaptiveViT):
     def learns_patches(self) -> bool:
         return self.config.token_weight > 0
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None, teacher: Tensor | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None, teacher: Tensor | None = None) -> Output:
         """Classify images.
 
         Args:

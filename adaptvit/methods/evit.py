@@ -101,7 +101,7 @@ class EViT(AdaptiveViT):
                 f"EViTConfig.blocks={self.reducing} is the last block only, of which just the class token is read"
             )
 
-    def forward(
+    def run(
         self, images: Tensor, layout: type[Tokens] | None = None, keep_rate: float | Sequence[float] | None = None
     ) -> Output:
         """Classify images.

@@ -29,7 +29,7 @@ class FullConfig(MethodConfig):
 class Full(AdaptiveViT):
     """timm's own forward, block by block."""
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Logits equal to `vit(images)`."""
         tokens, grid = self.start(images, layout or Packed)
         depth = torch.full(tokens.shape, self.depth, device=images.device)

@@ -211,7 +211,7 @@ class MergingViT(AdaptiveViT):
         super().__init__(vit, config)
         config.schedule(self.depth)  # refuses a wrong length
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Classify images; `layout` None packs."""
         tokens, grid = self.start(images, layout or Packed)
         holder = torch.arange(tokens.shape[1], device=images.device).expand(tokens.shape)
@@ -320,13 +320,13 @@ def fit_thresholds(config: MergeConfig, vit: VisionTransformer, images: Tensor, 
     """
     fitting = _Fitting(vit, config, schedule, math.prod(patch_grid(vit, images))).eval()
     with torch.inference_mode():
-        check_finite(fitting(images).logits, "logits")
+        check_finite(fitting(images), "logits")
     return replace(config, thresholds=tuple(fitting.thresholds), shift=0.0).build(vit).eval()
 
 
 @torch.inference_mode()
 def _logits(model: AdaptiveViT, images: Tensor) -> Tensor:
-    return torch.cat([model(batch).logits.float() for batch in images.split(BATCH)])
+    return torch.cat([model(batch).float() for batch in images.split(BATCH)])
 
 
 @torch.autocast("cuda", enabled=False)

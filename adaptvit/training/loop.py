@@ -36,7 +36,7 @@ from adaptvit.files import check_output_folder
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.gates import annealed
 from adaptvit.methods.losses import distillation, over_processes
-from adaptvit.model import AdaptiveViT, LogitsOnly
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, serve
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.terminal import shown, warn
@@ -333,7 +333,7 @@ class _Training:
             images, targets = self.mixup(images, labels)
             smoothing = 0.0  # Mixup's targets are smooth already
         lesson, patches = (None, {}) if self.teacher is None else self._taught(images)
-        output = self.wrapped(images, **patches)
+        output = self.wrapped(images, detailed=True, **patches)
         if output.means and self.accelerator.num_processes > 1:
             output = replace(output, terms=self.model.terms(over_processes(output.means)))
         logits = output.logits.float()
@@ -475,7 +475,7 @@ def _check_teacher(teacher: nn.Module, data: Data, channels: int) -> None:
     Raises:
         ValueError: naming both.
     """
-    vit = teacher.model.vit if isinstance(teacher, LogitsOnly) else teacher
+    vit = teacher.vit if isinstance(teacher, AdaptiveViT) else teacher
     if not isinstance(vit, VisionTransformer):
         return
     check_shape(data, vit, channels)

@@ -187,7 +187,7 @@ def train_run(
         model = method.build(vit).to(device)
     lessons = None
     if teacher is not None:
-        lessons = teacher.vit if is_dense(teacher) and model.learns_patches else teacher.logits_only
+        lessons = teacher.vit if is_dense(teacher) and model.learns_patches else teacher
     model.train()
     history = train(
         model,

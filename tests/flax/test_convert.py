@@ -49,7 +49,7 @@ def run(module: ViT, variables: dict[str, Any], batch: torch.Tensor) -> tuple[np
 
 def same(model: torch.nn.Module, module: ViT, variables: dict[str, Any], batch: torch.Tensor) -> None:
     with torch.inference_mode():
-        output = model(batch)
+        output = model(batch, detailed=True)
     logits, left = run(module, variables, batch)
     np.testing.assert_allclose(logits, output.logits, atol=1e-4, rtol=0)
     assert np.array_equal(left, output.usage.live[:, -1, 1:])

@@ -171,13 +171,13 @@ def test_evaluation_gives_the_recorded_logits_decisions_and_states(
 
     monkeypatch.setattr(adavit, "run_gated", noted)
     with torch.inference_mode():
-        close(model(batch_of(case), layout).logits, arrays["logits"], logits_apart(case, arrays, model))
+        close(model(batch_of(case), layout), arrays["logits"], logits_apart(case, arrays, model))
         if "hidden_cls" in arrays and states:
             recorded = arrays["hidden_cls"]
             close(torch.stack(states, dim=1)[..., : recorded.shape[2]], recorded, apart(recorded, terms_of(model.vit)))
         if not isinstance(model, AdaViT):
             return
-        _, policies, _ = model.run(batch_of(case), layout)
+        _, policies, _ = model.decided(batch_of(case), layout)
     active = policies.sublayers.any(dim=2) if layout is Packed else torch.ones(policies.sublayers.shape[:2], dtype=bool)
     for name, found in decisions(policies, model).items():
         expected = torch.from_numpy(arrays[f"{name}_select"]).float()
@@ -213,11 +213,11 @@ def test_training_gives_the_recorded_losses_and_gradients(
         return first - second
 
     monkeypatch.setattr(released, "gumbel_difference", recorded_noise)
-    output = model(batch_of(case))
+    output = model(batch_of(case), detailed=True)
     close(output.logits, arrays["logits"], logits_apart(case, arrays, model))
     asked = noise_asked_for(model)
     with torch.no_grad():
-        _, policies, _ = model.run(batch_of(case), Masked)
+        _, policies, _ = model.decided(batch_of(case), Masked)
     for name, found in decisions(policies, model).items():
         assert torch.equal(found, torch.from_numpy(arrays[f"{name}_select"]).float()), name
 
@@ -416,7 +416,7 @@ def test_a_file_in_the_published_layout_converts_to_the_recorded_logits(adavit_c
     model = adaptvit.load(tmp_path / "out.safetensors").eval()
     assert model.config == AdaViTConfig()
     with torch.inference_mode():
-        close(model(batch_of(case)).logits, recorded.arrays["logits"], logits_apart(case, recorded.arrays, model))
+        close(model(batch_of(case)), recorded.arrays["logits"], logits_apart(case, recorded.arrays, model))
 
 
 def gradient_of(gradients: dict[str, Tensor | None], key: str) -> Tensor | None:

@@ -102,7 +102,7 @@ def slots(live: Tensor) -> list[list[int]]:
 def test_the_released_tokens_and_logits(ats_official: Path, mode: str, layout: type) -> None:
     recorded, model = load(ats_official), official_model(ats_official, mode)
     with torch.inference_mode():
-        output = model(batch_of(recorded.case), layout)
+        output = model(batch_of(recorded.case), layout, detailed=True)
     for layer in recorded.case["layers"][mode]:
         live = output.usage.live[:, layer["block"] + 1]
         assert slots(live) == [sorted(ids) for ids in layer["ids"]], f"block {layer['block']}"
@@ -175,7 +175,7 @@ def test_the_released_gradients(ats_gradients: Path, layout: type) -> None:
     batch, parameters = batch_of(recorded.case).requires_grad_(), dict(model.vit.named_parameters())
     start = "mask_grad__"
     names = [name.removeprefix(start) for name in recorded.arrays if name.startswith(start)]
-    loss = (model(batch, layout).logits * torch.from_numpy(recorded.arrays["mask_grad_cotangent"])).sum()
+    loss = (model(batch, layout) * torch.from_numpy(recorded.arrays["mask_grad_cotangent"])).sum()
     by = [batch, *(parameters[our_name(name, parameters)] for name in names)]
     by_image, *by_weight = torch.autograd.grad(loss, by)
     found = {f"_{name}": gradient for name, gradient in zip(names, by_weight, strict=True)}
@@ -197,7 +197,7 @@ def test_the_released_macs(ats_official: Path, mode: str, name: str) -> None:
     """
     recorded, model = load(ats_official), official_model(ats_official, mode)
     with torch.inference_mode():
-        usage = before_the_idle_block(model(batch_of(recorded.case)).usage)
+        usage = before_the_idle_block(model(batch_of(recorded.case), detailed=True).usage)
     blocks = recorded.case["config"]["ATS_BLOCKS"]
     n, m = usage.attended[:, blocks], usage.updated[:, blocks]
     more = (n - m - 1) * model.shape.each("attention_width", n) * n
@@ -331,7 +331,7 @@ def test_vit_pytorchs_tokens_logits_and_gradients(
         else FullConfig()
     )
     model, batch = config.build(lucidrains_vit(case)).train(), batch_of(case).requires_grad_()
-    output = model(batch, layout)
+    output = model(batch, layout, detailed=True)
 
     incoming = torch.arange(output.usage.live.shape[2]).expand(len(batch), -1)
     assert len(scores) == len(calls)

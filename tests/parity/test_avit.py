@@ -77,7 +77,7 @@ def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, mo
         released, "terms", lambda model, scores, rho: seen.update(h=scores, rho=rho) or terms(model, scores, rho)
     )
     model = build(case)
-    output = model(recorded.images, early_exit=False)
+    output = model(recorded.images, early_exit=False, detailed=True)
 
     close(output.logits, arrays["logits"], logits_apart(recorded, model))
     assert np.array_equal(output.usage.depth.numpy(), arrays["counter"])
@@ -123,7 +123,7 @@ def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, kin
     recorded = load(avit_case)
     model = build(recorded.case, kind).eval()
     with torch.inference_mode():
-        output = model(recorded.images, layout)
+        output = model(recorded.images, layout, detailed=True)
     close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
     is_read = slice(0, model.read)
     assert np.array_equal(output.usage.depth[:, is_read].numpy(), recorded.arrays["counter"][:, is_read])
@@ -134,7 +134,7 @@ def test_clean_mode_keeps_the_released_depths(avit_case: Path, layout: type) -> 
     recorded = load(avit_case)
     model = build(recorded.case, AViTConfig).eval()
     with torch.inference_mode():
-        output = model(recorded.images, layout, early_exit=False)
+        output = model(recorded.images, layout, early_exit=False, detailed=True)
     close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
     assert np.array_equal(output.usage.depth.numpy(), recorded.arrays["counter"])
 

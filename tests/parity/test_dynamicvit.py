@@ -61,7 +61,7 @@ def test_the_released_patches_and_logits(dynamicvit_evaluated: Path, layout: typ
     case, arrays = load(dynamicvit_evaluated).case, load(dynamicvit_evaluated).arrays
     model = build(case, keep_rate=case["settings"]["token_ratio"]).eval()
     with torch.inference_mode():
-        output = model(batch_of(case), layout)
+        output = model(batch_of(case), layout, detailed=True)
     for stage, block in enumerate(model.stages):
         live = output.usage.live[:, block, 1:]
         assert [row.nonzero().flatten().tolist() for row in live] == np.sort(arrays[f"kept_patch_{stage}"], 1).tolist()
@@ -119,7 +119,7 @@ def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(DynamicViT, "shares_kept", lambda self, kept: decided.extend(kept) or shares_kept(self, kept))
 
     lesson, patches = teacher_says(case)
-    output = model(batch_of(case), teacher=patches)
+    output = model(batch_of(case), teacher=patches, detailed=True)
     for stage, kept in enumerate(decided):
         assert np.array_equal(kept.detach().numpy(), arrays[f"mask_{stage}"]), f"stage {stage}"
     assert np.array_equal(decided[-1].detach().numpy(), arrays["final_mask"])

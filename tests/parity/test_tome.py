@@ -46,7 +46,7 @@ def test_the_released_groups_and_logits(tome_case: Path, layout: type, monkeypat
 
     monkeypatch.setattr(model, "places", recorded_places)
     with torch.inference_mode():
-        output = model(images(given, filled(case["weights"])), layout)
+        output = model(images(given, filled(case["weights"])), layout, detailed=True)
     merging = case["effective_r"]
     assert len(maps) >= len(merging)  # the released code does not count blocks that find one patch only
     for number, r in enumerate(merging):

@@ -63,7 +63,7 @@ class ReleasedAViT(AViT):
     def target(self, name: str, peak: float, scale: float) -> Tensor:
         return released_target(name, self.depth, int(peak), scale)
 
-    def forward(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
+    def run(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
         """As `AViT` where images may leave early; else every slot in every block, with the released losses.
 
         Args:
@@ -74,7 +74,7 @@ class ReleasedAViT(AViT):
         """
         early_exit = not self.training if early_exit is None else early_exit
         if early_exit:
-            return super().forward(images, layout, early_exit)
+            return super().run(images, layout, early_exit)
         if layout not in (None, Masked):
             raise ValueError("ReleasedAViTConfig reads dead slots in its losses: use layout=Masked or early_exit=True")
         return released_pass(self, images)
