@@ -202,7 +202,7 @@ def test_the_released_macs(ats_official: Path, mode: str, name: str) -> None:
     n, m = usage.attended[:, blocks], usage.updated[:, blocks]
     more = (n - m - 1) * model.shape.each("attention_width", n) * n
     assert (macs(usage, model.shape) + more.sum(dim=1)).tolist() == recorded.case["macs"][name]
-    shape = replace(model.shape, blocks=model.shape.blocks[1:])
+    shape = model.shape._replace(blocks=model.shape.blocks[1:])
     assert dense_macs(shape, usage.grid) == recorded.case["macs"]["dense"]
 
 
