@@ -35,7 +35,7 @@ def main() -> None:
         gate_center=2, prior=("logistic", "gaussian"), prior_depth=(3, 10), prior_weights=(0.7, 0.3)
     )
     for config in (single, mixed):
-        loss = config.build(vit)(images).terms["prior"]
+        loss = config.build(vit)(images, detailed=True).terms["prior"]
         print(f"prior {config.prior}, depth {config.prior_depth}: loss {loss:.2e}")
 
 

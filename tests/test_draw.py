@@ -361,7 +361,7 @@ def test_a_method_without_depth_is_refused(summary: bool, tmp_path: Path, monkey
     noise(tmp_path / "own" / "a.png", 0)
 
     class Untracked(adaptvit.AdaptiveViT):
-        def forward(self, images: torch.Tensor, layout: Any = None) -> Output:
+        def run(self, images: torch.Tensor, layout: Any = None) -> Output:
             on = torch.ones(len(images), 4, dtype=torch.long)
             return Output(on.float(), Usage(17 * on, 17 * on, 4 * on, on > 0, on > 0, (4, 4), 1))
 

@@ -155,7 +155,7 @@ def test_a_cut_output_is_completed_to_the_same_bytes(
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     config: PredictConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, forward = [], AViT.forward
+    calls, forward = [], AViT.run
 
     def stop_at_the_third(self: AViT, *arguments: Any) -> Any:
         calls.append(len(arguments[0]))
@@ -163,7 +163,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return forward(self, *arguments)
 
-    monkeypatch.setattr(AViT, "forward", stop_at_the_third)
+    monkeypatch.setattr(AViT, "run", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         predict.predict(config)
     kept = config.output.read_bytes()
@@ -352,7 +352,7 @@ def test_an_unreadable_item_says_which_file_and_why(folder: Path) -> None:
 def test_a_second_run_on_one_output_is_refused(
     config: PredictConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused, forward = [], AViT.forward
+    refused, forward = [], AViT.run
 
     def start_another(self: AViT, *arguments: Any) -> Any:
         with pytest.raises(FileExistsError, match=r"another process is writing to '.*out\.csv'") as error:
@@ -361,7 +361,7 @@ def test_a_second_run_on_one_output_is_refused(
         return forward(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AViT, "forward", start_another)
+        patch.setattr(AViT, "run", start_another)
         predict.predict(config)
     assert refused
     assert config.output.read_bytes() == whole[".csv"]
@@ -369,7 +369,7 @@ def test_a_second_run_on_one_output_is_refused(
 
 
 def run_until(config: PredictConfig, told: Any) -> None:
-    forward = AViT.forward
+    forward = AViT.run
 
     def wait_at_the_second(self: AViT, *arguments: Any) -> Any:
         if config.output.read_bytes().count(b"\n") > 1:
@@ -377,7 +377,7 @@ def run_until(config: PredictConfig, told: Any) -> None:
             multiprocessing.Event().wait()
         return forward(self, *arguments)
 
-    AViT.forward = wait_at_the_second
+    AViT.run = wait_at_the_second
     predict.predict(config)
 
 

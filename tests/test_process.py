@@ -189,8 +189,8 @@ def test_the_callers_process_comes_back_as_it_was_where_the_call_raises(
         warnings.simplefilter("ignore")
         raise Stop
 
-    for method in (Full, EViT, VisionTransformer):
-        monkeypatch.setattr(method, "forward", stop)
+    for method, call in ((Full, "run"), (EViT, "run"), (VisionTransformer, "forward")):
+        monkeypatch.setattr(method, call, stop)
     before = state()
     with pytest.raises(Stop):
         CALLS[name](folder, tmp_path / "output")
@@ -235,13 +235,13 @@ class Blank(Dataset):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
 def test_no_file_stays_open_for_a_batch_that_a_worker_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, forward = [], Full.forward
+    seen, forward = [], Full.run
 
     def count(self: AdaptiveViT, *arguments: Any) -> Any:
         seen.append(len(os.listdir("/proc/self/fd")))
         return forward(self, *arguments)
 
-    monkeypatch.setattr(Full, "forward", count)
+    monkeypatch.setattr(Full, "run", count)
     result = evaluate(MODEL, Blank(), batch_size=1, workers=1)
     assert (result.images, len(seen)) == (40, 40)
     assert max(seen[-10:]) <= max(seen[:10])
@@ -328,7 +328,7 @@ def test_sigterm_to_a_command_and_its_workers_is_told_once(command: str, folder:
             os.killpg(0, signal.SIGTERM)
             time.sleep(30)
 
-        Full.forward = stop
+        Full.run = stop
         code = cli.main([*words, "--batch-size", "1"])
         sys.stderr.flush()
         os._exit(code)
