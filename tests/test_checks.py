@@ -28,8 +28,8 @@ from adaptvit.commands.compare_variants import Comparison
 from adaptvit.commands.demo import DemoConfig
 from adaptvit.commands.draw import DrawConfig
 from adaptvit.commands.evaluate import EvaluateConfig
-from adaptvit.commands.playground import PlaygroundConfig
 from adaptvit.commands.predict import PredictConfig
+from adaptvit.commands.sessions import PlaygroundConfig
 from adaptvit.data import DataConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig

@@ -20,8 +20,8 @@ from adaptvit.commands import draw
 from adaptvit.commands import predict as predicting
 from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.budget import set_budget
-from adaptvit.commands.playground import DIGITS, Playground, PlaygroundConfig, Session
 from adaptvit.commands.predict import PredictConfig, predict
+from adaptvit.commands.sessions import DIGITS, Playground, PlaygroundConfig, Session
 from adaptvit.data import Images, Unreadable
 from adaptvit.files import as_json
 from adaptvit.measure.evaluate import evaluate

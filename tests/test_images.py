@@ -20,8 +20,8 @@ from adaptvit.commands.budget import set_budget
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
 from adaptvit.commands.draw import DrawConfig, draw
 from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
-from adaptvit.commands.playground import Playground, PlaygroundConfig, Session, open_picture
 from adaptvit.commands.predict import PredictConfig, predict
+from adaptvit.commands.sessions import Playground, PlaygroundConfig, Session, open_picture
 from adaptvit.data import DataConfig, Renormalise, Samples, Unreadable, decode_image, open_image, open_split, read_image
 from adaptvit.data.images import TURNS
 from adaptvit.data.libraries import TorchImages

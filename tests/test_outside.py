@@ -15,7 +15,7 @@ from samples import picture
 from test_imports import PACKAGE, imported, modules
 
 from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
-from adaptvit.commands.playground import Playground, PlaygroundConfig, Session
+from adaptvit.commands.sessions import Playground, PlaygroundConfig, Session
 from adaptvit.methods import METHODS, Named, Published
 from adaptvit.weights.names import default_cfgs, method_of
 

@@ -29,8 +29,8 @@ from timm.models.vision_transformer import VisionTransformer
 import adaptvit
 from adaptvit import ATSConfig, cli
 from adaptvit.budget import OutOfReach
-from adaptvit.commands import playground
-from adaptvit.commands.playground import (
+from adaptvit.commands import sessions
+from adaptvit.commands.sessions import (
     DIGITS,
     SEEN,
     SIDE,
@@ -188,7 +188,7 @@ def test_weights_that_cannot_be_downloaded_are_named(shared: Playground, monkeyp
     def fail(name: str) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(playground, "open_model", fail)
+    monkeypatch.setattr(sessions, "open_model", fail)
     with pytest.raises(ValueError, match="The weights of deit_tiny_patch16_224 are not here and cannot be downloaded"):
         shared.subject("deit_tiny_patch16_224")
     with pytest.raises(ValueError, match="There is no model 'abacus'"):
@@ -200,7 +200,7 @@ def test_the_bundled_model_reads_its_examples(session: Session) -> None:
     with torch.inference_mode():
         read = subject.opened(subject.calibration).argmax(dim=1)
     assert (read == torch.arange(10)).sum() >= 9
-    assert playground.BUNDLED.stat().st_size < 1_500_000
+    assert sessions.BUNDLED.stat().st_size < 1_500_000
     view = session.view(DIGITS, "ats", 0.6)
     assert view.dense.top[0][0] == "0"
     assert view.image().shape == (448, 448, 3)

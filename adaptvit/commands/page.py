@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 
-from adaptvit.commands.playground import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
+from adaptvit.commands.sessions import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
 from adaptvit.extras import needed
 from adaptvit.methods import METHODS
 from adaptvit.show.pictures import COLOURS
