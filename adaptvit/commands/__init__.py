@@ -1,4 +1,9 @@
-"""One file a command, named as the command; each is callable from Python."""
+"""One file a command, named as the command, with its `options` and what is done with them, `execute`.
+
+compare_variants, comparisons, compare_methods   what `compare` does, of trainings and of methods
+sessions, page                                   what `playground` computes, and its page
+console                                          what several commands print alike
+"""
 
 from adaptvit.extras import needed
 
