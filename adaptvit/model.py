@@ -23,7 +23,7 @@ from adaptvit.backbones.base import (
 from adaptvit.backbones.forward import Projected, classify, embed, run_block
 from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.macs import Shape
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import Output, Usage
 
 
@@ -96,6 +96,8 @@ class AdaptiveViT(nn.Module, ABC):
 
     moves: ClassVar[Set[str]] = frozenset()
     """Fields of the config that may change in a built model, beside its knob."""
+    traces: ClassVar[bool] = False
+    """Whether `Masked` runs the same operations for every batch, so that `torch.jit.trace` freezes nothing."""
 
     def __init__(self, vit: VisionTransformer, config: Any) -> None:
         """Wrap `vit`, in the mode (training or evaluation) that it is in.
@@ -134,9 +136,12 @@ class AdaptiveViT(nn.Module, ABC):
         Returns:
             (B, classes) logits, and those of the distillation head where timm's distilled training is on; or `Output`.
         Raises:
+            NotImplementedError: `torch.jit.trace`, and the exporters on it, would freeze what this method decides.
             ValueError: loss terms in float16, whose losses are scaled by a factor that cannot be known here.
             What the ViT and the method raise of images that they do not take.
         """
+        if torch.jit.is_tracing():
+            layout = self._traced(layout)
         output = self.run(images, layout, **options)
         if detailed:
             return output
@@ -146,6 +151,17 @@ class AdaptiveViT(nn.Module, ABC):
             if terms:
                 logits = _carry(logits, terms, self.terms_scale)
         return logits if output.distilled is None else (logits, output.distilled)
+
+    def _traced(self, layout: type[Tokens] | None) -> type[Tokens]:
+        """The layout of a trace, which is `Masked` unless told.
+
+        Raises:
+            NotImplementedError: the trace would hold for the images alone that it was made with.
+        """
+        if self.traces and layout in (None, Masked):
+            return Masked
+        what = "packed tokens" if self.traces else f"what {self.config.title} decides"
+        raise NotImplementedError(f"torch.jit.trace would freeze {what} as it is for these images")
 
     @abstractmethod
     def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
@@ -242,25 +258,22 @@ class AdaptiveViT(nn.Module, ABC):
         self._config = config
 
     @property
-    def compute(self) -> float:
-        """Share of the dense MACs that images cost, by the dial; setting it moves the knob, without any images.
+    def compute(self) -> float | None:
+        """Share of the dense MACs that images cost, by the dial, None without one; setting it moves the knob.
 
         Raises:
-            ValueError: there is no dial, or no value of the knob costs that share.
+            ValueError: it is set, and there is no dial, or no value of the knob costs that share.
         """
-        return self._measured().share_at(getattr(self.config, self.config.knob.field))
+        return None if self.dial is None else self.dial.share_at(getattr(self.config, self.config.knob.field))
 
     @compute.setter
     def compute(self, share: float) -> None:
-        self.config = replace(self.config, **{self.config.knob.field: self._measured().knob_at(share)})
-
-    def _measured(self) -> Dial:
         if self.dial is None:
             raise ValueError(
                 "compute needs a dial, measured on images: make the model with adaptvit.adapt, or give it one with "
                 "model.dial = adaptvit.measure_dial(model, images)"
             )
-        return self.dial
+        self.config = replace(self.config, **{self.config.knob.field: self.dial.knob_at(share)})
 
     @property
     def shape(self) -> Shape:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptvit
-from adaptvit import AViTConfig, DynamicViTConfig, adapt
+from adaptvit import AViTConfig, DynamicViTConfig, Packed, adapt
 from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.model import AdaptiveViT
 
@@ -206,6 +207,26 @@ def test_others_may_write_what_they_write_into_every_config(method: str) -> None
     for name in ("gate_centre", *(field.name for field in dataclasses.fields(config))):
         with pytest.raises(dataclasses.FrozenInstanceError, match=name):
             setattr(written, name, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*(trace|tensor):Warning")  # of torch: what is deprecated, what is a constant
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trace_holds_for_other_images_or_is_refused(method: str) -> None:
+    model = vary(METHODS[method].build(small_vit())).eval()
+    first, others = images(model.vit, count=4), 2 * images(model.vit, count=5, seed=5)
+    if not model.traces:
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace would freeze what .* decides"):
+            torch.jit.trace(model, first)
+        return
+    traced = torch.jit.trace(model, first, check_trace=False)
+    torch.testing.assert_close(traced(others), model(others), atol=1e-5, rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="would freeze packed tokens"):
+        torch.jit.trace(lambda batch: model(batch, Packed), first)
+
+
+def test_whatever_looks_at_all_attributes_of_a_model_can() -> None:
+    for config in METHODS.values():
+        inspect.getmembers(config.build(small_vit()))
 
 
 def test_the_version_is_that_of_the_package() -> None:

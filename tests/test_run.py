@@ -115,6 +115,8 @@ def test_weights_are_started_from_and_their_head_left_out(small: Run, tmp_path: 
 def test_what_does_not_go_together_is_refused(small: Run) -> None:
     with pytest.raises(ValueError, match=r"Run\.fit is for methods with a knob, which full has not"):
         replace(small, method=FullConfig())
+    with pytest.raises(ValueError, match="a model of EViT: take 'deit_small_patch16_224', and the method 'evit'"):
+        replace(small, model="evit_small_patch16_224")
     with pytest.raises(ValueError, match=r"Run\.model must be the name of a timm ViT, got 'vit_huge'"):
         replace(small, model="vit_huge")
     with pytest.raises(ValueError, match=r"Run\.weights .* one of them"):

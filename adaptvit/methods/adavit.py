@@ -159,6 +159,7 @@ class AdaViT(AdaptiveViT):
     """
 
     moves: ClassVar[Set[str]] = frozenset({"temperature"})
+    traces = True
 
     def __init__(self, vit: VisionTransformer, config: AdaViTConfig) -> None:
         super().__init__(vit, config)

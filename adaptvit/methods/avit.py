@@ -163,6 +163,8 @@ def each(value: Any, parts: int = 1) -> tuple[Any, ...]:
 class AViT(AdaptiveViT):
     """A ViT whose tokens halt."""
 
+    traces = True
+
     prior: Tensor
 
     def __init__(self, vit: VisionTransformer, config: AViTConfig) -> None:

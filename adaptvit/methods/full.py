@@ -29,6 +29,8 @@ class FullConfig(MethodConfig):
 class Full(AdaptiveViT):
     """timm's own forward, block by block."""
 
+    traces = True
+
     def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
         """Logits equal to `vit(images)`."""
         tokens, grid = self.start(images, layout or Packed)

@@ -25,6 +25,7 @@ from adaptvit.terminal import say
 from adaptvit.training.loop import check_shape, fingerprint, train
 from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import digest, save
+from adaptvit.weights.names import method_of
 from adaptvit.weights.opening import open_model, remade, start_from
 from adaptvit.weights.places import is_stored
 
@@ -73,6 +74,12 @@ class Run:
         if not stored and not timm.is_model(self.model):
             raise ValueError(
                 f"Run.model must be the name of a timm ViT, got {self.model!r}, which is no file or folder either"
+            )
+        if not stored and (kind := method_of(self.model)) is not None:
+            inside = kind.published.names[self.model].inside
+            raise ValueError(
+                f"Run.model must be the name of a plain ViT, got {self.model!r}, a model of {kind.title}: take "
+                f"{inside!r}, and the method {kind.method!r}"
             )
         if stored and self.weights is not None:
             raise ValueError(
