@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 import adaptvit
-from adaptvit.data import digits
+from adaptvit.data import open_digits
 
 METHODS = {
     "avit": adaptvit.AViTConfig(gate_scale=4.0, gate_center=2.0, ponder_weight=0.1),
@@ -96,7 +96,7 @@ def moved(model: adaptvit.AdaptiveViT, before: dict[str, Tensor]) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    data = digits(32)
+    data = open_digits(32)
     for name, config in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             model = build(config)

@@ -20,10 +20,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
-from adaptvit.adapt import INFLECTIONS
 from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
-from adaptvit.methods.tome import fit_thresholds
+from adaptvit.methods.tome import INFLECTIONS, fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.weights.opening import start_from
 
