@@ -228,7 +228,7 @@ class AdaptiveViT(nn.Module, ABC):
 
     def to_the_end(self, images: Tensor) -> Output:
         """A forward that no image leaves early, so that the depth of every token in `usage` is its own."""
-        return self.run(images)
+        return self(images, detailed=True)
 
     @property
     def leaves_early(self) -> bool:

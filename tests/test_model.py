@@ -230,5 +230,5 @@ def test_whatever_looks_at_all_attributes_of_a_model_can() -> None:
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    assert adaptvit.__version__.split(".")[:2] == ["0", "1"]
+    assert adaptvit.__version__.split(".")[:2] == ["0", "2"]
     assert timm.is_model("avit_tiny_patch16_224")

@@ -231,7 +231,7 @@ class AViT(AdaptiveViT):
         return self.finish(output.to(tokens.x.dtype), usage, means=means)
 
     def to_the_end(self, images: Tensor) -> Output:
-        return self.run(images, early_exit=False)
+        return self(images, detailed=True, early_exit=False)
 
     def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""
