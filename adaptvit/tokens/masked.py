@@ -51,7 +51,10 @@ class Masked(Tokens):
         return type(self)(self.x, torch.zeros_like(self.live).scatter(1, index, True))
 
     def grid(self, t: Tensor) -> Tensor:
-        return t if self.mask is None else t.masked_fill(~self.mask.view(*self.shape, *[1] * (t.ndim - 2)), 0)
+        if self.mask is None:
+            return t
+        mask = self.mask.view(*self.shape, *[1] * (t.ndim - 2))
+        return t & mask if t.dtype == torch.bool else t.masked_fill(~mask, 0)  # onnxruntime fills no bools
 
     def spread(self, t: Tensor) -> Tensor:
         return t
