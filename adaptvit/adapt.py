@@ -1,15 +1,17 @@
 """A pretrained ViT made adaptive without training: what a method can find out from images alone, then its budget."""
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Annotated, Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from adaptvit.budget import Trial, Unit, check_target
-from adaptvit.checks import In, checked
+from adaptvit.checks import In, checked, quoted
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig
 from adaptvit.model import AdaptiveViT
+from adaptvit.terminal import warn
 
 
 @checked
@@ -29,14 +31,26 @@ def adapt(
     has a dial: `model.compute = 0.5` sets another budget later, without images.
 
     Args:
-        vit: A-ViT has a copy of it, turned to carry the fitted gate.
+        vit: a plain ViT. A-ViT has a copy of it, turned to carry the fitted gate.
         images: calibration batch, as the model takes them; the more, the better the budget holds on others.
-        config: the method; None merges patches that are alike, at the thresholds that ToMe's schedule leads to.
+        config: the method; None merges patches that are alike, at the thresholds that ToMe's schedule leads to. What it
+            finds out from the images (A-ViT's gate, merging's thresholds) replaces what these fields had, and a warning
+            says so where that was no default.
         target, unit, tolerance, labels, tell: as `meet_target` takes them.
     Raises:
-        TypeError: the method cannot run on this ViT.
+        TypeError: the method cannot run on this ViT, `vit` is adaptive already, or `config` is no config.
         ValueError: the method has to be trained, or a target that cannot be met.
     """
+    if isinstance(vit, AdaptiveViT):
+        raise TypeError(
+            f"adapt takes a plain ViT, got a {type(vit).__name__}: move its budget with adaptvit.meet_target, or adapt "
+            "its vit"
+        )
+    if config is not None and not isinstance(config, MethodConfig):
+        raise TypeError(
+            f"config must be a method's, such as adaptvit.EViTConfig(), got {quoted(config)}: "
+            "adapt(vit, images, 0.6, adaptvit.EViTConfig())"
+        )
     check_target(target, unit)
     config = METHODS[DEFAULT]() if config is None else config
     if config.trained:
@@ -44,4 +58,16 @@ def adapt(
             f"{config.title} decides by what training gives it, which images alone cannot: train it, and then give it "
             "a budget with meet_target"
         )
-    return config.fit(vit, images, target, unit=unit, tolerance=tolerance, labels=labels, tell=tell)
+    model = config.fit(vit, images, target, unit=unit, tolerance=tolerance, labels=labels, tell=tell)
+    for name, given, found in _replaced(config, model.config):
+        told = f"{found!r}, not the {given!r} given"
+        warn(f"{type(config).__name__}.{name} is fitted to the images: {told}", stacklevel=2)
+    return model
+
+
+def _replaced(given: Any, found: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Fields beside the knob that had no default and were fitted: name, before, after."""
+    for one in fields(given):
+        before, after = getattr(given, one.name), getattr(found, one.name)
+        if before not in (one.default, after) and one.name != given.knob.field:
+            yield one.name, before, after

@@ -169,7 +169,7 @@ def _search(
             reached = target / (1 + there) if unit == "images_per_s" else target * (1 + there)
             raise OutOfReach(
                 f"no {knob.field} meets the target of {target:g} ({unit}): the nearest is {reached:.3g}; set "
-                f"{type(config).__name__}'s other fields to spend less, or ask for less"
+                f"{type(config).__name__}'s other fields otherwise, or ask for another"
             )
     frugal, generous = (value, near) if over > 0 else (near, value)
     while abs(generous - frugal) > FINEST * knob.step:

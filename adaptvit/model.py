@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Set
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from adaptvit.backbones.base import (
 )
 from adaptvit.backbones.forward import Projected, classify, embed, run_block
 from adaptvit.backbones.sizes import head_macs, shape_of
+from adaptvit.checks import In, valid
 from adaptvit.macs import Shape
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import Output, Usage
@@ -89,9 +90,11 @@ class AdaptiveViT(nn.Module, ABC):
         depth, heads: blocks of the ViT, and attention heads of each of them.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
-        dial: what values of the knob cost; None until `config.fit` or `measure_dial` has measured it.
+        dial: what values of the knob cost; None until `config.fit` or `measure_dial` has measured it, and again once
+            the weights are trained: `model.dial = adaptvit.measure_dial(model, images)` measures it anew.
         terms_scale: what a loop multiplies its loss by before the gradient is taken, 1 unless it sets this: 1 / n where
-            it adds up the gradients of n steps. Loss terms that logits carry are multiplied by it too.
+            it adds up the gradients of n steps, or of n replicas of `nn.DataParallel`. Loss terms that logits carry are
+            multiplied by it too.
     """
 
     moves: ClassVar[Set[str]] = frozenset()
@@ -107,6 +110,11 @@ class AdaptiveViT(nn.Module, ABC):
                 names the part.
         """
         super().__init__()
+        if not (is_dataclass(type(config)) and isinstance(getattr(config, "method", None), str)):
+            raise TypeError(
+                f"{type(config).__name__} must be a frozen dataclass with the name of its method: "
+                '@dataclass(frozen=True, kw_only=True), and method: ClassVar[str] = "norm"'
+            )
         check(vit)
         check_offers(vit, getattr(config, "needs", frozenset()), getattr(config, "title", config.method))
         self.vit = vit
@@ -140,8 +148,12 @@ class AdaptiveViT(nn.Module, ABC):
             ValueError: loss terms in float16, whose losses are scaled by a factor that cannot be known here.
             What the ViT and the method raise of images that they do not take.
         """
+        if layout is not None and not (isinstance(layout, type) and issubclass(layout, Tokens)):
+            raise TypeError(f"layout must be adaptvit.Packed, adaptvit.Masked or None, got {layout!r}")
         if torch.jit.is_tracing():
             layout = self._traced(layout)
+        if self.dial is not None and self.training and torch.is_grad_enabled():
+            self.dial = None  # it was measured on weights that are about to change
         output = self.run(images, layout, **options)
         if detailed:
             return output
@@ -268,6 +280,7 @@ class AdaptiveViT(nn.Module, ABC):
 
     @compute.setter
     def compute(self, share: float) -> None:
+        valid("compute", share, Annotated[float, In("(0, inf)")])
         if self.dial is None:
             raise ValueError(
                 "compute needs a dial, measured on images: make the model with adaptvit.adapt, or give it one with "
@@ -372,7 +385,7 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, scale: float, *terms: Tensor) -> Tensor:
         ctx.gradients = [torch.full_like(term, scale) for term in terms]
-        return logits.view_as(logits)
+        return logits.clone()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TextIO
 
 
@@ -47,7 +48,7 @@ def leave(file: TextIO) -> None:
 def word_after(words: Sequence[str], option: str) -> str | None:
     """The value of an option among words that are not parsed yet, the last one where there are several."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         name, equals, value = word.partition("=")
         if name == option:
             found = value if equals else following

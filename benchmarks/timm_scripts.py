@@ -1,5 +1,6 @@
 """timm's own scripts on adaptive models: train, validate, benchmark, inference and onnx_export, from a clone of timm.
 
+    pip install onnx onnxruntime pandas
     git clone --branch v1.0.28 https://github.com/huggingface/pytorch-image-models timm_clone
     python benchmarks/timm_scripts.py timm_clone [NAME ...]
 

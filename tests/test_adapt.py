@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import images, small_vit
 
-from adaptvit import MergeConfig, ToMeConfig, adapt, load, meet_target, save
+from adaptvit import AViTConfig, EViTConfig, FullConfig, MergeConfig, ToMeConfig, adapt, load, meet_target, save
 from adaptvit.budget import attempt
 from adaptvit.methods import METHODS, untrained
 from adaptvit.methods.tome import INFLECTIONS, fit_thresholds
@@ -101,3 +101,19 @@ def test_what_a_vit_or_a_method_cannot_do_is_said(
     vit = small_vit(flavour).eval()
     with pytest.raises(kind, match=said):
         adapt(vit, images(vit), target, METHODS[method]())
+
+
+def test_what_is_no_plain_vit_or_no_config_is_refused_in_a_sentence() -> None:
+    vit = small_vit()
+    with pytest.raises(TypeError, match=r"config must be a method's, such as adaptvit\.EViTConfig\(\), got 'evit'"):
+        adapt(vit, images(vit), 0.6, "evit")
+    with pytest.raises(TypeError, match=r"config must be a method's"):
+        adapt(vit, images(vit), 0.6, EViTConfig)
+    with pytest.raises(TypeError, match="adapt takes a plain ViT, got a Full: move its budget"):
+        adapt(FullConfig().build(vit), images(vit), 0.6)
+
+
+def test_fields_that_fitting_replaces_are_named() -> None:
+    vit = small_vit(img_size=64)
+    with pytest.warns(UserWarning, match=r"AViTConfig\.gate_scale is fitted to the images: .*, not the 5\.0 given"):
+        adapt(vit, images(vit, count=4), 0.8, AViTConfig(gate_scale=5.0))

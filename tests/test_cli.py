@@ -511,3 +511,10 @@ def test_what_is_no_image_size_is_refused(size: str, capsys: pytest.CaptureFixtu
     assert cli.main(["train", "digits", "--img_size", size]) == 2
     (line,) = said(capsys).splitlines()
     assert "img_size" in line
+
+
+def test_no_words_are_told_what_there_is(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('adaptvit: expected "command" to be one of {train,compare,')
+    assert error.count("\n") == 1

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptvit
-from adaptvit import AViTConfig, DynamicViTConfig, Packed, adapt
+from adaptvit import AViTConfig, DropConfig, DynamicViTConfig, Packed, adapt
 from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.model import AdaptiveViT
 
@@ -53,8 +53,9 @@ def test_layers_have_timms_groups_and_the_methods_own_parameters_the_last() -> N
     assert len({group["lr_scale"] for group in optimizer.param_groups}) == model.depth + 2
 
 
-def test_gradient_checkpointing_is_refused_wherever_it_is_set() -> None:
-    model = AViTConfig().build(small_vit())
+@pytest.mark.parametrize("method", ["full", "avit", "avit, official", "adavit", "tome"])
+def test_gradient_checkpointing_is_refused_wherever_it_is_set(method: str) -> None:
+    model = METHODS[method].build(small_vit()).train()
     model.set_grad_checkpointing(False)
     with pytest.raises(NotImplementedError, match="gradient checkpointing"):
         model.set_grad_checkpointing()
@@ -227,6 +228,37 @@ def test_a_trace_holds_for_other_images_or_is_refused(method: str) -> None:
 def test_whatever_looks_at_all_attributes_of_a_model_can() -> None:
     for config in METHODS.values():
         inspect.getmembers(config.build(small_vit()))
+
+
+def test_training_in_any_loop_takes_the_dial_away() -> None:
+    model = adapt(small_vit(img_size=64), PICTURES, 0.8, AViTConfig())
+    for train, gradients in ((False, True), (True, False)):
+        with torch.set_grad_enabled(gradients):
+            model.train(train)(PICTURES)
+        assert model.compute == pytest.approx(0.8, abs=0.02)
+    model.train()(PICTURES)
+    assert model.compute is None
+
+
+def test_logits_in_training_can_be_changed_in_place() -> None:
+    model = build("avit")
+    logits = model(PICTURES)
+    logits /= 2
+    logits[:, 0].mul_(3)
+    logits.sum().backward()
+
+
+def test_a_layout_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"layout must be adaptvit\.Packed, adaptvit\.Masked or None, got True"):
+        build("full")(PICTURES, True)
+
+
+def test_a_config_without_the_name_of_its_method_is_refused() -> None:
+    class Nameless(DropConfig):
+        def decide(self, before: Any, after: Any, block: int) -> None: ...
+
+    with pytest.raises(TypeError, match="Nameless must be a frozen dataclass with the name of its method"):
+        Nameless().build(small_vit())
 
 
 def test_the_version_is_that_of_the_package() -> None:

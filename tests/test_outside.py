@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import timm
 import torch
+from models import images, small_vit
 from samples import picture
 from test_imports import PACKAGE, imported, modules
 
-from adaptvit import FullConfig, MethodConfig, adapt, cli, load, save
+from adaptvit import DropConfig, FullConfig, Masked, MethodConfig, Packed, Tokens, adapt, cli, load, save
 from adaptvit.commands.sessions import Playground, PlaygroundConfig, Session
 from adaptvit.methods import METHODS, Named, Published
 from adaptvit.weights.names import default_cfgs, method_of
@@ -123,6 +126,34 @@ def test_timm_learns_the_names_that_it_declares(example: type[MethodConfig]) -> 
         default_cfgs.pop("norm_mini_patch16_32")
     assert model.config == kind(threshold=0.5)
     assert model.pretrained_cfg["crop_pct"] == 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenConfig(DropConfig):
+    """Drops what it is told to, after the first block."""
+
+    method: ClassVar[str] = "given"
+    going: Any = None
+
+    def decide(self, before: Tokens, after: Tokens, block: int) -> Any:
+        return self.going if block == 0 else None
+
+
+def test_a_decision_of_another_kind_is_refused_in_a_sentence() -> None:
+    vit = small_vit().eval()
+    for going in (torch.ones(3, 17), torch.ones(3, 16, dtype=torch.bool), [True]):
+        with pytest.raises(TypeError, match=r"GivenConfig\.decide must give a bool tensor \(3, 17\), .* or None; got "):
+            GivenConfig(going=going).build(vit)(images(vit))
+
+
+@pytest.mark.parametrize("layout", [Masked, Packed])
+def test_an_image_of_which_nothing_would_go_on_keeps_what_it_has(layout: type[Tokens]) -> None:
+    vit = small_vit("average pool, no class token").eval()
+    going = torch.ones(3, 16, dtype=torch.bool)
+    going[0], going[1, 3:] = False, False
+    output = GivenConfig(going=going).build(vit)(images(vit), layout, detailed=True)
+    assert output.usage.attended[:, 1].tolist() == [16, 3, 16]
+    torch.testing.assert_close(output.logits[::2], vit(images(vit))[::2], atol=1e-5, rtol=1e-5)
 
 
 def test_two_methods_of_one_name_are_refused(example: type[MethodConfig], known: str) -> None:

@@ -1,7 +1,7 @@
 """What a host is: a timm ViT that is reproduced exactly, what it offers to methods, and what its parts say of it.
 
-`check` refuses, by name, what is not reproduced. No module of the package but those of this folder, and
-`adaptvit.flax.convert`, reads a timm model's attributes.
+`check` refuses, by name, what is not reproduced. No module reads a timm model's blocks but those of this folder,
+`adaptvit.flax.convert`, and A-ViT's released pass, whose gradients no block of timm's has.
 """
 
 from collections.abc import Callable, Set

@@ -1,7 +1,7 @@
 """A timm block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
 
 `Masked` computes everything and multiplies by the gates, which is the definition and passes their gradients. `Packed`
-computes what is on and nothing else. With `forward.py` this is the door to timm: no other module reads a block.
+computes what is on and nothing else. With `forward.py` this is the door to timm's blocks.
 
 Letters: B images, N token slots, T tokens of a part of the batch, D channels, H heads, d channels per head, F hidden
 channels of the MLP.

@@ -133,7 +133,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
     model.train(config.train)
-    passes = {"dense": vit} | {name: partial(model, layout=layout) for name, layout in LAYOUTS.items()}
+    passes = {"dense": vit} | {name: partial(_with_terms, model, layout) for name, layout in LAYOUTS.items()}
     with torch.set_grad_enabled(config.train):
         outputs = [model(batch, detailed=True) for batch in batches]
     check_finite(torch.cat([output.logits.detach() for output in outputs]), "logits")
@@ -211,6 +211,12 @@ def _around(method: Any, vit: VisionTransformer, like: AdaptiveViT) -> AdaptiveV
     own = {name: value for name, value in like.state_dict().items() if not name.startswith("vit.")}
     model.load_state_dict(own, strict=False)
     return model
+
+
+def _with_terms(model: AdaptiveViT, layout: Any, images: Tensor) -> Tensor:
+    """Logits with the sum of the loss terms, in any precision."""
+    output = model(images, layout, detailed=True)
+    return output.logits + sum(output.terms.values())
 
 
 def _evaluate(run: Any, batches: tuple[Tensor, ...]) -> None:

@@ -310,13 +310,15 @@ class _Compared:
         return adapt(self.dense.vit, self.calibration, entry.budget, METHODS[entry.name]())
 
     def rebuild(self, entry: Entry, record: dict[str, Any]) -> AdaptiveViT:
-        """The model that a record is of, from its config."""
+        """The model that a record is of, from its config; fitted anew where that does not say all of it."""
         if entry.budget is None:
             return self.made(entry)
         config = METHODS[entry.name](**record["config"])
         if entry.name not in self.prepared:
             self.prepared[entry.name] = config.prepared(self.dense.vit, self.calibration)
-        return config.build(self.prepared[entry.name])
+        model = config.build(self.prepared[entry.name])
+        own = [name for name in model.state_dict() if not name.startswith("vit.")]
+        return self.made(entry) if own else model
 
     def speeds(self, models: Mapping[Entry, AdaptiveViT]) -> dict[str, Any]:
         """Speeds by label, all models in turns, and the load average before and after; measured once."""
@@ -391,7 +393,7 @@ class _Compared:
             f"{self.config.model}, {dense['images']} images of {source} measured; {len(self.aside)} others, "
             f"spread over the split, were set aside to fit methods and budgets.{unreadable}",
             "Nothing was trained here. Methods with a budget were fitted to it; files come fine-tuned, at their own. "
-            f"{named('control')} drops as many patches as ats, but any.",
+            f"{named('control')} is the control: it drops patches, but any.",
         ]
 
     def conditions(self) -> dict[str, Any]:

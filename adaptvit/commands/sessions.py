@@ -391,12 +391,13 @@ class View:
         colour.
 
         Raises:
-            ValueError: there is no such block.
+            ValueError: there is no such block, or the method does not track token slots.
         """
         if not 1 <= number <= self.blocks:
             raise ValueError(f"block must lie in 1..{self.blocks}, got {number}")
         usage, patches = self.usage, slice(self.usage.prefix, None)
-        assert usage.live is not None  # the library's own methods track slots
+        if usage.live is None:
+            raise ValueError("Usage.live is None: this method does not track token slots, so blocks cannot be shown")
         live = usage.live[:, number - 1, patches]
         tokens, count = int(live.sum()), live.shape[1]
         if usage.groups is not None:

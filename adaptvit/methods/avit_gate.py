@@ -14,11 +14,10 @@ from adaptvit.backbones.base import check_offers, prefix_tokens
 from adaptvit.backbones.forward import attention_received, embed, project, run_block
 from adaptvit.backbones.sizes import shape_of
 from adaptvit.backbones.turn import set_channel
+from adaptvit.budget import BATCH
 from adaptvit.methods.regression import Regression, importance
 from adaptvit.tokens import Masked, Tokens
 from adaptvit.usage import check_finite
-
-BATCH = 32
 
 
 def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:

@@ -89,7 +89,11 @@ class Published:
 
 
 class MethodConfig(ABC):
-    """A method's numbers, a frozen dataclass of them: what a method kept elsewhere derives from."""
+    """A method's numbers, a frozen dataclass of them: what a method kept elsewhere derives from.
+
+    It writes `method` and `build`, and `fitted` where images tell more than where the knob belongs; `fit`, which
+    callers call, is that with the knob turned.
+    """
 
     method: ClassVar[str]
     """Name of the method: on the command line, in checkpoints and tables."""
@@ -221,7 +225,8 @@ class DropConfig(MethodConfig):
             before: the tokens as the block got them.
             after: the same tokens as it leaves them.
         Returns:
-            (B, N) bool, of which prefix tokens and dead slots do not matter; None drops nothing.
+            (B, N) bool, of which prefix tokens and dead slots do not matter; None drops nothing. An image that has no
+            prefix tokens, and of which nothing would go on, keeps what it has.
         """
 
     def build(self, vit: VisionTransformer) -> "DroppingViT":
@@ -241,10 +246,19 @@ class DroppingViT(AdaptiveViT):
             going = None if number == self.depth - 1 else self.config.decide(before, tokens, number)
             if going is not None:
                 live = tokens.live
-                tokens = tokens.keep(going | prefix)
+                self._check_decided(going, live)
+                tokens = tokens.keep(going | (prefix if self.prefix else ~(going & live).any(dim=1, keepdim=True)))
                 depth = depth.masked_fill(live & ~tokens.live, number + 1)
         usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
         return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live)
+
+    def _check_decided(self, going: Tensor, live: Tensor) -> None:
+        if not isinstance(going, Tensor) or (going.dtype, going.shape) != (torch.bool, live.shape):
+            got = f"{going.dtype} {tuple(going.shape)}" if isinstance(going, Tensor) else type(going).__name__
+            raise TypeError(
+                f"{type(self.config).__name__}.decide must give a bool tensor {tuple(live.shape)}, for each image and "
+                f"token slot, prefix tokens first, or None; got {got}"
+            )
 
 
 class Methods(Mapping[str, type[MethodConfig]]):

@@ -206,7 +206,6 @@ class _Training:
             self._restore()
         elif resume and self.accelerator.is_main_process:
             self.checkpoints.tell_of_others()
-        self.model.dial = None  # measured on the weights before
         if self.recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):

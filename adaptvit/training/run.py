@@ -76,7 +76,7 @@ class Run:
                 f"Run.model must be the name of a timm ViT, got {self.model!r}, which is no file or folder either"
             )
         if not stored and (kind := method_of(self.model)) is not None:
-            inside = kind.published.names[self.model].inside
+            inside = kind.published.names[self.model.partition(".")[0]].inside
             raise ValueError(
                 f"Run.model must be the name of a plain ViT, got {self.model!r}, a model of {kind.title}: take "
                 f"{inside!r}, and the method {kind.method!r}"

@@ -37,7 +37,7 @@ class Tally:
             self.sums[f"terms.{name}"] += images * term.item()
         if usage.live is not None:
             depth = usage.patch_depth
-            self.sums["depth"] += depth.double().mean(dim=(1, 2)).sum().item()
+            self.sums["depth"] += depth.double().flatten(1).mean(dim=1).sum().item()
             self.depths = (min(self.depths[0], int(depth.min())), max(self.depths[1], int(depth.max())))
 
     def line(self) -> str:

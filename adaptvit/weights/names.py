@@ -21,8 +21,9 @@ default_cfgs = generate_default_cfgs({})  # timm looks for this name in the modu
 
 
 def method_of(name: str) -> type[MethodConfig] | None:
-    """The method whose model a name is; None of timm's own, and of what is no model's name."""
-    return next((kind for kind in METHODS.values() if name in kind.published.names), None)
+    """The method whose model a name is, timm's tag of weights aside; None of timm's own, and of what is no name."""
+    bare = name.partition(".")[0]
+    return next((kind for kind in METHODS.values() if bare in kind.published.names), None)
 
 
 def all_names() -> list[str]:

@@ -34,6 +34,11 @@ class ReleasedATSConfig(ATSConfig):
     masks. `single`: in every block, as it does for an image by itself. `prune`: where no image of the batch has more
     patches, as it does for a batch; the result then depends on the other images."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler != ATSConfig.sampler:
+            raise ValueError(f"ReleasedATSConfig.sampler is the released one, got {self.sampler!r}: leave it out")
+
     def build(self, vit: VisionTransformer) -> "ReleasedATS":
         """Wrap `vit`, sharing its weights; no parameter is added."""
         return ReleasedATS(vit, self)

@@ -9,7 +9,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, xlogy
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit.backbones.forward import embed
 from adaptvit.methods.avit import AViT, AViTConfig, each
 from adaptvit.methods.base import Role
 from adaptvit.methods.priors import released_target
@@ -42,6 +41,10 @@ class ReleasedAViTConfig(AViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.divergence != AViTConfig.divergence:
+            raise ValueError(
+                f"ReleasedAViTConfig.divergence is the released one, got {self.divergence!r}: leave it out"
+            )
         for depth in each(self.prior_depth):
             if depth < 2 or depth % 1:
                 raise ValueError(
@@ -82,7 +85,8 @@ class ReleasedAViT(AViT):
 
 def released_pass(model: ReleasedAViT, images: Tensor) -> Output:
     """The full pass, every slot in every block, with the released losses."""
-    x, grid = embed(model.vit, images)
+    tokens, grid = model.start(images, Masked)
+    x = tokens.x
     live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     total = torch.zeros(live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     rho, output = total, total.new_zeros(())
