@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import (
     check,
+    check_called_by_parts,
     check_offers,
     class_count,
     input_size,
@@ -183,6 +184,7 @@ class AdaptiveViT(nn.Module, ABC):
         """How a forward begins: the ViT's embedding of the images in a layout, and their grid of patches."""
         if self.vit.grad_checkpointing:
             self.set_grad_checkpointing()
+        check_called_by_parts(self.vit)
         x, grid = embed(self.vit, images)
         return layout.of(x), grid
 

@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from adaptvit.backbones.maps import is_hooked
 from adaptvit.backbones.parts import Mixer, PartsViT, TokenPart
 from adaptvit.backbones.t2t import TokensToToken
 
@@ -60,6 +61,25 @@ def check(vit: Any) -> None:
         )
     if vit.grad_checkpointing:
         raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
+
+
+def check_called_by_parts(vit: VisionTransformer) -> None:
+    """Refuse what somebody put around or on a block, or its attention, as wholes: blocks run by parts.
+
+    Raises:
+        NotImplementedError: naming it.
+    """
+    for number, block in enumerate(vit.blocks):
+        if type(block) is not Block:
+            raise NotImplementedError(
+                f"{type(block).__name__} around block {number} of {model_name(vit)} would not act: blocks run by parts"
+            )
+        for module in (block, block.attn):
+            if is_hooked(module):
+                raise NotImplementedError(
+                    f"a hook on {type(module).__name__} in block {number} of {model_name(vit)} would not be called: "
+                    "blocks run by parts, and hooks on those are called (norms, qkv, proj, mlp, fc1, fc2)"
+                )
 
 
 def _in_place_of_attention(vit: VisionTransformer) -> str | None:

@@ -9,9 +9,9 @@ import torch
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from adaptvit.backbones.base import check_images, patch_grid
+from adaptvit.backbones.maps import is_hooked, is_plain, some_outputs
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.tokens import Tokens
 
@@ -85,8 +85,8 @@ def add_attention(
     rows = tokens
     if chosen is None:
         q, k, v = projected or project(block, tokens)
-    elif projected is not None:
-        q, k, v = projected
+    elif projected is not None or not is_plain(attn.qkv):
+        q, k, v = projected or project(block, tokens)
         rows, (q,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), q)
     else:  # without the queries of the others
         normed = on_tokens(block.norm1, tokens.x, tokens)
@@ -130,10 +130,9 @@ def project_normed(block: Block, tokens: Tokens, normed: Tensor) -> Projected:
 def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
     """Those of queries, keys and values that stand in these rows of their common linear map, by head."""
     attn = block.attn
-    weight = attn.qkv.weight[rows]
-    out = linear(normed, weight, None if attn.qkv.bias is None else attn.qkv.bias[rows])
-    parts = len(weight) // attn.attn_dim
-    return out.view(*normed.shape[:-1], parts, attn.num_heads, attn.head_dim).unbind(-3)
+    out = some_outputs(attn.qkv, normed, rows)
+    parts = out.shape[-1] // attn.attn_dim
+    return out.reshape(*normed.shape[:-1], parts, attn.num_heads, attn.head_dim).unbind(-3)
 
 
 def attention_received(tokens: Tokens, projected: Projected, slots: int | None) -> Tensor:
@@ -161,7 +160,8 @@ def add_mlp(block: Block, tokens: Tokens, normed: Tensor | None = None) -> Token
         return through(block.ls2, block.mlp(block.norm2(read) if normed is None else read))
 
     read = x if normed is None else normed
-    if torch.is_grad_enabled() or block.training or x.device.type != "cpu" or x.shape[:-1].numel() <= MLP_ROWS:
+    whole = torch.is_grad_enabled() or block.training or x.device.type != "cpu" or is_hooked(block.mlp)
+    if whole or x.shape[:-1].numel() <= MLP_ROWS:
         return add_branch(tokens, mlp(read), block.drop_path2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = (out.view(-1, x.shape[-1]), x.flatten(0, -2), read.flatten(0, -2))

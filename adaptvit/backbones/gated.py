@@ -17,10 +17,10 @@ import torch
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.forward import MLP_ROWS, add_branch, on_tokens, project_normed, through
+from adaptvit.backbones.maps import is_plain, of_nothing, some_inputs, some_outputs
 from adaptvit.macs import Shape
 from adaptvit.tokens import Masked, Packed, Tokens
 
@@ -272,7 +272,7 @@ def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside:
     """What the attention sub-layer adds to the rows of `target`, which stand at `inside` in the part."""
     attn = block.attn
     if part.runs == () and takes != "identity":
-        return through(block.ls1, normed.new_zeros(1, 1) if attn.proj.bias is None else attn.proj.bias[None])
+        return through(block.ls1, of_nothing(attn.proj, normed, attn.attn_dim))
     every = ((0, attn.num_heads),)
     keys = Packed(normed, part.shape, part.slots)
     queries = keys if inside is None else Packed(normed[inside], part.shape, target.slots)
@@ -285,8 +285,8 @@ def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside:
     runs = every if part.runs is None or takes == "identity" else part.runs
     if attn.gate is not None:
         for channels in _channels(runs, attn.head_dim):
-            out[:, channels] *= _rows(attn.gate, queries.x, channels).sigmoid()
-    return through(block.ls1, _columns(attn.proj, out, _channels(runs, attn.head_dim)))
+            out[:, channels] *= some_outputs(attn.gate, queries.x, channels).sigmoid()
+    return through(block.ls1, some_inputs(attn.proj, out, _channels(runs, attn.head_dim)))
 
 
 def _attend_runs(
@@ -295,22 +295,37 @@ def _attend_runs(
     """Attention of these heads: (T, H, d) of the queries; heads that are off give 0, or their values if `identity`."""
     attn = block.attn
     size, width = attn.head_dim, attn.attn_dim
+    if not is_plain(attn.qkv):
+        return _attend_whole(block, keys, queries, runs, inside, takes)
     if takes == "identity":
-        values = _rows(attn.qkv, keys.x, slice(2 * width, None)).unflatten(-1, (-1, size))
+        values = some_outputs(attn.qkv, keys.x, slice(2 * width, None)).unflatten(-1, (-1, size))
         out = values.clone() if inside is None else values[inside]
     else:
         out = queries.x.new_zeros(len(queries.x), attn.num_heads, size)
     for run, channels in zip(runs, _channels(runs, size), strict=True):
         first, last = channels.start, channels.stop
-        q = _rows(attn.qkv, queries.x, slice(first, last)).unflatten(-1, (-1, size))
-        k = _rows(attn.qkv, keys.x, slice(width + first, width + last)).unflatten(-1, (-1, size))
+        q = some_outputs(attn.qkv, queries.x, slice(first, last)).unflatten(-1, (-1, size))
+        k = some_outputs(attn.qkv, keys.x, slice(width + first, width + last)).unflatten(-1, (-1, size))
         if takes == "identity":
             v = values[:, slice(*run)]
         else:
-            v = _rows(attn.qkv, keys.x, slice(2 * width + first, 2 * width + last)).unflatten(-1, (-1, size))
+            v = some_outputs(attn.qkv, keys.x, slice(2 * width + first, 2 * width + last)).unflatten(-1, (-1, size))
         q, k = on_tokens(attn.q_norm, q, queries), on_tokens(attn.k_norm, k, keys)
         out[:, slice(*run)] = keys.attend(q, k, v, queries)
     return out
+
+
+def _attend_whole(
+    block: Block, keys: Packed, queries: Packed, runs: Runs, inside: Tensor | None, takes: Takes
+) -> Tensor:
+    """`_attend_runs` where queries, keys and values come of one call, so that those of all heads are there."""
+    q, k, v = project_normed(block, keys, keys.x)
+    mixed = keys.attend(q if inside is None else q[inside], k, v, queries)
+    on = torch.zeros(mixed.shape[-2], 1, dtype=torch.bool, device=mixed.device)
+    for run in runs:
+        on[slice(*run)] = True
+    off = (v if inside is None else v[inside]) if takes == "identity" else torch.zeros_like(mixed)
+    return torch.where(on, mixed, off)
 
 
 def _mlp(block: Block, x: Tensor, runs: Runs | None, takes: Takes) -> Tensor:
@@ -323,12 +338,13 @@ def _mlp(block: Block, x: Tensor, runs: Runs | None, takes: Takes) -> Tensor:
     if takes == "hidden":
         shares = _channels(runs, mlp.fc1.out_features // heads)
         hidden = x.new_zeros(len(x), mlp.fc1.out_features)
+        whole = None if is_plain(mlp.fc1) else mlp.fc1(x)
         for share in shares:
-            hidden[:, share] = mlp.act(_rows(mlp.fc1, x, share))
-        return _columns(mlp.fc2, hidden, shares)
+            hidden[:, share] = mlp.act(some_outputs(mlp.fc1, x, share) if whole is None else whole[:, share])
+        return some_inputs(mlp.fc2, hidden, shares)
     channels = _channels(runs, x.shape[1] // heads)
     if type(mlp) is Mlp:
-        return mlp.fc2(through(mlp.norm, mlp.act(_columns(mlp.fc1, x, channels))))
+        return mlp.fc2(through(mlp.norm, mlp.act(some_inputs(mlp.fc1, x, channels))))
     kept = torch.zeros_like(x)
     for some in channels:
         kept[:, some] = x[:, some]
@@ -339,30 +355,13 @@ def _mlp_of_nothing(block: Block, x: Tensor, takes: Takes) -> Tensor:
     """What the MLP gives when every head is off, the same for all tokens: (1, D)."""
     mlp = block.mlp
     if takes == "hidden":
-        return x.new_zeros(1, x.shape[1]) if mlp.fc2.bias is None else mlp.fc2.bias[None]
-    hidden = x.new_zeros(1, mlp.fc1.out_features) if mlp.fc1.bias is None else mlp.fc1.bias[None]
+        return of_nothing(mlp.fc2, x, mlp.fc1.out_features)
+    hidden = of_nothing(mlp.fc1, x, x.shape[1])
     return mlp.fc2(through(mlp.norm, mlp.act(hidden)))
 
 
 def _channels(runs: Runs, size: int) -> list[slice]:
     return [slice(first * size, last * size) for first, last in runs]
-
-
-def _rows(layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
-    """Some output channels of a linear map."""
-    return linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
-
-
-def _columns(layer: nn.Linear, x: Tensor, columns: list[slice]) -> Tensor:
-    """A linear map of some input channels, at least one range of them."""
-    first, *others = columns
-    out = linear(x[:, first], layer.weight[:, first], layer.bias)
-    for some in others:
-        if torch.is_autocast_enabled(x.device.type):  # it does not reach operations in place
-            out = out + linear(x[:, some], layer.weight[:, some])
-        else:
-            torch.addmm(out, x[:, some], layer.weight[:, some].t(), out=out)  # addmm_ is one that torch does not count
-    return out
 
 
 def gated_macs(

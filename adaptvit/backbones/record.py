@@ -130,7 +130,7 @@ def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
-        "qkv_bias": block.attn.qkv.bias is not None,
+        "qkv_bias": getattr(block.attn.qkv, "bias", None) is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "init_values": 1e-5 if isinstance(block.ls1, LayerScale) else None,
         "no_embed_class": vit.no_embed_class,
