@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import adaptvit
 from adaptvit import AViTConfig, DropConfig, DynamicViTConfig, Packed, adapt
 from adaptvit.methods import METHODS as CONFIGS
+from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
 
 PICTURES = images(small_vit(img_size=64), count=3)
@@ -259,6 +260,13 @@ def test_a_config_without_the_name_of_its_method_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Nameless must be a frozen dataclass with the name of its method"):
         Nameless().build(small_vit())
+
+
+def test_released_configs_refuse_fields_that_they_do_not_read() -> None:
+    with pytest.raises(ValueError, match=r"ReleasedATSConfig\.sampler is the released one, got 'gumbel'"):
+        ReleasedATSConfig(sampler="gumbel")
+    with pytest.raises(ValueError, match=r"ReleasedAViTConfig\.divergence is the released one"):
+        ReleasedAViTConfig(divergence="model||target")
 
 
 def test_the_version_is_that_of_the_package() -> None:

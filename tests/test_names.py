@@ -11,7 +11,7 @@ from adaptvit import MethodConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.avit import AViT
-from adaptvit.weights.names import default_cfgs
+from adaptvit.weights.names import default_cfgs, method_of
 
 NAMES = {
     "avit_tiny_patch16_224": (10.0, 30.0),
@@ -161,3 +161,8 @@ def test_dynamicvit_256_is_a_deit_of_256_channels() -> None:
 def test_t2t_vit_has_no_weights_to_download() -> None:
     with pytest.raises(ValueError, match=r"t2t_vit_14 has no weights to download.*adaptvit\.convert"):
         timm.create_model("ada_step_t2t_vit_14_lnorm", pretrained=True)
+
+
+def test_a_tag_of_weights_does_not_hide_whose_model_a_name_is() -> None:
+    assert method_of("avit_tiny_patch16_224.fb_in1k") is adaptvit.AViTConfig
+    assert method_of("deit_tiny_patch16_224.fb_in1k") is None
