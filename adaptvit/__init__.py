@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from adaptvit.adapt import adapt
+from adaptvit.backbones.families import FAMILIES, Family, Parts
 from adaptvit.backbones.parts import ViTConfig
 from adaptvit.budget import measure_dial, meet_target
 from adaptvit.macs import Shape, dense_macs, macs
@@ -24,6 +25,7 @@ from adaptvit.weights.published import convert
 __version__ = version("adaptvit")
 
 __all__ = [
+    "FAMILIES",
     "ATSConfig",
     "AViTConfig",
     "AdaViTConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "DropConfig",
     "DynamicViTConfig",
     "EViTConfig",
+    "Family",
     "FullConfig",
     "Knob",
     "Masked",
@@ -38,6 +41,7 @@ __all__ = [
     "MethodConfig",
     "Output",
     "Packed",
+    "Parts",
     "Shape",
     "ToMeConfig",
     "Tokens",

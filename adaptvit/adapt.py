@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Annotated, Any
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, checked, quoted
@@ -16,7 +15,7 @@ from adaptvit.terminal import warn
 
 @checked
 def adapt(
-    vit: VisionTransformer,
+    vit: nn.Module,
     images: Tensor,
     target: float,
     config: MethodConfig | None = None,

@@ -46,11 +46,28 @@ class BlockShape(NamedTuple):
     """MACs of what stands in the place of attention, for an image with any tokens; `heads` is then 0."""
     norms_over_tokens: bool = False
     """The MLP's norm is over all tokens attended to, so that attention updates them all, whatever is kept."""
+    maps: int = 0
+    """MACs of attention's linear maps for one token, where all tokens attended to go through them, whichever are
+    updated; 0 where queries and outputs are made of those that are updated."""
+    query_dim: int = 0
+    """Channels of a query in each head, where `head_dim` stands for products that are not all of as many; else 0."""
+    whole: bool = False
+    """All tokens attended to go through all of the block, whichever are handed on."""
+
+    @property
+    def spares_queries(self) -> bool:
+        """Whether the queries of tokens that are attended to alone are left out."""
+        return not (self.norms_over_tokens or self.maps or self.whole)
 
     @property
     def attention_width(self) -> int:
         """Channels of the queries."""
-        return self.heads * self.head_dim
+        return self.heads * self.key_dim
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a query or key in each head."""
+        return self.query_dim or self.head_dim
 
 
 class Shape(NamedTuple):
@@ -64,9 +81,11 @@ class Shape(NamedTuple):
     prefix: int
     """Class, distillation and register tokens."""
     head: int
-    """MACs of pooling and classifier for one image, beyond those of the next line."""
-    head_per_patch: int
-    """MACs of an attention pool for one patch; 0 where the ViT pools without one."""
+    """MACs of the classifier for one image."""
+    pool: int = 0
+    """MACs of an attention pool for one image, beyond those of the next line; 0 where the ViT pools without one."""
+    pool_per_patch: int = 0
+    """MACs of an attention pool for one patch."""
     stem: int = 0
     """MACs of the patch embedding for one image, beyond those by its patches and pairs of patches."""
     stem_per_pair: int = 0
@@ -99,20 +118,35 @@ def macs(usage: Counts, shape: Shape) -> Tensor:
     deciding = 0 if usage.deciding is None else usage.deciding
     patches = prod(usage.grid)
     stem = shape.stem + patches * (shape.stem_per_patch + patches * shape.stem_per_pair)
-    return (blocks + deciding).sum(dim=1) + stem + patches * shape.head_per_patch + shape.head
+    return (blocks + deciding).sum(dim=1) + stem + patches * shape.pool_per_patch + shape.pool + shape.head
 
 
 def block_macs(usage: Counts, shape: Shape) -> Tensor:
     """MACs of every block for each image, (B, L), from the counts."""
-    sizes = ("head_dim", "gated", "mlp_per_token", "mixing", "norms_over_tokens")
-    head_dim, gated, mlp, mixing, over_tokens = (shape.each(size, usage.attended) for size in sizes)
-    width = usage.heads * head_dim
-    queries = usage.updated + over_tokens * (usage.attended - usage.updated)
-    query_side = (2 + gated) * queries * shape.dim * width
-    key_side = 2 * usage.attended * shape.dim * width
-    products = 2 * queries * usage.attended * width
-    attention = (query_side + key_side + products + mixing) * usage.attention
-    return attention + usage.updated * mlp * usage.mlp
+    over = shape.each("norms_over_tokens", usage.attended)
+    queries = usage.updated + over * (usage.attended - usage.updated)
+    attention, mlp = sublayer_macs(shape, usage.heads, usage.attended, queries, usage.updated)
+    return attention * usage.attention + mlp * usage.mlp
+
+
+def sublayer_macs(
+    shape: Shape, heads: Tensor, attended: Tensor, queries: Tensor, through: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MACs of attention and MLP of every block for each image, (B, L) each.
+
+    Args:
+        heads: computed.
+        attended: tokens attended to.
+        queries: tokens that attention updates.
+        through: tokens that go through the MLP.
+    """
+    sizes = ("head_dim", "gated", "mlp_per_token", "mixing", "maps", "whole")
+    head_dim, gated, mlp, mixing, maps, whole = (shape.each(size, attended) for size in sizes)
+    width = heads * head_dim
+    queries, through = (count + whole * (attended - count) for count in (queries, through))
+    linear = (2 + gated) * queries * shape.dim * width + 2 * attended * shape.dim * width
+    linear = linear + (maps > 0 if isinstance(maps, Tensor) else bool(maps)) * (maps * attended - linear)
+    return linear + 2 * queries * attended * width + mixing, through * mlp
 
 
 def dense_macs(shape: Shape, grid: tuple[int, ...]) -> int:

@@ -1,32 +1,39 @@
 """What every adaptive model has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Callable, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import (
     check,
-    check_called_by_parts,
     check_offers,
     class_count,
+    class_names,
+    family_of,
     input_size,
     model_name,
     prefix_tokens,
     read_slots,
     timm_config,
 )
-from adaptvit.backbones.forward import Projected, classify, embed, run_block
+from adaptvit.backbones.blocks import Body, run_block, run_body
+from adaptvit.backbones.door import Acts, Attend, Between, Look
+from adaptvit.backbones.families import FAMILIES, find
+from adaptvit.backbones.forward import Source, enter, run, scores
+from adaptvit.backbones.guess import guess
 from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.checks import In, valid
 from adaptvit.macs import Shape
-from adaptvit.tokens import Masked, Tokens
+from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Output, Usage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,39 @@ class Dial:
         return float(np.interp(knob, self.knobs[::order], self.shares[::order]))
 
 
+class Left(NamedTuple):
+    """What a method leaves for the ViT to classify, and its record; `AdaptiveViT.finish` says what these are."""
+
+    x: Tensor
+    usage: Usage
+    live: Tensor | None
+    means: dict[str, Tensor]
+    sound: Tensor | None
+    terms: dict[str, Tensor] | None = None
+    """The loss terms, where they do not follow from `means`."""
+
+
+def once(decide: Callable[..., T]) -> Callable[..., T]:
+    """A decision that is made when it is first asked for, without gradients, and kept for whenever it is asked again.
+
+    A block may be run again, on the way back.
+    """
+    made: list[T] = []
+
+    def decided(*of: Any) -> T:
+        if not made:
+            with torch.no_grad():
+                made.append(decide(*of))
+        return made[0]
+
+    return decided
+
+
 class AdaptiveViT(nn.Module, ABC):
-    """A timm ViT that decides, per image, what to compute.
+    """A ViT that decides, per image, what to compute.
 
     Attributes:
-        vit: the timm model, whose parameters it trains.
+        vit: somebody else's model, whose parameters it trains.
         depth, heads: blocks of the ViT, and attention heads of each of them.
         prefix: class, distillation and register tokens.
         read: leading slots that the classifier reads; None where it pools all tokens.
@@ -103,7 +138,7 @@ class AdaptiveViT(nn.Module, ABC):
     traces: ClassVar[bool] = False
     """Whether `Masked` runs the same operations for every batch, so that `torch.jit.trace` freezes nothing."""
 
-    def __init__(self, vit: VisionTransformer, config: Any) -> None:
+    def __init__(self, vit: nn.Module, config: Any) -> None:
         """Wrap `vit`, in the mode (training or evaluation) that it is in.
 
         Raises:
@@ -116,9 +151,10 @@ class AdaptiveViT(nn.Module, ABC):
                 f"{type(config).__name__} must be a frozen dataclass with the name of its method: "
                 '@dataclass(frozen=True, kw_only=True), and method: ClassVar[str] = "norm"'
             )
+        self._family = None if FAMILIES.of(vit) else guess(vit)
         check(vit)
         check_offers(vit, getattr(config, "needs", frozenset()), getattr(config, "title", config.method))
-        self.vit = vit
+        self.vit: Any = vit
         self._config = config
         self.dial: Dial | None = None
         self.terms_scale = 1.0
@@ -155,7 +191,9 @@ class AdaptiveViT(nn.Module, ABC):
             layout = self._traced(layout)
         if self.dial is not None and self.training and torch.is_grad_enabled():
             self.dial = None  # it was measured on weights that are about to change
-        output = self.run(images, layout, **options)
+        layout = layout or self.usual_layout(**options)
+        with nullcontext() if self.differentiable(layout) else torch.no_grad():
+            output = self._classified(images, layout, options)
         if detailed:
             return output
         logits = output.logits
@@ -176,35 +214,69 @@ class AdaptiveViT(nn.Module, ABC):
         what = "packed tokens" if self.traces else f"what {self.config.title} decides"
         raise NotImplementedError(f"torch.jit.trace would freeze {what} as it is for these images")
 
-    @abstractmethod
-    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
-        """The method: from `start`, through the blocks, to `finish`; arguments as of `forward`."""
+    def _classified(self, images: Tensor, layout: type[Tokens], options: dict[str, Any]) -> Output:
+        """The ViT's forward, with the method between its embedding and its norm."""
+        if self._family is not None:
+            FAMILIES.keep(self.vit, self._family)  # which may be a copy of the one that it was guessed of
+        left: list[Left] = []
 
-    def start(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, tuple[int, ...]]:
-        """How a forward begins: the ViT's embedding of the images in a layout, and their grid of patches."""
-        if self.vit.grad_checkpointing:
-            self.set_grad_checkpointing()
-        check_called_by_parts(self.vit)
-        x, grid = embed(self.vit, images)
-        return layout.of(x), grid
+        def inside(x: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
+            left.append(self.run(layout.of(x).of_source(source), **options))
+            return left[0].x, left[0].live
+
+        logits, distilled = scores(run(self.vit, images, inside))
+        _, usage, _, means, sound, terms = left[0]
+        if sound is not None:
+            logits = logits.masked_fill(~sound.view(-1, *[1] * (logits.ndim - 1)), torch.nan)
+        terms = self.terms(means) if terms is None else terms
+        return Output(logits, replace(usage, shape=self.shape), terms, means, distilled)
+
+    def usual_layout(self, **options: Any) -> type[Tokens]:
+        """How tokens are executed unless `forward`, which has these options, is told."""
+        return Packed
+
+    def differentiable(self, layout: type[Tokens]) -> bool:
+        """Whether a forward has gradients."""
+        return True
+
+    @abstractmethod
+    def run(self, tokens: Tokens) -> "Left":
+        """The method: tokens as the first block receives them, through the blocks, to `finish`.
+
+        `forward` begins and ends with what is the ViT's own, and hands on the options that `run` takes beside.
+        """
+
+    def enter(self, images: Tensor, layout: type[Tokens]) -> Tokens:
+        """The tokens of images as the first block receives them, for who runs blocks one by one."""
+        return enter(self.vit, images, layout)
 
     def run_block(
         self,
         number: int,
         tokens: Tokens,
         chosen: Tensor | None = None,
-        projected: Projected | None = None,
         bias: Tensor | None = None,
+        look: Look | None = None,
+        attend: Attend | None = None,
+        between: Between | None = None,
+        every: bool = False,
     ) -> Tokens:
         """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
 
         Args:
-            chosen, projected, bias: as `adaptvit.backbones.forward.run_block` takes them.
+            every: all slots, also of the last.
+            chosen, bias, look, attend, between: what is done in the block, as `adaptvit.backbones.door.Acts` says.
+                Where gradients are checkpointed, `look` and `between` run twice: what they decide, they decide `once`.
         """
-        if chosen is None and self.reads_few(number):
+        if chosen is None and self.reads_few(number) and not every:
             assert self.read is not None
             chosen = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.read
-        return run_block(self.vit.blocks[number], tokens, chosen, projected, bias)
+        acts = Acts(chosen, bias, look, attend, between)
+        return run_block(self.vit, number, tokens, acts, self.training and self.checkpoints)
+
+    def run_body(self, number: int, tokens: Tokens, body: Body) -> Tokens:
+        """Block `number` called as a module, with something in the place of its forward."""
+        return run_body(self.vit, number, tokens, body, self.training and self.checkpoints)
 
     def reads_few(self, block: int) -> bool:
         """Whether only leading slots are read of what a block leaves: it is the last, and not all are pooled."""
@@ -221,8 +293,8 @@ class AdaptiveViT(nn.Module, ABC):
         live: Tensor | None = None,
         means: dict[str, Tensor] | None = None,
         sound: Tensor | None = None,
-    ) -> Output:
-        """How a forward ends.
+    ) -> "Left":
+        """How a `run` ends.
 
         Args:
             x: (B, R, D), the slots that the classifier reads.
@@ -230,11 +302,7 @@ class AdaptiveViT(nn.Module, ABC):
             means: what `terms` makes the loss terms of.
             sound: (B, 1) bool, False of images that could not be decided on: their logits are NaN.
         """
-        logits, distilled = classify(self.vit, x, None if live is None else live[:, : x.shape[1]])
-        if sound is not None:
-            logits = logits.masked_fill(~sound, torch.nan)
-        means = means or {}
-        return Output(logits, replace(usage, shape=self.shape), self.terms(means), means, distilled)
+        return Left(x, usage, None if live is None else live[:, : x.shape[1]], means or {}, sound)
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """The method's loss terms, weighted, from what a forward averaged over its batch; by default these averages."""
@@ -293,8 +361,7 @@ class AdaptiveViT(nn.Module, ABC):
     @property
     def shape(self) -> Shape:
         """The sizes for `adaptvit.macs`: of the ViT as it was built, and of its head as it is now."""
-        head, head_per_patch = head_macs(self.vit)
-        return self._shape._replace(head=head, head_per_patch=head_per_patch)
+        return self._shape._replace(head=head_macs(self.vit))
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -307,6 +374,11 @@ class AdaptiveViT(nn.Module, ABC):
         return class_count(self.vit)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, where the ViT itself has them."""
+        return class_names(self.vit)
+
+    @property
     def default_cfg(self) -> dict[str, Any]:
         """`pretrained_cfg`, by the name that older timm code has for it."""
         return self.pretrained_cfg
@@ -314,7 +386,7 @@ class AdaptiveViT(nn.Module, ABC):
     @property
     def num_features(self) -> int:
         """Channels of a token."""
-        return self.vit.num_features
+        return self.shape.dim
 
     @property
     def head_hidden_size(self) -> int:
@@ -357,13 +429,22 @@ class AdaptiveViT(nn.Module, ABC):
         return {name: within(pattern) for name, pattern in self.vit.group_matcher(coarse).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Refuse it, where it is asked for.
+        """In training keep of each block its input alone, and run it again for the gradients; what it decided stays."""
+        vit: Any = self.vit
+        does = "enable" if enable else "disable"
+        for theirs in (f"activation_checkpointing_{does}", f"gradient_checkpointing_{does}"):  # transformers', old too
+            if hasattr(vit, theirs):
+                getattr(vit, theirs)()
+                return
+        if hasattr(vit, "set_grad_checkpointing"):
+            vit.set_grad_checkpointing(enable)
+        else:
+            vit.grad_checkpointing = enable
 
-        Raises:
-            NotImplementedError: it is.
-        """
-        if enable:
-            raise NotImplementedError("gradient checkpointing is not supported: adaptive models run blocks by parts")
+    @property
+    def checkpoints(self) -> bool:
+        """Whether gradients are checkpointed, as `set_grad_checkpointing` of the ViT or of this model says."""
+        return bool(find(self.vit, family_of(self.vit).checkpointing))
 
     def __repr__(self) -> str:
         """The method, the ViT, the knob and what it costs, and the config; not timm's modules."""

@@ -89,6 +89,19 @@ METHODS = {
     "merge": MergeConfig(thresholds=0.45),
     "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
 }
+ONE_OF_EACH = (
+    "full",
+    "avit",
+    "avit, official",
+    "ats",
+    "adavit",
+    "adavit, heads hidden",
+    "evit",
+    "dynamicvit",
+    "tome",
+    "merge",
+)
+"""Of the methods, one setting each: for what does not go by settings."""
 DROP_NOTHING = {
     "full": FullConfig(),
     "avit": AViTConfig(gate_center=1e4),
@@ -106,7 +119,6 @@ DROP_NOTHING = {
 }
 MERGING = ("tome", "merge")
 REFUSED = {
-    "rotary, RMS norm, cosine": ("evit", *MERGING),
     "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
     "mixer": ("adavit", "ats", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
 }

@@ -19,7 +19,7 @@ RELEASED = ReleasedAdaViTConfig()
 
 def decided(model: AdaViT, batch: Tensor) -> Policies:
     with torch.no_grad():
-        return model.decided(batch, Masked)[1]
+        return model.decided(model.enter(batch, Masked))[1]
 
 
 def constant(config: AdaViTConfig, logit: float, **settings: Any) -> AdaViT:

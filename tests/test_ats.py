@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import adaptvit
 from adaptvit import ATSConfig, Masked, Packed, dense_macs, macs, meet_target
-from adaptvit.backbones.forward import attention_received, project
+from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.backbones.fast import project
 from adaptvit.backbones.parts import Rotary
 from adaptvit.methods.ats import RandomConfig, draw, gumbel_noise, inverse_transform, normalise, random_order
 from adaptvit.methods.released import ReleasedATSConfig
@@ -228,7 +229,7 @@ def test_attention_received_is_that_of_the_block_itself(flavour: str, layout: ty
         live[:, : max(1, prefix)] = True
         for alive in (live, torch.ones_like(live)):
             tokens = layout.of(x).keep(alive)
-            projected = project(block, tokens)
+            projected = Projected(*project(block, tokens))
             for count in (prefix, None) if prefix else (None,):
                 received = tokens.grid(attention_received(tokens, projected, count))
                 assert not received[~alive].any()

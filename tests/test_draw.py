@@ -16,6 +16,8 @@ from adaptvit.commands import draw as module
 from adaptvit.commands.draw import DrawConfig, draw, shortened, spearman
 from adaptvit.data import read_image
 from adaptvit.methods.avit import AViT
+from adaptvit.model import Left
+from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage
 
 
@@ -361,9 +363,11 @@ def test_a_method_without_depth_is_refused(summary: bool, tmp_path: Path, monkey
     noise(tmp_path / "own" / "a.png", 0)
 
     class Untracked(adaptvit.AdaptiveViT):
-        def run(self, images: torch.Tensor, layout: Any = None) -> Output:
-            on = torch.ones(len(images), 4, dtype=torch.long)
-            return Output(on.float(), Usage(17 * on, 17 * on, 4 * on, on > 0, on > 0, (4, 4), 1))
+        def run(self, tokens: Tokens) -> Left:
+            on = torch.ones(tokens.shape[0], 4, dtype=torch.long)
+            return self.finish(
+                self.read_slots(tokens, tokens.x), Usage(17 * on, 17 * on, 4 * on, on > 0, on > 0, (4, 4), 1)
+            )
 
     monkeypatch.setattr(module, "open_model", lambda name: Untracked(small_vit().eval(), METHODS["full"]))
     with pytest.raises(ValueError, match="'full' does not track token slots"):

@@ -82,8 +82,8 @@ def test_the_fused_token_is_the_sum_of_the_dropped_patches_by_their_scores(
     model = EViTConfig(blocks=(1, 2)).build(small_vit(dtype=torch.float64)).eval()
     reduce = EViT.reduce
 
-    def checked(self: EViT, tokens: Tokens, score: torch.Tensor, count: int) -> tuple[Tokens, torch.Tensor]:
-        after, slot = reduce(self, tokens, score, count)
+    def checked(self: EViT, tokens: Tokens, score: torch.Tensor, best: torch.Tensor) -> tuple[Tokens, torch.Tensor]:
+        (after, slot), count = reduce(self, tokens, score, best), best.shape[1] - 1
         features, left = tokens.grid(tokens.x), after.grid(after.x)
         scores = tokens.grid(tokens.of_rows(torch.cat([torch.full_like(score[:, :1], torch.inf), score], dim=1)))
         for image in range(len(score)):

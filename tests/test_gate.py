@@ -6,7 +6,10 @@ import torch
 from models import small_vit
 from torch import Tensor
 
-from adaptvit.backbones.forward import attention_received, embed, project, run_block
+from adaptvit.backbones.blocks import run_block
+from adaptvit.backbones.door import Acts, Projected, attention_received
+from adaptvit.backbones.fast import project
+from adaptvit.backbones.forward import enter
 from adaptvit.backbones.turn import set_channel
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
@@ -42,11 +45,11 @@ def test_turning_the_stream_changes_no_logit_and_puts_the_direction_in_channel_0
     x = images(vit)
     direction = torch.randn(vit.embed_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        logits, tokens = vit(x), embed(vit, x)[0]
+        logits, tokens = vit(x), enter(vit, x, Masked).x
     set_channel(vit, direction)
     with torch.inference_mode():
         torch.testing.assert_close(vit(x), logits)
-        turned = embed(vit, x)[0]
+        turned = enter(vit, x, Masked).x
     u = direction - direction.mean()
     size = len(u)
     expected = tokens.mean(dim=-1) + (1 - 1 / size) ** 0.5 * tokens @ (u / u.norm())
@@ -72,10 +75,10 @@ def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> No
     assert 0 < explained <= 1
     told, seen = [], []
     with torch.inference_mode():
-        tokens = Masked.of(embed(vit, x)[0])
-        for block in vit.blocks:
-            seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, 1:])
-            tokens = run_block(block, tokens)
+        tokens = enter(vit, x, Masked)
+        for number, block in enumerate(vit.blocks):
+            seen.append(attention_received(tokens, Projected(*project(block, tokens)), 1).mean(dim=2)[:, 1:])
+            tokens = run_block(vit, number, tokens, Acts())
             told.append(scale * tokens.x[:, 1:, 0])
     little = -torch.stack(seen).mean(dim=0).log()
     little = (little - little.mean()) / little.std()

@@ -71,9 +71,9 @@ def test_a_gated_block_is_one_without_what_is_off(flavour: str, takes: Takes) ->
     gates = random_gates(len(x), block.attn.num_heads, x.shape[1])
     with torch.inference_mode():
         expected = by_hand(block, x, gates, takes)
-        masked = run_gated(block, Masked.of(x), as_float(gates), takes)
-        packed = run_gated(block, Packed.of(x.clone()), gates, takes)
-        first = run_gated(block, Packed.of(x.clone()), gates, takes, read=1)
+        masked = run_gated(block, 1, Masked.of(x), as_float(gates), takes)
+        packed = run_gated(block, 1, Packed.of(x.clone()), gates, takes)
+        first = run_gated(block, 1, Packed.of(x.clone()), gates, takes, read=1)
     torch.testing.assert_close(masked.x, expected, atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(packed.grid(packed.x), expected, atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(first.first(first.x, 1), expected[:, :1], atol=1e-12, rtol=1e-10)
@@ -91,7 +91,7 @@ def test_without_gates_a_block_is_timms(flavour: str, layout: type) -> None:
     x = torch.randn(3, 10, block.attn.qkv.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = block(x)
-        tokens = run_gated(block, layout.of(x.clone()), Gates(), "input")
+        tokens = run_gated(block, 1, layout.of(x.clone()), Gates(), "input")
     torch.testing.assert_close(tokens.grid(tokens.x), expected, atol=1e-12, rtol=1e-10)
 
 
@@ -101,10 +101,10 @@ def test_what_the_norm_gave_need_not_be_computed_again() -> None:
     gates = random_gates(4, block.attn.num_heads, 10)
     with torch.inference_mode():
         normed = block.norm1(x)
-        expected = run_gated(block, Masked.of(x), as_float(gates), "input").x
+        expected = run_gated(block, 1, Masked.of(x), as_float(gates), "input").x
         block.norm1 = None
-        masked = run_gated(block, Masked.of(x), as_float(gates), "input", normed)
-        packed = run_gated(block, Packed.of(x.clone()), gates, "input", normed.flatten(0, 1))
+        masked = run_gated(block, 1, Masked.of(x), as_float(gates), "input", normed)
+        packed = run_gated(block, 1, Packed.of(x.clone()), gates, "input", normed.flatten(0, 1))
     assert torch.equal(masked.x, expected)
     torch.testing.assert_close(packed.grid(packed.x), expected, atol=1e-12, rtol=1e-10)
 
@@ -116,7 +116,9 @@ def test_a_patch_that_is_off_learns_what_it_would_have_gained() -> None:
     on[0, 4:] = 0
     on.requires_grad_()
     updates = torch.randn(10, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    (run_gated(block, Masked.of(x), Gates(attention_tokens=on), "input", drop_path=False).x * updates).sum().backward()
+    (
+        run_gated(block, 1, Masked.of(x), Gates(attention_tokens=on), "input", drop_path=False).x * updates
+    ).sum().backward()
     mixed = on.grad.clone()
 
     def gained(token: int) -> float:
@@ -137,7 +139,7 @@ def test_gates_take_on_the_precision_of_the_features() -> None:
     x = torch.randn(5, 10, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     gates = random_gates(5, block.attn.num_heads, 10)
     for takes in TAKES:
-        assert run_gated(block, Masked.of(x), as_float(gates), takes).x.dtype == torch.bfloat16
+        assert run_gated(block, 1, Masked.of(x), as_float(gates), takes).x.dtype == torch.bfloat16
 
 
 def hand_count(takes: Takes, heads: int, keys: int, queries: int, rows: int) -> int:

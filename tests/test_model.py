@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import gc
 import inspect
 import json
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +54,6 @@ def test_layers_have_timms_groups_and_the_methods_own_parameters_the_last() -> N
     assert {groups[name] for name in groups if not name.startswith("vit.")} == {max(groups.values())}
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.7)
     assert len({group["lr_scale"] for group in optimizer.param_groups}) == model.depth + 2
-
-
-@pytest.mark.parametrize("method", ["full", "avit", "avit, official", "adavit", "tome"])
-def test_gradient_checkpointing_is_refused_wherever_it_is_set(method: str) -> None:
-    model = METHODS[method].build(small_vit()).train()
-    model.set_grad_checkpointing(False)
-    with pytest.raises(NotImplementedError, match="gradient checkpointing"):
-        model.set_grad_checkpointing()
-    model.vit.set_grad_checkpointing()
-    with pytest.raises(NotImplementedError, match="gradient checkpointing"):
-        model(images(model.vit))
 
 
 def test_models_and_outputs_are_printed_shortly() -> None:
@@ -272,3 +263,19 @@ def test_released_configs_refuse_fields_that_they_do_not_read() -> None:
 def test_the_version_is_that_of_the_package() -> None:
     assert adaptvit.__version__.split(".")[:2] == ["0", "2"]
     assert timm.is_model("avit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_forward_outlives_it(method: str, training: bool) -> None:
+    model = METHODS[method].build(small_vit()).train(training)
+    batch = images(model.vit)
+    left = weakref.ref(batch)
+    gc.collect()
+    gc.disable()
+    try:
+        model(batch)
+        del batch
+        assert left() is None
+    finally:
+        gc.enable()

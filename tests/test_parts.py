@@ -1,3 +1,4 @@
+import copy
 import itertools
 import re
 from functools import cache
@@ -29,13 +30,13 @@ from adaptvit import (
     macs,
     save,
 )
-from adaptvit.backbones.forward import project
 from adaptvit.backbones.parts import ATTENTIONS, BLOCKS, NORMS, POSITIONS, InstanceNorm, Mixer, PartsViT, Rotary, cosine
 from adaptvit.backbones.record import describe, rebuild
 from adaptvit.backbones.t2t import sinusoid
 from adaptvit.backbones.turn import set_channel
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit_gate import fit_gate
+from adaptvit.methods.evit import EViT
 from adaptvit.methods.released import ReleasedAViTConfig
 from adaptvit.tokens import Tokens
 from adaptvit.training.recipe import Recipe
@@ -377,8 +378,6 @@ def test_a_mixer_has_no_use_for_a_mask() -> None:
 def test_what_a_mixer_cannot_do_is_refused_by_name(attempt: Any, said: str) -> None:
     with pytest.raises(TypeError, match=f"{said}, but the blocks of PartsViT have TokenMLP in its place"):
         attempt(made(block="mixer"))
-    with pytest.raises(TypeError, match="TokenMLP in the place of attention"):
-        project(made(block="mixer").blocks[0], Masked.of(noise(1, 17, 16)))
 
 
 @pytest.mark.parametrize(
@@ -400,16 +399,62 @@ def test_what_an_instance_norm_cannot_do_is_refused_by_name(attempt: Any, said: 
         attempt(made(norm="instance"))
 
 
-@pytest.mark.parametrize("config", [ToMeConfig(), MergeConfig()], ids=["ToMe", "merging"])
-def test_rotary_positions_do_not_go_with_merged_tokens(config: ToMeConfig | MergeConfig) -> None:
-    with pytest.raises(TypeError, match="needs free slots, but PartsViT has Rotary, which goes by a token's slot"):
-        config.build(made(position="rotary"))
+def turned_as_in(slots: list[int], block: nn.Module) -> nn.Module:
+    """A block of timm's that turns the tokens of one image as if they were in these slots."""
+    block = copy.deepcopy(block)
+    for part in block.modules():
+        if isinstance(part, Rotary):
+            part.table = part.table[slots]
+    return block
 
 
-def test_rotary_positions_do_not_go_with_fused_tokens() -> None:
-    with pytest.raises(TypeError, match="EViT needs free slots, but PartsViT has Rotary"):
-        EViTConfig().build(made(position="rotary"))
-    EViTConfig(fuse=False).build(made(position="rotary"))
+@LAYOUTS
+@pytest.mark.parametrize("attention", ["dot", "cosine"])
+def test_a_merged_token_is_turned_where_it_was(attention: str, layout: type) -> None:
+    """The token that others join keeps its place, in whatever order the tokens are then."""
+    vit = made(position="rotary", attention=attention)
+    model, slots = FullConfig().build(vit), 17
+    orders = [[0, 5, 3, 16, 1, 9, 2], [0, 1, 2, 4, 8, 16, 12]]
+    place, moved = torch.zeros(2, slots, dtype=torch.long), torch.ones(2, slots, dtype=torch.bool)
+    for image, order in enumerate(orders):
+        place[image] = torch.arange(slots) % (len(order) - 1) + 1  # the others join any of them but the class token
+        place[image, order] = torch.arange(len(order))
+        moved[image, order] = False
+    with torch.inference_mode():
+        tokens = model.enter(batch(vit, 2), layout)
+        merged, _ = tokens.merge(place, moved, tokens.spread(torch.ones(2, slots, dtype=torch.float64)))
+        for some in (merged, merged.keep(torch.tensor([[True, True, False, True, True, False, True]]))):
+            found = model.run_block(1, some)
+            features, after = some.grid(some.x), found.grid(found.x)
+            for image, order in enumerate(orders):
+                alive = some.live[image]
+                block = turned_as_in(torch.tensor(order)[alive].tolist(), vit.blocks[1])
+                expected = block(features[image, alive][None])[0]
+                torch.testing.assert_close(after[image, alive], expected, atol=1e-12, rtol=1e-10)
+
+
+@LAYOUTS
+def test_a_fused_token_is_turned_where_its_best_patch_was(layout: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = made(position="rotary")
+    model, given, seen = EViTConfig(blocks=(0, 1), tokens=(9, 5)).build(vit), batch(vit, 2), []
+    run_block = type(model).run_block
+
+    def watched(self: EViT, number: int, tokens: Tokens, *others: Any, **acts: Any) -> Tokens:
+        after = run_block(self, number, tokens, *others, **acts)
+        seen.append((number, tokens, after))
+        return after
+
+    monkeypatch.setattr(type(model), "run_block", watched)
+    with torch.inference_mode():
+        usage = model(given, layout, detailed=True).usage
+        assert usage.fused[:, 2].any(dim=1).all()
+        number, tokens, after = seen[-1]
+        features = tokens.grid(tokens.x)
+        for image in range(2):
+            alive = usage.live[image, number]
+            block = turned_as_in(alive.nonzero().flatten().tolist(), vit.blocks[number])
+            expected = block(features[image, alive][None])[0]
+            torch.testing.assert_close(after.first(after.x, 1)[image], expected[:1], atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize("settings", [{"position": "rotary"}, {"attention": "cosine"}], ids=str)

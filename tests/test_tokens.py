@@ -84,14 +84,52 @@ def test_keeping_twice_is_keeping_both(live: Tensor, data: st.DataObject) -> Non
         assert torch.equal(twice.grid(twice.x), once.grid(once.x))
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, live: Tensor, asked: Tensor) -> Tensor:
-    """Attention in loops: image by image, head by head, over the live tokens only."""
+@given(live_slots(), st.data())
+def test_put_undoes_filter_where_nothing_was_dropped(live: Tensor, data: st.DataObject) -> None:
+    again = torch.tensor(data.draw(st.lists(st.booleans(), min_size=live.numel(), max_size=live.numel()))).view_as(live)
+    x, other = random(*live.shape, 3), random(*live.shape, 2)
+    for layout in (Masked, Packed):
+        laid = layout.of(x).keep(live)
+        some, (kept,) = laid.filter(laid.spread(again), laid.spread(other))
+        assert torch.equal(laid.grid(laid.put(some, kept)), other * (live & again)[..., None])
+
+
+@given(live_slots(), st.booleans())
+def test_a_batch_is_one_of_equal_images_or_all_in_one(live: Tensor, taken: bool) -> None:
+    laid = Packed.of(random(*live.shape, 3))
+    assert torch.equal(laid.batch, laid.grid(laid.x))
+    if taken:
+        some = laid.take(torch.arange(live.shape[1])[None, ::2].expand(len(live), -1))
+        assert torch.equal(some.batch, laid.grid(laid.x)[:, ::2])
+    else:
+        some = laid.keep(live)
+        assert torch.equal(some.batch, laid.batch if live.all() else laid.grid(laid.x)[live][None])
+    assert torch.equal(some.of_batch(some.batch), some.x)
+    masked = Masked.of(laid.grid(laid.x)).keep(live)
+    assert torch.equal(masked.of_batch(masked.batch), masked.x)
+
+
+def by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    live: Tensor,
+    asked: Tensor,
+    pairs: Tensor | None = None,
+    at: Tensor | None = None,
+    scale: float = HEAD_DIM**-0.5,
+) -> Tensor:
+    """Attention in loops: image by image, head by head, over the live tokens only; `pairs` are added by places `at`."""
     out = torch.zeros_like(q)
     for image in range(len(q)):
         keys = live[image].nonzero().flatten()
         for head in range(HEADS):
             for query in (live & asked)[image].nonzero().flatten():
-                logits = (k[image, keys, head] @ q[image, query, head]) / HEAD_DIM**0.5
+                logits = (k[image, keys, head] @ q[image, query, head]) * scale
+                if pairs is not None:
+                    logits = (
+                        logits + pairs[image % len(pairs), head % pairs.shape[1], at[image, query], at[image, keys]]
+                    )
                 out[image, query, head] = logits.softmax(dim=0) @ v[image, keys, head]
     return out
 
@@ -112,6 +150,49 @@ def test_attention_is_within_the_live_tokens_of_an_image(live: Tensor, only_firs
         torch.testing.assert_close(queries.grid(out), expected)
 
 
+@settings(deadline=None)
+@given(live_slots(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_what_is_added_for_pairs_goes_by_where_both_were(
+    live: Tensor, only_first: bool, moved: bool, own: bool, seed: int
+) -> None:
+    """One table for all images and heads, or one for each; tokens in the slots they were embedded in, or in others."""
+    generator = torch.Generator().manual_seed(seed)
+    count, slots = live.shape
+    tables = (count, HEADS) if own else (1, 1)
+    pairs = torch.randn(*tables, slots, slots, dtype=torch.float64, generator=generator)
+    asked = torch.zeros_like(live)
+    asked[:, : 1 if only_first else None] = True
+    at = torch.arange(slots).expand(count, -1)
+    if moved:
+        at = torch.rand(count, slots, generator=generator).argsort(dim=1)
+    q, k, v = (random(count, slots, HEADS, HEAD_DIM, seed=seed) for seed in (1, 2, 3))
+    expected = by_hand(q, k, v, live, asked, pairs, at, 0.3)
+    keys = (k.transpose(1, 2) * HEAD_DIM**-0.5).mT
+    for layout in (Masked, Packed):
+        laid = layout.of(random(count, slots, 3))
+        if moved:
+            place = at.argsort(dim=1)
+            laid, _ = laid.merge(place, torch.zeros_like(live), laid.spread(torch.ones_like(q[..., 0, 0])))
+            assert torch.equal(laid.grid(laid.at), at)
+        laid = laid.keep(live)
+        queries = laid.keep(asked)
+        out = laid.attend(queries.spread(q), laid.spread(k), laid.spread(v), queries, pairs=pairs, scale=0.3)
+        torch.testing.assert_close(queries.grid(out), expected)
+        if live[:, 0].all():
+            number = 1 if only_first else None
+            received = laid.grid(
+                laid.received(
+                    laid.first(laid.spread(q), 1) if number else laid.rows(laid.spread(q)), laid.spread(k), pairs
+                )
+            )
+            for image, alive in enumerate(live):
+                here = at[image, alive]
+                logits = (q.transpose(1, 2) @ keys)[image][:, alive][:, :, alive]
+                logits = logits + pairs[image % len(pairs)][:, here[:, None], here]
+                wanted = logits.softmax(dim=-1)[:, :number].mean(dim=1)
+                torch.testing.assert_close(received[image, alive].T, wanted)
+
+
 def ragged() -> tuple[Packed, Packed, list[Tensor]]:
     live = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     live[3] = False
@@ -122,7 +203,9 @@ def ragged() -> tuple[Packed, Packed, list[Tensor]]:
     return packed, queries, [q, k, v]
 
 
-def varlen_reference(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int):
+def varlen_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, scale: float | None
+) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` is documented to do, for a machine without its CUDA kernel."""
     assert q_ends.dtype == k_ends.dtype == torch.int32
     assert q_ends.diff().max() <= longest_q
@@ -130,19 +213,23 @@ def varlen_reference(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Te
     out = torch.empty_like(q)
     for (q0, q1), (k0, k1) in zip(q_ends.unfold(0, 2, 1).tolist(), k_ends.unfold(0, 2, 1).tolist(), strict=True):
         heads_first = (t.transpose(0, 1) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        out[q0:q1] = scaled_dot_product_attention(*heads_first).transpose(0, 1)
+        out[q0:q1] = scaled_dot_product_attention(*heads_first, scale=scale).transpose(0, 1)
     return out
 
 
 def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, queries, qkv = ragged()
-    expected = packed.attend(*qkv, queries)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
-    for kernel in (kernels.attend_varlen, kernels.attend_padded, kernels.attend_each):
-        torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0, None), expected)
+    for scale in (None, 0.3):
+        expected = packed.attend(*qkv, queries, scale=scale)
+        for kernel in (kernels.attend_varlen, kernels.attend_padded, kernels.attend_each):
+            torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0, None, None, scale), expected)
     bias = random(len(packed.x), seed=4)
-    expected = packed.attend(*qkv, queries, bias=bias)
-    torch.testing.assert_close(kernels.attend_padded(*qkv, packed, queries, 0.0, bias), expected)
+    for pairs in (None, random(1, HEADS, 9, 9, seed=5), random(5, 1, 9, 9, seed=6)):
+        expected = packed.attend(*qkv, queries, bias=bias, pairs=pairs, scale=0.3)
+        found = kernels.attend_padded(*qkv, packed, queries, 0.0, bias, pairs, 0.3)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, 0.0, bias, pairs, 0.3), expected)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +321,9 @@ def test_merge_is_the_weighted_mean_of_those_that_go_to_one_place(live: Tensor, 
         merged, total = laid.merge(place, moved, laid.spread(weight))
         assert merged.shape == (len(live), 1 + max(at for _, at in expected))
         assert {*map(tuple, merged.live.nonzero().tolist())} == {*expected}
-        features, sums = merged.grid(merged.x), merged.grid(total)
+        features, sums, where = merged.grid(merged.x), merged.grid(total), merged.grid(merged.at)
         for (image, at), slots in expected.items():
+            assert where[image, at] == slots[0]  # the one that did not move
             share = weight[image, slots]
             torch.testing.assert_close(sums[image, at], share.sum())
             torch.testing.assert_close(features[image, at], share @ x[image, slots] / share.sum())

@@ -10,6 +10,8 @@ import adaptvit
 from adaptvit import Masked, MergeConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
 from adaptvit.methods.tome import arrange, fit_thresholds, match
 
+UNEQUAL = ("tokens to token", "rotary")
+"""Flavours whose patches overlap, or are turned by their places, so that there are no equal ones."""
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
 
@@ -41,9 +43,9 @@ def test_matching_is_that_of_the_paper(prefix: int, count: int, r: int) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("flavour", [name for name in flavours("merge") if name != "tokens to token"])
+@pytest.mark.parametrize("flavour", [name for name in flavours("merge") if not name.startswith(UNEQUAL)])
 def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> None:
-    """Patches of two kinds, without a position; tokens to token, whose patches overlap, has no equal ones."""
+    """Patches of two kinds, without a position."""
     vit = small_vit(flavour, dtype=torch.float64).eval()
     torch.nn.init.zeros_(vit.pos_embed)
     rows, columns = vit.patch_embed.patch_size
@@ -176,7 +178,7 @@ def test_matching_has_no_gradient_and_means_do() -> None:
 
         assert torch.autograd.gradcheck(means, x)
     model = ToMeConfig(r=3).build(small_vit(dtype=torch.float64)).train()
-    assert not any(out.requires_grad for out in model.places(Packed.of(x), x[..., None, :].flatten(0, 1), 0))
+    assert not any(out.requires_grad for out in model.places(Packed.of(x), 0, x[..., None, :].flatten(0, 1)))
 
 
 @pytest.mark.parametrize(

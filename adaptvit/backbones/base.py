@@ -1,131 +1,152 @@
-"""What a host is: a timm ViT that is reproduced exactly, what it offers to methods, and what its parts say of it.
+"""What a host is: a ViT of a family that is known, what it offers to methods, and what its parts say of it.
 
-`check` refuses, by name, what is not reproduced. No module reads a timm model's blocks but those of this folder,
-`adaptvit.flax.convert`, and A-ViT's released pass, whose gradients no block of timm's has.
+No module reads a ViT's parts but those of this folder, `adaptvit.flax.convert`, and A-ViT's released pass, whose
+gradients no block of timm's has.
 """
 
 from collections.abc import Callable, Set
 from typing import Any
 
 import torch
-from timm.layers import Attention, GluMlp, HybridEmbed, Mlp, PatchEmbed, SwiGLU
-from timm.layers.attention_pool import AttentionPoolLatent
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import Attention, to_2tuple
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from adaptvit.backbones.maps import is_hooked
-from adaptvit.backbones.parts import Mixer, PartsViT, TokenPart
-from adaptvit.backbones.t2t import TokensToToken
+from adaptvit.backbones.families import FAMILIES, POOLS, Family, Reads, find, get, qualified, value_of
+from adaptvit.backbones.parts import Mixer, TokenPart
+from adaptvit.backbones.processors import prepared_by
 
-SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled with standard blocks, and PartsViT"
+SIDE = 12
+"""Patches in a row and column of images, where neither a model nor its record says how large these are."""
+
+
+def family_of(vit: Any) -> Family:
+    """The family of a ViT.
+
+    Raises:
+        TypeError: it is of none that is known.
+    """
+    family = FAMILIES.of(vit)
+    if family is None:
+        known = ", ".join(sorted(name.rpartition(".")[2] for one in FAMILIES for name in one.models))
+        raise TypeError(f"{model_name(vit)} is a {type(vit).__name__}; known are {known}")
+    return family
+
+
+def blocks_of(vit: nn.Module) -> Any:
+    """The list of a ViT's blocks, as it has them."""
+    return get(vit, family_of(vit).blocks)
+
+
+def inside(block: nn.Module) -> tuple[str, nn.Module]:
+    """The block that something may be wrapped around, and its dotted name in that; empty where nothing is."""
+    names, core = list[str](), block
+    while FAMILIES.parts_of(core) is None:
+        children = list(core.named_children())
+        if len(children) != 1:
+            return "", block
+        name, core = children[0]
+        names.append(name)
+    return ".".join(names), core
 
 
 def check(vit: Any) -> None:
-    """Refuse a model that `run_block` and `classify` would not reproduce.
+    """Refuse a model that would not be reproduced.
 
     Raises:
         TypeError: naming the part that is not supported and what is.
     """
+    family = family_of(vit)
     name = model_name(vit)
-    if type(vit) not in (VisionTransformer, VisionTransformerDistilled, PartsViT):
-        raise TypeError(f"{name} is a {type(vit).__name__}; supported are {SUPPORTED}")
-    allowed: dict[str, tuple[type, ...]] = {
-        "block": (Block,),
-        "attn": (Attention,),
-        "qkv": (nn.Linear,),
-        "mlp": (Mlp, GluMlp, SwiGLU),
-        "patch_embed": (PatchEmbed, HybridEmbed, TokensToToken),
-        "attn_pool": (type(None), AttentionPoolLatent),
-    }
-    parts: list[tuple[str, nn.Module | None]] = [("patch_embed", vit.patch_embed), ("attn_pool", vit.attn_pool)]
-    for block in vit.blocks:
-        if type(block) is not Block:
-            parts.append(("block", block))
-            break
-        parts.append(("mlp", block.mlp))
-        if not isinstance(block.attn, Mixer):
-            parts.append(("attn", block.attn))
-        if type(block.attn) is Attention:
-            parts.append(("qkv", block.attn.qkv))
-    for part, module in parts:
-        if type(module) not in allowed[part]:
-            names = " or ".join(kind.__name__ for kind in allowed[part])
-            raise TypeError(f"{name}.{part} is a {type(module).__name__}, which is not supported; allowed: {names}")
-    if any(isinstance(block.norm1, TokenPart) and getattr(block.attn, "gate", None) for block in vit.blocks):
-        raise TypeError(f"{name} has gated attention after a norm over tokens, which is not supported")
-    if (rate := getattr(vit.patch_drop, "prob", 0)) > 0:
+    for one in family.refused:
+        found = find(vit, one.name)
+        if found == one.value or (one.value is True and found not in (None, False)):
+            raise TypeError(f"{name} is not supported: {one.why}")
+    pool = find(vit, family.pool)
+    if pool is not None and qualified(type(pool)) not in POOLS:
+        allowed = ", ".join(one.rpartition(".")[2] for one in POOLS)
+        raise TypeError(f"{name}.{family.pool} is a {type(pool).__name__}, which is not supported; allowed: {allowed}")
+    if (way := find(vit, "config._attn_implementation")) not in (None, "sdpa"):
+        raise TypeError(
+            f"{name} attends by {way!r}, but tokens are attended to by scaled_dot_product_attention: "
+            'vit.set_attn_implementation("sdpa")'
+        )
+    for block in blocks_of(vit):
+        attn = getattr(inside(block)[1], "attn", None)
+        if getattr(attn, "fused_attn", True) is False:
+            raise TypeError(
+                f"{type(attn).__name__} in {name} does not call scaled_dot_product_attention, by which tokens are "
+                "attended to: create it with timm.layers.set_fused_attn(True)"
+            )
+        if isinstance(getattr(block, "norm1", None), TokenPart) and getattr(attn, "gate", None):
+            raise TypeError(f"{name} has gated attention after a norm over tokens, which is not supported")
+    if (rate := getattr(getattr(vit, "patch_drop", None), "prob", 0)) > 0:
         raise TypeError(
             f"{name} has patch_drop_rate={rate:g}, which takes patches out of their slots in training and is not "
             "supported: create it with patch_drop_rate=0"
         )
-    if vit.grad_checkpointing:
-        raise TypeError(f"{name} has gradient checkpointing on, which is not supported: set_grad_checkpointing(False)")
 
 
-def check_called_by_parts(vit: VisionTransformer) -> None:
-    """Refuse what somebody put around or on a block, or its attention, as wholes: blocks run by parts.
-
-    Raises:
-        NotImplementedError: naming it.
-    """
-    for number, block in enumerate(vit.blocks):
-        if type(block) is not Block:
-            raise NotImplementedError(
-                f"{type(block).__name__} around block {number} of {model_name(vit)} would not act: blocks run by parts"
-            )
-        for module in (block, block.attn):
-            if is_hooked(module):
-                raise NotImplementedError(
-                    f"a hook on {type(module).__name__} in block {number} of {model_name(vit)} would not be called: "
-                    "blocks run by parts, and hooks on those are called (norms, qkv, proj, mlp, fc1, fc2)"
-                )
+def cores(vit: nn.Module) -> list[Any]:
+    """A ViT's blocks, without what may be wrapped around them."""
+    return [inside(block)[1] for block in blocks_of(vit)]
 
 
-def _in_place_of_attention(vit: VisionTransformer) -> str | None:
-    kinds = {type(block.attn).__name__ for block in vit.blocks if isinstance(block.attn, Mixer)}
+def _attentions(vit: nn.Module) -> list[Any]:
+    return [getattr(block, "attn", None) for block in cores(vit)]
+
+
+def _in_place_of_attention(vit: nn.Module) -> str | None:
+    kinds = {type(attn).__name__ for attn in _attentions(vit) if isinstance(attn, Mixer)}
     return f"the blocks of {model_name(vit)} have {kinds.pop()} in its place" if kinds else None
 
 
-def _norms_over_tokens(vit: VisionTransformer) -> str | None:
-    norms = [norm for block in vit.blocks for norm in (block.norm1, block.norm2)]
+def _norms_over_tokens(vit: nn.Module) -> str | None:
+    norms = [getattr(block, name, None) for block in cores(vit) for name in ("norm1", "norm2")]
     kinds = {type(norm).__name__ for norm in norms if isinstance(norm, TokenPart)}
     return f"{model_name(vit)} has {kinds.pop()}, over all tokens of an image" if kinds else None
 
 
-def _goes_by_slots(vit: VisionTransformer) -> str | None:
-    attended = [block.attn for block in vit.blocks if not isinstance(block.attn, Mixer)]
-    kinds = {type(part).__name__ for attn in attended for part in attn.q_norm.modules() if isinstance(part, TokenPart)}
-    return f"{model_name(vit)} has {kinds.pop()}, which goes by a token's slot" if kinds else None
-
-
-def _pools(vit: VisionTransformer) -> str | None:
+def _pools(vit: nn.Module) -> str | None:
     return f"{model_name(vit)} pools all its tokens" if read_slots(vit) is None else None
 
 
-def _unequal_heads(vit: VisionTransformer) -> str | None:
-    counts = sorted({block.attn.num_heads for block in vit.blocks if not isinstance(block.attn, Mixer)})
+def _unequal_heads(vit: nn.Module) -> str | None:
+    counts = sorted({attn.num_heads for attn in _attentions(vit) if hasattr(attn, "num_heads")})
     return f"the blocks of {model_name(vit)} have {' or '.join(map(str, counts))}" if len(counts) > 1 else None
 
 
-OFFERS: dict[str, Callable[[VisionTransformer], str | None]] = {
+def _other_blocks(vit: nn.Module) -> str | None:
+    kinds = {type(block).__name__ for block in cores(vit) if type(block).forward is not Block.forward}
+    kinds = kinds or {type(attn).__name__ for attn in _attentions(vit) if not isinstance(attn, Attention | Mixer)}
+    return f"{model_name(vit)} has {kinds.pop()}" if kinds else None
+
+
+def _unnamed_parts(vit: nn.Module) -> str | None:
+    kinds = {type(block).__name__ for block in cores(vit) if FAMILIES.parts_of(block) is None}
+    return f"{model_name(vit)} has {kinds.pop()}, which is called whole" if kinds else None
+
+
+OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     "attention": _in_place_of_attention,
     "token norms": _norms_over_tokens,
-    "free slots": _goes_by_slots,
     "a class token": _pools,
     "equal heads": _unequal_heads,
+    "named parts": _unnamed_parts,
+    "timm's plain blocks": _other_blocks,
 }
 """What a method may need of a ViT, and what a ViT that does not offer it has instead; None where it does.
 
-    attention       in every block
-    token norms     of each token by itself
-    free slots      tokens may change theirs: queries and keys do not go by them
-    a class token   which the classifier reads, rather than pool all tokens
-    equal heads     as many in every block
+    attention               in every block
+    token norms             of each token by itself
+    a class token           which the classifier reads, rather than pool all tokens
+    equal heads             as many in every block
+    named parts             attention and MLP, of which one can run without the other
+    timm's plain blocks     whose maps can be run in part
 """
 
 
-def check_offers(vit: VisionTransformer, needs: Set[str], who: str) -> None:
+def check_offers(vit: nn.Module, needs: Set[str], who: str) -> None:
     """Refuse a ViT that does not offer what `who` needs, names in `OFFERS`.
 
     Raises:
@@ -142,38 +163,56 @@ def model_name(vit: nn.Module) -> str:
 
 
 def timm_config(vit: nn.Module) -> dict[str, Any]:
-    """timm's record of the weights and of the images they were trained on; empty for a model built by hand."""
-    return getattr(vit, "pretrained_cfg", None) or {}
+    """timm's record of the weights and of the images they were trained on; for others than timm's, of the images."""
+    if recorded := getattr(vit, "pretrained_cfg", None):
+        return recorded
+    family = FAMILIES.of(vit)
+    folder = find(vit, "config._name_or_path")
+    return {} if family is None else dict(family.prepared) | (prepared_by(folder) if folder else {})
 
 
-def input_size(vit: VisionTransformer) -> tuple[int, int, int]:
+def class_names(vit: nn.Module) -> tuple[str, ...]:
+    """Names of the classes, where the model itself has them."""
+    names = find(vit, "config.id2label") if class_count(vit) else None
+    if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
+        return ()
+    return tuple(names[number] for number in sorted(names))
+
+
+def input_size(vit: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images; timm's own record keeps those of the pretrained weights."""
-    return (vit.in_chans, *vit.patch_embed.img_size)
+    family = family_of(vit)
+    channels = get(vit, family.channels)
+    if family.size is not None:
+        return channels, *to_2tuple(get(vit, family.size))
+    recorded = timm_config(vit).get("input_size")
+    return channels, *(recorded[1:] if recorded else (SIDE * side for side in to_2tuple(get(vit, family.patch))))
 
 
-def class_count(vit: VisionTransformer) -> int:
+def class_count(vit: nn.Module) -> int:
     """Classes of the head; 0 without one."""
-    return vit.num_classes
+    return int(value_of(vit, family_of(vit).classes))
 
 
-def prefix_tokens(vit: VisionTransformer) -> int:
+def prefix_tokens(vit: nn.Module) -> int:
     """Class, distillation and register tokens: the slots before the first patch."""
-    return vit.num_prefix_tokens
+    return sum(value_of(vit, part) for part in family_of(vit).prefix)
 
 
-def position_rows(vit: VisionTransformer) -> int:
-    """Rows of the position table before those of the patches; DeiT III and ViTs with registers may have none."""
-    return 0 if vit.no_embed_class else vit.num_prefix_tokens
+def position_rows(vit: nn.Module) -> int:
+    """Rows of timm's position table before those of the patches; DeiT III and ViTs with registers may have none."""
+    return 0 if vit.no_embed_class else prefix_tokens(vit)
 
 
-def read_slots(vit: VisionTransformer) -> int | None:
+def read_slots(vit: nn.Module) -> int | None:
     """How many leading slots the classifier reads: 1 with a class token, 2 when distilled, None where it pools all."""
-    if isinstance(vit, VisionTransformerDistilled):
-        return 2
-    return 1 if vit.global_pool == "token" else None
+    reads: Any = family_of(vit).reads
+    while isinstance(reads, Reads):
+        reads = reads.cases.get(get(vit, reads.name), reads.other)
+    return reads
 
 
-def check_images(vit: VisionTransformer, images: Tensor) -> None:
+def check_images(vit: nn.Module, images: Tensor) -> None:
     """Refuse images that the ViT does not take.
 
     Raises:
@@ -181,22 +220,45 @@ def check_images(vit: VisionTransformer, images: Tensor) -> None:
         ValueError: they are of another shape, or on another device.
     """
     name, weight = model_name(vit), next(vit.parameters())
-    if images.ndim != 4 or images.shape[1] != vit.in_chans:
+    channels, *size = input_size(vit)
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images are a {type(images).__name__}, but {name} takes a tensor (batch, {channels}, height, width) here"
+        )
+    wanted: tuple[int | str, ...] = (channels, "height", "width")
+    if (frames := find(vit, family_of(vit).frames)) is not None:
+        wanted = (frames, *wanted)
+    known = [(side, length) for side, length in zip(wanted, images.shape[1:], strict=False) if isinstance(side, int)]
+    if images.ndim != len(wanted) + 1 or any(side != length for side, length in known):
         raise ValueError(
-            f"images have shape {tuple(images.shape)}, but {name} takes (batch, {vit.in_chans}, height, width)"
+            f"images have shape {tuple(images.shape)}, but {name} takes (batch, {', '.join(map(str, wanted))})"
         )
     if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
         raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
     if images.device != weight.device:
         raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
-    size = tuple(vit.patch_embed.img_size)
-    if not vit.dynamic_img_size and tuple(images.shape[2:]) != size:
+    any_size = family_of(vit).any_size
+    if isinstance(any_size, str):
+        any_size = bool(find(vit, any_size))
+    if not any_size and list(images.shape[-2:]) != size:
         raise ValueError(
-            f"images are {images.shape[2]} x {images.shape[3]} pixels, but {name} takes {size[0]} x {size[1]}; "
+            f"images are {images.shape[-2]} x {images.shape[-1]} pixels, but {name} takes {size[0]} x {size[1]}; "
             "create it with img_size=... or dynamic_img_size=True"
         )
 
 
-def patch_grid(vit: VisionTransformer, images: Tensor | None = None) -> tuple[int, ...]:
-    """Rows and columns of patches that the images are cut into; None: images of the ViT's own size."""
-    return vit.patch_embed.dynamic_feat_size(vit.patch_embed.img_size if images is None else images.shape[-2:])
+def patch_grid(vit: nn.Module, images: Tensor | None = None) -> tuple[int, ...]:
+    """Rows and columns of patches that the images are cut into, of videos steps in time before them.
+
+    Args:
+        images: None is those of the ViT's own size.
+    """
+    size = input_size(vit)[1:] if images is None else tuple(images.shape[-2:])
+    stem: Any = find(vit, family_of(vit).stem)
+    if hasattr(stem, "dynamic_feat_size"):
+        return tuple(stem.dynamic_feat_size(size))
+    family = family_of(vit)
+    grid = tuple(side // patch for side, patch in zip(size, to_2tuple(get(vit, family.patch)), strict=True))
+    if family.frames is None or family.tubelet is None:
+        return grid
+    return get(vit, family.frames) // get(vit, family.tubelet), *grid

@@ -1,225 +1,267 @@
-"""A forward in parts, by a timm ViT's own submodules on `Tokens`: embed, blocks and what is in them, classify.
+"""A ViT's own forward, with something else in the place of its blocks.
 
-Letters: B images, N token slots (prefix tokens first, then patches), D channels, H heads, d channels per head.
+    run      images -> tokens as the first block receives them -> what is left of them -> the ViT's own norm, pool, head
+    enter    the first half of it
+
+Letters: B images, N token slots (prefix tokens first, then P patches), R slots that are read, D channels.
 """
 
-import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
+from typing import Any, NoReturn
 
 import torch
-from timm.layers import DropPath
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from adaptvit.backbones.base import check_images, patch_grid
-from adaptvit.backbones.maps import is_hooked, is_plain, some_outputs
-from adaptvit.backbones.parts import Mixer, TokenPart
-from adaptvit.tokens import Tokens
-
-MLP_ROWS = 1024
-"""Tokens that go through an MLP at a time in evaluation on the CPU: few enough for the hidden features to stay in its
-caches, enough for full matrix products. At batch 32 the MLPs of DeiT-S take 0.77 of the time, a fifth of the memory."""
-Projected = tuple[Tensor, Tensor, Tensor]
-"""Queries, keys and values."""
+from adaptvit.backbones.base import check_images, family_of, patch_grid, prefix_tokens, read_slots
+from adaptvit.backbones.door import OfLive
+from adaptvit.backbones.families import Family, Table, find, get, value_of
+from adaptvit.backbones.standin import stand_in, with_parts
+from adaptvit.tokens import Masked, Packed, Tokens
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Images -> tokens (B, N, D) as the first block receives them, and the patch grid (rows, columns).
+@dataclass(eq=False)
+class Source:
+    """What tokens were embedded from, and what the ViT tells its blocks beside features."""
+
+    family: Family
+    images: Any
+    grid: tuple[int, ...]
+    """Rows and columns of patches."""
+    prefix: int
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    """Arguments of each block after the features."""
+    _found: dict[str, tuple[Tensor, Any, Any]] = field(default_factory=dict)
+
+    def told(self, block: nn.Module, number: int) -> dict[str, Any]:
+        """What block `number` is called with beside features, by name."""
+        args, kwargs = self.calls[number]
+        return dict(zip(argument_names(type(block).forward)[1:], args, strict=False)) | kwargs
+
+    def in_place(self, tokens: Tokens) -> bool:
+        """Whether every slot has the token that was embedded there, so that the ViT's tables fit."""
+        if tokens.where is not None:
+            return False
+        return isinstance(tokens, Masked) or (isinstance(tokens, Packed) and tokens.full)
+
+    def tables(self, given: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
+        """Those of a block's arguments that are tables of positions, with a row for each token of `tokens.batch`."""
+        kinds = {name: kind for name, kind in self.family.tables.items() if given.get(name) is not None}
+        if not kinds or self.in_place(tokens):
+            return {}
+        return {name: self._rows(name, kind, given[name], tokens) for name, kind in kinds.items()}
+
+    def _rows(self, name: str, kind: Table, table: Any, tokens: Tokens) -> Any:
+        places = tokens.slots if isinstance(tokens, Packed) and tokens.where is None else tokens.where
+        assert places is not None
+        known = self._found.get(name)
+        if known is None or known[0] is not places or known[1] is not table:
+            known = self._found[name] = (places, table, self._look_up(kind, table, tokens))
+        return known[2]
+
+    def _look_up(self, kind: Table, table: Any, tokens: Tokens) -> Any:
+        at = tokens.at.flatten()
+        images, length = tokens.batch.shape[:2]
+        image = (
+            tokens.spread(torch.arange(tokens.shape[0], device=at.device)[:, None]).expand(tokens.at.shape).flatten()
+        )
+
+        def rows(one: Tensor, missing: tuple[float, ...]) -> Tensor:
+            """(b, H or 1, n, ...) of a table (P or N, ...), (H, P or N, ...) or (B, H, P or N, ...)."""
+            one = one.view(*[1] * (4 - one.ndim), *one.shape)
+            if one.shape[2] == self.patches:
+                parts = [
+                    one.new_full((*one.shape[:2], self.prefix, part.shape[-1]), value)
+                    for part, value in zip(one.chunk(len(missing), -1), missing, strict=True)
+                ]
+                one = torch.cat([torch.cat(parts, dim=-1), one], dim=2)
+            place = at if len(one) == 1 else image * one.shape[2] + at
+            found = one.transpose(0, 1).flatten(1, 2).index_select(1, place)
+            return found.view(len(found), images, length, -1).transpose(0, 1)
+
+        where = tokens.where
+        if where is not None and where.is_floating_point() and kind != "each":
+            sin, cos = table.chunk(2, -1) if kind == "sin cos" else reversed(table)
+            sin, cos = turned_at(sin, cos, where[..., 1:].flatten(0, -2), self.grid)
+            sin, cos = (t.view(*t.shape[:-2], images, length, t.shape[-1]) for t in (sin, cos))
+            if sin.ndim == 4:
+                sin, cos = sin.transpose(0, 1), cos.transpose(0, 1)
+            else:
+                sin, cos = sin[:, None], cos[:, None]
+            return torch.cat([sin, cos], dim=-1) if kind == "sin cos" else (cos, sin)
+        if kind == "sin cos":
+            return rows(table, (0.0, 1.0))
+        if kind == "cos, sin":
+            return rows(table[0], (1.0,)), rows(table[1], (0.0,))
+        return rows(table[:, None], (0.0,))[:, 0]
+
+    def coordinates(self, like: Tensor) -> Tensor:
+        """Row, column and whatever the grid has beside of each slot, (N, axes); -1 of tokens before the patches."""
+        axes = [torch.arange(side, device=like.device, dtype=like.dtype) for side in self.grid]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+        return torch.cat([places.new_full((self.prefix, len(self.grid)), -1), places])
+
+    @property
+    def patches(self) -> int:
+        count = 1
+        for side in self.grid:
+            count *= side
+        return count
+
+
+def turned_at(sin: Tensor, cos: Tensor, places: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Sines and cosines between those of a grid of patches, whose angles are linear in their coordinates.
+
+    Args:
+        sin, cos: ([H,] P, d), as tables have them, whose angles grow by less than half a turn from patch to patch.
+        places: (T, axes), coordinates in patches; below 0 of tokens that are not turned.
+    Returns:
+        ([H,] T, d) each.
+    """
+    angle = torch.atan2(sin, cos).unflatten(-2, grid)
+    first = angle.ndim - 1 - len(grid)
+    base = [places[:, axis].floor().clamp(0, max(0, side - 2)).long() for axis, side in enumerate(grid)]
+    index = (slice(None),) * first + tuple(base)
+    found = angle[index]
+    for axis, side in enumerate(grid):
+        if side > 1:
+            step = angle.narrow(first + axis, 1, side - 1) - angle.narrow(first + axis, 0, side - 1)
+            step = torch.atan2(step.sin(), step.cos())
+            found = found + step[(slice(None),) * first + tuple(base)] * (places[:, axis] - base[axis])[:, None]
+    found = found.masked_fill((places < 0).all(dim=1)[:, None], 0)
+    return found.sin(), found.cos()
+
+
+@cache
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """What a module's forward takes, by name."""
+    return tuple(signature(forward).parameters)[1:]
+
+
+Inside = Callable[[Tensor, Source], tuple[Tensor, Tensor | None]]
+"""What stands for the blocks: (B, N, D) as the first of them receives it -> (B, R, D) as the last leaves it, and which
+of these slots hold a token, (B, R) bool; None is all."""
+
+
+class _Blocks(nn.Module):
+    """Stands for every block: notes what they are called with, and goes on from the last one."""
+
+    def __init__(self, count: int, go_on: Callable[[Tensor, list[Any]], Any]) -> None:
+        super().__init__()
+        self.count, self.go_on = count, go_on
+        self.calls: list[Any] = []
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        return x if len(self.calls) < self.count else self.go_on(x, self.calls)
+
+
+def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
+    """A ViT's own forward, with `inside` in the place of its blocks: what the ViT returns.
 
     An image that is not finite has no finite token, so that whatever a method leaves out of it, its logits are NaN.
+    Where the ViT pools all tokens it pools those that are there.
 
     Raises:
         ValueError: the images' shape or device does not fit the model.
         TypeError: the images are not floating point, or of another precision than the weights.
     """
     check_images(vit, images)
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-    spoilt = 0 * x.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # 0, or NaN
-    return x + spoilt.to(x.dtype), patch_grid(vit, images)
+    family = family_of(vit)
+    blocks = get(vit, family.blocks)
+    held: list[Tensor] = []
 
-
-def attention_norm(vit: VisionTransformer, block: int, x: Tensor) -> Tensor:
-    """What the attention sub-layer of a block reads of features (..., D)."""
-    return vit.blocks[block].norm1(x)
-
-
-def like_norm(vit: VisionTransformer) -> nn.Module:
-    """A fresh norm of the kind and size that the blocks have."""
-    norm = copy.deepcopy(vit.blocks[0].norm1)
-    norm.reset_parameters()
-    return norm.requires_grad_(True)
-
-
-def run_block(
-    block: Block,
-    tokens: Tokens,
-    chosen: Tensor | None = None,
-    projected: Projected | None = None,
-    bias: Tensor | None = None,
-) -> Tokens:
-    """One transformer block.
-
-    Args:
-        chosen: (B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all.
-        projected: what `project` gave, where it was needed to choose.
-        bias: token features (...,), added to the attention logits of each token as a key.
-    """
-    if chosen is None or not isinstance(block.norm2, TokenPart):
-        return add_mlp(block, add_attention(block, tokens, chosen, projected, bias))
-    tokens = add_attention(block, tokens, None, projected, bias)  # a norm over tokens sees those that are dropped too
-    normed = block.norm2.on(tokens.x, tokens)
-    rows, (normed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
-    return add_mlp(block, rows, normed)
-
-
-def add_attention(
-    block: Block,
-    tokens: Tokens,
-    chosen: Tensor | None = None,
-    projected: Projected | None = None,
-    bias: Tensor | None = None,
-) -> Tokens:
-    """The attention sub-layer with its residual; `chosen`, `projected` and `bias` as in `run_block`."""
-    attn = block.attn
-    if isinstance(attn, Mixer):
-        return _add_mixed(block, tokens, chosen)
-    rows = tokens
-    if chosen is None:
-        q, k, v = projected or project(block, tokens)
-    elif projected is not None or not is_plain(attn.qkv):
-        q, k, v = projected or project(block, tokens)
-        rows, (q,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), q)
-    else:  # without the queries of the others
-        normed = on_tokens(block.norm1, tokens.x, tokens)
-        rows, (few,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
-        (q,) = _heads(block, few, slice(attn.attn_dim))
-        k, v = _heads(block, normed, slice(attn.attn_dim, None))
-        q, k = on_tokens(attn.q_norm, q, rows), on_tokens(attn.k_norm, k, tokens)
-    mixed = tokens.attend(q, k, v, rows, attn.attn_drop.p if attn.training else 0.0, bias)
-    out = through(attn.norm, mixed.flatten(-2))
-    if attn.gate is not None:
-        out = out * attn.gate(block.norm1(rows.x)).sigmoid()
-    return add_branch(rows, through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
-
-
-def _add_mixed(block: Block, tokens: Tokens, chosen: Tensor | None) -> Tokens:
-    """`add_attention` where something else stands in its place, which runs over all slots at once."""
-    mixed = through(block.ls1, block.attn.on(on_tokens(block.norm1, tokens.x, tokens), tokens))
-    if chosen is not None:
-        tokens, (mixed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), mixed)
-    return add_branch(tokens, mixed, block.drop_path1)
-
-
-def project(block: Block, tokens: Tokens) -> Projected:
-    """Queries, keys and values of the attention sub-layer, normalised as the ViT does: features (..., H, d) each.
-
-    Raises:
-        TypeError: the block has something else in the place of attention.
-    """
-    return project_normed(block, tokens, on_tokens(block.norm1, tokens.x, tokens))
-
-
-def project_normed(block: Block, tokens: Tokens, normed: Tensor) -> Projected:
-    """As `project`, of what the block's first norm gave of `tokens`."""
-    attn = block.attn
-    if isinstance(attn, Mixer):
-        raise TypeError(f"the block has {type(attn).__name__} in the place of attention: no queries, keys and values")
-    q, k, v = _heads(block, normed, slice(None))
-    return on_tokens(attn.q_norm, q, tokens), on_tokens(attn.k_norm, k, tokens), v
-
-
-def _heads(block: Block, normed: Tensor, rows: slice) -> tuple[Tensor, ...]:
-    """Those of queries, keys and values that stand in these rows of their common linear map, by head."""
-    attn = block.attn
-    out = some_outputs(attn.qkv, normed, rows)
-    parts = out.shape[-1] // attn.attn_dim
-    return out.reshape(*normed.shape[:-1], parts, attn.num_heads, attn.head_dim).unbind(-3)
-
-
-def attention_received(tokens: Tokens, projected: Projected, slots: int | None) -> Tensor:
-    """Attention that each token receives, mean over queries, by head: features (..., H).
-
-    Args:
-        projected: what `project` gave.
-        slots: the queries are those of the first so many slots; None takes all live tokens.
-    """
-    q, k, _ = projected
-    return tokens.received(tokens.rows(q) if slots is None else tokens.first(q, slots), k)
-
-
-def add_mlp(block: Block, tokens: Tokens, normed: Tensor | None = None) -> Tokens:
-    """The MLP sub-layer with its residual; in evaluation on the CPU a part of the tokens at a time.
-
-    Args:
-        normed: what the block's second norm gives of `tokens`, where it is known.
-    """
-    x = tokens.x
-    if normed is None and isinstance(block.norm2, TokenPart):
-        normed = block.norm2.on(x, tokens)
-
-    def mlp(read: Tensor) -> Tensor:
-        return through(block.ls2, block.mlp(block.norm2(read) if normed is None else read))
-
-    read = x if normed is None else normed
-    whole = torch.is_grad_enabled() or block.training or x.device.type != "cpu" or is_hooked(block.mlp)
-    if whole or x.shape[:-1].numel() <= MLP_ROWS:
-        return add_branch(tokens, mlp(read), block.drop_path2)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    parts = (out.view(-1, x.shape[-1]), x.flatten(0, -2), read.flatten(0, -2))
-    for place, rows, some in zip(*(part.split(MLP_ROWS) for part in parts), strict=True):
-        torch.add(rows, mlp(some), out=place)
-    return tokens.with_x(out)
-
-
-def classify(vit: VisionTransformer, x: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Final norm, pooling and head.
-
-    Args:
-        x: (B, n, D), the slots that `read_slots` names, or all.
-        live: (B, n) bool, the slots to pool; None pools all of `x`.
-    Returns:
-        logits (B, classes), and the distillation head's in timm's distilled training, else None.
-    """
-    x = vit.norm(x)
-    if live is not None and vit.global_pool != "token":
-        return vit.head(vit.head_drop(vit.fc_norm(_pool(vit, x, live)))), None
-    logits = vit.forward_head(x)
-    return logits if isinstance(logits, tuple) else (logits, None)
-
-
-def final_norm(vit: VisionTransformer, x: Tensor) -> Tensor:
-    """What the ViT makes of features (..., D) of its last block before it pools them."""
-    return vit.norm(x)
-
-
-def _pool(vit: VisionTransformer, x: Tensor, live: Tensor) -> Tensor:
-    """timm's pooling of (B, N, D) over live slots only."""
-    if vit.attn_pool is not None:
-        start = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
-        return vit.attn_pool(x[:, start:], attn_mask=live[:, None, None, start:])
-    patches = slice(0 if vit.pool_include_prefix else vit.num_prefix_tokens, None)
-    alive = live[:, patches, None]
-    mean = (x[:, patches] * alive).sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True)
-    # in dead slots the mean moves neither mean nor maximum
-    return vit.pool(torch.where(live[..., None], x, mean))
-
-
-def through(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), without the price of a call where there is nothing to do; at batch 1 those add up."""
-    return x if type(module) is nn.Identity else module(x)
-
-
-def on_tokens(part: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-    """A part of a block on token features of `tokens`."""
-    if isinstance(part, TokenPart):
-        return part.on(x, tokens)
-    if isinstance(part, nn.Sequential):
-        for step in part:
-            x = on_tokens(step, x, tokens)
+    def go_on(x: Tensor, calls: list[Any]) -> Tensor:
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise TypeError("has blocks that take something else than tokens (batch, tokens, channels)")
+        spoilt = 0 * x.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # 0, or NaN
+        source = Source(family, images, patch_grid(vit, images), prefix_tokens(vit), calls)
+        slots = x.shape[1]
+        x, live = inside(x + spoilt.to(x.dtype), source)
+        if family.needs_grid and x.shape[1] < slots:
+            live = x.new_ones(x.shape[:2], dtype=torch.bool) if live is None else live
+            x, live = (pad(t, (*[0] * (2 * t.ndim - 4), 0, slots - t.shape[1])) for t in (x, live))
+        if live is not None:
+            held.append(live)
+            if read_slots(vit) is None:
+                x = _fill(x, live, _pooled_from(vit))
         return x
-    return through(part, x)
+
+    stand = _Blocks(len(blocks), go_on)
+    parts: dict[str, Any] = {family.blocks: stand_in(blocks, _modules=dict.fromkeys(blocks._modules, stand))}
+    if read_slots(vit) is None:
+        parts |= _pooling(vit, family, held)
+    inside_blocks = family.checkpointing.startswith(f"{family.blocks}.")
+    if not inside_blocks and find(vit, family.checkpointing) is True:  # which blocks are by themselves
+        parts[family.checkpointing] = False
+    return with_parts(vit, parts)(images, **family.told)
 
 
-def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
-    if isinstance(drop_path, DropPath) and drop_path.training:
-        branch = branch * tokens.spread(drop_path(branch.new_ones(tokens.shape[0], 1, 1)))
-    return tokens.with_x(tokens.x + branch)
+def _pooling(vit: nn.Module, family: Family, held: list[Tensor]) -> dict[str, nn.Module]:
+    """What stands for norm and pool, so that slots without a token have no part in what is pooled."""
+    parts: dict[str, nn.Module] = {}
+    pool, norm = find(vit, family.pool), find(vit, family.norm)
+    if pool is not None:
+
+        def of_live(pool: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with OfLive(held.pop()[:, -x.shape[1] :]) if held else nullcontext():  # and what it gives is alive
+                return type(pool).forward(pool, x, *args, **kwargs)
+
+        parts[str(family.pool)] = stand_in(pool, of_live)
+    if norm is not None:
+
+        def filled(norm: nn.Module, x: Tensor) -> Tensor:
+            x = type(norm).forward(norm, x)
+            return _fill(x, held[0], _pooled_from(vit)) if held and x.ndim == 3 else x
+
+        parts[str(family.norm)] = stand_in(norm, filled)
+    return parts
+
+
+def _pooled_from(vit: nn.Module) -> int:
+    """The first slot that is averaged, where all are."""
+    return 0 if value_of(vit, family_of(vit).pools_prefix) else prefix_tokens(vit)
+
+
+def _fill(x: Tensor, live: Tensor, start: int) -> Tensor:
+    """The mean of the live slots from `start` on in dead ones, where it moves neither mean nor maximum."""
+    alive = live[:, start:, None]
+    mean = (x[:, start:] * alive).sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True)
+    return torch.where(live[..., None], x, mean)
+
+
+def scores(given: Any) -> tuple[Tensor, Tensor | None]:
+    """Of what a ViT returned the logits, or features where it has no classes; and those of a distillation head."""
+    if isinstance(given, tuple):
+        return given
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if (found := getattr(given, name, None)) is not None:
+            return found, None
+    return given, None
+
+
+class _Enough(Exception):
+    """The first half of a forward is through."""
+
+
+def enter(vit: nn.Module, images: Any, layout: type[Tokens]) -> Tokens:
+    """Images -> tokens, as the first block receives them; raises as `run`."""
+    entered: list[Tokens] = []
+
+    def inside(x: Tensor, source: Source) -> NoReturn:
+        entered.append(layout.of(x).of_source(source))
+        raise _Enough
+
+    with suppress(_Enough):
+        run(vit, images, inside)
+    return entered[0]
+
+
+def final_norm(vit: nn.Module, x: Tensor) -> Tensor:
+    """What the ViT makes of features (..., D) of its last block before it pools them."""
+    name = family_of(vit).norm
+    return x if name is None else get(vit, name)(x)

@@ -1,7 +1,7 @@
-"""A timm block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
+"""A block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
 
 `Masked` computes everything and multiplies by the gates, which is the definition and passes their gradients. `Packed`
-computes what is on and nothing else. With `forward.py` this is the door to timm's blocks.
+computes what is on and nothing else.
 
 Letters: B images, N token slots, T tokens of a part of the batch, D channels, H heads, d channels per head, F hidden
 channels of the MLP.
@@ -10,17 +10,22 @@ channels of the MLP.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from adaptvit.backbones.base import model_name
-from adaptvit.backbones.forward import MLP_ROWS, add_branch, on_tokens, project_normed, through
+from adaptvit.backbones.base import cores, family_of, model_name
+from adaptvit.backbones.door import Acts, Projected
+from adaptvit.backbones.families import FAMILIES, Parts, get
+from adaptvit.backbones.fast import MLP_ROWS, drops_paths, has_maps, is_watched, on_tokens, project_normed, through
 from adaptvit.backbones.maps import is_plain, of_nothing, some_inputs, some_outputs
+from adaptvit.backbones.split import attention, chain
+from adaptvit.backbones.standin import stand_in, with_parts
 from adaptvit.macs import Shape
 from adaptvit.tokens import Masked, Packed, Tokens
 
@@ -57,11 +62,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 """Queries, keys and values (B, N, H, d), the gates, and the dropout of attention -> (B, N, H, d)."""
 
 
-NEEDS = frozenset({"attention", "token norms", "equal heads"})
+NEEDS = frozenset({"attention", "token norms", "named parts"})
 """What blocks need that run under gates, as `adaptvit.backbones.base.OFFERS` has it."""
+HEADS_NEED = frozenset({"equal heads", "timm's plain blocks"})
+"""What they need beside where heads have gates."""
 
 
-def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:
+def check_gated(vit: nn.Module, takes: Takes | None) -> None:
     """Refuse a ViT that offers `NEEDS`, but whose heads cannot take along what they are to.
 
     Args:
@@ -70,11 +77,12 @@ def check_gated(vit: VisionTransformer, takes: Takes | None) -> None:
         TypeError: `hidden`, and the MLP is not fc1, activation of 0 at 0, fc2.
         ValueError: the heads do not divide the channels that they take along.
     """
-    for block in vit.blocks:
-        _check_takes(block.attn, block.mlp, vit.embed_dim, takes, model_name(vit))
+    if takes is not None:
+        for block in cores(vit):
+            _check_takes(block.attn, block.mlp, get(vit, family_of(vit).width), takes, model_name(vit))
 
 
-def _check_takes(attn: Attention, mlp: Any, dim: int, takes: Takes | None, name: str) -> None:
+def _check_takes(attn: Attention, mlp: Any, dim: int, takes: Takes, name: str) -> None:
     if takes == "input" and dim != attn.attn_dim:
         raise ValueError(
             f"{name} has {dim} channels, but its heads span {attn.attn_dim}: "
@@ -90,7 +98,8 @@ def _check_takes(attn: Attention, mlp: Any, dim: int, takes: Takes | None, name:
 
 
 def run_gated(
-    block: Block,
+    block: Any,
+    number: int,
     tokens: Tokens,
     gates: Gates,
     takes: Takes,
@@ -99,7 +108,7 @@ def run_gated(
     attend: Attend | None = None,
     drop_path: bool = True,
 ) -> Tokens:
-    """One transformer block under gates; a token or image that is off passes unchanged.
+    """Block `number` of a ViT under gates; a token or image that is off passes unchanged.
 
     Args:
         tokens: all live. `Packed` features are overwritten, and carry no gradients.
@@ -110,13 +119,19 @@ def run_gated(
         drop_path: stochastic depth is as the block has it.
     """
     if isinstance(tokens, Packed):
-        return _skip(block, tokens, gates, takes, normed, read)
+        if not is_watched(block):
+            return _skip(block, number, tokens, gates, takes, normed, read)
+        grid = Masked(tokens.grid(tokens.x), source=tokens.source)  # somebody is to see all of it, once
+        normed = None if normed is None else tokens.grid(normed)
+        masked = _mask(block, number, grid, gates.like(grid.x), takes, normed, None, drop_path)
+        return tokens.with_x(masked.x.flatten(0, 1))
     assert isinstance(tokens, Masked)
-    return _mask(block, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
+    return _mask(block, number, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
 
 
 def _mask(
-    block: Block,
+    block: Any,
+    number: int,
     tokens: Masked,
     gates: Gates,
     takes: Takes,
@@ -124,40 +139,75 @@ def _mask(
     attend: Attend | None,
     drop_path: bool,
 ) -> Tokens:
+    parts = FAMILIES.parts_of(block)
+    assert parts is not None
+    if normed is None:
+        normed = chain(block, parts.into_attention, tokens.x, tokens)
+    acts = Acts(attend=partial(_attend_under, gates, takes, attend))
+    if has_maps(block) and not is_watched(block):
+        out = _by_maps(block, tokens, gates, takes, normed, acts)
+    else:
+        _check_called(block, gates, takes)
+        out, _ = attention(block, parts, tokens, normed, acts, number)
+    added = _add(block, parts.out_of_attention, tokens, out, gates.attention_tokens, gates.attention, drop_path)
+    read = chain(block, parts.into_mlp, added.x, added)
+    out = _masked_mlp(block, parts, added, read, gates.heads, takes)
+    return _add(block, parts.out_of_mlp, added, out, gates.mlp_tokens, gates.mlp, drop_path)
+
+
+def _check_called(block: Any, gates: Gates, takes: Takes) -> None:
+    """Refuse heads that are off where something in attention follows them, and attention is to be called whole."""
+    attn = getattr(block, "attn", None)
+    follows = (
+        not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) or getattr(attn, "gate", None) is not None
+    )
+    if gates.heads is not None and takes != "identity" and follows:
+        raise NotImplementedError(
+            f"{type(attn).__name__} has a norm or gate behind its heads, so that with a hook on it heads cannot be off"
+        )
+
+
+def _by_maps(block: Block, tokens: Tokens, gates: Gates, takes: Takes, normed: Tensor, acts: Acts) -> Tensor:
+    """Attention of timm's plain block, whose inner norm and gate see heads that are off."""
     attn = block.attn
-    normed = block.norm1(tokens.x) if normed is None else normed
-    q, k, v = project_normed(block, tokens, normed)
-    heads = None if gates.heads is None else gates.heads[:, None, :, None]
-    if heads is not None and takes != "identity":
-        q, k, v = q * heads, k * heads, v * heads
-    mixed = (attend or _attend_to_tokens_on)(q, k, v, gates, attn.attn_drop.p if attn.training else 0.0)
-    if heads is not None and takes == "identity" and attend is None:
-        mixed = heads * mixed + (1 - heads) * v
+    assert acts.attend is not None
+    mixed = acts.attend(Projected(*project_normed(block, tokens, normed)), attn.attn_drop.p if attn.training else 0.0)
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(normed).sigmoid()
+    if gates.heads is not None and takes != "identity":
+        out = (out.unflatten(-1, mixed.shape[-2:]) * gates.heads[:, None, :, None]).flatten(-2)
+    return attn.proj_drop(attn.proj(out))
+
+
+def _attend_under(gates: Gates, takes: Takes, attend: Attend | None, projected: Projected, dropout: float) -> Tensor:
+    q, k, v, pairs = projected
+    heads = None if gates.heads is None else gates.heads[:, None, :, None]
     if heads is not None and takes != "identity":
-        out = (out.unflatten(-1, mixed.shape[-2:]) * heads).flatten(-2)
-    out = through(block.ls1, attn.proj_drop(attn.proj(out)))
-    tokens = _add(tokens, out, gates.attention_tokens, gates.attention, block.drop_path1, drop_path)
-    out = through(block.ls2, _masked_mlp(block, block.norm2(tokens.x), gates.heads, takes))
-    return _add(tokens, out, gates.mlp_tokens, gates.mlp, block.drop_path2, drop_path)
-
-
-def _attend_to_tokens_on(q: Tensor, k: Tensor, v: Tensor, gates: Gates, dropout: float) -> Tensor:
+        q, k, v = q * heads, k * heads, v * heads
+    if attend is not None:
+        if pairs is not None:
+            raise NotImplementedError("this attention has no relative bias, which the ViT gives it")
+        return attend(q, k, v, gates, dropout)
     on = gates.attention_tokens
     tokens = Masked(q, None if on is None else on.detach() > 0)
-    return tokens.attend(q, k, v, tokens, dropout)
+    mixed = tokens.attend(q, k, v, tokens, dropout, pairs=pairs)
+    if heads is None:
+        return mixed
+    return heads * mixed + (1 - heads) * v if takes == "identity" else heads * mixed
 
 
-def _masked_mlp(block: Block, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:
+def _masked_mlp(block: Any, parts: Parts, tokens: Tokens, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:
     if heads is None or takes == "identity":
-        return block.mlp(x)
-    mlp = block.mlp
+        return chain(block, parts.mlp, x, tokens)
     if takes == "input":
-        return mlp(x * _by_channel(heads, x.shape[-1]))
-    hidden = mlp.fc1(x)
-    return mlp.drop2(mlp.fc2(mlp.drop1(mlp.act(hidden * _by_channel(heads, hidden.shape[-1])))))
+        return chain(block, parts.mlp, x * _by_channel(heads, x.shape[-1]), tokens)
+
+    def gated(fc1: nn.Module, x: Tensor) -> Tensor:
+        hidden = type(fc1).forward(fc1, x)
+        return hidden * _by_channel(heads, hidden.shape[-1])
+
+    return with_parts(block.mlp, {"fc1": stand_in(block.mlp.fc1, gated)})(x)
 
 
 def _by_channel(heads: Tensor, channels: int) -> Tensor:
@@ -166,17 +216,22 @@ def _by_channel(heads: Tensor, channels: int) -> Tensor:
 
 
 def _add(
-    tokens: Masked, branch: Tensor, on: Tensor | None, images: Tensor | None, drop: nn.Module, drop_path: bool
+    block: nn.Module,
+    names: tuple[str, ...],
+    tokens: Masked,
+    branch: Tensor,
+    on: Tensor | None,
+    images: Tensor | None,
+    drop_path: bool,
 ) -> Masked:
+    if not drop_path:
+        names = tuple(name for name in names if not drops_paths(get(block, name)))
+    branch = chain(block, names, branch, tokens)
     if on is not None:
         branch = branch * on[..., None]
     if images is not None:
         branch = branch * images[:, None, None]
-    if not drop_path:
-        return tokens.with_x(tokens.x + branch)
-    added = add_branch(tokens, branch, drop)
-    assert isinstance(added, Masked)
-    return added
+    return tokens.with_x(tokens.x + branch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +266,12 @@ class _Part:
 
 
 @torch.no_grad()
-def _skip(block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None) -> Tokens:
+def _skip(
+    block: Any, number: int, tokens: Packed, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None
+) -> Tokens:
     assert tokens.full
-    x = tokens.x
+    x, parts, by_maps = tokens.x, FAMILIES.parts_of(block), has_maps(block)
+    assert parts is not None
     on = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
     attention = on if gates.attention is None else gates.attention
     mlp = on if gates.mlp is None else gates.mlp
@@ -226,11 +284,18 @@ def _skip(block: Block, tokens: Packed, gates: Gates, takes: Takes, normed: Tens
             target, inside = (part, None) if read is None else part.first(read)
             rows = target.of(x)
             if part.attention:
-                normed = block.norm1(x) if normed is None else normed
-                rows += _attention(block, part.of(normed), part, target, inside, takes)
+                normed = chain(block, parts.into_attention, x, tokens) if normed is None else normed
+                if by_maps:
+                    rows += _attention(block, part.of(normed), part, target, inside, takes)
+                else:
+                    rows += _called(block, parts, number, part.of(normed), part, inside, tokens)
             if part.mlp:
                 for some in rows.split(MLP_ROWS):
-                    some += through(block.ls2, _mlp(block, block.norm2(some), part.runs, takes))
+                    read_of = chain(block, parts.into_mlp, some, tokens)
+                    out = (
+                        _mlp(block, read_of, part.runs, takes) if by_maps else chain(block, parts.mlp, read_of, tokens)
+                    )
+                    some += chain(block, parts.out_of_mlp, out, tokens)
             target.put(x, rows)
     return tokens.with_x(x)
 
@@ -266,6 +331,20 @@ def _runs(pattern: Sequence[bool]) -> Runs:
     """The heads that are on, as ranges."""
     edges = [place for place, (left, right) in enumerate(pairwise((False, *pattern, False))) if left != right]
     return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _called(
+    block: Any, parts: Parts, number: int, read: Tensor, part: _Part, inside: Tensor | None, tokens: Packed
+) -> Tensor:
+    """`_attention` of a block whose attention is called whole, by all heads."""
+    keys = Packed(read, part.shape, part.slots, source=tokens.source)
+    chosen = None
+    if inside is not None:
+        chosen = torch.zeros(part.shape[0] * part.shape[1], dtype=torch.bool, device=read.device)
+        chosen[part.slots[inside]] = True
+        chosen = chosen.view(part.shape)
+    out, _ = attention(block, parts, keys, read, Acts(chosen), number)
+    return chain(block, parts.out_of_attention, out if inside is None else out[inside], keys)
 
 
 def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside: Tensor | None, takes: Takes) -> Tensor:
@@ -384,14 +463,16 @@ def gated_macs(
         keys, queries: tokens attended to, and tokens updated by attention.
         mlp_tokens: tokens that go through the MLP.
     """
-    all_heads, head_dim, gated, mlp_per_token = (
-        shape.each(size, keys) for size in ("heads", "head_dim", "gated", "mlp_per_token")
+    all_heads, head_dim, gated, mlp_per_token, maps, mixing = (
+        shape.each(size, keys) for size in ("heads", "head_dim", "gated", "mlp_per_token", "maps", "mixing")
     )
     width = heads * head_dim
     valued = all_heads * head_dim if takes == "identity" else width
     query_side = queries * shape.dim * (width + (1 + gated) * valued)
     key_side = keys * shape.dim * (width + valued)
-    attending = attention * (query_side + key_side + 2 * queries * keys * width)
+    linear = query_side + key_side
+    linear = linear + (maps > 0 if isinstance(maps, Tensor) else bool(maps)) * (maps * keys - linear)
+    attending = attention * (linear + 2 * queries * keys * width + mixing)
     if takes == "hidden":
         return attending + mlp * mlp_tokens * (mlp_per_token // all_heads) * heads
     if takes == "input" and plain_mlp:
@@ -401,6 +482,6 @@ def gated_macs(
     return attending + mlp * mlp_tokens * mlp_per_token
 
 
-def has_plain_mlp(vit: VisionTransformer) -> bool:
+def has_plain_mlp(vit: nn.Module) -> bool:
     """Whether the MLPs are fc1, activation, fc2, so that fewer input channels take fewer MACs."""
-    return all(type(block.mlp) is Mlp for block in vit.blocks)
+    return all(type(getattr(block, "mlp", None)) is Mlp for block in cores(vit))

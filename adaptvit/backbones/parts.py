@@ -114,7 +114,7 @@ def _check_mixer(config: ViTConfig) -> None:
 class TokenPart(nn.Module, ABC):
     """A part whose result for a token depends on its slot or on the image's other tokens.
 
-    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.forward` calls, on
+    `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.fast` calls, on
     those that are live. With every token live they are the same.
     """
 
@@ -198,7 +198,8 @@ class Rotary(TokenPart):
 
     def on(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Token features (..., H, d)."""
-        places = tokens.spread(self.table.expand(tokens.shape[0], -1, -1))
+        at = tokens.at
+        places = self.table.index_select(0, at.flatten()).view(*at.shape, -1)
         return apply_rot_embed_cat(x, places.unsqueeze(-2))
 
     def extra_repr(self) -> str:

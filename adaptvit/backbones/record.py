@@ -7,7 +7,10 @@ A file may come from anybody: `ARGUMENTS` and `PREPROCESSING` are the rules of w
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import timm
@@ -18,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adaptvit.backbones.base import model_name, timm_config
+from adaptvit.backbones.families import FAMILIES, qualified
 from adaptvit.backbones.parts import PartsViT, RepresentationHead, ViTConfig, add_representation, set_head_dim
 from adaptvit.backbones.t2t import TokensToToken, t2t_vit
 
@@ -64,6 +68,10 @@ PREPROCESSING: dict[str, Rule] = {
     "test_crop_pct": _number(0.05, 20),
 }
 """What timm's `pretrained_cfg` says about the images."""
+TRANSFORMERS = "transformers.models."
+"""What the qualified names of Hugging Face's models begin with."""
+PASSING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map")
+"""What a config of theirs says of the file it came in."""
 ARGUMENTS: dict[str, Rule] = {
     "img_size": _several(SIDE, 2, 2),
     "patch_size": _several(SIDE, 2, 2),
@@ -99,16 +107,22 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
     Raises:
         ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
     """
-    arguments = _parts_arguments(vit) if isinstance(vit, PartsViT) else _timm_arguments(vit)
-    if isinstance(vit.head, RepresentationHead):
-        arguments["representation_size"] = vit.head.fc.in_features
     name, recorded = model_name(vit), timm_config(vit)
+    arguments: dict[str, Any]
+    if qualified(type(vit)).startswith(TRANSFORMERS):
+        name, arguments = qualified(type(vit)), {"config": _transformers_config(vit)}
+    elif not isinstance(vit, VisionTransformer):
+        arguments = _recorded_arguments(vit)
+    else:
+        arguments = _parts_arguments(vit) if isinstance(vit, PartsViT) else _timm_arguments(vit)
+        if isinstance(vit.head, RepresentationHead):
+            arguments["representation_size"] = vit.head.fc.in_features
     data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
     description = {"architecture": name, "arguments": arguments, "data": data}
     with torch.device("meta"):
         twin = rebuild(description)
     if _anatomy(twin) != _anatomy(vit):
-        raise ValueError(f"this {name} has parts that its timm name and arguments do not give, so it cannot be saved")
+        raise ValueError(f"this {name} has parts that its name and arguments do not give, so it cannot be saved")
     return description
 
 
@@ -117,6 +131,78 @@ def _parts_arguments(vit: PartsViT) -> dict[str, Any]:
     arguments = dataclasses.asdict(vit.config) | {"num_classes": vit.num_classes, "global_pool": vit.global_pool}
     del arguments["drop_path_rate"]
     return arguments
+
+
+def _recorded_arguments(vit: Any) -> dict[str, Any]:
+    """Of other models of timm's, what they were created with, as timm keeps it, as they are now.
+
+    Raises:
+        ValueError: timm did not create it, or a file could not say what it was created with.
+    """
+    name = model_name(vit)
+    if not timm.is_model(name):
+        raise ValueError(f"this {name} was not made by timm.create_model, so that nothing says how to make it again")
+    own = {"num_classes": vit.num_classes, "global_pool": vit.global_pool}
+    arguments = {key: list(value) if isinstance(value, tuple) else value for key, value in own_arguments(vit).items()}
+    arguments |= {key: value for key, value in own.items() if getattr(vit, key, None) is not None}
+    for key, value in arguments.items():
+        if not _is_plain_argument(key, value):
+            raise ValueError(f"this {name} was created with {key}={value!r:.80}, which a file cannot say")
+    return arguments
+
+
+def own_arguments(vit: nn.Module) -> dict[str, Any]:
+    """What a model of timm's was created with beside its name."""
+    return dict(getattr(vit, "_model_args", {}))
+
+
+FORBIDDEN = frozenset(signature(timm.create_model).parameters) | {
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "features_only",
+}
+"""What is told to timm rather than to a model."""
+
+
+def _is_plain_argument(name: Any, value: Any) -> bool:
+    """Whether a model's argument is one that a file may say: a number or word, or some, told to the model itself."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(one is None or isinstance(one, (bool, int, float, str)) for one in values)
+    return isinstance(name, str) and name.isidentifier() and name not in FORBIDDEN and plain
+
+
+def _transformers_config(vit: Any) -> dict[str, Any]:
+    """Of a model of transformers, without where it came from."""
+    told = json.loads(json.dumps(vit.config.to_dict(), allow_nan=False))
+    return {name: value for name, value in told.items() if name not in PASSING}
+
+
+def _of_transformers(name: str, config: Any, num_classes: int | None = None) -> Any:
+    """A model of transformers by its qualified name, which a row has: nothing else is imported.
+
+    Raises:
+        ValueError: no row has it, or there is no such class.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"the config of its ViT must be a table of names and values, got {type(config).__name__}")
+    kind = transformers_class(name)
+    others = {} if num_classes is None else {"num_labels": num_classes}
+    return kind(kind.config_class.from_dict(config | others))
+
+
+def transformers_class(name: str) -> Any:
+    """The class of a model of transformers, by its qualified name.
+
+    Raises:
+        ValueError: no row has it, or there is no such class.
+    """
+    if name not in FAMILIES.models:
+        raise ValueError(f"{name[:80]} is none of the models that are known")
+    module, _, kind = name.rpartition(".")
+    try:
+        return getattr(import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{kind} needs transformers 5 or newer: pip install transformers") from error
 
 
 def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
@@ -162,6 +248,12 @@ def rebuild(description: dict[str, Any], **others: Any) -> VisionTransformer:
         ValueError: timm does not know the architecture, or the description has something that none of ours has.
     """
     name = description["architecture"]
+    if isinstance(name, str) and name.startswith(TRANSFORMERS):
+        vit = _of_transformers(name, description["arguments"].get("config"), **others)
+        vit.pretrained_cfg = timm_config(vit) | check_described("its images'", description["data"], PREPROCESSING)
+        return vit
+    if isinstance(name, str) and timm.is_model(name) and not _is_vision_transformer(name):
+        return _created(name, description, others)
     arguments = check_described("its ViT's argument", description["arguments"], ARGUMENTS)
     recorded = check_described("its images'", description["data"], PREPROCESSING)
     for size in ("img_size", "patch_size"):
@@ -186,6 +278,31 @@ def rebuild(description: dict[str, Any], **others: Any) -> VisionTransformer:
         set_head_dim(vit, head_dim)
     if representation_size:
         add_representation(vit, representation_size)
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
+    vit.pretrained_cfg = {**timm_config(vit), **data}
+    return vit
+
+
+def _is_vision_transformer(name: str) -> bool:
+    """Whether a name of timm's is made in modules whose models are `VisionTransformer`, or this library's own."""
+    module = timm.model_entrypoint(name).__module__
+    return module.startswith("adaptvit.") or module.rpartition(".")[2] in VISION_TRANSFORMERS
+
+
+VISION_TRANSFORMERS = ("vision_transformer", "vision_transformer_hybrid", "deit")
+
+
+def _created(name: str, description: dict[str, Any], others: dict[str, Any]) -> Any:
+    """A model of timm's other ones, by what it was created with."""
+    arguments = description["arguments"]
+    if not isinstance(arguments, dict):
+        raise ValueError(f"its ViT's arguments must be a table of names and values, got {type(arguments).__name__}")
+    for key, value in arguments.items():
+        if not _is_plain_argument(key, value):
+            raise ValueError(f"its ViT's argument {str(key)[:80]!r} cannot be {repr(value)[:80]}")
+    recorded = check_described("its images'", description["data"], PREPROCESSING)
+    told = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    vit = timm.create_model(name, pretrained=False, **told | others)
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
     vit.pretrained_cfg = {**timm_config(vit), **data}
     return vit

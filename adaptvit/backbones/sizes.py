@@ -1,77 +1,198 @@
-"""The sizes of a timm ViT that MACs depend on, block by block."""
+"""The sizes of a ViT that MACs depend on, block by block."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from adaptvit.backbones.base import blocks_of, cores, family_of, input_size, model_name, patch_grid, prefix_tokens
+from adaptvit.backbones.blocks import called_with
+from adaptvit.backbones.families import FAMILIES, Parts, find, get, value_of
+from adaptvit.backbones.fast import is_fast
+from adaptvit.backbones.forward import enter
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.backbones.t2t import PATCH, TokensToToken, linear_macs
 from adaptvit.macs import BlockShape, Shape
+from adaptvit.tokens import Packed, Tokens
 
 
-def shape_of(vit: VisionTransformer) -> Shape:
+def shape_of(vit: nn.Module) -> Shape:
     """The sizes that MACs depend on; a stem that is a network of its own is run for it, once."""
-    stem = vit.patch_embed
+    stem = find(vit, family_of(vit).stem)
     stem_fixed = stem_per_pair = 0
     if isinstance(stem, PatchEmbed):
         stem_per_patch = stem.proj.weight.numel()
+    elif isinstance(stem, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        stem_per_patch = stem.weight.numel()
     elif isinstance(stem, TokensToToken):
         stem_fixed, stem_per_patch, stem_per_pair = _t2t_macs(stem)
     else:
-        stem_per_patch = _counted_macs(stem, vit) // stem.num_patches
-    head, head_per_patch = head_macs(vit)
+        before = stem.forward if stem is not None else lambda images: enter(vit, images, Packed)
+        stem_per_patch = _counted(before, vit, 1, *input_size(vit)) // math.prod(patch_grid(vit))
+    dim = get(vit, family_of(vit).width)
+    pool, pool_per_patch = _pool_macs(vit, dim)
     return Shape(
-        dim=vit.embed_dim,
-        blocks=tuple(map(_block_shape, vit.blocks)),
+        dim=dim,
+        blocks=_block_shapes(vit, dim),
         stem_per_patch=stem_per_patch,
-        prefix=vit.num_prefix_tokens,
-        head=head,
-        head_per_patch=head_per_patch,
-        stem=stem_fixed,
+        prefix=prefix_tokens(vit),
+        head=head_macs(vit),
+        pool=pool,
+        pool_per_patch=pool_per_patch,
+        stem=stem_fixed + _bias_macs(vit, family_of(vit).bias),
         stem_per_pair=stem_per_pair,
     )
 
 
-def head_macs(vit: VisionTransformer) -> tuple[int, int]:
-    """MACs of pooling and classifier: for one image, and for one patch beyond that."""
-    head = _linear_macs(vit.head) + (_linear_macs(vit.head_dist) if isinstance(vit, VisionTransformerDistilled) else 0)
-    head_per_patch = 0
-    if vit.attn_pool is not None:
-        pool = vit.attn_pool
-        head += pool.latent_len * (_linear_macs(pool.q) + _linear_macs(pool.proj) + _linear_macs(pool.mlp))
-        head_per_patch = _linear_macs(pool.kv) + 2 * pool.latent_len * vit.embed_dim
-        head += head_per_patch * vit.num_prefix_tokens * vit.pool_include_prefix
-    return head, head_per_patch
+def head_macs(vit: nn.Module) -> int:
+    """MACs of the classifier for one image."""
+    return sum(_linear_macs(find(vit, name)) for name in family_of(vit).heads)
 
 
-def _block_shape(block: Any) -> BlockShape:
-    mixes = isinstance(block.attn, Mixer)
+def _pool_macs(vit: nn.Module, dim: int) -> tuple[int, int]:
+    """MACs of a pool by attention: for one image, and for one patch beyond that; counted by running it twice."""
+    family = family_of(vit)
+    pool: Any = find(vit, family.pool)
+    if pool is None:
+        return 0, 0
+    one, two = (_counted(pool.forward, vit, 1, tokens, dim) for tokens in (1, 2))
+    prefix = prefix_tokens(vit) if value_of(vit, family.pools_prefix) else 0
+    return one + (prefix - 1) * (two - one), two - one
+
+
+def _block_shapes(vit: nn.Module, dim: int) -> tuple[BlockShape, ...]:
+    tokens: Tokens | None = None
+    shapes = []
+    for number, block in enumerate(cores(vit)):
+        parts = FAMILIES.parts_of(block)
+        if parts is not None and parts.attends_once:
+            shapes.append(_block_shape(block, parts, dim))
+            continue
+        if tokens is None:
+            weight = next(vit.parameters())
+            images = torch.zeros(1, *input_size(vit), device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                tokens = enter(vit, images, Packed)
+        shape = _measured_shape(vit, number, tokens)
+        if parts is not None:
+            mlp = _mlp_macs(block, parts)
+            shape = shape._replace(mlp_per_token=mlp, maps=shape.maps - mlp, whole=False)
+        shapes.append(shape)
+    return tuple(shapes)
+
+
+class _Shapes(TorchFunctionMode):
+    """Notes what attention is asked for, and gives zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, int]] = []
+        """Heads, and channels of a query and of a value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        query, value = named["query"], named["value"]
+        self.seen.append((query.shape[1], query.shape[-1], value.shape[-1]))
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+def _measured_shape(vit: nn.Module, number: int, tokens: Tokens) -> BlockShape:
+    """Of a block that is called whole, by running it on one token and on two."""
+    block, counts = blocks_of(vit)[number], []
+    for count in (1, 2):
+        some = tokens.take(torch.arange(count, device=tokens.x.device)[None])
+        args, kwargs = called_with(block, number, some)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, _Shapes() as shapes:
+            block(some.batch, *args, **kwargs)
+        counts.append(counter.get_total_flops() // 2)
+    if not shapes.seen:
+        raise TypeError(
+            f"{type(block).__name__} in {model_name(vit)} does not attend by scaled_dot_product_attention, so that "
+            "tokens that are gone would be attended to"
+        )
+    (heads, query_dim, _), per_token = shapes.seen[0], counts[1] - counts[0]
+    width = sum(count * (query + value) for count, query, value in shapes.seen)  # of both products, for a pair
     return BlockShape(
-        heads=0 if mixes else block.attn.num_heads,
-        head_dim=0 if mixes else block.attn.head_dim,
-        gated=not mixes and block.attn.gate is not None,
-        mlp_per_token=_linear_macs(block.mlp),
-        mixing=block.attn.macs if mixes else 0,
-        norms_over_tokens=isinstance(block.norm2, TokenPart),
+        heads=heads,
+        head_dim=width // (2 * heads),
+        gated=False,
+        mlp_per_token=0,
+        mixing=counts[0] - per_token,
+        maps=per_token,
+        query_dim=query_dim,
+        whole=True,
     )
 
 
-def _linear_macs(module: nn.Module | None) -> int:
-    """MACs of every linear map inside, applied once each to one token."""
-    return 0 if module is None else linear_macs(module)
+def _block_shape(block: Any, parts: Parts, dim: int) -> BlockShape:
+    attn, mlp_per_token = get(block, parts.attention), _mlp_macs(block, parts)
+    if isinstance(attn, Mixer):
+        return BlockShape(
+            heads=0,
+            head_dim=0,
+            gated=False,
+            mlp_per_token=mlp_per_token,
+            mixing=attn.macs,
+            norms_over_tokens=_over_tokens(block, parts),
+        )
+    heads = get(block, parts.heads)
+    return BlockShape(
+        heads=heads,
+        head_dim=dim // heads if parts.head_dim is None else get(block, parts.head_dim),
+        gated=getattr(attn, "gate", None) is not None,
+        mlp_per_token=mlp_per_token,
+        norms_over_tokens=_over_tokens(block, parts),
+        mixing=_bias_macs(block, parts.bias),
+        maps=0 if is_fast(block) else _linear_macs(attn) - _linear_macs(_part(block, parts.bias)),
+    )
 
 
-def _counted_macs(stem: Any, vit: VisionTransformer) -> int:
-    """MACs of a stem that is not one convolution (a ResNet), counted by running it once."""
-    weight, modes = next(vit.parameters()), [(part, part.training) for part in stem.modules()]
-    stem.eval()  # or its batch norms would learn from this
+def _mlp_macs(block: Any, parts: Parts) -> int:
+    return sum(_linear_macs(get(block, name)) for name in parts.mlp)
+
+
+def _over_tokens(block: Any, parts: Parts) -> bool:
+    return any(isinstance(get(block, name), TokenPart) for name in parts.into_mlp)
+
+
+def _part(module: nn.Module, name: str | None) -> Any:
+    return None if name is None else get(module, name)
+
+
+def _bias_macs(module: nn.Module, name: str | None) -> int:
+    """MACs of making a relative bias, by running it once."""
+    bias = _part(module, name)
+    if bias is None:
+        return 0
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        stem(torch.zeros(1, vit.in_chans, *stem.img_size, device=weight.device, dtype=weight.dtype))
+        bias.get_bias()
+    return counter.get_total_flops() // 2
+
+
+def _linear_macs(module: nn.Module | Tensor | None) -> int:
+    """MACs of every linear map inside, applied once each to one token."""
+    if module is None or isinstance(module, Tensor):
+        return 0 if module is None else module.numel()
+    inside = (find(part, "in_proj_weight") for part in module.modules())  # of `nn.MultiheadAttention` and its like
+    return linear_macs(module) + sum(weight.numel() for weight in inside if weight is not None)
+
+
+def _counted(run: Callable[[Tensor], object], vit: nn.Module, *shape: int) -> int:
+    """MACs of a part of the ViT that is a network of its own, counted by running it once."""
+    weight, modes = next(vit.parameters()), [(part, part.training) for part in vit.modules()]
+    vit.eval()  # or its batch norms would learn from this
+    own = torch.inference_mode(False), torch.enable_grad()  # without gradients the counter takes no parameters
+    with own[0], own[1], sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # which all count
+        run(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
     for part, training in modes:
         part.training = training
     return counter.get_total_flops() // 2

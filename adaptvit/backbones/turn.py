@@ -69,7 +69,9 @@ def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]
 
 def _check_rotatable(vit: VisionTransformer) -> None:
     name = model_name(vit)
-    check_offers(vit, {"attention"}, "turning the residual stream")
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"the residual stream of {name} cannot be turned: it is no VisionTransformer of timm's")
+    check_offers(vit, {"attention", "timm's plain blocks"}, "turning the residual stream")
     block, stem = vit.blocks[0], vit.patch_embed
     for part, fault in (
         ("norm_pre", not isinstance(vit.norm_pre, nn.Identity)),

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
+from adaptvit.backbones.forward import scores
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import config_of
@@ -133,7 +133,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
     model.train(config.train)
-    passes = {"dense": vit} | {name: partial(_with_terms, model, layout) for name, layout in LAYOUTS.items()}
+    passes = {"dense": partial(_logits, vit)} | {
+        name: partial(_with_terms, model, layout) for name, layout in LAYOUTS.items()
+    }
     with torch.set_grad_enabled(config.train):
         outputs = [model(batch, detailed=True) for batch in batches]
     check_finite(torch.cat([output.logits.detach() for output in outputs]), "logits")
@@ -205,12 +207,17 @@ def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
     return _around(config.of(model.config), model.vit, model)
 
 
-def _around(method: Any, vit: VisionTransformer, like: AdaptiveViT) -> AdaptiveViT:
+def _around(method: Any, vit: nn.Module, like: AdaptiveViT) -> AdaptiveViT:
     """A method around a ViT, with what another model of it has learnt to decide by."""
     model: AdaptiveViT = method.build(vit)
     own = {name: value for name, value in like.state_dict().items() if not name.startswith("vit.")}
     model.load_state_dict(own, strict=False)
     return model
+
+
+def _logits(vit: nn.Module, images: Tensor) -> Tensor:
+    """Of the ViT as its own library runs it."""
+    return scores(vit(images))[0]
 
 
 def _with_terms(model: AdaptiveViT, layout: Any, images: Tensor) -> Tensor:

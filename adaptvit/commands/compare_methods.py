@@ -19,8 +19,7 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
@@ -251,7 +250,7 @@ class _Compared:
         self.unreadable = aside.unreadable
         self.images = [contents(path) for path in (config.root, config.class_map)]
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
-        self.prepared: dict[str, VisionTransformer] = {}  # by method, for all of its budgets
+        self.prepared: dict[str, nn.Module] = {}  # by method, for all of its budgets
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
@@ -484,7 +483,7 @@ def _divided(count: int, config: MethodsConfig) -> tuple[list[int], list[int]]:
 
 
 def _measured(
-    model: AdaptiveViT | VisionTransformer, shape: Shape, data: Dataset, batch_size: int, workers: int
+    model: AdaptiveViT | nn.Module, shape: Shape, data: Dataset, batch_size: int, workers: int
 ) -> dict[str, Any]:
     """Figures of a model over a data set, with a digit of each image: whether it was classified rightly.
 

@@ -134,7 +134,7 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
     names = list(listing.names)
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
-    classes = _classes(config, model.num_classes)
+    classes = _classes(config, model)
     settings = preparation(model, config.model)
     form = FORMATS[config.output.suffix](config.top, model.depth)
     files = _Files(config.output, names, form, _settings(config, model, classes, settings))
@@ -396,12 +396,13 @@ def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | ran
     ]
 
 
-def _classes(config: PredictConfig, count: int) -> Sequence[str] | range:
+def _classes(config: PredictConfig, model: AdaptiveViT) -> Sequence[str] | range:
     """Names of the classes, or their numbers."""
+    count = model.num_classes
     if config.top > count:
         raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
     if config.class_names is None:
-        return range(count)
+        return model.class_names or range(count)
     names = read_names(config.class_names, "PredictConfig.class_names")
     if len(names) != count:
         raise ValueError(f"{config.class_names} has {len(names)} names, but {config.model} has {count} classes")

@@ -24,6 +24,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from adaptvit.backbones.forward import scores
 from adaptvit.budget import OutOfReach, attempt, meet_target
 from adaptvit.checks import In, check_fields
 from adaptvit.data import (
@@ -179,6 +180,7 @@ class Subject:
         channels, count = settings["input_size"][0], opened.num_classes
         if count < 1:
             raise ValueError("the model has no classes: the playground shows what a model takes a picture for")
+        classes = classes or opened.class_names or None
         if classes is None:
             subset = infer_imagenet_subset(opened.vit) if count >= 1000 else None
             names = ImageNetInfo(subset) if subset else None
@@ -506,7 +508,7 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
         method=adaptive.config.method,
         pixels=pixels(image, subject.settings),
         usage=adaptive.to_the_end(image).usage,
-        dense=Answer(subject.told(vit(image)), dense, 1e3 * median(seconds["dense"])),
+        dense=Answer(subject.told(scores(vit(image))[0]), dense, 1e3 * median(seconds["dense"])),
         adaptive=Answer(subject.told(adaptive(image)), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
         budget=budget,
         seen=seen,

@@ -13,10 +13,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import input_size, timm_config
+from adaptvit.backbones.families import FAMILIES
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey, as Pillow has them."""
@@ -26,20 +26,18 @@ def preparation(model: nn.Module, who: str = "the model") -> dict[str, Any]:
     """`input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode` of a model's images.
 
     Args:
-        model: an adaptive model, or a timm ViT.
+        model: an adaptive model, or a ViT.
         who: what a refusal calls it.
     Raises:
         ValueError: no image can be prepared so.
     """
     record = timm_config(model)
-    if isinstance(model, VisionTransformer):
+    if FAMILIES.of(model) is not None:
         record = record | {"input_size": input_size(model)}
     return check_settings(resolve_data_config(pretrained_cfg=record, model=model), who)
 
 
-def preparation_of_name(
-    name: str, arguments: dict[str, Any], origin: VisionTransformer | None = None
-) -> dict[str, Any]:
+def preparation_of_name(name: str, arguments: dict[str, Any], origin: nn.Module | None = None) -> dict[str, Any]:
     """The same for a model that `timm.create_model` is yet to build: grey takes the mean of the colours' numbers.
 
     Args:
@@ -116,7 +114,7 @@ class Renormalise(nn.Module):
         super().__init__()
         record = timm_config(model)
         own, deviations = tuple(record.get("mean") or ()), tuple(record.get("std") or ())
-        takes = input_size(model)[0] if isinstance(model, VisionTransformer) else record.get("input_size", [3])[0]
+        takes = input_size(model)[0] if FAMILIES.of(model) is not None else record.get("input_size", [3])[0]
         known = takes in (1, 3) and {len(own), len(deviations)} <= {1, takes}
         self.mean, self.std = tuple(mean), tuple(std)
         """How they go."""

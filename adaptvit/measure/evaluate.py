@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from adaptvit.backbones.base import model_name, patch_grid
+from adaptvit.backbones.forward import scores
 from adaptvit.backbones.sizes import shape_of
 from adaptvit.checks import In, checked
 from adaptvit.data import (
@@ -87,7 +87,7 @@ class Result:
 @checked
 @as_found()
 def evaluate(
-    model: AdaptiveViT | VisionTransformer,
+    model: AdaptiveViT | nn.Module,
     data: Dataset,
     layout: type[Tokens] | None = None,
     batch_size: Annotated[int, In("[1, inf)")] = 120,
@@ -128,7 +128,7 @@ def evaluate(
 @checked
 @torch.inference_mode()
 def outputs(
-    model: AdaptiveViT | VisionTransformer,
+    model: AdaptiveViT | nn.Module,
     data: Dataset,
     layout: type[Tokens] | None = None,
     batch_size: Annotated[int, In("[1, inf)")] = 120,
@@ -175,12 +175,12 @@ def _name(data: Dataset, item: int) -> str:
     return data.name(item) if isinstance(data, Samples) else f"image {item}"
 
 
-def _forward(model: AdaptiveViT | VisionTransformer, images: Tensor, layout: type[Tokens] | None) -> Output:
+def _forward(model: AdaptiveViT | nn.Module, images: Tensor, layout: type[Tokens] | None) -> Output:
     if isinstance(model, AdaptiveViT):
         return model(images, layout, detailed=True)
     shape, grid = shape_of(model), patch_grid(model, images)
     depth = torch.full((len(images), shape.prefix + math.prod(grid)), shape.depth, device=images.device)
-    return Output(model(images), Usage.of_depth(depth, shape.heads, grid, shape.prefix))
+    return Output(scores(model(images))[0], Usage.of_depth(depth, shape.heads, grid, shape.prefix))
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
@@ -194,7 +194,7 @@ def _result(
     places: Tensor,
     classes: int,
     usage: Usage,
-    model: AdaptiveViT | VisionTransformer,
+    model: AdaptiveViT | nn.Module,
     unreadable: tuple[Unreadable, ...],
 ) -> Result:
     """Of (images,) cross-entropies and places of the right class among `classes`, the most probable at 0."""

@@ -1,6 +1,6 @@
 """One file per method: config, model, decision functions, own loss; `base` says what a method is."""
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig, RandomConfig
@@ -50,7 +50,7 @@ def named(role: str) -> str:
     return next(name for name, config in METHODS.items() if config.role == role)
 
 
-def dense(vit: VisionTransformer) -> AdaptiveViT:
+def dense(vit: nn.Module) -> AdaptiveViT:
     """A ViT as it is, as a model like the others: nothing is left out."""
     return METHODS[named("dense")]().build(vit)
 

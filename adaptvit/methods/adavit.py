@@ -6,30 +6,32 @@ Letters: B images, N token slots (class token first), P patches, L blocks, D cha
 Symbols of the paper: m decision, tau temperature of the gates.
 """
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Set
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adaptvit.backbones.base import model_name, patch_grid
-from adaptvit.backbones.forward import attention_norm, attention_received, embed, like_norm, project_normed, run_block
-from adaptvit.backbones.gated import NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
+from adaptvit.backbones.base import cores, model_name, patch_grid
+from adaptvit.backbones.blocks import attention_reads, is_sharded
+from adaptvit.backbones.gated import HEADS_NEED, NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
+from adaptvit.backbones.standin import stand_in
 from adaptvit.budget import BATCH, OutOfReach
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.macs import dense_macs, macs
 from adaptvit.methods.adavit_files import PUBLISHED
 from adaptvit.methods.base import MethodConfig, Published
 from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
-from adaptvit.methods.regression import Regression, importance
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.methods.regression import Regression, importance, see
+from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.usage import Output, Usage, check_finite
+from adaptvit.usage import Usage, check_finite
 
 KINDS = ("patches", "heads", "sublayers")
 
@@ -43,7 +45,6 @@ class AdaViTConfig(MethodConfig):
 
     method: ClassVar[str] = "adavit"
     title: ClassVar[str] = "AdaViT"
-    needs: ClassVar[Set[str]] = NEEDS
     trained: ClassVar[bool] = True
     published: ClassVar[Published] = PUBLISHED
     knob: ClassVar[Knob | None] = Knob("lean", sign=1, lowest=-30.0, highest=30.0, step=0.25)
@@ -105,7 +106,7 @@ class AdaViTConfig(MethodConfig):
                 f"{type(self).__name__}.usage_weight is 0, so that no other usage loss has an effect: set it above 0"
             )
 
-    def build(self, vit: VisionTransformer) -> "AdaViT":
+    def build(self, vit: nn.Module) -> "AdaViT":
         """Wrap `vit`, sharing its weights, with policies that have yet to be trained.
 
         Raises:
@@ -115,7 +116,7 @@ class AdaViTConfig(MethodConfig):
         """
         return AdaViT(vit, self)
 
-    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model with policies over patches that are fitted to the weights: `fit_policies`.
 
         Policies over heads and sub-layers, which nothing is fitted to, are left as they begin.
@@ -129,6 +130,10 @@ class AdaViTConfig(MethodConfig):
         grid = patch_grid(vit, images)
         fit_policies(model, images, target if unit == "share" else target * 1e9 / dense_macs(model.shape, grid))
         return model
+
+    @property
+    def needs(self) -> Set[str]:
+        return NEEDS | (HEADS_NEED if "heads" in self.policies else frozenset())
 
     @property
     def aim(self) -> float | None:
@@ -161,7 +166,7 @@ class AdaViT(AdaptiveViT):
     moves: ClassVar[Set[str]] = frozenset({"temperature"})
     traces = True
 
-    def __init__(self, vit: VisionTransformer, config: AdaViTConfig) -> None:
+    def __init__(self, vit: nn.Module, config: AdaViTConfig) -> None:
         super().__init__(vit, config)
         size, dim = self.depth, self.shape.dim
         for name, kinds in (("first_block", {"heads", "sublayers"}), ("first_patch_block", {"patches"})):
@@ -178,41 +183,62 @@ class AdaViT(AdaptiveViT):
         self.head_policy = _maps(later if "heads" in config.policies else (), dim, self.heads[0], bias)
         self.sublayer_policy = _maps(later if "sublayers" in config.policies else (), dim, 2, bias)
         normed = config.norm_policies and bool(self.head_policy or self.sublayer_policy)
-        self.policy_norm = nn.ModuleDict({str(block): like_norm(vit) for block in later if normed})
+        self.policy_norm = nn.ModuleDict({str(block): _fresh(cores(vit)[0].norm1) for block in later if normed})
         for part in (self.patch_policy, self.head_policy, self.sublayer_policy, self.policy_norm):
             part.to(next(vit.parameters())).train(vit.training)
         if config.macs_target is not None:
             self._check_target(config.macs_target)
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
-        """Classify images.
+    def usual_layout(self, **options: Any) -> type[Tokens]:
+        """`Masked` in training, whose gates pass gradients; `Packed` in evaluation, which computes what is on alone."""
+        return Masked if self.training else Packed
 
-        Args:
-            images: (B, channels, height, width).
-            layout: None is `Masked` in training, whose gates pass gradients, and `Packed` in evaluation, which computes
-                only what is on and carries no gradients.
+    def run(self, tokens: Tokens) -> Left:
+        """The blocks.
+
         Raises:
             ValueError: `Packed` in training.
         """
-        layout = layout or (Masked if self.training else Packed)
-        with torch.no_grad() if layout is Packed else nullcontext():
-            tokens, policies, grid = self.decided(images, layout)
-            usage, means = self.usage(policies, grid), self.means(policies, grid)
-            return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
+        grid = tokens.source.grid
+        tokens, policies = self.decided(tokens)
+        usage, means = self.usage(policies, grid), self.means(policies, grid)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
 
-    def decided(self, images: Tensor, layout: type[Tokens]) -> tuple[Tokens, Policies, tuple[int, ...]]:
-        """The blocks: what they leave, what they decided, and the patch grid; arguments as of `run`."""
-        if self.training and layout is Packed:
+    def differentiable(self, layout: type[Tokens]) -> bool:
+        """`Packed` skips what is off, and writes over what it reads."""
+        return layout is not Packed
+
+    def decided(self, tokens: Tokens) -> tuple[Tokens, Policies]:
+        """The blocks: what they leave, and what they decided."""
+        if self.training and isinstance(tokens, Packed):
             raise ValueError("AdaViT trains with layout=Masked: its gates learn from what they leave out")
-        tokens, grid = self.start(images, layout)
-        decided = []
-        for number, block in enumerate(self.vit.blocks):
-            policies, normed = self.decide(number, tokens)
-            read = self.read if self.reads_few(number) else None
-            gates, otherwise = self.gates(policies), self.trains_otherwise(number) if self.training else {}
-            tokens = run_gated(block, tokens, gates, self.config.heads_take, normed, read, **otherwise)
-            decided.append(policies)
-        return tokens, _stack(decided), grid
+        decided: dict[int, Policies] = {}
+        for number in range(self.depth):
+            known = None if is_sharded(self.vit, number) else self.decide(number, tokens)
+            tokens = self.run_body(number, tokens, partial(self.run_decided, number, decided, known, tokens.x))
+        return tokens, _stack(list(decided.values()))
+
+    def run_decided(
+        self,
+        number: int,
+        decided: dict[int, Policies],
+        known: tuple[Policies, Tensor | None] | None,
+        x: Tensor,
+        block: Any,
+        tokens: Tokens,
+    ) -> Tokens:
+        """A block under what it decides, which is noted in `decided`.
+
+        Args:
+            known: what it decides of features `x`; None where its weights are together only while it is called.
+        """
+        policies, normed = self.decide(number, tokens) if known is None else known
+        decided[number] = policies
+        if tokens.x is not x and known is not None:
+            normed = None  # somebody has changed what the block is given
+        read = self.read if self.reads_few(number) else None
+        otherwise = self.trains_otherwise(number) if self.training else {}
+        return run_gated(block, number, tokens, self.gates(policies), self.config.heads_take, normed, read, **otherwise)
 
     def trains_otherwise(self, block: int) -> dict[str, Any]:
         """What a block is told in training beside its gates: arguments of `run_gated`."""
@@ -237,7 +263,7 @@ class AdaViT(AdaptiveViT):
             head_logits = _score(self.head_policy[key], state)
             heads = self.gate(head_logits, self.config.threshold, masked)
         if key in self.patch_policy and (masked or sublayers.any()):
-            normed = attention_norm(self.vit, block, tokens.x)
+            normed = attention_reads(self.vit, block, tokens)
             logits = tokens.grid(_score(self.patch_policy[key], normed))[:, self.prefix :, 0]
             chosen = self.gate(logits, self.config.patch_threshold, masked)
         return Policies(chosen, heads, sublayers, head_logits, sublayer_logits), normed
@@ -438,6 +464,14 @@ def usage_terms(means: dict[str, Tensor], config: AdaViTConfig) -> dict[str, Ten
     return terms
 
 
+def _fresh(norm: Any) -> nn.Module:
+    """A norm of the same kind and size."""
+    unwatched: dict[str, Any] = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    norm = copy.deepcopy(stand_in(norm, **unwatched))
+    norm.reset_parameters()
+    return norm.requires_grad_(True)
+
+
 def _maps(blocks: Iterable[int], dim: int, out: int, bias: float) -> nn.ModuleDict:
     return nn.ModuleDict({str(block): _linear(dim, out, bias) for block in blocks})
 
@@ -516,7 +550,7 @@ def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
 def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
     """Fit block after block, so that each keeps its share; of the variance, what the maps explain, mean over blocks."""
     explained = []
-    batches: list[Tokens] = [Masked.of(embed(model.vit, batch)[0]) for batch in images.split(BATCH)]
+    batches = [model.enter(batch, Masked) for batch in images.split(BATCH)]
     seen = [_attention(model, tokens) for tokens in batches]
     check_finite(torch.cat(seen), "attention weights")
     for number in range(model.depth):
@@ -528,18 +562,16 @@ def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
 
 def _attention(model: AdaViT, tokens: Tokens) -> Tensor:
     """What the class token of the dense ViT attends to: (B, L, P)."""
-    seen = []
-    for number, block in enumerate(model.vit.blocks):
-        projected = project_normed(block, tokens, attention_norm(model.vit, number, tokens.x))
-        seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, model.prefix :])
-        tokens = run_block(block, tokens, projected=projected)
+    seen = list[Tensor]()
+    for number in range(model.depth):
+        tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, model.prefix), every=True)
     return torch.stack(seen, dim=1)
 
 
 def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], kept: float) -> Tensor:
     """Fit one block's map so that it keeps a share of these tokens; the share of the variance that it explains."""
     regression = Regression(model.shape.dim, batches[0].x.device)
-    patches = [attention_norm(model.vit, block, tokens.x)[:, model.prefix :] for tokens in batches]
+    patches = [attention_reads(model.vit, block, tokens)[:, model.prefix :] for tokens in batches]
     for features, attention in zip(patches, seen, strict=True):
         regression.add(features, importance(attention[:, block:].double().mean(dim=1)))
     weights, _, explained = regression.solve()
@@ -552,8 +584,11 @@ def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], k
 
 
 def _run_decided(model: AdaViT, block: int, tokens: Tokens) -> Tokens:
-    policies, normed = model.decide(block, tokens)
-    return run_gated(model.vit.blocks[block], tokens, model.gates(policies), model.config.heads_take, normed, None)
+    def run(core: Any, tokens: Tokens) -> Tokens:
+        policies, normed = model.decide(block, tokens)
+        return run_gated(core, block, tokens, model.gates(policies), model.config.heads_take, normed)
+
+    return model.run_body(block, tokens, run)
 
 
 def _kept(model: AdaViT, share: float) -> list[float]:

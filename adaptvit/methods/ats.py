@@ -9,21 +9,21 @@ Symbols of the paper: A attention, V values, S significance score.
 
 import hashlib
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name, patch_grid
-from adaptvit.backbones.forward import Projected, attention_received, project
+from adaptvit.backbones.door import Look, Projected, attention_received
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.model import AdaptiveViT, Knob, Left, once
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage
 
 MOST_POINTS = 65536
 """Sampling points of an image, where a sampler handles them one by one."""
@@ -66,7 +66,7 @@ class ATSConfig(MethodConfig):
         """K of so many sampling blocks; a schedule is returned as it is."""
         return (self.tokens,) * blocks if self.tokens is None or isinstance(self.tokens, int) else tuple(self.tokens)
 
-    def build(self, vit: VisionTransformer) -> "ATS":
+    def build(self, vit: nn.Module) -> "ATS":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
@@ -84,7 +84,7 @@ class ATS(AdaptiveViT):
             a ViT whose classifier reads a class token is left out.
     """
 
-    def __init__(self, vit: VisionTransformer, config: ATSConfig) -> None:
+    def __init__(self, vit: nn.Module, config: ATSConfig) -> None:
         super().__init__(vit, config)
         own = type(config).__name__
         blocks = tuple(range(self.depth // 4, self.depth)) if config.blocks is None else tuple(config.blocks)
@@ -103,36 +103,43 @@ class ATS(AdaptiveViT):
         for block in self.points:
             self.sampling_points(block, math.prod(patch_grid(vit)))
 
-    def run(
-        self, images: Tensor, layout: type[Tokens] | None = None, generator: torch.Generator | None = None
-    ) -> Output:
-        """Classify images.
+    def run(self, tokens: Tokens, generator: torch.Generator | None = None) -> Left:
+        """The blocks.
 
         Args:
-            images: (B, channels, height, width).
-            layout: None packs.
             generator: for the draws of `gumbel`; in training None is torch's own.
         """
-        tokens, grid = self.start(images, layout or Packed)
-        live = [tokens.live]
-        sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
-        order = self.order(images, tokens.shape[1] - self.prefix)
-        for number, block in enumerate(self.vit.blocks):
+        grid, live, soundness = tokens.source.grid, [tokens.live], list[Tensor]()
+        order = self.order(tokens.source.images, tokens.shape[1] - self.prefix)
+        for number in range(self.depth):
             if number in self.points:
-                projected = project(block, tokens)
-                with torch.no_grad():
-                    score = self.score(tokens, projected, live[-1])
-                    finite = score.isfinite().all(dim=1, keepdim=True)
-                    alike = normalise(torch.zeros_like(score), live[-1][:, self.prefix :])
-                    live.append(self.sample(score.where(finite, alike), live[-1], number, generator, order))
-                    sound = sound & finite
-                tokens = self.run_block(number, tokens, live[-1], projected)
+                decided = once(partial(self.decide, tokens, live[-1], number, generator, order))
+                tokens = self.run_block(number, tokens, look=_chosen(decided))
+                chosen, finite = decided()
+                live.append(chosen)
+                soundness.append(finite)
             else:
                 tokens = self.run_block(number, tokens)
                 live.append(tokens.live if self.reads_few(number) else live[-1])
         held = torch.stack(live, dim=1)
         usage = Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
+        sound = torch.stack(soundness).all(dim=0)
         return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1], sound=sound)
+
+    def decide(
+        self,
+        tokens: Tokens,
+        live: Tensor,
+        block: int,
+        generator: torch.Generator | None,
+        order: Tensor | None,
+        projected: Projected,
+    ) -> tuple[Tensor, Tensor]:
+        """The slots that a block hands on, (B, N) bool, and which images could be decided on, (B, 1) bool."""
+        score = self.score(tokens, projected, live)
+        finite = score.isfinite().all(dim=1, keepdim=True)
+        alike = normalise(torch.zeros_like(score), live[:, self.prefix :])
+        return self.sample(score.where(finite, alike), live, block, generator, order), finite
 
     def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.
@@ -141,7 +148,7 @@ class ATS(AdaptiveViT):
         token is another; of a ViT that pools its tokens they are all, so that S goes by the mean attention received.
         """
         attention = attention_received(tokens, projected, self.read)
-        size = projected[2].norm(dim=-1, dtype=attention.dtype)
+        size = projected.v.norm(dim=-1, dtype=attention.dtype)
         return normalise(tokens.grid(self.significance(attention, size))[:, self.prefix :], live[:, self.prefix :])
 
     def significance(self, attention: Tensor, size: Tensor) -> Tensor:
@@ -196,9 +203,13 @@ class ATS(AdaptiveViT):
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""
         shape, before, after = self.shape, held[:, :-1], held[:, 1:]
         scoring = before if self.read is None else self.read
-        dropped = (before - after) * (1 - shape.each("norms_over_tokens", held))  # not in vain where norms see them
+        dropped = (before - after) * shape.each("spares_queries", held)
         cost = (dropped * shape.dim + scoring * before) * shape.each("attention_width", held)
         return cost * held.new_tensor([block in self.points for block in range(self.depth)])
+
+
+def _chosen(decided: Callable[..., tuple[Tensor, Tensor]]) -> Look:
+    return lambda projected: decided(projected)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +220,7 @@ class RandomConfig(ATSConfig):
     title: ClassVar[str] = "random patches"
     role: ClassVar[Role] = "control"
 
-    def build(self, vit: VisionTransformer) -> "RandomATS":
+    def build(self, vit: nn.Module) -> "RandomATS":
         """Wrap `vit`, sharing its weights; no parameter is added."""
         return RandomATS(vit, self)
 

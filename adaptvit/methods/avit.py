@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.checks import In, OneOf, check_fields
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.priors import PRIORS, halting_prior, mixture
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
-from adaptvit.tokens import Packed, Tokens
+from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage
 
 LEAST_SHARE = 1e-3
@@ -122,7 +121,7 @@ class AViTConfig(MethodConfig):
     def needs(self) -> Set[str]:
         return {"a class token"} if self.class_token == "stays" else set()
 
-    def build(self, vit: VisionTransformer) -> "AViT":
+    def build(self, vit: nn.Module) -> "AViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
@@ -131,7 +130,7 @@ class AViTConfig(MethodConfig):
         """
         return AViT(vit, self)
 
-    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model on a copy of `vit` whose channel 0 tells the patches that matter little: `fit_gate`.
 
         What the classifier reads stays to the last block, since the gate is fitted to patches alone.
@@ -143,11 +142,11 @@ class AViTConfig(MethodConfig):
         turned, scale = _with_gate(vit, images)
         return replace(self, gate_scale=self.sharpness * scale, class_token="stays").build(turned)
 
-    def prepared(self, vit: VisionTransformer, images: Tensor) -> VisionTransformer:
+    def prepared(self, vit: nn.Module, images: Tensor) -> nn.Module:
         return _with_gate(vit, images)[0]
 
 
-def _with_gate(vit: VisionTransformer, images: Tensor) -> tuple[VisionTransformer, float]:
+def _with_gate(vit: nn.Module, images: Tensor) -> tuple[nn.Module, float]:
     """A copy of `vit` that carries the gate fitted to images, and the scale of that gate."""
     vit = copy.deepcopy(vit).eval()
     return vit, fit_gate(vit, images)[0]
@@ -167,7 +166,7 @@ class AViT(AdaptiveViT):
 
     prior: Tensor
 
-    def __init__(self, vit: VisionTransformer, config: AViTConfig) -> None:
+    def __init__(self, vit: nn.Module, config: AViTConfig) -> None:
         super().__init__(vit, config)
         blocks = self.depth
         target = max(1.0, 0.75 * blocks) if config.prior_depth is None else config.prior_depth
@@ -186,20 +185,18 @@ class AViT(AdaptiveViT):
         """What halting scores are drawn to: (L,) over the blocks."""
         return halting_prior(name, self.depth, peak, scale)
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
-        """Classify images.
+    def run(self, tokens: Tokens, early_exit: bool | None = None) -> Left:
+        """The blocks.
 
         Args:
-            images: (B, channels, height, width).
-            layout: None packs.
             early_exit: an image leaves once the tokens that its logits read have halted. Exact for the logits, but its
                 patches' depths end there and there are no loss terms. None: in evaluation, not in training.
         """
         early_exit = not self.training if early_exit is None else early_exit
-        tokens, grid = self.start(images, layout or Packed)
-        slots = torch.arange(tokens.shape[1], device=images.device)
+        grid = tokens.source.grid
+        slots = torch.arange(tokens.shape[1], device=tokens.x.device)
         reading = (slots < (self.read or len(slots)))[None]
-        depth = torch.zeros(tokens.shape, dtype=torch.long, device=images.device)
+        depth = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.x.device)
         remainder = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         output = remainder.new_zeros(())
         scores = []

@@ -6,21 +6,21 @@ becomes the direction in which it is best told, by linear regression, how little
 patch over all blocks. Halting then begins with the patches that the ViT itself looks at least.
 """
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from functools import partial
 
-from adaptvit.backbones.base import check_offers, prefix_tokens
-from adaptvit.backbones.forward import attention_received, embed, project, run_block
-from adaptvit.backbones.sizes import shape_of
+import torch
+from torch import Tensor, nn
+
+from adaptvit.backbones.base import check_offers
 from adaptvit.backbones.turn import set_channel
 from adaptvit.budget import BATCH
-from adaptvit.methods.regression import Regression, importance
-from adaptvit.tokens import Masked, Tokens
+from adaptvit.methods.full import FullConfig
+from adaptvit.methods.regression import Regression, importance, see
+from adaptvit.tokens import Masked
 from adaptvit.usage import check_finite
 
 
-def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
+def fit_gate(vit: nn.Module, images: Tensor) -> tuple[float, float]:
     """Turn the ViT's residual stream, in place, so that channel 0 tells the patches that matter little.
 
     Args:
@@ -34,15 +34,15 @@ def fit_gate(vit: VisionTransformer, images: Tensor) -> tuple[float, float]:
         ValueError: its attention is not finite, or tells no patch from another.
     """
     check_offers(vit, {"attention", "a class token"}, "fitting a gate")
-    prefix, size = prefix_tokens(vit), shape_of(vit).dim
+    model = FullConfig().build(vit)
+    prefix, size = model.prefix, model.shape.dim
     regression = Regression(size, images.device)
     with torch.inference_mode():
         for batch in images.split(BATCH):
-            tokens: Tokens = Masked.of(embed(vit, batch)[0])
-            seen, features = [], []
-            for block in vit.blocks:
-                seen.append(attention_received(tokens, project(block, tokens), 1).mean(dim=2)[:, prefix:])
-                tokens = run_block(block, tokens)
+            tokens = model.enter(batch, Masked)
+            seen, features = list[Tensor](), list[Tensor]()
+            for number in range(model.depth):
+                tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, prefix), every=True)
                 features.append(tokens.x[:, prefix:].double())
             attention = torch.stack(seen).double().mean(dim=0)  # (B, patches)
             check_finite(attention, "attention weights")

@@ -16,14 +16,13 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.budget import Trial, measure_dial, meet_target
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage
 
 Role = Literal["method", "dense", "control", "reference", "released"]
 
@@ -152,14 +151,14 @@ class MethodConfig(ABC):
         return None
 
     @abstractmethod
-    def build(self, vit: VisionTransformer) -> AdaptiveViT:
+    def build(self, vit: nn.Module) -> AdaptiveViT:
         """The adaptive model around `vit`, sharing its weights, in the mode that `vit` is in.
 
         Raises:
             TypeError: the ViT is not one that this library reproduces, or lacks what the method needs.
         """
 
-    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model with what the method can find out from images alone, beside its knob: by default, nothing.
 
         Args:
@@ -169,7 +168,7 @@ class MethodConfig(ABC):
         """
         return self.build(vit).eval()
 
-    def fit(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fit(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model at a budget: fitted, its knob turned so that images meet the target.
 
         Args:
@@ -185,7 +184,7 @@ class MethodConfig(ABC):
         """
         return turned(self.fitted(vit, images, target, **search), images, target, **search)
 
-    def prepared(self, vit: VisionTransformer, images: Tensor) -> VisionTransformer:
+    def prepared(self, vit: nn.Module, images: Tensor) -> nn.Module:
         """What a model that was fitted is built on again: `vit`, or a copy with the weights that `fitted` changes."""
         return vit
 
@@ -229,7 +228,7 @@ class DropConfig(MethodConfig):
             prefix tokens, and of which nothing would go on, keeps what it has.
         """
 
-    def build(self, vit: VisionTransformer) -> "DroppingViT":
+    def build(self, vit: nn.Module) -> "DroppingViT":
         """Wrap `vit`, sharing its weights; no parameter is added."""
         return DroppingViT(vit, self)
 
@@ -237,10 +236,9 @@ class DropConfig(MethodConfig):
 class DroppingViT(AdaptiveViT):
     """A ViT that drops the tokens that its config's `decide` leaves out."""
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
-        tokens, grid = self.start(images, layout or Packed)
-        depth = torch.full(tokens.shape, self.depth, device=images.device)
-        prefix = torch.arange(tokens.shape[1], device=images.device)[None] < self.prefix
+    def run(self, tokens: Tokens) -> Left:
+        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        prefix = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.prefix
         for number in range(self.depth):
             before, tokens = tokens, self.run_block(number, tokens)
             going = None if number == self.depth - 1 else self.config.decide(before, tokens, number)
@@ -249,7 +247,7 @@ class DroppingViT(AdaptiveViT):
                 self._check_decided(going, live)
                 tokens = tokens.keep(going | (prefix if self.prefix else ~(going & live).any(dim=1, keepdim=True)))
                 depth = depth.masked_fill(live & ~tokens.live, number + 1)
-        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
+        usage = Usage.of_depth(depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
         return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live)
 
     def _check_decided(self, going: Tensor, live: Tensor) -> None:

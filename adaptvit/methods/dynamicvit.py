@@ -12,22 +12,21 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 
 from adaptvit.backbones.base import model_name
-from adaptvit.backbones.forward import final_norm, run_block
-from adaptvit.backbones.gated import Gates, run_gated
+from adaptvit.backbones.door import Projected
+from adaptvit.backbones.forward import final_norm
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
-from adaptvit.model import AdaptiveViT, Knob
+from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Masked, Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.usage import Usage
 
 ABOUT = " with predictors: published with weights."
 NAMES = around_deits("dynamicvit", dict.fromkeys(("small", "base"), ABOUT)) | {
@@ -96,7 +95,7 @@ class DynamicViTConfig(MethodConfig):
         if isinstance(self.keep_rate, Sequence) and any(b > a for a, b in pairwise(self.keep_rate)):
             raise ValueError(f"{type(self).__name__}.keep_rate must not grow from stage to stage, got {self.keep_rate}")
 
-    def build(self, vit: VisionTransformer) -> "DynamicViT":
+    def build(self, vit: nn.Module) -> "DynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained.
 
         Raises:
@@ -155,7 +154,7 @@ class DynamicViT(AdaptiveViT):
     epsilon: ClassVar[float] = 0.0
     """Added to every weight of the masked softmax, in all blocks, while training."""
 
-    def __init__(self, vit: VisionTransformer, config: DynamicViTConfig) -> None:
+    def __init__(self, vit: nn.Module, config: DynamicViTConfig) -> None:
         super().__init__(vit, config)
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.stages = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
@@ -182,26 +181,27 @@ class DynamicViT(AdaptiveViT):
     def learns_patches(self) -> bool:
         return self.config.token_weight > 0
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None, teacher: Tensor | None = None) -> Output:
-        """Classify images.
+    def usual_layout(self, **options: Any) -> type[Tokens]:
+        """`Masked` in training, whose masks pass gradients, and `Packed` in evaluation."""
+        return Masked if self.training else Packed
+
+    def run(self, tokens: Tokens, teacher: Tensor | None = None) -> Left:
+        """The blocks.
 
         Args:
-            images: (B, channels, height, width).
-            layout: None is `Masked` in training, whose masks pass gradients, and `Packed` in evaluation.
             teacher: in training, a teacher's patches for the same images, (B, P, D), after its last norm.
         Raises:
             ValueError: `Packed` in training, a teacher in evaluation or of another shape.
         """
-        layout = layout or (Masked if self.training else Packed)
         if self.training:
-            if layout is Packed:
+            if isinstance(tokens, Packed):
                 raise ValueError("DynamicViT trains with layout=Masked: its masks learn from the patches they drop")
-            return self._train(images, teacher)
+            return self._train(tokens, teacher)
         if teacher is not None:
             raise ValueError("DynamicViT takes a teacher's patches in training only: call train() first")
-        tokens, grid = self.start(images, layout)
-        depth = torch.full(tokens.shape, self.depth, device=images.device)
-        sound = torch.ones(len(images), 1, dtype=torch.bool, device=images.device)
+        grid = tokens.source.grid
+        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        sound = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=tokens.x.device)
         for number in range(self.depth):
             if number in self.stages:
                 stage = self.stages.index(number)
@@ -247,15 +247,15 @@ class DynamicViT(AdaptiveViT):
         scoring = torch.tensor([block in self.stages for block in range(self.depth)], device=depth.device)
         return replace(usage, deciding=scoring * before * Predictor.macs(self.shape.dim))
 
-    def _train(self, images: Tensor, teacher: Tensor | None) -> Output:
+    def _train(self, tokens: Tokens, teacher: Tensor | None) -> Left:
         """Every token through every block, those dropped hidden from the others."""
-        tokens, grid = self.start(images, Masked)
+        grid = tokens.source.grid
         ones = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         prefix, kept = ones.split([self.prefix, tokens.shape[1] - self.prefix], dim=1)
         decided: list[Tensor] = []
         policy = None
-        depth = torch.full(tokens.shape, self.depth, device=images.device)
-        for number, block in enumerate(self.vit.blocks):
+        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        for number in range(self.depth):
             if number in self.stages:
                 predictor = self.score_predictor[len(decided)]
                 score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
@@ -266,11 +266,10 @@ class DynamicViT(AdaptiveViT):
                 decided.append(kept)
                 policy = torch.cat([prefix, kept], dim=1)
             if policy is None and not self.epsilon:
-                tokens = run_block(block, tokens)
+                tokens = self.run_block(number, tokens, every=True)
             else:
-                every = torch.cat([prefix, kept], dim=1) if policy is None else policy
-                attend = partial(_attend, every, self.epsilon)
-                tokens = run_gated(block, tokens, Gates(), "identity", attend=attend)
+                seen = torch.cat([prefix, kept], dim=1) if policy is None else policy
+                tokens = self.run_block(number, tokens, every=True, attend=partial(_attend, seen, self.epsilon))
         alive = torch.cat([prefix, kept], dim=1) > 0
         means = self.shares_kept(decided)
         if teacher is not None:
@@ -340,9 +339,11 @@ def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Te
     return (weights + epsilon / policy.shape[1]) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-def _attend(policy: Tensor, epsilon: float, q: Tensor, k: Tensor, v: Tensor, gates: Gates, drop: float) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+def _attend(policy: Tensor, epsilon: float, projected: Projected, drop: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in projected[:3])
     logits = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).to(policy.dtype)
+    if projected.pairs is not None:
+        logits = logits + projected.pairs
     return (dropout(masked_attention(logits, policy, epsilon), drop).to(v.dtype) @ v).transpose(1, 2)
 
 

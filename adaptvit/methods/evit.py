@@ -10,21 +10,21 @@ Symbols of the paper: kappa keep rate, k patches kept.
 import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
-from adaptvit.backbones.forward import add_attention, add_mlp, attention_received, project
-from adaptvit.backbones.gated import gated_macs
+from adaptvit.backbones.door import Projected, attention_received
 from adaptvit.checks import Ascending, In, check_fields, valid
+from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig, Published, around_deits
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.model import AdaptiveViT, Knob, Left, once
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
 ABOUT = " whose blocks 3, 6 and 9 keep 0.7: published with weights."
@@ -66,13 +66,13 @@ class EViTConfig(MethodConfig):
 
     @property
     def needs(self) -> Set[str]:
-        return {"attention", "token norms"} | ({"free slots"} if self.fuse else set())
+        return frozenset({"attention", "token norms"})
 
-    def build(self, vit: VisionTransformer) -> "EViT":
+    def build(self, vit: nn.Module) -> "EViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces, or has rotary positions where tokens are fused.
+            TypeError: the ViT is not one that this library reproduces, or lacks what the method needs.
             ValueError: `blocks` names a block that the ViT lacks, or `keep_rate` or `tokens` has another length.
         """
         return EViT(vit, self)
@@ -86,7 +86,7 @@ class EViT(AdaptiveViT):
             class token: there it is left out.
     """
 
-    def __init__(self, vit: VisionTransformer, config: EViTConfig) -> None:
+    def __init__(self, vit: nn.Module, config: EViTConfig) -> None:
         super().__init__(vit, config)
         quarters = {self.depth * quarter // 4 for quarter in (1, 2, 3)} - {0}
         self.reducing = tuple(sorted(quarters)) if config.blocks is None else tuple(config.blocks)
@@ -101,40 +101,47 @@ class EViT(AdaptiveViT):
                 f"EViTConfig.blocks={self.reducing} is the last block only, of which just the class token is read"
             )
 
-    def run(
-        self, images: Tensor, layout: type[Tokens] | None = None, keep_rate: float | Sequence[float] | None = None
-    ) -> Output:
-        """Classify images.
+    def run(self, tokens: Tokens, keep_rate: float | Sequence[float] | None = None) -> Left:
+        """The blocks.
 
         Args:
-            images: (B, channels, height, width).
-            layout: None packs.
             keep_rate: in (0, 1], in place of the config's, for all blocks or for each; a block whose own is 1 still
                 leaves its tokens alone, and the config's `tokens` stand. None is the config's.
         Raises:
             ValueError: keep rates out of range or of another number than the blocks.
         """
-        tokens, grid = self.start(images, layout or Packed)
         kept = self.kept(tokens.shape[1] - self.prefix, keep_rate)
         live = [tokens.live]
         fused = [torch.zeros_like(live[0])]
-        for number, block in enumerate(self.vit.blocks):
+        for number in range(self.depth):
             live.append(live[-1])
             fused.append(fused[-1])
             if number in kept:
-                projected = project(block, tokens)
-                score = self.score(tokens, projected)
-                tokens = add_attention(block, tokens, projected=projected)
-                tokens, place = self.reduce(tokens, score, kept[number])
+                tokens, place = self.run_reducing(number, tokens, kept[number])
                 live[-1] = tokens.live
                 fused[-1] = (fused[-1] | place) & live[-1]
-                tokens = add_mlp(block, tokens)
             else:
                 tokens = self.run_block(number, tokens)
                 if self.reads_few(number):
                     live[-1] = tokens.live
-        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), grid)
+        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), tokens.source.grid)
         return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1])
+
+    def run_reducing(self, number: int, tokens: Tokens, count: int) -> tuple[Tokens, Tensor]:
+        """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool."""
+        scores, places = list[Tensor](), list[Tensor]()
+        best = once(partial(self.best, tokens, count))
+
+        def look(projected: Projected) -> None:
+            scores[:] = [self.score(tokens, projected)]
+
+        def reduce(tokens: Tokens) -> Tokens:
+            reduced, place = self.reduce(tokens, scores[0], best(scores[0]))
+            places[:] = [place]
+            return reduced
+
+        after = self.run_block(number, tokens, look=look, between=reduce)  # `look` reads `tokens` again on the way back
+        return after, places[0]
 
     def kept(self, patches: int, keep_rate: float | Sequence[float] | None = None) -> dict[int, int]:
         """k of the blocks that drop something, by block number, for images of so many patches."""
@@ -167,7 +174,7 @@ class EViT(AdaptiveViT):
             raise ValueError(f"{name} has {len(value)} numbers for {len(self.reducing)} blocks: {self.reducing}")
         return value
 
-    def score(self, tokens: Tokens, projected: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def score(self, tokens: Tokens, projected: Projected) -> Tensor:
         """c of the patches: `rows` of them, (B, R), in float32 or wider.
 
         Source: EViT, section 3.2: attention of the class token, mean over heads. The queries are the tokens that the
@@ -175,13 +182,16 @@ class EViT(AdaptiveViT):
         """
         return tokens.rows(attention_received(tokens, projected, self.read).mean(dim=-1))[:, self.prefix :]
 
-    def reduce(self, tokens: Tokens, score: Tensor, count: int) -> tuple[Tokens, Tensor]:
-        """The prefix, the `count` patches of highest score and the fused token, and the slot of that: (B, N) bool.
+    def best(self, tokens: Tokens, count: int, score: Tensor) -> Tensor:
+        """The `count` patches of highest score, and the one of the next highest where the rest are fused: (B, k)."""
+        alive = tokens.rows(tokens.spread(tokens.live))[:, self.prefix :]
+        return score.masked_fill(~alive, -torch.inf).topk(count + self.config.fuse, dim=1).indices
+
+    def reduce(self, tokens: Tokens, score: Tensor, best: Tensor) -> tuple[Tokens, Tensor]:
+        """The prefix, the `best` patches and the fused token, and the slot of that: (B, N) bool.
 
         It takes the slot of the first patch to be dropped, the one of the next highest score.
         """
-        alive = tokens.rows(tokens.spread(tokens.live))[:, self.prefix :]
-        best = score.masked_fill(~alive, -torch.inf).topk(count + self.config.fuse, dim=1).indices
         prefix = torch.arange(self.prefix, device=score.device).expand(len(score), -1)
         kept = torch.cat([prefix, best.sort(dim=1).values + self.prefix], dim=1)
         fused = torch.zeros(tokens.rows(tokens.x).shape[:2], dtype=torch.bool, device=score.device)
@@ -205,13 +215,13 @@ class EViT(AdaptiveViT):
         before, after = held[:, :-1], held[:, 1:]
         reduces = torch.tensor([block in reduced for block in range(self.depth)], device=live.device)
         updated = torch.where(reduces, before, after)
-        on, heads = torch.ones_like(before), before.new_tensor(self.heads).expand_as(before)
-        executed = gated_macs(shape, "identity", False, on, on, heads, before, updated, after)
+        heads = before.new_tensor(self.heads).expand_as(before)
+        attention, mlp = sublayer_macs(shape, heads, before, updated, after)
         scoring = (before if self.read is None else self.read) * before * shape.each("attention_width", live)
         fusing = (before - self.prefix) * shape.dim * self.config.fuse
         deciding = reduces * (scoring + fusing)
         usage = Usage.of_live(live, self.heads, grid, self.prefix, deciding)
-        return replace(usage, updated=updated, executed=executed, fused=fused)
+        return replace(usage, updated=updated, executed=attention + mlp, fused=fused)
 
 
 def fuse(x: Tensor, score: Tensor, kept: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import nn
 
 from adaptvit.methods.base import MethodConfig, Role
-from adaptvit.model import AdaptiveViT
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.model import AdaptiveViT, Left
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,21 +20,20 @@ class FullConfig(MethodConfig):
     title: ClassVar[str] = "dense"
     role: ClassVar[Role] = "dense"
 
-    def build(self, vit: VisionTransformer) -> "Full":
+    def build(self, vit: nn.Module) -> "Full":
         """Wrap `vit`, sharing its weights."""
         return Full(vit, self)
 
 
 class Full(AdaptiveViT):
-    """timm's own forward, block by block."""
+    """The ViT's own forward, block by block."""
 
     traces = True
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
+    def run(self, tokens: Tokens) -> Left:
         """Logits equal to `vit(images)`."""
-        tokens, grid = self.start(images, layout or Packed)
-        depth = torch.full(tokens.shape, self.depth, device=images.device)
+        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
-        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
+        usage = Usage.of_depth(depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
         return self.finish(self.read_slots(tokens, tokens.x), usage)

@@ -1,7 +1,10 @@
-"""Linear regression on more tokens than memory holds: what fits gates and policies to a pretrained ViT."""
+"""Linear regression on more tokens than memory holds, to attention: what fits gates and policies to a ViT."""
 
 import torch
 from torch import Tensor
+
+from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.tokens import Tokens
 
 RIDGE = 1e-4
 """Of the mean square of the features: keeps the solution small where they are collinear."""
@@ -45,3 +48,8 @@ def importance(attention: Tensor) -> Tensor:
     if not spread > 1e-6:  # what rounding in float32 leaves
         raise ValueError("all patches receive the same attention, so that nothing tells which of them matter")
     return (matters - matters.mean()) / spread
+
+
+def see(seen: list[Tensor], tokens: Tokens, prefix: int, projected: Projected) -> None:
+    """Note how much the class token attends to each patch."""
+    seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, prefix:])

@@ -11,27 +11,30 @@ Slots are in the order in which a block has its tokens, which merging changes; `
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from adaptvit.backbones.base import patch_grid
-from adaptvit.backbones.forward import add_attention, add_mlp, project
+from adaptvit.backbones.door import Projected
 from adaptvit.budget import BATCH, OutOfReach, meet_target
 from adaptvit.checks import In, check_fields
-from adaptvit.macs import block_macs
+from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.losses import distillation
-from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Packed, Tokens
-from adaptvit.usage import Output, Usage, check_finite
+from adaptvit.model import AdaptiveViT, Knob, Left, once
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage, check_finite
 
-NEEDS = frozenset({"attention", "token norms", "free slots"})
+Position = Literal["receiver", "mean"]
+"""`receiver`: where the token was that others were merged into; `mean`: at the mean of its patches' coordinates, which
+rotary tables are computed for. A relative bias has no rows between patches: there it is as `receiver`."""
+NEEDS = frozenset({"attention", "token norms"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class ToMeConfig(MethodConfig):
     model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
+    position: Position = "receiver"
+    """Where a merged token is, of a ViT whose blocks are told positions."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,7 +100,7 @@ class ToMeConfig(MethodConfig):
         count = min(self.schedule(depth)[block], patches // 2)
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(count, dim=1).indices, True)
 
-    def build(self, vit: VisionTransformer) -> "MergingViT":
+    def build(self, vit: nn.Module) -> "MergingViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
@@ -104,7 +109,7 @@ class ToMeConfig(MethodConfig):
         """
         return MergingViT(vit, self)
 
-    def fit(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fit(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         if search.get("labels") is None and search.get("unit") != "images_per_s":
             images = images[:BATCH]  # all cost the same, and trials tell the speed of a batch
         return super().fit(vit, images, target, **search)
@@ -136,6 +141,8 @@ class MergeConfig(MethodConfig):
     """Added to the thresholds below 1: the one number by which a model is steered to a budget."""
     proportional_attention: bool = True
     """A token is attended to as the patches it holds would be together."""
+    position: Position = "receiver"
+    """Where a merged token is, of a ViT whose blocks are told positions."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -165,7 +172,7 @@ class MergeConfig(MethodConfig):
         mean = cosine.where(live, 0).sum(dim=1, keepdim=True) / live.sum(dim=1, keepdim=True).clamp(min=1)
         return cosine - self.relative * mean
 
-    def build(self, vit: VisionTransformer) -> "MergingViT":
+    def build(self, vit: nn.Module) -> "MergingViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
@@ -174,7 +181,7 @@ class MergeConfig(MethodConfig):
         """
         return MergingViT(vit, self)
 
-    def fitted(self, vit: VisionTransformer, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model with the thresholds at which images merge, on average, what ToMe would at the target.
 
         Of ToMe's schedules at that budget, even and rising with depth, it is the one at which predictions for `images`
@@ -207,24 +214,21 @@ class MergeConfig(MethodConfig):
 class MergingViT(AdaptiveViT):
     """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
 
-    def __init__(self, vit: VisionTransformer, config: ToMeConfig | MergeConfig) -> None:
+    def __init__(self, vit: nn.Module, config: ToMeConfig | MergeConfig) -> None:
         super().__init__(vit, config)
         config.schedule(self.depth)  # refuses a wrong length
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None) -> Output:
-        """Classify images; `layout` None packs."""
-        tokens, grid = self.start(images, layout or Packed)
-        holder = torch.arange(tokens.shape[1], device=images.device).expand(tokens.shape)
+    def run(self, tokens: Tokens) -> Left:
+        grid = tokens.source.grid
+        if self.config.position == "mean":
+            tokens = tokens.at_coordinates(tokens.source.coordinates(tokens.x.new_zeros((), dtype=_wide(tokens.x))))
+        holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
         held, compared = [holder], []  # holder: the slot that each input token is in
         bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
-        for number, block in enumerate(self.vit.blocks):
+        for number in range(self.depth):
             compared.append(self.compares(number, tokens.shape[1] - self.prefix))
             if compared[-1]:
-                projected = project(block, tokens)
-                place, moved = self.places(tokens, projected[1], number)
-                tokens = add_attention(block, tokens, projected=projected, bias=bias)
-                tokens, size = tokens.merge(place, moved, size)
-                tokens = add_mlp(block, tokens)
+                tokens, place, size = self.run_merging(number, tokens, bias, size)
                 holder = place.gather(1, holder)
                 bias = size.log() if self.config.proportional_attention else None
             else:
@@ -234,6 +238,23 @@ class MergingViT(AdaptiveViT):
         if self.read is None:
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
         return self.finish(x, self.usage(torch.stack(held, dim=1), compared, grid))
+
+    def run_merging(
+        self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
+    ) -> tuple[Tokens, Tensor, Tensor]:
+        """A block that merges tokens: what it leaves, the slot where each token went, and the patches in each."""
+        decided = once(partial(self.places, tokens, number))
+        sizes: list[Tensor] = []
+
+        def look(projected: Projected) -> None:
+            decided(projected.k)
+
+        def merge(tokens: Tokens) -> Tokens:
+            merged, sizes[:] = _merge(tokens, *decided(), size)
+            return merged
+
+        after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
+        return after, decided()[0], sizes[0]
 
     def compares(self, block: int, patches: int) -> bool:
         """Whether a block looks for tokens to merge, where it has at most so many patches."""
@@ -247,8 +268,7 @@ class MergingViT(AdaptiveViT):
         """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
         return self.config.choose(score, patches, block, self.depth)
 
-    @torch.no_grad()
-    def places(self, tokens: Tokens, keys: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    def places(self, tokens: Tokens, block: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
         live = tokens.live
         metric = tokens.grid(keys.mean(dim=-2, dtype=_wide(keys)))
@@ -269,7 +289,7 @@ class MergingViT(AdaptiveViT):
         updated = attended.clone()
         if self.read is not None:
             updated[:, -1] = self.read
-        deciding = patches // 2 * (patches - patches // 2) * shape.each("head_dim", held) * held.new_tensor(compared)
+        deciding = patches // 2 * (patches - patches // 2) * shape.each("key_dim", held) * held.new_tensor(compared)
         on = torch.ones_like(attended, dtype=torch.bool)
         heads = attended.new_tensor(self.heads).expand_as(attended)
         groups = held[:, 1:, self.prefix :]
@@ -277,7 +297,9 @@ class MergingViT(AdaptiveViT):
             attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], deciding=deciding, groups=groups
         )
         merged = attended - count[:, 1:]
-        return replace(usage, executed=block_macs(usage, shape) - merged * shape.each("mlp_per_token", held))
+        heads = usage.heads
+        attention, mlp = sublayer_macs(shape, heads, attended, updated, updated - merged)
+        return replace(usage, executed=attention + mlp)
 
 
 INFLECTIONS = (0.0, 0.5, 1.0)
@@ -289,7 +311,7 @@ NEARLY_ONE = 1 - 1e-6
 class _Fitting(MergingViT):
     """Merges r tokens on average over the images of a batch, and notes at what score."""
 
-    def __init__(self, vit: VisionTransformer, config: MergeConfig, schedule: ToMeConfig, patches: int) -> None:
+    def __init__(self, vit: nn.Module, config: MergeConfig, schedule: ToMeConfig, patches: int) -> None:
         super().__init__(vit, config)
         self.thresholds = [1.0] * self.depth
         self.removed: list[int] = []
@@ -307,7 +329,7 @@ class _Fitting(MergingViT):
         return score >= self.thresholds[block]
 
 
-def fit_thresholds(config: MergeConfig, vit: VisionTransformer, images: Tensor, schedule: ToMeConfig) -> "MergingViT":
+def fit_thresholds(config: MergeConfig, vit: nn.Module, images: Tensor, schedule: ToMeConfig) -> "MergingViT":
     """The model of `MergeConfig` with the thresholds at which `images` merge, on average, what ToMe would.
 
     Args:
@@ -374,6 +396,11 @@ def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix:
     place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + followers
     place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
     return place, moved
+
+
+def _merge(tokens: Tokens, place: Tensor, moved: Tensor, size: Tensor) -> tuple[Tokens, list[Tensor]]:
+    merged, total = tokens.merge(place, moved, size)
+    return merged, [total]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -6,8 +6,10 @@ Letters: B images, N token slots, T live tokens over the batch, D channels, H he
 """
 
 from abc import ABC, abstractmethod
-from typing import Self
+from dataclasses import replace
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 
@@ -17,15 +19,45 @@ class Tokens(ABC):
     Attributes:
         x: features, laid out by the layout.
         shape: images and slots, (B, N).
+        where: int64 token features (...,), the slot that each token had when it was embedded, which is its position;
+            a token that others were merged into stays where it was. Or floating point, (..., 1 + axes): that slot, and
+            the coordinates, which merged tokens have the mean of. None while all tokens are in their first slots.
+        source: what they were embedded from; whoever runs blocks on them knows what it is.
     """
 
     x: Tensor
     shape: tuple[int, int]
+    where: Tensor | None
+    source: Any
 
     @classmethod
     @abstractmethod
     def of(cls, x: Tensor) -> Self:
         """Lay out dense (B, N, D) features; every slot is live."""
+
+    def of_source(self, source: Any) -> Self:
+        """The same tokens, embedded from `source`."""
+        return replace(self, source=source)  # type: ignore[type-var]
+
+    @property
+    @abstractmethod
+    def at(self) -> Tensor:
+        """The slots of `where`, int64, whether tokens moved or not; of a layout with all slots (1 or B, N)."""
+
+    def at_coordinates(self, coordinates: Tensor) -> Self:
+        """The same tokens, whose positions are coordinates: (N, axes), by their first slots."""
+        places = torch.arange(len(coordinates), device=coordinates.device, dtype=coordinates.dtype)
+        where = self.spread(torch.cat([places[:, None], coordinates], dim=1).expand(self.shape[0], -1, -1))
+        return replace(self, where=where)  # type: ignore[type-var]
+
+    @property
+    @abstractmethod
+    def batch(self) -> Tensor:
+        """The features as a ViT's own modules take them, (b, n, D): images of equal length, or all packed as one."""
+
+    @abstractmethod
+    def of_batch(self, t: Tensor) -> Tensor:
+        """What such a module gave -> token features."""
 
     @property
     @abstractmethod
@@ -43,6 +75,10 @@ class Tokens(ABC):
     @abstractmethod
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
         """Drop every token that is not `chosen`, bool token features, and take `others`, token features, along."""
+
+    @abstractmethod
+    def put(self, some: Self, t: Tensor) -> Tensor:
+        """Token features of what `filter` left of these tokens -> those of these, 0 where it left none."""
 
     @abstractmethod
     def rows(self, t: Tensor) -> Tensor:
@@ -89,7 +125,15 @@ class Tokens(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Self,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Scaled dot-product attention within each image.
 
@@ -99,9 +143,26 @@ class Tokens(ABC):
             queries: `self`, or what `self.keep(...)` gave.
             dropout: probability of dropping an attention weight.
             bias: features (...,) of these tokens, added to the logits of each as a key.
+            pairs: (B or 1, H or 1, N, N), added to the logits by the positions of query and key.
+            scale: of the logits; None is 1 / sqrt(d).
         Returns:
             features (..., H, d) of `queries`; what stands in dead slots has no meaning.
         """
+
+    def attend_batch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """`attend` of all tokens to all, of and to what a ViT's own attention has of `batch`: (b, H, n, d)."""
+        q, k, v = (self.of_batch(t.transpose(1, 2)) for t in (q, k, v))
+        out = self.attend(q, k, v, self, dropout, bias, pairs, scale)
+        return self.with_x(out).batch.transpose(1, 2)
 
     @abstractmethod
     def standardise(self, t: Tensor, eps: float) -> Tensor:
@@ -112,12 +173,13 @@ class Tokens(ABC):
         """
 
     @abstractmethod
-    def received(self, q: Tensor, k: Tensor) -> Tensor:
+    def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
         """Attention that each token receives from the image's first R slots: the mean of the softmax over live ones.
 
         Args:
             q: queries of these slots, (B, R, H, d), none of them dead where `rows` has none; or the `rows` of all.
             k: features (..., H, d) of these tokens.
+            pairs: as of `attend`.
         Returns:
             features (..., H) of these tokens, in float32 or wider.
         """

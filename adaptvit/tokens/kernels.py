@@ -3,7 +3,7 @@
 Letters: B images, N token slots, T live tokens over the batch, R queries, H heads, d channels per head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,23 +11,52 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, bias: Tensor | None) -> Tensor:
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Of images that have as many tokens each; `mask` (B or 1, H or 1, R or 1, keys) is added to the logits."""
     q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    mask = None if bias is None else bias.view(images, 1, 1, -1).to(q.dtype)
-    return scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(0, 1)
+    return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2).flatten(0, 1)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, live: Tensor | None, dropout: float, bias: Tensor | None) -> Tensor:
-    """Attention on the grid, (B, N, H, d) each, to the slots that are live: (B, N) bool, None where all are."""
+def attend_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    live: Tensor | None,
+    dropout: float,
+    added: Tensor | None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention on the grid, (B, N, H, d) each, to the slots that are live: (B, N) bool, None where all are.
+
+    Args:
+        added: to the logits, (B or 1, H or 1, N or 1, N).
+    """
     mask = None
     if live is not None:
         visible = live | ~live.any(dim=1, keepdim=True)  # an image without tokens attends to all: no 0/0
         mask = visible[:, None, None, :]
-    if bias is not None:
-        bias = bias[:, None, None, :].to(q.dtype)
-        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    if added is not None:
+        added = added.to(q.dtype)
+        mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+
+
+def by_place(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Entries (B, H, R, n) of a table of pairs (B or 1, H, N, N) at the places of queries (B, R) and keys (B, n)."""
+    if len(pairs) > 1:
+        image = torch.arange(len(queries), device=pairs.device)[:, None, None]
+        return pairs[image, :, queries[:, :, None], keys[:, None]].permute(0, 3, 1, 2)
+    if len(queries) == 1:
+        return pairs.index_select(2, queries[0]).index_select(3, keys[0])
+    return pairs[0][:, queries[:, :, None], keys[:, None]].transpose(0, 1)
+
+
+def slots_of(where: Tensor) -> Tensor:
+    """The slots of `Tokens.where`."""
+    return where[..., 0].long() if where.is_floating_point() else where
 
 
 ROWS = 64
@@ -36,14 +65,20 @@ ROWS = 64
 
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
-def mean_received(q: Tensor, k: Tensor, live: Tensor | None) -> Tensor:
-    """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are."""
+def mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are.
+
+    Args:
+        added: to the logits, (B or 1, H or 1, R, N).
+    """
     dtype = torch.promote_types(k.dtype, torch.float32)
     q, keys = (q.to(dtype) * q.shape[-1] ** -0.5).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1)
     total = k.new_zeros((), dtype=dtype).expand(len(k), k.shape[2], k.shape[1])
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[2]))
         logits = q[:, :, rows] @ keys
+        if added is not None:
+            logits = logits + added[:, :, rows].to(dtype)
         if live is None:
             weights = logits.softmax(dim=-1)
         else:
@@ -73,8 +108,14 @@ class Ragged(Protocol):
     def offsets(self) -> Tensor:
         """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
 
+    @property
+    def at(self) -> Tensor:
+        """(T,) each token's position: a row of a table of pairs."""
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, float, Tensor | None], Tensor]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, float, Tensor | None, Tensor | None, float | None], Tensor]
+"""Of queries, keys and values (T, H, d): whose they are, keys then queries, dropout, bias (T,) of the keys, table of
+pairs, scale."""
 
 
 def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, biased: bool) -> Kernel:
@@ -91,37 +132,75 @@ def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, bias
 
 
 def attend_each(
-    q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, dropout: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Ragged,
+    queries: Ragged,
+    dropout: float,
+    bias: Tensor | None,
+    pairs: Tensor | None,
+    scale: float | None,
 ) -> Tensor:
     def one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        return scaled_dot_product_attention(query, key, value, mask, dropout)[0].transpose(0, 1)
+        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)[0].transpose(0, 1)
 
-    masks = [None] * len(keys.lengths) if bias is None else bias.to(q.dtype)[None].split(keys.lengths, dim=1)
+    masks: Sequence[Tensor | None] = [None] * len(keys.lengths)
+    if bias is not None:
+        masks = bias.to(q.dtype)[None].split(keys.lengths, dim=1)
+    if pairs is not None:
+        masks = _looked_up(pairs.to(q.dtype), keys, queries, masks)
     images = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), masks, strict=True)
     if q.requires_grad:
         return torch.cat([one(*image) for image in images if len(image[0])])
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # a third less memory than joining the parts
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])  # a third less memory than joining the parts
     for place, image in zip(out.split(queries.lengths), images, strict=True):
         if len(place):
             place.copy_(one(*image))
     return out
 
 
+def _looked_up(pairs: Tensor, keys: Ragged, queries: Ragged, bias: Sequence[Tensor | None]) -> list[Tensor]:
+    """Each image's own part of a table of pairs, (1, H, R, n), with what its keys have beside it."""
+    rows, columns = queries.at.split(queries.lengths), keys.at.split(keys.lengths)
+    found = []
+    for image, (row, column, own) in enumerate(zip(rows, columns, bias, strict=True)):
+        part = by_place(pairs[image % len(pairs)][None], row[None], column[None])
+        found.append(part if own is None else part + own)
+    return found
+
+
 def attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, dropout: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Ragged,
+    queries: Ragged,
+    dropout: float,
+    bias: Tensor | None,
+    pairs: Tensor | None,
+    scale: float | None,
 ) -> Tensor:
     """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
     slots = keys.shape[1]
-    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots)
+    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=scale)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     return out
 
 
 def attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, dropout: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Ragged,
+    queries: Ragged,
+    dropout: float,
+    bias: Tensor | None,
+    pairs: Tensor | None,
+    scale: float | None,
 ) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
 
@@ -130,6 +209,9 @@ def attend_padded(
         return flat.view(*of.shape, *t.shape[1:])
 
     live = grid(torch.ones_like(keys.slots, dtype=torch.bool), keys)
-    bias = None if bias is None else grid(bias, keys)
-    out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, dropout, bias)
+    added = None if bias is None else grid(bias, keys)[:, None, None]
+    if pairs is not None:
+        looked_up = by_place(pairs, grid(queries.at, queries), grid(keys.at, keys))
+        added = looked_up if added is None else looked_up + added
+    out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, dropout, added, scale)
     return out.flatten(0, 1).index_select(0, queries.slots)

@@ -4,14 +4,14 @@ through the mask.
 Letters: B images, N token slots, D channels, H heads, d channels per head.
 """
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import attend_masked, mean_received
+from adaptvit.tokens.kernels import attend_masked, by_place, mean_received, slots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +21,8 @@ class Masked(Tokens):
     x: Tensor
     mask: Tensor | None = None
     """(B, N) bool, the live slots; None while no slot was ever dropped, so that attention needs no mask."""
+    where: Tensor | None = None
+    source: Any = None
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -34,12 +36,28 @@ class Masked(Tokens):
     def live(self) -> Tensor:
         return torch.ones(self.shape, dtype=torch.bool, device=self.x.device) if self.mask is None else self.mask
 
+    @property
+    def at(self) -> Tensor:
+        if self.where is None:
+            return torch.arange(self.x.shape[1], device=self.x.device)[None]
+        return slots_of(self.where)
+
+    @property
+    def batch(self) -> Tensor:
+        return self.x
+
+    def of_batch(self, t: Tensor) -> Tensor:
+        return t
+
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.mask)
+        return type(self)(x, self.mask, self.where, self.source)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        kept = type(self)(self.x, chosen if self.mask is None else chosen & self.mask)
+        kept = replace(self, mask=chosen if self.mask is None else chosen & self.mask)
         return kept, [kept.grid(t) for t in others]
+
+    def put(self, some: Self, t: Tensor) -> Tensor:
+        return some.grid(t)
 
     def rows(self, t: Tensor) -> Tensor:
         return self.grid(t)
@@ -48,7 +66,7 @@ class Masked(Tokens):
         return t
 
     def take(self, index: Tensor) -> Self:
-        return type(self)(self.x, torch.zeros_like(self.live).scatter(1, index, True))
+        return replace(self, mask=torch.zeros_like(self.live).scatter(1, index, True))
 
     def grid(self, t: Tensor) -> Tensor:
         if self.mask is None:
@@ -75,12 +93,36 @@ class Masked(Tokens):
         share = weight / total.gather(1, place).masked_fill(~live, 1)
         parts = self.x * share[..., None].to(self.x.dtype)
         x = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(1, place[..., None].expand_as(parts), parts)
-        return type(self)(x, total > 0), total
+        at = self.at.expand_as(place)
+        stays = place.masked_fill(moved | ~live, slots)  # a place of its own for those that go
+        where = at.new_zeros(len(place), slots + 1).scatter(1, stays, at)[:, :slots]
+        if self.where is not None and self.where.is_floating_point():
+            parts = self.where[..., 1:] * share[..., None]
+            means = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(
+                1, place[..., None].expand_as(parts), parts
+            )
+            where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
+        return type(self)(x, total > 0, where, self.source), total
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Self,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        return attend_masked(q, k, v, self.mask, dropout, bias)
+        added = None if bias is None else bias[:, None, None]
+        if pairs is not None:
+            pairs = self._looked_up(pairs)
+            added = pairs if added is None else pairs + added
+        return attend_masked(q, k, v, self.mask, dropout, added, scale)
+
+    def _looked_up(self, pairs: Tensor) -> Tensor:
+        return pairs if self.where is None else by_place(pairs, self.at, self.at)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -89,5 +131,5 @@ class Masked(Tokens):
         variance = centred.square().sum(dim=1, keepdim=True) / count
         return (centred * (variance + eps).rsqrt()).to(t.dtype)
 
-    def received(self, q: Tensor, k: Tensor) -> Tensor:
-        return mean_received(q, k, self.mask)
+    def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
+        return mean_received(q, k, self.mask, None if pairs is None else self._looked_up(pairs))

@@ -5,13 +5,14 @@ Letters: B images, N token slots, T live tokens over the batch, D channels, H he
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import attend_dense, mean_received, ragged_kernel
+from adaptvit.tokens.kernels import attend_dense, by_place, mean_received, ragged_kernel, slots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,8 @@ class Packed(Tokens):
     """(T,) each token's place in the flattened (B, N) grid, ascending."""
     each: int | None = None
     """Tokens of every image, where some were dropped and the host knows that all images have as many."""
+    where: Tensor | None = None
+    source: Any = None
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -60,15 +63,37 @@ class Packed(Tokens):
         starts = torch.arange(0, images * slots + 1, slots, device=self.slots.device)
         return torch.searchsorted(self.slots, starts, out_int32=True)
 
+    @property
+    def at(self) -> Tensor:
+        return self.slots % self.shape[1] if self.where is None else slots_of(self.where)
+
+    @property
+    def batch(self) -> Tensor:
+        return self.x[None] if self.even is None else self.x.view(-1, self.even, *self.x.shape[1:])
+
+    def of_batch(self, t: Tensor) -> Tensor:
+        return t[0] if self.even is None else t.flatten(0, 1)
+
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.shape, self.slots, self.each)
+        return type(self)(x, self.shape, self.slots, self.each, self.where, self.source)
+
+    def _of(self, x: Tensor, rows: Tensor, each: int | None = None) -> Self:
+        """These rows of the tokens, with features `x`."""
+        where = None if self.where is None else self.where.index_select(0, rows)
+        return type(self)(x, self.shape, self.slots.index_select(0, rows), each, where, self.source)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
         rows = chosen.nonzero().squeeze(1)  # waits for the device
         if rows.shape == self.slots.shape:
             return self, list(others)
-        x, slots, *kept = (t.index_select(0, rows) for t in (self.x, self.slots, *others))
-        return type(self)(x, self.shape, slots), kept
+        x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
+        return self._of(x, rows), kept
+
+    def put(self, some: Self, t: Tensor) -> Tensor:
+        if some.slots is self.slots:
+            return t
+        places = torch.searchsorted(self.slots, some.slots)
+        return t.new_zeros(len(self.slots), *t.shape[1:]).index_copy(0, places, t)
 
     def rows(self, t: Tensor) -> Tensor:
         return self.grid(t) if self.even is None else t.view(-1, self.even, *t.shape[1:])
@@ -80,8 +105,7 @@ class Packed(Tokens):
         assert self.even is not None
         first = torch.arange(0, len(self.slots), self.even, device=index.device)
         rows = (first[:, None] + index).flatten()
-        x, slots = (t.index_select(0, rows) for t in (self.x, self.slots))
-        return type(self)(x, self.shape, slots, index.shape[1])
+        return self._of(self.x.index_select(0, rows), rows, index.shape[1])
 
     def grid(self, t: Tensor) -> Tensor:
         if not self.full:
@@ -126,21 +150,65 @@ class Packed(Tokens):
         share, added = (own / total).to(self.x.dtype), (added / total.index_select(0, into)).to(self.x.dtype)
         x = self.x.index_select(0, stay) * share[:, None]
         x = x.index_add(0, into, self.x.index_select(0, join) * added[:, None])
-        return type(self)(x, (images, slots), places), total
+        where = self.at.index_select(0, stay)
+        if self.where is not None and self.where.is_floating_point():
+            means = self.where[:, 1:].index_select(0, stay) * (own / total)[:, None]
+            joined = self.where[:, 1:].index_select(0, join) * (weight.index_select(0, join) / total[into])[:, None]
+            means = means.index_add(0, into, joined.to(means.dtype))
+            where = torch.cat([where[:, None].to(means.dtype), means], dim=1)
+        return type(self)(x, (images, slots), places, None, where, self.source), total
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Self, dropout: float = 0.0, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Self,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
-        if q.shape[0] == 0:
-            return q + 0 * (k.sum() + v.sum())  # every parameter stays in the graph, as distributed training needs
+        if q.shape[0] == 0:  # every parameter stays in the graph, as distributed training needs
+            return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
         if self.even is not None and queries.even is not None:
-            return attend_dense(q, k, v, self.shape[0], dropout, bias)
+            images = self.shape[0]
+            return attend_dense(q, k, v, images, dropout, self._mask(queries, bias, pairs, images, q.dtype), scale)
         if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
-                return attend_dense(q, k, v, images, dropout, bias)
-        kernel = ragged_kernel(q.device, q.dtype, dropout, bias is not None)
-        return kernel(q, k, v, self, queries, dropout, bias)
+                running = images == self.shape[0] or pairs is None or len(pairs) == 1
+                if running:
+                    mask = self._mask(queries, bias, pairs, images, q.dtype)
+                    return attend_dense(q, k, v, images, dropout, mask, scale)
+        kernel = ragged_kernel(q.device, q.dtype, dropout, bias is not None or pairs is not None)
+        return kernel(q, k, v, self, queries, dropout, bias, pairs, scale)
+
+    def attend_batch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        if self.even is None or not q.shape[0]:
+            return super().attend_batch(q, k, v, dropout, bias, pairs, scale)
+        mask = self._mask(self, bias, pairs, len(q), q.dtype)  # without a copy of queries that stand head by head
+        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+
+    def _mask(
+        self, queries: Self, bias: Tensor | None, pairs: Tensor | None, images: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """What is added to the logits of so many images that have as many tokens each."""
+        mask = None if bias is None else bias.view(images, 1, 1, -1).to(dtype)
+        if pairs is None:
+            return mask
+        if not (self.full and queries.full and self.where is None):
+            pairs = by_place(pairs, queries.at.view(images, -1), self.at.view(images, -1))
+        return pairs.to(dtype) if mask is None else mask + pairs.to(dtype)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -153,16 +221,26 @@ class Packed(Tokens):
         scale = (mean(centred.square()) + eps).rsqrt()
         return (centred * scale.index_select(0, image)).to(t.dtype)
 
-    def received(self, q: Tensor, k: Tensor) -> Tensor:
+    def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
         if self.even is not None:
-            return mean_received(q, self.rows(k), None).flatten(0, 1)
+            at = self.at.view(self.shape[0], self.even)
+            added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
+            return mean_received(q, self.rows(k), None, added).flatten(0, 1)
         if self.x.device.type != "cpu":
-            return self.spread(mean_received(q, self.grid(k), self.live))
-        if self.shape[0] == 1 and self._all_live(q.shape[1]):
+            at = self.grid(self.at)
+            added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
+            return self.spread(mean_received(q, self.grid(k), self.live, added))
+        if self.shape[0] == 1 and pairs is None and self._all_live(q.shape[1]):
             return mean_received(q, k[None], None)[0]
         rows = self.live[:, : q.shape[1]]
-        images = zip(q, rows, k.split(self.lengths), strict=True)
-        parts = [mean_received(queries[alive][None], keys[None], None)[0] for queries, alive, keys in images]
+        parts = []
+        images = zip(q, rows, k.split(self.lengths), self.at.split(self.lengths), strict=True)
+        for image, (queries, alive, keys, at) in enumerate(images):
+            added = None
+            if pairs is not None:
+                asking = at[: int(alive.sum())]  # slots are ascending: those that ask are the first of the image's
+                added = by_place(pairs[image % len(pairs)][None], asking[None], at[None])
+            parts.append(mean_received(queries[alive][None], keys[None], None, added)[0])
         return torch.cat(parts)
 
     def _all_live(self, count: int) -> bool:

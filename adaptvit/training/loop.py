@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from adaptvit.backbones.base import check_images, class_count, prefix_tokens
+from adaptvit.backbones.families import FAMILIES
 from adaptvit.budget import meet_target
 from adaptvit.data import Batch, Data, Renormalise, filled
 from adaptvit.extras import MissingLibrary, needed
@@ -453,7 +454,7 @@ def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]
     return groups
 
 
-def check_shape(data: Data, vit: VisionTransformer, channels: int | None = None) -> None:
+def check_shape(data: Data, vit: nn.Module, channels: int | None = None) -> None:
     """Refuse data whose images a ViT does not take.
 
     Args:
@@ -475,7 +476,7 @@ def _check_teacher(teacher: nn.Module, data: Data, channels: int) -> None:
         ValueError: naming both.
     """
     vit = teacher.vit if isinstance(teacher, AdaptiveViT) else teacher
-    if not isinstance(vit, VisionTransformer):
+    if FAMILIES.of(vit) is None:
         return
     check_shape(data, vit, channels)
     if class_count(vit) != len(data.classes):

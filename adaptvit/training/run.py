@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -150,7 +149,7 @@ def train_run(
     begin_stream("weights", config.recipe.seed)
     changed = {"num_classes": len(data.classes), "drop_path_rate": config.drop_path, **arguments}
     headed, source = True, config.weights or config.model
-    vit: VisionTransformer
+    vit: Any
     if origin is None:
         vit = timm.create_model(config.model, pretrained=config.pretrained, **changed)
     else:

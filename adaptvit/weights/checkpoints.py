@@ -18,7 +18,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.backbones.record import describe, rebuild
@@ -153,7 +152,7 @@ def _build(record: dict[str, Any], tensors: dict[str, Tensor], config_type: type
     return model
 
 
-def twin_of(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> VisionTransformer:
+def twin_of(record: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """The ViT of a record without memory for its weights, which must be those of the file: it may claim any size."""
     vit, weights = record["vit"], {key: value for key, value in tensors.items() if not key.startswith("method.")}
     arguments = vit.get("arguments")

@@ -11,8 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.record import describe, rebuild
@@ -72,7 +71,7 @@ def open_model(name: Path | str) -> AdaptiveViT:
     return model.eval()
 
 
-def start_from(vit: VisionTransformer, source: Path | str) -> bool:
+def start_from(vit: nn.Module, source: Path | str) -> bool:
     """Give a ViT the weights of a file, to be fine-tuned: positions resized, a head of other classes left out.
 
     A table of positions that is not trained stays, unless the file has the same, turned as `fit_gate` turns it.
@@ -92,7 +91,7 @@ def start_from(vit: VisionTransformer, source: Path | str) -> bool:
     return _started(vit, replace(found, tensors=tensors), str(source))
 
 
-def remade(vit: VisionTransformer, **arguments: Any) -> tuple[VisionTransformer, bool]:
+def remade(vit: nn.Module, **arguments: Any) -> tuple[nn.Module, bool]:
     """A ViT made anew with other arguments, and the weights it had, as `start_from` gives them.
 
     Args:
@@ -111,7 +110,7 @@ def remade(vit: VisionTransformer, **arguments: Any) -> tuple[VisionTransformer,
     return new, _started(new, source, f"{name} as it was")
 
 
-def _started(vit: VisionTransformer, source: Source, name: str) -> bool:
+def _started(vit: nn.Module, source: Source, name: str) -> bool:
     """Fill a ViT with what fits; whether the head did."""
     tensors, own = source.tensors, vit.state_dict()
     heads = {key for key in own if key.startswith(HEADS)}

@@ -7,6 +7,7 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from adaptvit.backbones.processors import FILES
 from adaptvit.weights.tensorfiles import existing, reason
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -66,8 +67,9 @@ def _downloaded(name: str) -> Path:
             except EntryNotFoundError:
                 pass
             else:
-                with suppress(EntryNotFoundError):  # which our own files do without
-                    hf_hub_download(repository, "config.json", revision=revision or None)
+                for beside in ("config.json", *FILES):
+                    with suppress(EntryNotFoundError):  # which our own files do without
+                        hf_hub_download(repository, beside, revision=revision or None)
                 return found
     except Exception as error:  # the Hub's client raises a dozen kinds
         unseen = error

@@ -19,12 +19,12 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name, patch_grid, position_rows, timm_config
+from adaptvit.backbones.families import FAMILIES
 from adaptvit.backbones.parts import add_representation, representation_names
-from adaptvit.backbones.record import ARGUMENTS, PREPROCESSING, check_described
+from adaptvit.backbones.record import ARGUMENTS, PREPROCESSING, TRANSFORMERS, check_described, transformers_class
 from adaptvit.backbones.t2t import published_names
 from adaptvit.checks import In, checked
 from adaptvit.methods import METHODS, MethodConfig, Published, dense
@@ -131,6 +131,20 @@ def _told_model(source: Source) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
+def _open_transformers(file: Path, architectures: list[Any]) -> AdaptiveViT:
+    """A folder as `save_pretrained` of Hugging Face's transformers leaves it."""
+    known = {name.rpartition(".")[2]: name for name in FAMILIES.models if name.startswith(TRANSFORMERS)}
+    name = next((known[one] for one in architectures if isinstance(one, str) and one in known), None)
+    if name is None:
+        told = ", ".join(map(str, architectures))[:80]
+        raise ValueError(f"{str(file.parent)!r} holds {told}; known of transformers' are {', '.join(known)}")
+    with rebuilding(file.parent):
+        vit, loaded = transformers_class(name).from_pretrained(file.parent, output_loading_info=True)
+        if lacking := sorted(loaded["missing_keys"]):
+            raise ValueError(f"its weights lack {lacking[0]}")
+    return dense(vit)
+
+
 def open_in_folder(file: Path) -> AdaptiveViT:
     """Weights in a folder as timm's `save_for_hf` leaves it and the Hub holds it, or one of our files in a folder."""
     if is_safetensors(file) and KEY in read_safetensors(file)[1]:
@@ -138,6 +152,8 @@ def open_in_folder(file: Path) -> AdaptiveViT:
     source = read_weights(file)
     config = existing(file.parent / "config.json")
     told = read_json(config, config.read_bytes())
+    if isinstance(told, dict) and isinstance(told.get("architectures"), list):
+        return _open_transformers(file, told["architectures"])
     arguments = told.get("model_args") if isinstance(told, dict) else None
     depth = arguments.get("depth") if isinstance(arguments, dict) else None
     if isinstance(depth, int) and depth > len(source.tensors):
@@ -309,7 +325,7 @@ def _tell_unfitted(path: Path | str, own: type[MethodConfig] | None, given: dict
         warn(f"{path} has no {own.published.fitted} that was fitted or trained: {NOT_FITTED}", stacklevel=3)
 
 
-def fit_positions(source: Source, vit: VisionTransformer) -> None:
+def fit_positions(source: Source, vit: nn.Module) -> None:
     """Resize the table of positions of a file to the ViT's grid, in `source.tensors`.
 
     Raises:
@@ -336,7 +352,7 @@ def fit_positions(source: Source, vit: VisionTransformer) -> None:
         source.tensors["pos_embed"] = resize_positions(table, new, prefix, old)
 
 
-def position_table(vit: VisionTransformer) -> tuple[int, tuple[int, int]]:
+def position_table(vit: nn.Module) -> tuple[int, tuple[int, int]]:
     """Rows of the position table before the patches, and the grid of those."""
     rows, columns = patch_grid(vit)
     return position_rows(vit), (rows, columns)

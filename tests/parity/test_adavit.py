@@ -177,7 +177,7 @@ def test_evaluation_gives_the_recorded_logits_decisions_and_states(
             close(torch.stack(states, dim=1)[..., : recorded.shape[2]], recorded, apart(recorded, terms_of(model.vit)))
         if not isinstance(model, AdaViT):
             return
-        _, policies, _ = model.decided(batch_of(case), layout)
+        _, policies = model.decided(model.enter(batch_of(case), layout))
     active = policies.sublayers.any(dim=2) if layout is Packed else torch.ones(policies.sublayers.shape[:2], dtype=bool)
     for name, found in decisions(policies, model).items():
         expected = torch.from_numpy(arrays[f"{name}_select"]).float()
@@ -217,7 +217,7 @@ def test_training_gives_the_recorded_losses_and_gradients(
     close(output.logits, arrays["logits"], logits_apart(case, arrays, model))
     asked = noise_asked_for(model)
     with torch.no_grad():
-        _, policies, _ = model.decided(batch_of(case), Masked)
+        _, policies = model.decided(model.enter(batch_of(case), Masked))
     for name, found in decisions(policies, model).items():
         assert torch.equal(found, torch.from_numpy(arrays[f"{name}_select"]).float()), name
 

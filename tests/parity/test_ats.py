@@ -31,7 +31,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adaptvit import ATSConfig, FullConfig, Masked, Packed, dense_macs, macs
-from adaptvit.backbones.forward import add_attention, embed, project, run_block
+from adaptvit.backbones.door import Acts, Projected
+from adaptvit.backbones.fast import add_attention, project
 from adaptvit.methods import ats
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.released import ReleasedATSConfig
@@ -155,13 +156,13 @@ def test_the_released_attention_of_the_rows_kept(ats_rows: Path) -> None:
         for part in ("selected_residual", "attn_out_before_residual")
     )
     with torch.inference_mode():
-        tokens = Packed.of(embed(model.vit, batch_of(recorded.case))[0])
-        for block in model.vit.blocks[: layer["block"]]:
-            tokens = run_block(block, tokens)
+        tokens = model.enter(batch_of(recorded.case), Packed)
+        for number in range(layer["block"]):
+            tokens = model.run_block(number, tokens)
         chosen = torch.zeros(tokens.shape, dtype=torch.bool)
         for image, ids in enumerate(layer["ids"]):
             chosen[image, ids] = True
-        after = add_attention(model.vit.blocks[layer["block"]], tokens, chosen)
+        after, _ = add_attention(model.vit.blocks[layer["block"]], tokens, Acts(chosen))
     atol = apart(before + added, terms_of(model.vit))
     for image, ids in enumerate(layer["ids"]):
         close(tokens.grid(tokens.x)[image, ids], before[image, : len(ids)], atol)
@@ -230,11 +231,12 @@ def test_the_released_block(ats_block: Path, layout: type) -> None:
         live = torch.arange(case["N"]) < torch.tensor(call["valid"])[:, None]
         model = ReleasedATSConfig(blocks=[0], tokens=call["n_ref_tokens"] - 1).build(vit).eval()
         with torch.inference_mode():
-            tokens = layout.of(torch.from_numpy(x)).keep(live)
-            projected = project(block, tokens)
+            source = model.enter(torch.zeros(len(x), 3, *vit.patch_embed.img_size), layout).source
+            tokens = layout.of(torch.from_numpy(x)).of_source(source).keep(live)
+            projected = Projected(*project(block, tokens))
             score = model.score(tokens, projected, live)
             chosen = model.sample(score, live, 0, None)
-            tokens = run_block(block, tokens, chosen, projected)
+            tokens = model.run_block(0, tokens, chosen)
         expected = arrays[f"call{call['call']}_scores_sorted"]
         close(score.sort(dim=1).values, expected, atol=1e-6, rtol=1e-4)
         assert slots(tokens.live) == [sorted(positions) for positions in call["pos"]], f"call {call['call']}"

@@ -143,9 +143,10 @@ def test_blocks_match_the_released_ones(avit_blocks: Path) -> None:
     recorded = load(avit_blocks)
     model = build(recorded.case)
     arrays = {key: torch.from_numpy(value) for key, value in recorded.arrays.items()}
+    source = model.enter(torch.zeros(len(arrays["block_in"][0]), 3, *model.vit.patch_embed.img_size), Masked).source
     for index, block in enumerate(model.vit.blocks):
         live = arrays["active"][index].bool()
-        out = released.run_block(block, arrays["block_in"][index], live)
+        out = released.run_block(index, block, Masked(arrays["block_in"][index], live, source=source)).x
         expected = arrays["block_out"][index]
         torch.testing.assert_close(out, expected, atol=apart(expected, terms_of(model.vit)), rtol=0)
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from adaptvit import DynamicViTConfig, Masked, Packed
-from adaptvit.backbones.forward import embed, final_norm, run_block
+from adaptvit.backbones.blocks import run_block
+from adaptvit.backbones.door import Acts
+from adaptvit.backbones.forward import enter, final_norm
 from adaptvit.methods import dynamicvit
 from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention
 from adaptvit.methods.losses import distillation
@@ -93,9 +95,9 @@ def teacher_says(case: dict) -> tuple[Tensor, Tensor]:
     """The teacher's logits and its patches after the last norm."""
     teacher = plain_vit(case, case["teacher"])
     with torch.no_grad():
-        tokens = Masked.of(embed(teacher.eval(), batch_of(case))[0])
-        for block in teacher.blocks:
-            tokens = run_block(block, tokens)
+        tokens = enter(teacher.eval(), batch_of(case), Masked)
+        for number in range(len(teacher.blocks)):
+            tokens = run_block(teacher, number, tokens, Acts())
         return teacher(batch_of(case)), final_norm(teacher, tokens.x)[:, 1:]
 
 

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout, normalize
 
 from adaptvit.backbones.gated import Gates
@@ -57,7 +56,7 @@ class ReleasedAdaViTConfig(AdaViTConfig):
                 f"ReleasedAdaViTConfig.macs_target must be None, got {self.macs_target}: it has no such loss"
             )
 
-    def build(self, vit: VisionTransformer) -> "ReleasedAdaViT":
+    def build(self, vit: nn.Module) -> "ReleasedAdaViT":
         """Wrap `vit`, sharing its weights, with policies that have yet to be trained."""
         return ReleasedAdaViT(vit, self)
 

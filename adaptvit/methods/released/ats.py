@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.methods.ats import ATS, ATSConfig
 from adaptvit.methods.base import Role
@@ -39,7 +38,7 @@ class ReleasedATSConfig(ATSConfig):
         if self.sampler != ATSConfig.sampler:
             raise ValueError(f"ReleasedATSConfig.sampler is the released one, got {self.sampler!r}: leave it out")
 
-    def build(self, vit: VisionTransformer) -> "ReleasedATS":
+    def build(self, vit: nn.Module) -> "ReleasedATS":
         """Wrap `vit`, sharing its weights; no parameter is added."""
         return ReleasedATS(vit, self)
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, xlogy
+from torch import Tensor, nn, xlogy
 from torch.nn.functional import scaled_dot_product_attention
 
+from adaptvit.backbones.door import Acts, Projected
+from adaptvit.backbones.families import FAMILIES
+from adaptvit.backbones.split import attention, chain
 from adaptvit.methods.avit import AViT, AViTConfig, each
 from adaptvit.methods.base import Role
 from adaptvit.methods.priors import released_target
-from adaptvit.tokens import Masked, Tokens
-from adaptvit.usage import Output, Usage
+from adaptvit.model import Left
+from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.usage import Usage
 
 HIDDEN = -1000.0
 """Added to the attention logits of halted keys."""
@@ -53,9 +57,9 @@ class ReleasedAViTConfig(AViTConfig):
 
     @property
     def needs(self) -> Set[str]:
-        return super().needs | {"attention", "token norms"}
+        return super().needs | {"attention", "token norms", "named parts"}
 
-    def build(self, vit: VisionTransformer) -> "ReleasedAViT":
+    def build(self, vit: nn.Module) -> "ReleasedAViT":
         """Wrap `vit`, sharing its weights; no parameter is added."""
         return ReleasedAViT(vit, self)
 
@@ -66,37 +70,37 @@ class ReleasedAViT(AViT):
     def target(self, name: str, peak: float, scale: float) -> Tensor:
         return released_target(name, self.depth, int(peak), scale)
 
-    def run(self, images: Tensor, layout: type[Tokens] | None = None, early_exit: bool | None = None) -> Output:
+    def usual_layout(self, early_exit: bool | None = None, **options: Any) -> type[Tokens]:
+        """`Packed` where images may leave early; else `Masked`, since the losses read dead slots."""
+        return Packed if (not self.training if early_exit is None else early_exit) else Masked
+
+    def run(self, tokens: Tokens, early_exit: bool | None = None) -> Left:
         """As `AViT` where images may leave early; else every slot in every block, with the released losses.
 
-        Args:
-            images, early_exit: as there.
-            layout: None packs where images may leave early, and is `Masked` else: the losses read dead slots.
         Raises:
             ValueError: the losses asked of `Packed`.
         """
         early_exit = not self.training if early_exit is None else early_exit
         if early_exit:
-            return super().run(images, layout, early_exit)
-        if layout not in (None, Masked):
+            return super().run(tokens, early_exit)
+        if not isinstance(tokens, Masked):
             raise ValueError("ReleasedAViTConfig reads dead slots in its losses: use layout=Masked or early_exit=True")
-        return released_pass(self, images)
+        return released_pass(self, tokens)
 
 
-def released_pass(model: ReleasedAViT, images: Tensor) -> Output:
+def released_pass(model: ReleasedAViT, tokens: Masked) -> Left:
     """The full pass, every slot in every block, with the released losses."""
-    tokens, grid = model.start(images, Masked)
     x = tokens.x
     live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     total = torch.zeros(live.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     rho, output = total, total.new_zeros(())
     reading = torch.arange(live.shape[1], device=x.device) < (model.read or live.shape[1])
     lives, scores = [], []
-    for block in model.vit.blocks:
-        last = block is model.vit.blocks[-1]
-        x = run_block(block, x, live)
-        tokens = Masked(x, live)
-        raw = torch.sigmoid(model.config.gate_scale * x[..., 0].to(total.dtype) - model.config.gate_center)
+    for number in range(model.depth):
+        last = number == model.depth - 1
+        x = model.run_body(number, replace(tokens, x=x, mask=live), partial(run_block, number)).x
+        tokens = replace(tokens, x=x, mask=live)
+        raw = model.halting_score(x, total.dtype)
         score = torch.ones_like(raw) if last else raw
         if model.config.class_token == "stays" and not last:
             score = score.masked_fill(reading, 0)
@@ -110,26 +114,31 @@ def released_pass(model: ReleasedAViT, images: Tensor) -> Output:
         scores.append(raw)
         live = going
     depth = torch.stack(lives).sum(dim=0)
-    usage = Usage.of_depth(depth, model.heads, grid, model.prefix)
+    usage = Usage.of_depth(depth, model.heads, tokens.source.grid, model.prefix)
     done = model.finish(output.to(x.dtype), usage)
-    return replace(done, terms=terms(model, torch.stack(scores), rho))
+    return done._replace(terms=terms(model, torch.stack(scores), rho))
 
 
-def run_block(block: Block, x: Tensor, live: Tensor) -> Tensor:
-    """One block on (B, N, D) with halted tokens set to 0, in value only: their gradient passes straight through."""
-    alive = live[..., None].to(x.dtype)
+def run_block(number: int, block: Any, tokens: Tokens) -> Tokens:
+    """One block with halted tokens set to 0, in value only: their gradient passes straight through."""
+    parts = FAMILIES.parts_of(block)
+    assert parts is not None
+    x = tokens.x
+    alive = tokens.live[..., None].to(x.dtype)
     x = x + (alive * x - x).detach()
-    attn = block.attn
-    normed = alive * block.norm1(alive * x)
-    q, k, v = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    normed = alive * chain(block, parts.into_attention, alive * x, tokens)
+    branch, _ = attention(block, parts, tokens, normed, Acts(attend=partial(_attend, alive)), number)
+    x = x + chain(block, parts.out_of_attention, branch, tokens)
+    read = alive * chain(block, parts.into_mlp, alive * x, tokens)
+    return tokens.with_x(x + chain(block, (*parts.mlp, *parts.out_of_mlp), read, tokens))
+
+
+def _attend(alive: Tensor, projected: Projected, dropout: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in projected[:3])
     mask = HIDDEN * (1 - alive).transpose(1, 2)[:, None]
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    mixed = scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask=mask, dropout_p=dropout)
-    out = attn.norm(mixed.transpose(1, 2).flatten(-2))
-    if attn.gate is not None:
-        out = out * attn.gate(normed).sigmoid()
-    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-    return x + block.drop_path2(block.ls2(block.mlp(alive * block.norm2(alive * x))))
+    if projected.pairs is not None:
+        mask = mask + projected.pairs
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
 
 
 def terms(model: ReleasedAViT, scores: Tensor, rho: Tensor) -> dict[str, Tensor]:

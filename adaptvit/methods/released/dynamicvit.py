@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptvit.methods.base import Role
 from adaptvit.methods.dynamicvit import DynamicViT, DynamicViTConfig
@@ -25,7 +24,7 @@ class ReleasedDynamicViTConfig(DynamicViTConfig):
     title: ClassVar[str] = "DynamicViT as released"
     role: ClassVar[Role] = "released"
 
-    def build(self, vit: VisionTransformer) -> "ReleasedDynamicViT":
+    def build(self, vit: nn.Module) -> "ReleasedDynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained."""
         return ReleasedDynamicViT(vit, self)
 

@@ -1,0 +1,477 @@
+"""Every family of hosts that has a row of names, on small models in float64."""
+
+import json
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
+from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
+
+from adaptvit import (
+    AdaViTConfig,
+    ATSConfig,
+    AViTConfig,
+    DynamicViTConfig,
+    EViTConfig,
+    FullConfig,
+    Masked,
+    MergeConfig,
+    Packed,
+    ToMeConfig,
+    adapt,
+    load,
+    save,
+)
+from adaptvit.backbones.base import check
+from adaptvit.backbones.blocks import run_block
+from adaptvit.backbones.door import Acts
+from adaptvit.backbones.forward import Source, run, scores
+from adaptvit.data import preparation
+from adaptvit.methods import MethodConfig
+from adaptvit.weights.opening import open_model
+
+METHODS: dict[str, MethodConfig] = {
+    "avit": AViTConfig(gate_scale=4.0, gate_center=2.0),
+    "ats": ATSConfig(blocks=(0, 1), rate=0.3),
+    "evit": EViTConfig(blocks=(0, 1), keep_rate=0.6),
+    "tome": ToMeConfig(r=2),
+    "merge": MergeConfig(thresholds=0.3),
+    "dynamicvit": DynamicViTConfig(),
+    "adavit": AdaViTConfig(policies=("patches", "sublayers"), macs_target=None, initial_bias=0.3),
+}
+WHOLE = ("parallel", "parallel scaling", "differential, parallel")
+"""Models whose blocks are called whole: sub-layers of them cannot go."""
+MASKS = (
+    *("DINOv3", "DINOv3, SwiGLU", "EVA-02, post-norm", "ROPE-ViT, mixed", "Sapiens2", "post-norm", "differential"),
+    *WHOLE,
+)
+"""Models that take an attention mask themselves."""
+DROP_NOTHING: dict[str, MethodConfig] = {
+    "full": FullConfig(),
+    "ats": ATSConfig(rate=1e9),
+    "tome": ToMeConfig(r=0),
+}
+FLOAT32 = {"Aimv2VisionModel": 2e-6, "Aimv2VisionModel, native": 2e-6, "DeepseekVitClassifier": 2e-6}
+"""How far off those may be whose norm computes in float32, whatever the precision."""
+
+SMALL: dict[str, Any] = {"embed_dim": 64, "depth": 3, "num_heads": 4}
+TOWER = SMALL | {"img_size": 64}
+GEMMA = TOWER | {
+    "head_dim": 16,
+    "num_kv_heads": 2,
+    "intermediate_size": 96,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 64,
+    "patch_size": 16,
+}
+LABELS = {"num_labels": 7}
+DINO = VISION | {"mlp_ratio": 2}
+BEIT = VISION | LABELS | {"vocab_size": 8}
+
+
+def of_timm(name: str, **settings: Any) -> nn.Module:
+    return timm.create_model(name, **SMALL | {"num_classes": 7} | settings)
+
+
+def naflex(rope: str) -> nn.Module:
+    settings = {"class_token": True, "reg_tokens": 1, "global_pool": "token", "fc_norm": False, "init_values": 0.1}
+    return NaFlexVit(NaFlexVitCfg(**SMALL, rope_type=rope, **settings), num_classes=7)
+
+
+def of_transformers(model: str, config: str, vision: str | None = None, **settings: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    named: dict[str, Any] = settings
+    if vision is not None:
+        named = LABELS | {"vision_config": getattr(transformers, vision)(**settings)}
+    return getattr(transformers, model)(getattr(transformers, config)(**named))
+
+
+def of_open_clip(**settings: Any) -> nn.Module:
+    tower: Any = pytest.importorskip("open_clip.transformer").VisionTransformer
+    return tower(64, 16, 64, 3, 4, 2.0, output_dim=32, **settings)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "NaFlexVit, mean": partial(of_timm, "naflexvit_base_patch16_parfac_gap"),
+    "NaFlexVit, attention pool": partial(of_timm, "naflexvit_base_patch16_map"),
+    "NaFlexVit, class tokens": partial(of_timm, "naflexvit_base_patch16_radio_v3"),
+    "NaFlexVit, axial": partial(naflex, "axial"),
+    "NaFlexVit, mixed": partial(naflex, "mixed"),
+    "Qwen3VitClassifier": partial(Qwen3VitClassifier, **TOWER, pos_embed_grid_size=8, num_classes=7),
+    "Qwen3VitEncoder": partial(Qwen3VitEncoder, **TOWER, pos_embed_grid_size=8, global_pool="avg"),
+    "DeepseekVitClassifier": partial(DeepseekVitClassifier, **TOWER, patch_size=16, num_classes=7),
+    "Gemma4VitClassifier": partial(Gemma4VitClassifier, **GEMMA, num_classes=7, encoder_pool=""),
+    "Gemma4VitEncoder": partial(Gemma4VitEncoder, **GEMMA, global_pool="avg"),
+    "PE, attention pool": partial(of_timm, "vit_pe_core_tiny_patch16_384", img_size=64),
+    "DINOv3": partial(of_timm, "vit_small_patch16_dinov3", img_size=64),
+    "DINOv3, SwiGLU": partial(of_timm, "vit_small_plus_patch16_dinov3", img_size=64, global_pool="token"),
+    "EVA-02": partial(of_timm, "eva02_base_patch14_224", img_size=56),
+    "EVA-02, post-norm": partial(of_timm, "eva02_enormous_patch14_clip_224", img_size=56),
+    "ROPE-ViT, mixed": partial(of_timm, "vit_small_patch16_rope_mixed_ape_224", img_size=64),
+    "Sapiens2": partial(of_timm, "vit_base_patch16_sapiens2", img_size=64, num_kv_heads=(4, 2, 1)),
+    "BEiT": partial(of_timm, "beit_base_patch16_224", img_size=64),
+    "relative positions": partial(of_timm, "vit_relpos_small_patch16_224", img_size=64),
+    "relative positions, shared": partial(of_timm, "vit_srelpos_small_patch16_224", img_size=64),
+    "relative positions, post-norm": partial(of_timm, "vit_relpos_base_patch32_plus_rpn_256", img_size=128),
+    "post-norm": partial(of_timm, "vit_base_patch16_rpn_224", img_size=64),
+    "parallel": partial(of_timm, "vit_base_patch16_18x2_224", img_size=64),
+    "parallel scaling": partial(of_timm, "vit_base_patch16_xp_224", img_size=64),
+    "differential": partial(of_timm, "vit_dwee_patch16_reg1_gap_256", img_size=64),
+    "differential, parallel": partial(of_timm, "vit_dpwee_patch16_reg1_gap_256", img_size=64),
+    "torchvision": partial(VisionTransformer, 64, 16, 3, 4, 64, 96, num_classes=7),
+    "open_clip, class token": of_open_clip,
+    "open_clip, mean": partial(of_open_clip, pool_type="avg", ls_init_value=0.1),
+    "open_clip, norm after mean": partial(of_open_clip, pool_type="avg", final_ln_after_pool=True),
+    "open_clip, attention pool": partial(of_open_clip, attentional_pool=True, attn_pooler_queries=4, pool_type="avg"),
+    "open_clip, custom blocks": partial(of_open_clip, qk_norm=True, scale_attn=True, scale_fc=True, scale_heads=True),
+    "ViTModel": partial(of_transformers, "ViTModel", "ViTConfig", **VISION),
+    "ViTForImageClassification": partial(of_transformers, "ViTForImageClassification", "ViTConfig", **VISION | LABELS),
+    "DeiTModel": partial(of_transformers, "DeiTModel", "DeiTConfig", **VISION),
+    "DeiTForImageClassification": partial(
+        of_transformers, "DeiTForImageClassification", "DeiTConfig", **VISION | LABELS
+    ),
+    "DeiTForImageClassificationWithTeacher": partial(
+        of_transformers, "DeiTForImageClassificationWithTeacher", "DeiTConfig", **VISION | LABELS
+    ),
+    "IJepaModel": partial(of_transformers, "IJepaModel", "IJepaConfig", **VISION),
+    "IJepaForImageClassification": partial(
+        of_transformers, "IJepaForImageClassification", "IJepaConfig", **VISION | LABELS
+    ),
+    "Dinov2Model": partial(of_transformers, "Dinov2Model", "Dinov2Config", **DINO, use_swiglu_ffn=True),
+    "Dinov2ForImageClassification": partial(
+        of_transformers, "Dinov2ForImageClassification", "Dinov2Config", **DINO | LABELS
+    ),
+    "Dinov2WithRegistersModel": partial(
+        of_transformers, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **DINO, num_register_tokens=3
+    ),
+    "Dinov2WithRegistersForImageClassification": partial(
+        of_transformers, "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", **DINO | LABELS
+    ),
+    "DINOv3ViTModel": partial(
+        of_transformers, "DINOv3ViTModel", "DINOv3ViTConfig", **VISION, num_register_tokens=4, use_gated_mlp=True
+    ),
+    "SiglipVisionModel": partial(of_transformers, "SiglipVisionModel", "SiglipVisionConfig", **VISION),
+    "SiglipForImageClassification": partial(
+        of_transformers, "SiglipForImageClassification", "SiglipConfig", "SiglipVisionConfig", **VISION
+    ),
+    "CLIPVisionModel": partial(of_transformers, "CLIPVisionModel", "CLIPVisionConfig", **VISION),
+    "CLIPVisionModelWithProjection": partial(
+        of_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig", **VISION, projection_dim=32
+    ),
+    "CLIPForImageClassification": partial(
+        of_transformers, "CLIPForImageClassification", "CLIPConfig", "CLIPVisionConfig", **VISION
+    ),
+    "Aimv2VisionModel": partial(of_transformers, "Aimv2VisionModel", "Aimv2VisionConfig", **VISION),
+    "Aimv2VisionModel, native": partial(
+        of_transformers, "Aimv2VisionModel", "Aimv2VisionConfig", **VISION, is_native=True
+    ),
+    "VideoMAEModel": partial(
+        of_transformers, "VideoMAEModel", "VideoMAEConfig", **VISION, num_frames=4, use_mean_pooling=False
+    ),
+    "VideoMAEForVideoClassification": partial(
+        of_transformers, "VideoMAEForVideoClassification", "VideoMAEConfig", **VISION | LABELS, num_frames=4
+    ),
+    "BeitModel, class token": partial(
+        of_transformers,
+        "BeitModel",
+        "BeitConfig",
+        **BEIT,
+        use_absolute_position_embeddings=True,
+        use_mean_pooling=False,
+        layer_scale_init_value=0.0,
+    ),
+    "BeitModel, shared bias": partial(
+        of_transformers, "BeitModel", "BeitConfig", **BEIT, use_shared_relative_position_bias=True
+    ),
+    "BeitForImageClassification": partial(
+        of_transformers, "BeitForImageClassification", "BeitConfig", **BEIT, use_relative_position_bias=True
+    ),
+}
+UNREAD = {
+    "SiglipForImageClassification": "vision_model.head.",
+    "CLIPForImageClassification": "vision_model.post_layernorm.",
+}
+"""Parameters that a host computes with and then does not read."""
+
+
+@cache
+def model(name: str) -> nn.Module:
+    vit = MODELS[name]()
+    torch.manual_seed(0)
+    for weight in vit.parameters():
+        if weight.ndim == 1 or (weight.numel() > 1 and not weight.std() > 0):
+            nn.init.normal_(weight, weight.mean().item() if weight.mean() == 1 else 0.0, 0.2)
+        elif weight.ndim > 1:
+            nn.init.normal_(weight, 0.0, min(0.5, 1.5 / weight[0].numel() ** 0.5))
+    return vit.double().eval()
+
+
+@cache
+def images(name: str) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    side = 56 if name.startswith("EVA") else 128 if name == "relative positions, post-norm" else 64
+    shape = (3, 4, 3, 64, 64) if name.startswith("VideoMAE") else (3, 3, side, side)
+    scale = torch.tensor([1.0, 2.0, 0.3], dtype=torch.float64).view(3, *[1] * (len(shape) - 1))
+    return scale * torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+each_family = pytest.mark.parametrize("name", MODELS)
+
+
+@each_family
+def test_a_host_is_what_it_was_where_nothing_is_dropped(name: str) -> None:
+    vit = model(name)
+    with torch.no_grad():
+        wanted = scores(vit(images(name)))[0]
+        for config in DROP_NOTHING.values():
+            given = config.build(vit)(images(name))
+            torch.testing.assert_close(given, wanted, atol=FLOAT32.get(name, 1e-10), rtol=0)
+
+
+@each_family
+def test_layouts_agree_and_images_are_alone(name: str) -> None:
+    vit, atol = model(name), FLOAT32.get(name, 1e-10)
+    with torch.no_grad():
+        wanted = scores(vit(images(name)))[0]
+        for method, config in METHODS.items():
+            if method == "adavit" and name in WHOLE:
+                with pytest.raises(TypeError, match="needs named parts"):
+                    config.build(vit)
+                continue
+            adaptive = config.build(vit)
+            packed, masked = (adaptive(images(name), layout, detailed=True) for layout in (Packed, Masked))
+            torch.testing.assert_close(packed.logits, masked.logits, atol=atol, rtol=0)
+            assert packed.usage == masked.usage
+            assert packed.logits.shape[:1] == wanted.shape[:1]
+            alone = adaptive(images(name)[2:], detailed=True)
+            torch.testing.assert_close(alone.logits, packed.logits[2:, : alone.logits.shape[1]], atol=atol, rtol=0)
+            assert torch.equal(alone.usage.macs, packed.usage.macs[2:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DINOv3",
+        "DINOv3, SwiGLU",
+        "EVA-02, post-norm",
+        "ROPE-ViT, mixed",
+        "Sapiens2",
+        "post-norm",
+        *WHOLE,
+        "differential",
+    ],
+)
+def test_tokens_that_are_gone_are_as_those_that_the_host_hides(name: str) -> None:
+    vit = model(name)
+    slots = vit.forward_features(images(name)).shape[1]
+    draw = torch.Generator().manual_seed(2)
+    kept = torch.rand(3, slots, generator=draw) > torch.tensor([0.3, 0.45, 0.6])[:, None]
+    kept[:, : vit.num_prefix_tokens] = True
+    left: list[Tensor] = []
+
+    def inside(x: Tensor, source: Source) -> tuple[Tensor, None]:
+        tokens = Packed.of(x).of_source(source).keep(kept)
+        for number in range(3):
+            tokens = run_block(vit, number, tokens, Acts())
+        left.append(tokens.grid(vit.norm(tokens.x)))
+        return x, None
+
+    with torch.no_grad():
+        run(vit, images(name), inside)
+        hidden = vit.forward_features(images(name), attn_mask=kept[:, None, None].expand(-1, -1, slots, -1))
+    torch.testing.assert_close(left[0], hidden * kept[..., None], atol=1e-6, rtol=0)
+
+
+@each_family
+def test_macs_are_what_torch_counts(name: str) -> None:
+    for config in (FullConfig(), METHODS["ats"], METHODS["merge"]):
+        adaptive = config.build(model(name))
+        with FlopCounterMode(display=False) as counter:
+            output = adaptive(images(name)[:1], detailed=True)
+        assert 2 * int(output.usage.macs) == counter.get_total_flops()
+
+
+@each_family
+def test_gradients_arrive_and_the_host_stays(name: str) -> None:
+    vit = model(name)
+    state = {key: value.clone() for key, value in vit.state_dict().items()}
+    parts = {key: id(part) for key, part in vit.named_modules()}
+    adaptive = METHODS["evit"].build(vit).train()
+    adaptive(images(name)).square().sum().backward()
+    adaptive.eval()
+    without = {key for key, weight in vit.named_parameters() if weight.grad is None or not weight.grad.any()}
+    unread = UNREAD.get(name, "no such part")
+    assert not {key for key in without if not key.endswith("mask_token") and not key.startswith(unread)}
+    vit.zero_grad()
+    assert {key: id(part) for key, part in vit.named_modules()} == parts
+    assert all(torch.equal(value, state[key]) for key, value in vit.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "CLIPVisionModelWithProjection", "IJepaModel", "Qwen3VitEncoder"])
+def test_models_without_classes_are_adapted(name: str) -> None:
+    adaptive = adapt(model(name), images(name), 0.7, tolerance=0.1)
+    assert adaptive.num_classes == 0
+    assert adaptive.compute == pytest.approx(0.7, abs=0.1)
+    with torch.no_grad():
+        assert adaptive(images(name)).shape[0] == len(images(name))
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "DINOv3ViTModel", "BeitForImageClassification", "NaFlexVit, axial"])
+def test_images_of_other_sizes(name: str) -> None:
+    vit, others = model(name), images(name)[:, :, :48, :32]
+    with torch.no_grad():
+        output = FullConfig().build(vit)(others, detailed=True)
+        torch.testing.assert_close(output.logits, scores(vit(others))[0], atol=1e-10, rtol=0)
+        reduced = METHODS["merge"].build(vit)(others, Packed, detailed=True)
+        masked = METHODS["merge"].build(vit)(others, Masked)
+    assert output.usage.grid == (3, 2)
+    torch.testing.assert_close(reduced.logits, masked, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "SiglipVisionModel"])
+def test_images_of_other_sizes_are_refused_where_the_host_refuses_them(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} takes 64 x 64"):
+        FullConfig().build(model(name))(images(name)[:, :, :48, :32])
+
+
+def test_transformers_checkpointing_acts() -> None:
+    name = "ViTForImageClassification"
+    vit = model(name)
+    adaptive = METHODS["evit"].build(vit).train()
+    found = []
+    for checkpointing in (False, True):
+        adaptive.set_grad_checkpointing(checkpointing)
+        assert adaptive.checkpoints == checkpointing
+        vit.zero_grad()
+        adaptive(images(name)).square().sum().backward()
+        found.append([weight.grad for weight in vit.parameters()])
+    adaptive.set_grad_checkpointing(False)
+    adaptive.eval()
+    vit.zero_grad()
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+
+
+def test_attention_that_is_not_seen_is_refused() -> None:
+    vit = MODELS["ViTModel"]()
+    vit.set_attn_implementation("eager")
+    with pytest.raises(TypeError, match=r"attends by 'eager'.*set_attn_implementation"):
+        check(vit)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(of_timm, "samvit_base_patch16_224"), "windows of the grid"),
+        (partial(Qwen3VitEncoder, **TOWER, pos_embed_grid_size=8), "merger .* global_pool='avg'"),
+        (
+            partial(Qwen3VitClassifier, **TOWER, pos_embed_grid_size=8, encoder_pool="merge"),
+            "merger .* encoder_pool=''",
+        ),
+        (partial(DeepseekVitEncoder, **TOWER, patch_size=16, out_features=32), "aligner .* global_pool='avg'"),
+        (partial(Gemma4VitEncoder, **GEMMA), "pooler .* global_pool='avg'"),
+        (
+            partial(
+                of_transformers,
+                "VideoMAEForVideoClassification",
+                "VideoMAEConfig",
+                **VISION,
+                num_frames=4,
+                use_mean_pooling=False,
+            ),
+            "use_mean_pooling=True",
+        ),
+        (partial(of_open_clip, output_tokens=True), "set output_tokens to False"),
+    ],
+)
+def test_what_cannot_lose_tokens_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(TypeError, match=f"is not supported: .*{message}"):
+        check(make())
+
+
+def test_heads_of_attention_that_is_not_timms_plain_one_are_not_policies() -> None:
+    with pytest.raises(TypeError, match=r"needs timm's plain blocks, but .* has DiffAttention"):
+        AdaViTConfig(policies=("heads",), macs_target=None).build(of_timm("vit_dlittle_patch16_reg1_gap_256"))
+
+
+def test_patches_in_a_dictionary_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"images are a dict, but .* takes a tensor"):
+        FullConfig().build(model("NaFlexVit, axial"))({"patches": images("")})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "DINOv3ViTModel", "SiglipForImageClassification", "BeitModel, shared bias"]
+)
+def test_files_hold_models_of_transformers(name: str, tmp_path: Path) -> None:
+    adaptive = METHODS["evit"].build(model(name)).eval()
+    save(adaptive, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors").eval()
+    assert type(again.vit) is type(adaptive.vit)
+    assert preparation(again) == preparation(adaptive)
+    with torch.no_grad():
+        # tables of frequencies are not in files, but made anew in float32
+        torch.testing.assert_close(again(images(name)), adaptive(images(name)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPVisionModelWithProjection"])
+def test_folders_of_transformers_are_opened(name: str, tmp_path: Path) -> None:
+    vit: Any = model(name)
+    vit.save_pretrained(tmp_path)
+    told = {"image_mean": [0.1] * 3, "image_std": [0.9] * 3, "resample": 2, "size": {"shortest_edge": 80}}
+    crop = {"do_center_crop": True, "crop_size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | crop))
+    opened = open_model(tmp_path)
+    assert preparation(opened) == {
+        "input_size": (3, 64, 64),
+        "mean": (0.1,) * 3,
+        "std": (0.9,) * 3,
+        "interpolation": "bilinear",
+        "crop_pct": 0.8,
+        "crop_mode": "center",
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(opened.double()(images(name)), scores(vit(images(name)))[0], atol=1e-10, rtol=0)
+
+
+def test_folders_of_other_models_are_refused(tmp_path: Path) -> None:
+    vit: Any = model("ViTForImageClassification")
+    vit.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("ViTForImageClassification", "ViTForMaskedImageModeling"))
+    with pytest.raises(ValueError, match="holds ViTForMaskedImageModeling; known of transformers' are ViTModel"):
+        open_model(tmp_path)
+
+
+def test_classes_have_the_names_that_the_model_has() -> None:
+    names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    named = of_transformers("ViTForImageClassification", "ViTConfig", **VISION | names)
+    assert FullConfig().build(named).class_names == ("cat", "dog")
+    assert FullConfig().build(model("ViTForImageClassification")).class_names == ()
+    assert FullConfig().build(model("ViTModel")).class_names == ()
+
+
+def test_videos_have_steps_in_time() -> None:
+    name = "VideoMAEForVideoClassification"
+    adaptive = METHODS["evit"].build(model(name))
+    with torch.no_grad():
+        output = adaptive(images(name), detailed=True)
+    assert output.usage.grid == (2, 4, 4)
+    assert output.usage.patch_depth.shape == (3, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"takes \(batch, 4, 3, height, width\)"):
+        adaptive(images(name)[:, :2])
