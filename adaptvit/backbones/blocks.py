@@ -25,6 +25,8 @@ from adaptvit.backbones.split import attention, chain, first
 from adaptvit.backbones.standin import stand_in, with_parts
 from adaptvit.tokens import Packed, Tokens
 
+PLAIN = Parts()
+"""Of timm's plain block."""
 Body = Callable[[Any, Tokens], Tokens]
 """Stands for a block's forward: the block, tokens -> what it leaves of them."""
 
@@ -79,7 +81,7 @@ def _fast(block: Any, tokens: Tokens, acts: Acts) -> Tokens:
     tokens, normed = fast.add_attention(block, tokens, acts)
     if acts.between is not None:
         tokens, normed = acts.between(tokens), None
-    return _add_mlp(block, Parts(), tokens, normed)
+    return _add_mlp(block, PLAIN, tokens, normed)
 
 
 def _split(block: nn.Module, parts: Parts, tokens: Tokens, acts: Acts, number: int) -> Tokens:

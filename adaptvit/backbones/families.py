@@ -6,7 +6,7 @@ has described is guessed, and the guess proved (`adaptvit.backbones.guess`).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -115,9 +115,17 @@ class Family:
     refused: tuple[Refused, ...] = ()
 
 
+@cache  # every block of a forward is asked for
 def qualified(kind: type) -> str:
     """A class's name with its module's."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@cache
+def _names_of(forward: Any, attn: type) -> tuple[str, str]:
+    """What the parts of a block are kept under, by its forward, and by that and its attention's class."""
+    name = f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
+    return name, f"{name} with {qualified(attn)}"
 
 
 class Families:
@@ -163,15 +171,17 @@ class Families:
 
     def parts_of(self, block: nn.Module) -> Parts | None:
         """The parts of a block, by where its forward is written: a class that writes its own is another's."""
-        forward = type(block).forward
-        name = f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
-        special = self._parts.get(f"{name} with {qualified(type(getattr(block, 'attn', None)))}")
+        name, with_attention = _names_of(type(block).forward, type(getattr(block, "attn", None)))
+        special = self._parts.get(with_attention)
         return self._parts.get(name) if special is None else special
 
 
 def get(module: nn.Module, name: str) -> Any:
     """An attribute by its dotted name."""
-    return attrgetter(name)(module)
+    return _getter(name)(module)
+
+
+_getter = cache(attrgetter)
 
 
 def find(module: nn.Module, name: str | None) -> Any:

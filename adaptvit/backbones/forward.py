@@ -11,6 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -107,10 +108,7 @@ class Source:
 
     @property
     def patches(self) -> int:
-        count = 1
-        for side in self.grid:
-            count *= side
-        return count
+        return prod(self.grid)
 
 
 def turned_at(sin: Tensor, cos: Tensor, places: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
