@@ -4,7 +4,7 @@ A family that is not here is added by a row of its own, from whatever package, w
 has described is guessed, and the guess proved (`adaptvit.backbones.guess`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import attrgetter
@@ -115,14 +115,11 @@ class Family:
     refused: tuple[Refused, ...] = ()
 
 
-@cache  # every block of a forward is asked for
-def qualified(kind: type) -> str:
-    """A class's name with its module's."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+qualified: Callable[[Any], str] = cache(lambda kind: f"{kind.__module__}.{kind.__qualname__}")
+"""A class's name with its module's; every block of a forward is asked for it."""
 
 
-@cache
-def _names_of(forward: Any, attn: type) -> tuple[str, str]:
+def _names_of(forward: Any, attn: Any) -> tuple[str, str]:
     """What the parts of a block are kept under, by its forward, and by that and its attention's class."""
     name = f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
     return name, f"{name} with {qualified(attn)}"
@@ -171,7 +168,7 @@ class Families:
 
     def parts_of(self, block: nn.Module) -> Parts | None:
         """The parts of a block, by where its forward is written: a class that writes its own is another's."""
-        name, with_attention = _names_of(type(block).forward, type(getattr(block, "attn", None)))
+        name, with_attention = _known_names_of(type(block).forward, type(getattr(block, "attn", None)))
         special = self._parts.get(with_attention)
         return self._parts.get(name) if special is None else special
 
@@ -182,6 +179,7 @@ def get(module: nn.Module, name: str) -> Any:
 
 
 _getter = cache(attrgetter)
+_known_names_of: Callable[[Any, Any], tuple[str, str]] = cache(_names_of)
 
 
 def find(module: nn.Module, name: str | None) -> Any:
