@@ -272,11 +272,11 @@ class AdaptiveViT(nn.Module, ABC):
             assert self.read is not None
             chosen = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.read
         acts = Acts(chosen, bias, look, attend, between)
-        return run_block(self.vit, number, tokens, acts, self.training and self.checkpoints)
+        return run_block(number, tokens, acts, self.training and self.checkpoints)
 
     def run_body(self, number: int, tokens: Tokens, body: Body) -> Tokens:
         """Block `number` called as a module, with something in the place of its forward."""
-        return run_body(self.vit, number, tokens, body, self.training and self.checkpoints)
+        return run_body(number, tokens, body, self.training and self.checkpoints)
 
     def reads_few(self, block: int) -> bool:
         """Whether only leading slots are read of what a block leaves: it is the last, and not all are pooled."""

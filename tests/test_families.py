@@ -289,7 +289,7 @@ def test_tokens_that_are_gone_are_as_those_that_the_host_hides(name: str) -> Non
     def inside(x: Tensor, source: Source) -> tuple[Tensor, None]:
         tokens = Packed.of(x).of_source(source).keep(kept)
         for number in range(3):
-            tokens = run_block(vit, number, tokens, Acts())
+            tokens = run_block(number, tokens, Acts())
         left.append(tokens.grid(vit.norm(tokens.x)))
         return x, None
 

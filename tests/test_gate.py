@@ -78,7 +78,7 @@ def test_the_fitted_channel_tells_what_the_class_token_attends_to_little() -> No
         tokens = enter(vit, x, Masked)
         for number, block in enumerate(vit.blocks):
             seen.append(attention_received(tokens, Projected(*project(block, tokens)), 1).mean(dim=2)[:, 1:])
-            tokens = run_block(vit, number, tokens, Acts())
+            tokens = run_block(number, tokens, Acts())
             told.append(scale * tokens.x[:, 1:, 0])
     little = -torch.stack(seen).mean(dim=0).log()
     little = (little - little.mean()) / little.std()

@@ -5,14 +5,14 @@ gradients no block of timm's has.
 """
 
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention, to_2tuple
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from adaptvit.backbones.families import FAMILIES, POOLS, Family, Reads, find, get, qualified, value_of
+from adaptvit.backbones.families import FAMILIES, POOLS, Family, Parts, Reads, find, get, qualified, value_of
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.backbones.processors import prepared_by
 
@@ -38,16 +38,29 @@ def blocks_of(vit: nn.Module) -> Any:
     return get(vit, family_of(vit).blocks)
 
 
-def inside(block: nn.Module) -> tuple[str, nn.Module]:
-    """The block that something may be wrapped around, and its dotted name in that; empty where nothing is."""
-    names, core = list[str](), block
-    while FAMILIES.parts_of(core) is None:
+class Placed(NamedTuple):
+    """A block where its ViT has it."""
+
+    called: nn.Module
+    """What is called: the block, or what is wrapped around it."""
+    path: str
+    """The block's dotted name in that; empty where nothing is wrapped around it."""
+    core: Any
+    """The block itself."""
+    parts: Parts | None
+    """Names of its parts, where they are known."""
+
+
+def placed(called: nn.Module) -> Placed:
+    """The block that something may be wrapped around."""
+    names, core = list[str](), called
+    while (parts := FAMILIES.parts_of(core)) is None:
         children = list(core.named_children())
         if len(children) != 1:
-            return "", block
+            return Placed(called, "", called, None)
         name, core = children[0]
         names.append(name)
-    return ".".join(names), core
+    return Placed(called, ".".join(names), core, parts)
 
 
 def check(vit: Any) -> None:
@@ -72,7 +85,7 @@ def check(vit: Any) -> None:
             'vit.set_attn_implementation("sdpa")'
         )
     for block in blocks_of(vit):
-        attn = getattr(inside(block)[1], "attn", None)
+        attn = getattr(placed(block).core, "attn", None)
         if getattr(attn, "fused_attn", True) is False:
             raise TypeError(
                 f"{type(attn).__name__} in {name} does not call scaled_dot_product_attention, by which tokens are "
@@ -89,7 +102,7 @@ def check(vit: Any) -> None:
 
 def cores(vit: nn.Module) -> list[Any]:
     """A ViT's blocks, without what may be wrapped around them."""
-    return [inside(block)[1] for block in blocks_of(vit)]
+    return [placed(block).core for block in blocks_of(vit)]
 
 
 def _attentions(vit: nn.Module) -> list[Any]:

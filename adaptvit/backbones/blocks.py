@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptvit.backbones import fast
-from adaptvit.backbones.base import blocks_of, inside
+from adaptvit.backbones.base import Placed, blocks_of
 from adaptvit.backbones.door import Acts, Door
-from adaptvit.backbones.families import FAMILIES, Parts, get
+from adaptvit.backbones.families import Parts, get
 from adaptvit.backbones.fast import MLP_ROWS, drops_paths, is_fast
 from adaptvit.backbones.maps import is_hooked
 from adaptvit.backbones.parts import TokenPart
@@ -31,28 +31,24 @@ Body = Callable[[Any, Tokens], Tokens]
 """Stands for a block's forward: the block, tokens -> what it leaves of them."""
 
 
-def run_block(vit: nn.Module, number: int, tokens: Tokens, acts: Acts, checkpointing: bool = False) -> Tokens:
-    """Block `number` of a ViT, from 0, on tokens that `adaptvit.backbones.forward` made of images.
+def run_block(number: int, tokens: Tokens, acts: Acts, checkpointing: bool = False) -> Tokens:
+    """Block `number` of the ViT, from 0, that `adaptvit.backbones.forward` made the tokens with.
 
     Args:
         checkpointing: keep nothing of it for the backward pass but its input, and run it again there.
     """
-    block = blocks_of(vit)[number]
-    core = inside(block)[1]
-    if is_fast(core):
-        return run_body(vit, number, tokens, lambda block, tokens: _fast(block, tokens, acts), checkpointing)
-    parts = FAMILIES.parts_of(core)
+    block: Placed = tokens.source.blocks[number]
+    parts = block.parts
+    if is_fast(block.core):
+        return run_body(number, tokens, lambda block, tokens: _fast(block, tokens, acts), checkpointing)
     if parts is None:
-        return _whole(block, number, tokens, acts, checkpointing)
-    return run_body(
-        vit, number, tokens, lambda block, tokens: _split(block, parts, tokens, acts, number), checkpointing
-    )
+        return _whole(block.called, number, tokens, acts, checkpointing)
+    return run_body(number, tokens, lambda block, tokens: _split(block, parts, tokens, acts, number), checkpointing)
 
 
-def run_body(vit: nn.Module, number: int, tokens: Tokens, body: Body, checkpointing: bool = False) -> Tokens:
+def run_body(number: int, tokens: Tokens, body: Body, checkpointing: bool = False) -> Tokens:
     """The call of block `number`, with all that is on it and around it, with `body` in the place of its forward."""
-    block, batch = blocks_of(vit)[number], tokens.batch
-    path, core = inside(block)
+    (block, path, core, _), batch = tokens.source.blocks[number], tokens.batch
     left: list[tuple[Tokens, Tensor]] = []
 
     def forward(core: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -128,18 +124,17 @@ def is_sharded(vit: nn.Module, number: int) -> bool:
     return hasattr(blocks_of(vit)[number], "unshard")
 
 
-def attention_reads(vit: nn.Module, number: int, tokens: Tokens) -> Tensor:
+def attention_reads(number: int, tokens: Tokens) -> Tensor:
     """What the attention of block `number`, whose parts have names, reads of tokens: token features."""
-    core = inside(blocks_of(vit)[number])[1]
-    parts = FAMILIES.parts_of(core)
-    assert parts is not None
-    return chain(core, parts.into_attention, tokens.x, tokens)
+    block: Placed = tokens.source.blocks[number]
+    assert block.parts is not None
+    return chain(block.core, block.parts.into_attention, tokens.x, tokens)
 
 
-def called_with(block: nn.Module, number: int, tokens: Tokens) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a block is called with beside the features of these tokens."""
+def called_with(number: int, tokens: Tokens) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What block `number` is called with beside the features of these tokens."""
     args, kwargs = tokens.source.calls[number]
-    given = tokens.source.told(inside(block)[1], number)
+    given = tokens.source.told(number)
     tables = tokens.source.tables(given, tokens)
     return ((), given | tables) if tables else (args, kwargs)
 
@@ -152,7 +147,7 @@ def _whole(block: Any, number: int, tokens: Tokens, acts: Acts, checkpointing: b
             f"{type(block).__name__} drops the paths of whole images, which packed tokens of different numbers are "
             "not: train with layout=Masked"
         )
-    args, kwargs = called_with(block, number, tokens)
+    args, kwargs = called_with(number, tokens)
     doors: list[Door] = []
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def is_fast(block: nn.Module) -> bool:
     attn: Any = block.attn
     if isinstance(attn, Mixer) or has_token_part(block):
         return True
-    return has_maps(block) and is_plain(attn.qkv) and is_plain(attn.proj) and not is_watched(block)
+    return type(attn) is Attention and is_plain(attn.qkv) and is_plain(attn.proj) and not is_watched(block)
 
 
 def has_maps(block: nn.Module) -> bool:
@@ -37,13 +37,12 @@ def has_maps(block: nn.Module) -> bool:
     return type(block).forward is Block.forward and type(block.attn) is Attention
 
 
-def is_watched(block: nn.Module) -> bool:
+def is_watched(block: Any) -> bool:
     """Whether a hook is on what of a block is not called where it runs by its maps; of others, on anything in it."""
     if not has_maps(block):
         return any(map(is_hooked, block.modules()))
-    attn: Any = block.attn
-    passed_over = (attn, attn.attn_drop, block.drop_path1, block.drop_path2)
-    return any(map(is_hooked, passed_over))
+    attn = block.attn
+    return any(map(is_hooked, (attn, attn.attn_drop, block.drop_path1, block.drop_path2)))
 
 
 def has_token_part(block: nn.Module) -> bool:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from adaptvit.backbones.base import check_images, family_of, patch_grid, prefix_tokens, read_slots
+from adaptvit.backbones.base import (
+    Placed,
+    check_images,
+    family_of,
+    patch_grid,
+    placed,
+    prefix_tokens,
+    read_slots,
+)
 from adaptvit.backbones.door import OfLive
 from adaptvit.backbones.families import Family, Table, find, get, value_of
 from adaptvit.backbones.standin import stand_in, with_parts
@@ -36,12 +44,13 @@ class Source:
     prefix: int
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     """Arguments of each block after the features."""
+    blocks: Sequence[Placed]
     _found: dict[str, tuple[Tensor, Any, Any]] = field(default_factory=dict)
 
-    def told(self, block: nn.Module, number: int) -> dict[str, Any]:
+    def told(self, number: int) -> dict[str, Any]:
         """What block `number` is called with beside features, by name."""
         args, kwargs = self.calls[number]
-        return dict(zip(argument_names(type(block).forward)[1:], args, strict=False)) | kwargs
+        return dict(zip(argument_names(type(self.blocks[number].core).forward)[1:], args, strict=False)) | kwargs
 
     def in_place(self, tokens: Tokens) -> bool:
         """Whether every slot has the token that was embedded there, so that the ViT's tables fit."""
@@ -169,7 +178,7 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
         TypeError: the images are not floating point, or of another precision than the weights.
     """
     check_images(vit, images)
-    family = family_of(vit)
+    family, reads = family_of(vit), read_slots(vit)
     blocks = get(vit, family.blocks)
     held: list[Tensor] = []
 
@@ -177,7 +186,9 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise TypeError("has blocks that take something else than tokens (batch, tokens, channels)")
         spoilt = 0 * x.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # 0, or NaN
-        source = Source(family, images, patch_grid(vit, images), prefix_tokens(vit), calls)
+        source = Source(
+            family, images, patch_grid(vit, images), prefix_tokens(vit), calls, [placed(one) for one in blocks]
+        )
         slots = x.shape[1]
         x, live = inside(x + spoilt.to(x.dtype), source)
         if family.needs_grid and x.shape[1] < slots:
@@ -185,13 +196,13 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
             x, live = (pad(t, (*[0] * (2 * t.ndim - 4), 0, slots - t.shape[1])) for t in (x, live))
         if live is not None:
             held.append(live)
-            if read_slots(vit) is None:
+            if reads is None:
                 x = _fill(x, live, _pooled_from(vit))
         return x
 
     stand = _Blocks(len(blocks), go_on)
     parts: dict[str, Any] = {family.blocks: stand_in(blocks, _modules=dict.fromkeys(blocks._modules, stand))}
-    if read_slots(vit) is None:
+    if reads is None:
         parts |= _pooling(vit, family, held)
     inside_blocks = family.checkpointing.startswith(f"{family.blocks}.")
     if not inside_blocks and find(vit, family.checkpointing) is True:  # which blocks are by themselves

@@ -113,7 +113,7 @@ def _seen(vit: nn.Module, family: Family, said: str) -> Family:
     names = {id(part): name for name, part in vit.named_modules()}
 
     def inside(x: Tensor, source: Source) -> tuple[Tensor, None]:
-        seen.update(slots=x.shape[1], patches=source.patches, told=source.told(get(vit, family.blocks)[0], 0))
+        seen.update(slots=x.shape[1], patches=source.patches, told=source.told(0))
         for block, (args, kwargs) in zip(get(vit, family.blocks), source.calls, strict=True):
             x = block(x, *args, **kwargs)
         seen["x"] = x.detach().requires_grad_()
@@ -161,7 +161,7 @@ def _prove(vit: nn.Module, family: Family, said: str) -> None:
     def all_of_it(x: Tensor, source: Source) -> tuple[Tensor, None]:
         tokens: Tokens = Packed.of(x).of_source(source)
         for number in range(blocks):
-            tokens = run_block(vit, number, tokens, Acts())
+            tokens = run_block(number, tokens, Acts())
         return tokens.grid(tokens.x), None
 
     _same(
@@ -174,7 +174,7 @@ def _prove(vit: nn.Module, family: Family, said: str) -> None:
         tokens: Tokens = laid.of_source(source)
         moved: Tokens = Packed(x[:, order].flatten(0, 1), laid.shape, laid.slots, where=where, source=source)
         for number, block in enumerate(get(vit, family.blocks)):
-            tokens, moved = (run_block(vit, number, some, Acts()) for some in (tokens, moved))
+            tokens, moved = (run_block(number, some, Acts()) for some in (tokens, moved))
             there = tokens.grid(tokens.x)[:, order]
             _same(
                 moved.grid(moved.x), there, f"{said} has blocks, {type(block).__name__}, that go by the order of tokens"

@@ -111,16 +111,16 @@ def _check_mixer(config: ViTConfig) -> None:
         )
 
 
-class TokenPart(nn.Module, ABC):
+class TokenPart(nn.Module):
     """A part whose result for a token depends on its slot or on the image's other tokens.
 
     `forward` is what timm calls, on all tokens of every image; `on` is what `adaptvit.backbones.fast` calls, on
     those that are live. With every token live they are the same.
     """
 
-    @abstractmethod
     def on(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Token features of `tokens` -> token features; dead slots have no part in what live ones get."""
+        raise NotImplementedError
 
 
 class Mixer(TokenPart):
@@ -136,14 +136,14 @@ class Mixer(TokenPart):
             raise ValueError(f"{type(self).__name__} stands in the place of attention and takes no attention mask")
         return self.mix(x)
 
-    @abstractmethod
     def mix(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def macs(self) -> int:
         """MACs for an image, however many of its tokens are live; none for one without."""
+        raise NotImplementedError
 
 
 class InstanceNorm(TokenPart):

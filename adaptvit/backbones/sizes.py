@@ -110,7 +110,7 @@ def _measured_shape(vit: nn.Module, number: int, tokens: Tokens) -> BlockShape:
     block, counts = blocks_of(vit)[number], []
     for count in (1, 2):
         some = tokens.take(torch.arange(count, device=tokens.x.device)[None])
-        args, kwargs = called_with(block, number, some)
+        args, kwargs = called_with(number, some)
         with torch.no_grad(), FlopCounterMode(display=False) as counter, _Shapes() as shapes:
             block(some.batch, *args, **kwargs)
         counts.append(counter.get_total_flops() // 2)

@@ -3,7 +3,6 @@
 Letters: B images, N token slots, D channels.
 """
 
-from inspect import signature
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -56,10 +55,10 @@ def _told(
     """A block's attention, and what the ViT tells it of these tokens beside what it reads, as their `batch`."""
     source: Source = tokens.source
     attn = get(block, parts.attention)
-    given = source.told(block, number)
+    given = source.told(number)
     if parts.asked:
         given = _asked(block, parts, read, given)
-    accepted = signature(type(attn).forward).parameters
+    accepted = argument_names(type(attn).forward)
     given = {name: value for name, value in given.items() if name in accepted}
     tables = source.tables(given, tokens)
     if tables and parts.unturned is not None:  # they have rows for those tokens too

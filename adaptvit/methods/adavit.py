@@ -263,7 +263,7 @@ class AdaViT(AdaptiveViT):
             head_logits = _score(self.head_policy[key], state)
             heads = self.gate(head_logits, self.config.threshold, masked)
         if key in self.patch_policy and (masked or sublayers.any()):
-            normed = attention_reads(self.vit, block, tokens)
+            normed = attention_reads(block, tokens)
             logits = tokens.grid(_score(self.patch_policy[key], normed))[:, self.prefix :, 0]
             chosen = self.gate(logits, self.config.patch_threshold, masked)
         return Policies(chosen, heads, sublayers, head_logits, sublayer_logits), normed
@@ -571,7 +571,7 @@ def _attention(model: AdaViT, tokens: Tokens) -> Tensor:
 def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], kept: float) -> Tensor:
     """Fit one block's map so that it keeps a share of these tokens; the share of the variance that it explains."""
     regression = Regression(model.shape.dim, batches[0].x.device)
-    patches = [attention_reads(model.vit, block, tokens)[:, model.prefix :] for tokens in batches]
+    patches = [attention_reads(block, tokens)[:, model.prefix :] for tokens in batches]
     for features, attention in zip(patches, seen, strict=True):
         regression.add(features, importance(attention[:, block:].double().mean(dim=1)))
     weights, _, explained = regression.solve()

@@ -3,8 +3,7 @@
 Letters: B images, N token slots, T live tokens over the batch, D channels, H heads, d channels per head.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -27,41 +26,54 @@ class Packed(Tokens):
     """Tokens of every image, where some were dropped and the host knows that all images have as many."""
     where: Tensor | None = None
     source: Any = None
+    _known: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What `slots` say, once it was asked for: the same for tokens with other features."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
         images, slots = x.shape[:2]
         return cls(x.flatten(0, 1), (images, slots), torch.arange(images * slots, device=x.device))
 
-    @cached_property
+    @property
     def full(self) -> bool:
         """Every slot of every image is live."""
         return self.slots.shape[0] == self.shape[0] * self.shape[1]
 
-    @cached_property
+    @property
     def even(self) -> int | None:
         """Tokens of every image, where all are known to have as many: they make a dense batch."""
         return self.shape[1] if self.full else self.each
 
-    @cached_property
+    @property
     def live(self) -> Tensor:
         """(B, N) bool, the slots that hold a token."""
-        return self.grid(torch.ones_like(self.slots, dtype=torch.bool))
+        if "live" not in self._known:
+            self._known["live"] = self.grid(torch.ones_like(self.slots, dtype=torch.bool))
+        found: Tensor = self._known["live"]
+        return found
 
-    @cached_property
+    @property
     def lengths(self) -> list[int]:
         """Tokens per image, on the host."""
         images = self.shape[0]
         if images == 1:
             return [self.slots.shape[0]]
-        return self.offsets.diff().tolist() if self.even is None else [self.even] * images
+        if self.even is not None:
+            return [self.even] * images
+        if "lengths" not in self._known:
+            self._known["lengths"] = self.offsets.diff().tolist()
+        found: list[int] = self._known["lengths"]
+        return found
 
-    @cached_property
+    @property
     def offsets(self) -> Tensor:
         """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
-        images, slots = self.shape
-        starts = torch.arange(0, images * slots + 1, slots, device=self.slots.device)
-        return torch.searchsorted(self.slots, starts, out_int32=True)
+        if "offsets" not in self._known:
+            images, slots = self.shape
+            starts = torch.arange(0, images * slots + 1, slots, device=self.slots.device)
+            self._known["offsets"] = torch.searchsorted(self.slots, starts, out_int32=True)
+        found: Tensor = self._known["offsets"]
+        return found
 
     @property
     def at(self) -> Tensor:
@@ -75,7 +87,7 @@ class Packed(Tokens):
         return t[0] if self.even is None else t.flatten(0, 1)
 
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.shape, self.slots, self.each, self.where, self.source)
+        return type(self)(x, self.shape, self.slots, self.each, self.where, self.source, self._known)
 
     def _of(self, x: Tensor, rows: Tensor, each: int | None = None) -> Self:
         """These rows of the tokens, with features `x`."""

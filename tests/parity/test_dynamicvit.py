@@ -97,7 +97,7 @@ def teacher_says(case: dict) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         tokens = enter(teacher.eval(), batch_of(case), Masked)
         for number in range(len(teacher.blocks)):
-            tokens = run_block(teacher, number, tokens, Acts())
+            tokens = run_block(number, tokens, Acts())
         return teacher(batch_of(case)), final_norm(teacher, tokens.x)[:, 1:]
 
 
