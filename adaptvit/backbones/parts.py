@@ -11,7 +11,6 @@ Letters: B images, N token slots (class token first), n patches, D channels, H h
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
