@@ -14,6 +14,7 @@ from adaptvit.methods.base import DropConfig, MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Masked, Packed, Tokens
@@ -35,6 +36,7 @@ __all__ = [
     "EViTConfig",
     "Family",
     "FullConfig",
+    "GridConfig",
     "Knob",
     "Masked",
     "MergeConfig",

@@ -4,6 +4,7 @@ python benchmarks/families.py
 """
 
 import argparse
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import timm
@@ -39,6 +41,8 @@ from adaptvit.backbones.forward import scores
 from adaptvit.methods import MethodConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+RECORD = Path(__file__).with_name("rotary_merging.json")
+"""What `rotary_merging.py` measured."""
 
 MODULES = (
     *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "vision_transformer_relpos", "eva", "beit"),
@@ -145,7 +149,22 @@ REFUSED = """\
 What `build` says is about these models as they are, or made small where it goes by what they compute; a row of names
 does not make them run.
 """
+MERGING = "## Where a merged token is"
+MERGED = """\
+Under rotary positions the place of a merged token is a choice: that of the token that others joined (`receiver`), the
+mean of its patches (`mean`), or that in a grid of fewer rows and columns, where only neighbours merge (`GridConfig`).
+Two ViT-Tiny/16 were fine-tuned on Imagenette at 128 px from the same weights, one with DINOv3's rotation and one with
+learned positions, {seeds}, and merged off the shelf, at shares of the dense MACs that were met on {fitting} training
+images. Top-1 is of {images} validation images; divergence is that of the dense model's prediction, in nats. Each is the
+mean over the models and, behind it, their standard deviation; differences are from the same model. Learned positions
+are added to the features before the blocks, so that `receiver` and `mean` are the same.
 
+    B=benchmarks/rotary_merging.py
+    python $B train --data imagenette160 --weights vit_tiny_patch16_224.safetensors --out rotary
+    python $B compare --data imagenette160 --out rotary
+    python benchmarks/families.py --merging
+"""
+WAYS = {"tome": "ToMe, even", "merge": "merging by similarity, even", "grid": "merging on the grid"}
 AGREE = 1e-5
 """How far apart, of the largest value, results may be in float32 that are to be the same."""
 
@@ -459,7 +478,40 @@ def page(every: list[Found], rows: Rows) -> str:
         for _, like in grouped(some, lambda found: re.sub(r"\d+", "", sentence(found))):
             body.append([module, listed(found.name for found in like), LEFT_OUT[module], sentence(like[0])])
     lines += table(["module", "names", "why", "`build` says"], body)
-    return "\n".join(lines).rstrip() + "\n"
+    return with_merging("\n".join(lines))
+
+
+def with_merging(text: str) -> str:
+    """The page with what is recorded of merging at its end."""
+    text = text.split(f"\n{MERGING}\n")[0].rstrip() + "\n"
+    return text + "\n" + merging(json.loads(RECORD.read_text())) if RECORD.exists() else text
+
+
+def merging(record: dict[str, Any]) -> str:
+    """The section on what `rotary_merging.py` measured."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in sorted(record["rows"], key=lambda row: (row["positions"] != "rotary", -row["target"])):
+        groups.setdefault((row["positions"], row["target"], row["method"], row["position"]), []).append(row)
+    body = []
+    for (positions, target, method, position), rows in groups.items():
+        where = position if positions == "rotary" else "in the features"
+        measured = [
+            spread((100 * row["top1"] for row in rows), ".1f"),
+            spread((100 * (row["top1"] - row["dense"]) for row in rows), "+.1f"),
+            spread((row["divergence"] for row in rows), ".3f"),
+        ]
+        share = mean(row["share"] for row in rows)
+        body.append([positions, f"{target:.0%}", WAYS[method], where or "in the grid", f"{share:.1%}", *measured])
+    seeds = len({row["seed"] for row in record["rows"]})
+    told = MERGED.format(seeds=f"{seeds} seeds each" if seeds > 1 else "once", **record["conditions"])
+    head = ["positions", "budget", "method", "a merged token is", "MACs", "top-1, %", "less dense", "divergence"]
+    return "\n".join([MERGING, "", told, *table(head, body)]).rstrip() + "\n"
+
+
+def spread(values: Iterable[float], digits: str) -> str:
+    """Mean and standard deviation."""
+    values = list(values)
+    return f"{mean(values):{digits}}" + (f" ± {stdev(values):{digits.strip('+')}}" if len(values) > 1 else "")
 
 
 def mark(found: Agreement | None) -> str:
@@ -478,7 +530,11 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description="Write docs/families.md")
     parser.add_argument("--only", nargs="*", help="print what becomes of these timm names, and write nothing")
+    parser.add_argument("--merging", action="store_true", help="write the section on merging alone, from its record")
     arguments = parser.parse_args()
+    if arguments.merging:
+        PAGE.write_text(with_merging(PAGE.read_text()))
+        return
     warnings.filterwarnings("ignore")
     if arguments.only:
         for module, name in names_of_timm():

@@ -13,6 +13,7 @@ from adaptvit import (
     DynamicViTConfig,
     EViTConfig,
     FullConfig,
+    GridConfig,
     Masked,
     MergeConfig,
     ToMeConfig,
@@ -87,6 +88,8 @@ METHODS = {
     "tome": ToMeConfig(r=3),
     "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
     "merge": MergeConfig(thresholds=0.45),
+    "grid": GridConfig(rate=0.8),
+    "grid, to the end": GridConfig(rate=4.0),
     "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
 }
 ONE_OF_EACH = (
@@ -100,6 +103,7 @@ ONE_OF_EACH = (
     "dynamicvit",
     "tome",
     "merge",
+    "grid",
 )
 """Of the methods, one setting each: for what does not go by settings."""
 DROP_NOTHING = {
@@ -113,11 +117,12 @@ DROP_NOTHING = {
     "dynamicvit, threshold": DynamicViTConfig(select="threshold", threshold=0.0),
     "tome": ToMeConfig(r=0),
     "merge": MergeConfig(shift=2.0),
+    "grid": GridConfig(rate=0.0),
     "adavit": AdaViTConfig(macs_target=None, lean=30.0),
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
-MERGING = ("tome", "merge")
+MERGING = ("tome", "merge", "grid")
 REFUSED = {
     "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
     "mixer": ("adavit", "ats", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),

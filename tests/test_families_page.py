@@ -61,6 +61,25 @@ def test_the_page_names_what_timm_has() -> None:
     assert len(TAKEN) >= 305
 
 
+def test_the_page_ends_with_what_is_recorded_of_merging() -> None:
+    assert families.with_merging(PAGE) == PAGE
+
+
+def test_what_is_recorded_of_merging_makes_a_table() -> None:
+    row = {"positions": "rotary", "seed": 0, "dense": 0.9, "target": 0.5, "method": "tome", "position": "mean"}
+    found = [row | {"share": 0.5, "top1": 0.88, "divergence": 0.1}]
+    found += [row | {"seed": 1, "dense": 0.92, "share": 0.5, "top1": 0.86, "divergence": 0.2}]
+    found += [row | {"positions": "learned", "position": "receiver", "share": 0.49, "top1": 0.9, "divergence": 0.0}]
+    found += [row | {"method": "grid", "position": None, "share": 0.51, "top1": 0.9, "divergence": 0.0}]
+    text = families.merging({"conditions": {"fitting": 4, "images": 8, "torch": "", "timm": ""}, "rows": found})
+    assert text.splitlines()[-3:] == [
+        "| rotary | 50% | ToMe, even | mean | 50.0% | 87.0 ± 1.4 | -4.0 ± 2.8 | 0.150 ± 0.071 |",
+        "| rotary | 50% | merging on the grid | in the grid | 51.0% | 90.0 | +0.0 | 0.000 |",
+        "| learned | 50% | ToMe, even | in the features | 49.0% | 90.0 | +0.0 | 0.000 |",
+    ]
+    assert "2 seeds each" in text
+
+
 def test_every_class_of_timm_is_of_a_module_of_the_page() -> None:
     of_timm = [name.split(".")[2] for name in families.FAMILIES.models if name.startswith("timm.")]
     assert set(of_timm) <= set(families.MODULES)

@@ -274,7 +274,7 @@ def test_an_empty_batch_has_no_logits(method: str, flavour: str, layout: type) -
     assert output.usage.patch_depth.shape == (0, 4, 4)
 
 
-@pytest.mark.parametrize("name", ["full", "avit", "evit", "tome", "merge"])
+@pytest.mark.parametrize("name", ["full", "avit", "evit", "tome", "merge", "grid"])
 def test_one_block_is_enough(name: str) -> None:
     vit = small_vit(depth=1)
     model, batch = ALL[name]().build(vit), images(vit)

@@ -27,7 +27,7 @@ NAMED = {"training.recipes", "commands.comparisons", "commands.demo"}
 """Modules of experiments that are about certain methods, and so name them."""
 SHARED = {"adaptvit.methods.gates", "adaptvit.methods.losses"}
 """Of the files of methods those that are of none: arithmetic that training needs too."""
-ORDINARY = {"full", "random"}
+ORDINARY = {"full", "random", "grid"}
 """Names of methods that are words of other things too."""
 
 

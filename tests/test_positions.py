@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import Tensor
 
-from adaptvit import Masked, MergeConfig, Packed, ToMeConfig
+from adaptvit import GridConfig, Masked, MergeConfig, MethodConfig, Packed, ToMeConfig
 from adaptvit.backbones.forward import turned_at
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
@@ -49,7 +49,11 @@ def test_a_merged_token_is_at_the_mean_of_its_patches(layout: type) -> None:
     assert merged.at.flatten().tolist() == [0, 1, 3]
 
 
-@pytest.mark.parametrize("position", ["receiver", "mean"])
+@pytest.mark.parametrize(
+    "config",
+    [ToMeConfig(r=5), ToMeConfig(r=5, position="mean"), GridConfig(rate=0.8)],
+    ids=["receiver", "mean", "grid"],
+)
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -58,8 +62,8 @@ def test_a_merged_token_is_at_the_mean_of_its_patches(layout: type) -> None:
         ("beit_base_patch16_224", (64, 64)),
     ],
 )
-def test_layouts_agree_on_where_merged_tokens_are(name: str, size: tuple[int, int], position: str) -> None:
-    model = ToMeConfig(r=5, position=position).build(vit_of(name, size))
+def test_layouts_agree_on_where_merged_tokens_are(name: str, size: tuple[int, int], config: MethodConfig) -> None:
+    model = config.build(vit_of(name, size))
     images = torch.randn(3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         packed, masked = model(images, Packed, detailed=True), model(images, Masked, detailed=True)

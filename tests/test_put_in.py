@@ -493,6 +493,7 @@ DECIDE = {
     "dynamicvit": "kept_of",
     "tome": "places",
     "merge": "places",
+    "grid": "joined",
 }
 """What a method's model decides by in training, between blocks or within."""
 

@@ -7,7 +7,7 @@ from models import flavours, images, small_vit
 from torch import Tensor
 
 import adaptvit
-from adaptvit import Masked, MergeConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
+from adaptvit import GridConfig, Masked, MergeConfig, MethodConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
 from adaptvit.methods.tome import arrange, fit_thresholds, match
 
 UNEQUAL = ("tokens to token", "rotary")
@@ -64,10 +64,12 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
 
 @LAYOUTS
 @pytest.mark.parametrize(
-    "config", [ToMeConfig(r=3), MergeConfig(thresholds=0.4, relative=0.0)], ids=lambda config: config.method
+    "config",
+    [ToMeConfig(r=3), MergeConfig(thresholds=0.4, relative=0.0), GridConfig(rate=0.9)],
+    ids=lambda config: config.method,
 )
 @pytest.mark.parametrize("flavour", flavours("tome"))
-def test_groups_only_grow_and_are_the_tokens(flavour: str, config: ToMeConfig | MergeConfig, layout: type) -> None:
+def test_groups_only_grow_and_are_the_tokens(flavour: str, config: MethodConfig, layout: type) -> None:
     model = config.build(small_vit(flavour)).eval()
     with torch.inference_mode():
         usage = model(images(model.vit), layout, detailed=True).usage

@@ -20,6 +20,7 @@ from adaptvit import (
     DynamicViTConfig,
     EViTConfig,
     FullConfig,
+    GridConfig,
     Masked,
     MergeConfig,
     MethodConfig,
@@ -38,6 +39,7 @@ METHODS: dict[str, MethodConfig] = {
     "evit": EViTConfig(blocks=(0, 1, 3), keep_rate=0.7),
     "tome": ToMeConfig(r=3),
     "merge": MergeConfig(thresholds=0.3),
+    "grid": GridConfig(rate=0.8),
     "dynamicvit": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.5),
     "adavit, patches": AdaViTConfig(policies=("patches",), macs_target=None),
     "adavit, sublayers": AdaViTConfig(policies=("sublayers",), macs_target=None),
@@ -49,6 +51,7 @@ DROP_NOTHING: dict[str, MethodConfig] = {
     "evit": EViTConfig(keep_rate=1.0),
     "tome": ToMeConfig(r=0),
     "merge": MergeConfig(shift=2.0),
+    "grid": GridConfig(rate=0.0),
     "dynamicvit": DynamicViTConfig(keep_rate=1.0),
     "adavit": AdaViTConfig(policies=("patches", "sublayers"), macs_target=None, lean=30.0),
 }
@@ -151,7 +154,7 @@ def test_every_part_of_the_vit_has_a_gradient(method: str, vit: nn.Module, image
     assert not without
 
 
-@pytest.mark.parametrize("method", ["avit", "ats", "evit", "tome", "merge"])
+@pytest.mark.parametrize("method", ["avit", "ats", "evit", "tome", "merge", "grid"])
 def test_packed_training_has_the_gradients_of_masked_training(method: str, vit: nn.Module, images: Tensor) -> None:
     model, found = METHODS[method].build(vit).train(), []
     for layout in (Masked, Packed):

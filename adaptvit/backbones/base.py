@@ -140,6 +140,10 @@ def _unnamed_parts(vit: nn.Module) -> str | None:
     return f"{model_name(vit)} has {kinds.pop()}, which is called whole" if kinds else None
 
 
+def _takes_videos(vit: nn.Module) -> str | None:
+    return f"{model_name(vit)} takes videos" if find(vit, family_of(vit).frames) is not None else None
+
+
 OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     "attention": _in_place_of_attention,
     "token norms": _norms_over_tokens,
@@ -147,6 +151,7 @@ OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     "equal heads": _unequal_heads,
     "named parts": _unnamed_parts,
     "timm's plain blocks": _other_blocks,
+    "rows and columns": _takes_videos,
 }
 """What a method may need of a ViT, and what a ViT that does not offer it has instead; None where it does.
 
@@ -156,6 +161,7 @@ OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     equal heads             as many in every block
     named parts             attention and MLP, of which one can run without the other
     timm's plain blocks     whose maps can be run in part
+    rows and columns        of patches, and no third axis
 """
 
 

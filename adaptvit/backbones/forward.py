@@ -109,9 +109,16 @@ class Source:
             return rows(table[0], (1.0,)), rows(table[1], (0.0,))
         return rows(table[:, None], (0.0,))[:, 0]
 
-    def coordinates(self, like: Tensor) -> Tensor:
-        """Row, column and whatever the grid has beside of each slot, (N, axes); -1 of tokens before the patches."""
-        axes = [torch.arange(side, device=like.device, dtype=like.dtype) for side in self.grid]
+    def coordinates(self, like: Tensor, sides: tuple[int, ...] | None = None) -> Tensor:
+        """Row, column and whatever the grid has beside of each slot, (N, axes); -1 of tokens before the patches.
+
+        Args:
+            sides: of another grid, which is stretched over the image; None is that of the patches.
+        """
+        axes = [
+            (torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) * (whole / side) - 0.5
+            for side, whole in zip(sides or self.grid, self.grid, strict=True)
+        ]
         places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         return torch.cat([places.new_full((self.prefix, len(self.grid)), -1), places])
 

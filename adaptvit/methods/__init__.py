@@ -9,6 +9,7 @@ from adaptvit.methods.base import MethodConfig, Methods, Named, Published, turne
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.released import (
     ReleasedAdaViTConfig,
     ReleasedATSConfig,
@@ -22,6 +23,7 @@ from adaptvit.model import AdaptiveViT
 METHODS = Methods(
     MergeConfig,
     ToMeConfig,
+    GridConfig,
     ATSConfig,
     EViTConfig,
     AViTConfig,

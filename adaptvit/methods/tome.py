@@ -237,7 +237,10 @@ class MergingViT(AdaptiveViT):
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
-        return self.finish(x, self.usage(torch.stack(held, dim=1), compared, grid))
+        usage = usage_of(self, torch.stack(held, dim=1), grid)
+        patches, widths = usage.attended - self.prefix, self.shape.each("key_dim", holder)
+        deciding = patches // 2 * (patches - patches // 2) * widths * holder.new_tensor(compared)
+        return self.finish(x, replace(usage, deciding=deciding))
 
     def run_merging(
         self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
@@ -276,30 +279,31 @@ class MergingViT(AdaptiveViT):
         chosen = self.choose(score, tokens.shape[1] - self.prefix, block)
         return arrange(chosen, score, target, live, self.prefix)
 
-    def usage(self, held: Tensor, compared: list[bool], grid: tuple[int, ...]) -> Usage:
-        """The record of a forward pass; `held` (B, L + 1, N) are the slots of the input tokens before and after blocks.
 
-        A token is live in the slot of its first patch.
-        """
-        shape, inputs = self.shape, torch.arange(held.shape[2], device=held.device).expand_as(held)
-        first = torch.full_like(held, held.shape[2]).scatter_reduce(2, held, inputs, "amin")
-        live = first.gather(2, held) == inputs
-        count = live.sum(dim=2)
-        attended, patches = count[:, :-1], count[:, :-1] - self.prefix
-        updated = attended.clone()
-        if self.read is not None:
-            updated[:, -1] = self.read
-        deciding = patches // 2 * (patches - patches // 2) * shape.each("key_dim", held) * held.new_tensor(compared)
-        on = torch.ones_like(attended, dtype=torch.bool)
-        heads = attended.new_tensor(self.heads).expand_as(attended)
-        groups = held[:, 1:, self.prefix :]
-        usage = Usage(
-            attended, updated, heads, on, on, grid, self.prefix, live[:, :-1], deciding=deciding, groups=groups
-        )
-        merged = attended - count[:, 1:]
-        heads = usage.heads
-        attention, mlp = sublayer_macs(shape, heads, attended, updated, updated - merged)
-        return replace(usage, executed=attention + mlp)
+def usage_of(model: AdaptiveViT, held: Tensor, grid: tuple[int, ...]) -> Usage:
+    """The record of a forward that merges tokens between attention and MLP, without what deciding takes.
+
+    A token is live in the slot of its first patch.
+
+    Args:
+        held: (B, L + 1, N), the slots of the input tokens before and after blocks.
+    """
+    inputs = torch.arange(held.shape[2], device=held.device).expand_as(held)
+    first = torch.full_like(held, held.shape[2]).scatter_reduce(2, held, inputs, "amin")
+    live = first.gather(2, held) == inputs
+    count = live.sum(dim=2)
+    attended = count[:, :-1]
+    updated = attended.clone()
+    if model.read is not None:
+        updated[:, -1] = model.read
+    on = torch.ones_like(attended, dtype=torch.bool)
+    heads = attended.new_tensor(model.heads).expand_as(attended)
+    merged = attended - count[:, 1:]
+    attention, mlp = sublayer_macs(model.shape, heads, attended, updated, updated - merged)
+    groups = held[:, 1:, model.prefix :]
+    return Usage(
+        attended, updated, heads, on, on, grid, model.prefix, live[:, :-1], executed=attention + mlp, groups=groups
+    )
 
 
 INFLECTIONS = (0.0, 0.5, 1.0)

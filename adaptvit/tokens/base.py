@@ -44,10 +44,16 @@ class Tokens(ABC):
     def at(self) -> Tensor:
         """The slots of `where`, int64, whether tokens moved or not; of a layout with all slots (1 or B, N)."""
 
-    def at_coordinates(self, coordinates: Tensor) -> Self:
-        """The same tokens, whose positions are coordinates: (N, axes), by their first slots."""
-        places = torch.arange(len(coordinates), device=coordinates.device, dtype=coordinates.dtype)
-        where = self.spread(torch.cat([places[:, None], coordinates], dim=1).expand(self.shape[0], -1, -1))
+    def at_coordinates(self, coordinates: Tensor, places: Tensor | None = None) -> Self:
+        """The same tokens, whose positions are coordinates: (N, axes), by slots.
+
+        Args:
+            places: (N,) the slots that stand for these where there is nothing in between; None is every token's own.
+        """
+        if places is None:
+            places = torch.arange(len(coordinates), device=coordinates.device)
+        where = torch.cat([places[:, None].to(coordinates.dtype), coordinates], dim=1)
+        where = self.spread(where.expand(self.shape[0], -1, -1))
         return replace(self, where=where)  # type: ignore[type-var]
 
     @property

@@ -1,0 +1,185 @@
+"""Merging on the grid: every row of patches gives up as many as any other, then every column. No training needed.
+
+Gong, Lis: CubistMerge: Spatial-Preserving Token Merging For Diverse ViT Backbones, arXiv 2509.21764, 2025.
+
+Letters: B images, N token slots (p prefix tokens first, then patches row by row), H rows, W columns, D channels.
+"""
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
+
+from adaptvit.backbones.door import Projected
+from adaptvit.budget import BATCH
+from adaptvit.checks import In, check_fields
+from adaptvit.methods.base import DEITS, MethodConfig, Published, around_deits
+from adaptvit.methods.tome import NEEDS, usage_of
+from adaptvit.model import AdaptiveViT, Knob, Left, once
+from adaptvit.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(MethodConfig):
+    """Merging of neighbours (CubistMerge, 2025): what is left of the patches is a grid, of fewer rows and columns.
+
+    Between attention and MLP every second token of a row may join the neighbour that is more like it, by the cosine of
+    their keys, mean over heads; those that are most alike do, as many in every row. Then columns do the same. A token
+    that others joined has in each channel the value of theirs that is farthest from 0. Prefix tokens stay as they are.
+
+    Of a ViT whose blocks are told positions, a token is where its place in the grid that is left is when that is
+    stretched over the image: of n rows in the place of H, row i is at (i + 1/2) H/n - 1/2, counted in patches. A
+    relative bias, which has no rows between patches, is that of the nearest.
+
+    Differs: the paper gives the numbers of a few blocks; here all of them merge, evenly. A classifier that pools, pools
+    for each patch the token that it is part of.
+    """
+
+    method: ClassVar[str] = "grid"
+    title: ClassVar[str] = "merging on the grid"
+    needs: ClassVar[Set[str]] = NEEDS | {"rows and columns"}
+    knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
+    published: ClassVar[Published] = Published(
+        names=around_deits("grid", dict.fromkeys(DEITS, " whose blocks merge neighbours, so that a grid is left."))
+    )
+
+    rate: Annotated[float, In("[0, 1e9]")] = 0.3
+    """The share of its rows and of its columns that the grid gives up by the end, evenly over the blocks; each at most
+    halves them. A column goes half a step before its row. Above 1 nothing but a block's half is the limit."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def sides(self, grid: tuple[int, ...], depth: int) -> list[tuple[int, int]]:
+        """Rows and columns that each of `depth` blocks leaves of a grid."""
+        rows, columns = grid
+        left = []
+        for block in range(1, depth + 1):
+            share = self.rate * block / depth
+            gone = math.floor(grid[0] * share), math.floor(grid[1] * share + 0.5)
+            rows, columns = max(grid[0] - gone[0], (rows + 1) // 2), max(grid[1] - gone[1], (columns + 1) // 2)
+            left.append((rows, columns))
+        return left
+
+    def build(self, vit: nn.Module) -> "GridViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces, or takes videos.
+        """
+        return GridViT(vit, self)
+
+    def fit(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        if search.get("labels") is None and search.get("unit") != "images_per_s":
+            images = images[:BATCH]  # all cost the same, and trials tell the speed of a batch
+        return super().fit(vit, images, target, **search)
+
+
+class GridViT(AdaptiveViT):
+    """A ViT whose blocks merge tokens with their neighbours on the grid, between attention and MLP."""
+
+    def run(self, tokens: Tokens) -> Left:
+        grid = before = tokens.source.grid
+        holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
+        held = [holder]  # the slot that each input token is in
+        for number, sides in enumerate(self.config.sides(grid, self.depth)):
+            if sides == before or self.reads_few(number):
+                tokens = self.run_block(number, tokens)
+            else:
+                tokens, place = self.run_merging(number, tokens, before, sides)
+                holder = place.gather(1, holder)
+                before = sides
+            held.append(holder)
+        x = self.read_slots(tokens, tokens.x)
+        if self.read is None:
+            x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))
+        return self.finish(x, usage_of(self, torch.stack(held, dim=1), grid))
+
+    def run_merging(
+        self, number: int, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int]
+    ) -> tuple[Tokens, Tensor]:
+        """A block that leaves a grid of such sides: its tokens, and the slot where each of those before went."""
+        decided = once(partial(self.joined, tokens, before, sides))
+
+        def look(projected: Projected) -> None:
+            decided(projected.k)
+
+        def merge(tokens: Tokens) -> Tokens:
+            return self.merge(tokens, before, sides, *decided())
+
+        after = self.run_block(number, tokens, look=look, between=merge)
+        rows, columns = decided()
+        row = columns.place.transpose(1, 2).gather(2, rows.place)
+        place = self.prefix + (row * sides[1] + rows.place).flatten(1)
+        prefix = torch.arange(self.prefix, device=place.device).expand(len(place), -1)
+        return after, torch.cat([prefix, place], dim=1)
+
+    def joined(
+        self, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int], keys: Tensor
+    ) -> tuple["Joined", "Joined"]:
+        """Who joins whom along rows, and then along columns, so that a grid of such sides is left."""
+        metric = tokens.grid(keys.mean(dim=-2, dtype=torch.promote_types(keys.dtype, torch.float32)))
+        metric = metric[:, self.prefix :].unflatten(1, before)
+        rows = neighbours(metric, before[1] - sides[1])
+        return rows, neighbours(join(metric, rows).transpose(1, 2), before[0] - sides[0])
+
+    def merge(
+        self, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int], rows: "Joined", columns: "Joined"
+    ) -> Tokens:
+        """What is left of tokens of one grid: those of one of such sides, stretched over the image."""
+        x, source = tokens.grid(tokens.x), tokens.source
+        patches = x[:, self.prefix :].unflatten(1, before)
+        patches = join(join(patches, rows).transpose(1, 2), columns).transpose(1, 2)
+        merged = type(tokens).of(torch.cat([x[:, : self.prefix], patches.flatten(1, 2)], dim=1)).of_source(source)
+        at = source.coordinates(x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)), sides)
+        nearest = at.round().long()
+        slots = nearest[:, 0] * source.grid[1] + nearest[:, 1] + self.prefix
+        slots[: self.prefix] = torch.arange(self.prefix, device=x.device)
+        return merged.at_coordinates(at, slots)
+
+
+class Joined(NamedTuple):
+    """What becomes of lines of W tokens: every second may join the one before or behind it."""
+
+    back: Tensor
+    """(..., W // 2) bool, of every second, whether it joins the one before it."""
+    ahead: Tensor
+    """(..., W // 2) bool, whether it joins the one behind it."""
+    left: Tensor
+    """(..., w) int64, the tokens that are left, in order."""
+    place: Tensor
+    """(..., W) int64, the place among these where each token goes."""
+
+
+def neighbours(x: Tensor, count: int) -> Joined:
+    """The `count` of every second token, at most all, that are most like a neighbour: of lines (..., W, D)."""
+    unit = normalize(x, dim=-1)
+    alike = (unit[..., 1:, :] * unit[..., :-1, :]).sum(dim=-1)
+    before, behind = alike[..., ::2], pad(alike[..., 1::2], (0, 1 - x.shape[-2] % 2), value=-torch.inf)
+    leaves = torch.zeros_like(before, dtype=torch.bool)
+    leaves = leaves.scatter(-1, torch.maximum(before, behind).topk(count, dim=-1).indices, True)
+    back, ahead = leaves & ~(behind > before), leaves & (behind > before)
+    stays = torch.ones_like(x[..., 0], dtype=torch.bool)
+    stays[..., 1::2] = ~leaves
+    place = stays.cumsum(dim=-1) - 1
+    place[..., 1::2] += ahead
+    left = (~stays).byte().argsort(dim=-1, stable=True)[..., : x.shape[-2] - count]
+    return Joined(back, ahead, left, place)
+
+
+def join(x: Tensor, joined: Joined) -> Tensor:
+    """Lines (..., W, D) -> what is left of them, (..., w, D): of those that join, the larger value of each channel."""
+    if joined.left.shape[-1] == x.shape[-2]:
+        return x
+    first, second = x[..., ::2, :], x[..., 1::2, :]
+    back, ahead = (second.where(some[..., None], 0) for some in (joined.back, joined.ahead))
+    odd = x.shape[-2] % 2
+    for others in (pad(back, (0, 0, 0, odd)), pad(ahead, (0, 0, 1, odd - 1))):
+        first = torch.where(others.detach().abs() > first.detach().abs(), others, first)
+    index = joined.left // 2 + joined.left % 2 * first.shape[-2]
+    return torch.cat([first, second], dim=-2).gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
