@@ -1,6 +1,6 @@
 """A pretrained ViT made adaptive without training: what a method can find out from images alone, then its budget."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -49,6 +49,11 @@ def adapt(
         raise TypeError(
             f"config must be a method's, such as adaptvit.EViTConfig(), got {quoted(config)}: "
             "adapt(vit, images, 0.6, adaptvit.EViTConfig())"
+        )
+    if isinstance(images, Mapping):
+        raise TypeError(
+            f"images are a {type(images).__name__}, but budgets are measured on a tensor of images of one shape: the "
+            "model then takes others too"
         )
     check_target(target, unit)
     config = METHODS[DEFAULT]() if config is None else config

@@ -28,6 +28,8 @@ class Counts(Protocol):
     @property
     def grid(self) -> tuple[int, ...]: ...
     @property
+    def patches(self) -> Tensor | None: ...
+    @property
     def executed(self) -> Tensor | None: ...
     @property
     def deciding(self) -> Tensor | None: ...
@@ -86,6 +88,8 @@ class Shape(NamedTuple):
     """MACs of an attention pool for one image, beyond those of the next line; 0 where the ViT pools without one."""
     pool_per_patch: int = 0
     """MACs of an attention pool for one patch."""
+    pool_per_pair: int = 0
+    """MACs of an attention pool whose patches attend to each other, for each two, ordered, one with itself included."""
     stem: int = 0
     """MACs of the patch embedding for one image, beyond those by its patches and pairs of patches."""
     stem_per_pair: int = 0
@@ -116,9 +120,10 @@ def macs(usage: Counts, shape: Shape) -> Tensor:
     """
     blocks = block_macs(usage, shape) if usage.executed is None else usage.executed
     deciding = 0 if usage.deciding is None else usage.deciding
-    patches = prod(usage.grid)
+    patches = prod(usage.grid) if usage.patches is None else usage.patches
     stem = shape.stem + patches * (shape.stem_per_patch + patches * shape.stem_per_pair)
-    return (blocks + deciding).sum(dim=1) + stem + patches * shape.pool_per_patch + shape.pool + shape.head
+    pool = shape.pool + patches * (shape.pool_per_patch + patches * shape.pool_per_pair)
+    return (blocks + deciding).sum(dim=1) + stem + pool + shape.head
 
 
 def block_macs(usage: Counts, shape: Shape) -> Tensor:
@@ -151,9 +156,14 @@ def sublayer_macs(
 
 def dense_macs(shape: Shape, grid: tuple[int, ...]) -> int:
     """MACs of timm's own forward for one image with `grid` patches: every token through every block, to the end."""
-    tokens = torch.full((1, shape.depth), shape.prefix + prod(grid))
+    return int(dense_macs_of(shape, torch.tensor([prod(grid)])))
+
+
+def dense_macs_of(shape: Shape, patches: Tensor) -> Tensor:
+    """The same for images of so many patches each: (B,) int64, of (B,)."""
+    tokens = (shape.prefix + patches)[:, None].expand(-1, shape.depth)
     on = torch.ones_like(tokens, dtype=torch.bool)
-    return int(macs(_Everything(tokens, tokens, torch.tensor([shape.heads]), on, on, grid), shape))
+    return macs(_Everything(tokens, tokens, tokens.new_tensor([shape.heads]), on, on, patches), shape)
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ class _Everything:
     heads: Tensor
     attention: Tensor
     mlp: Tensor
-    grid: tuple[int, ...]
+    patches: Tensor
+    grid: tuple[int, ...] = ()
     executed: None = None
     deciding: None = None

@@ -174,7 +174,7 @@ class AdaptiveViT(nn.Module, ABC):
         are of the batch of this process.
 
         Args:
-            images: (B, channels, height, width).
+            images: (B, channels, height, width); or a dict of patches, of a ViT that takes images of different shapes.
             layout: how tokens are executed; None lets the method choose.
             detailed: return what was computed too. Then the terms are returned, and the logits carry nothing.
             options: what the method's `run` takes beside these.
@@ -221,7 +221,9 @@ class AdaptiveViT(nn.Module, ABC):
         left: list[Left] = []
 
         def inside(x: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
-            left.append(self.run(layout.of(x).of_source(source), **options))
+            left.append(self.run(source.laid(x, layout), **options))
+            if source.own is not None:
+                left[0] = left[0]._replace(usage=replace(left[0].usage, patches=source.own[:, 0]))
             return left[0].x, left[0].live
 
         logits, distilled = scores(run(self.vit, images, inside))
@@ -246,7 +248,12 @@ class AdaptiveViT(nn.Module, ABC):
         `forward` begins and ends with what is the ViT's own, and hands on the options that `run` takes beside.
         """
 
-    def enter(self, images: Tensor, layout: type[Tokens]) -> Tokens:
+    def deepest(self, tokens: Tokens) -> Tensor:
+        """(B, N) int64, the depth of tokens that stay to the end: all blocks, and 0 where a slot never held one."""
+        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        return depth if tokens.at_first is None else depth * tokens.at_first
+
+    def enter(self, images: Any, layout: type[Tokens]) -> Tokens:
         """The tokens of images as the first block receives them, for who runs blocks one by one."""
         return enter(self.vit, images, layout)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adaptvit.macs import Shape, dense_macs, macs
+from adaptvit.macs import Shape, dense_macs, dense_macs_of, macs
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,8 @@ class Usage:
     mlp: Tensor
     """(B, L) bool, the MLP sub-layer ran."""
     grid: tuple[int, ...]
-    """Rows and columns of patches; of a video its steps in time before them."""
+    """Rows and columns of patches; of a video its steps in time before them. Of images of different shapes the patches
+    that there was room for, (P,), of which each has the first."""
     prefix: int
     """Tokens before the first patch token."""
     live: _Live = _Live()
@@ -89,6 +90,8 @@ class Usage:
     groups: Tensor | None = None
     """(B, L, rows x columns) the token that each patch is part of after the block, by its place among those that the
     next block gets; None where a method does not merge tokens."""
+    patches: Tensor | None = None
+    """(B,) patches of each image, where they differ; None where all have those of the grid."""
     shape: Shape | None = None
     """The sizes of the ViT, for `macs` and `share`; None of a record that was made by hand."""
 
@@ -158,7 +161,8 @@ class Usage:
         Raises:
             ValueError: the sizes of the ViT are not known.
         """
-        return self.macs.double() / dense_macs(self._sizes(), self.grid)
+        shape, patches = self._sizes(), self.patches
+        return self.macs.double() / (dense_macs(shape, self.grid) if patches is None else dense_macs_of(shape, patches))
 
     def _sizes(self) -> Shape:
         if self.shape is None:
@@ -178,7 +182,7 @@ class Usage:
 
     @property
     def patch_depth(self) -> Tensor:
-        """(B, rows, columns) blocks each patch entered; of a video (B, steps, rows, columns)."""
+        """(B, rows, columns) blocks each patch entered; of a video (B, steps, rows, columns), in pieces (B, P)."""
         return self.depth[:, self.prefix :].unflatten(1, self.grid)
 
     def of_images(self, rows: Tensor) -> "Usage":

@@ -34,7 +34,7 @@ from adaptvit import (
     Packed,
     ToMeConfig,
 )
-from adaptvit.backbones.base import cores, family_of, input_size, read_slots
+from adaptvit.backbones.base import cores, family_of, input_size, pieces_of, read_slots
 from adaptvit.backbones.families import FAMILIES, find, get
 from adaptvit.backbones.fast import is_fast
 from adaptvit.backbones.forward import scores
@@ -71,16 +71,6 @@ LEFT_OUT = {
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 7}
 STEM = VitCfg((16, 32, 64), (1, 1, 1), 16, VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6), "1d")
-ASKED_FOR = (
-    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel",
-    "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification",
-    "transformers.models.videomae.modeling_videomae.VideoMAEModel",
-    "transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification",
-    "transformers.models.vjepa2.modeling_vjepa2.VJEPA2Model",
-    "transformers.models.vjepa2.modeling_vjepa2.VJEPA2ForVideoClassification",
-)
-"""Classes of transformers that are not known: they take images cut into patches, or videos."""
-
 REDUCTIONS: tuple[dict[str, Any], ...] = (
     SMALL,
     SMALL | {"embed_cfg": STEM},
@@ -99,6 +89,8 @@ VISION: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 16,
 }
+
+VIDEO: dict[str, Any] = {"crop_size": 64, "frames_per_clip": 4, "num_pooler_layers": 1, "pred_num_hidden_layers": 1}
 
 METHODS: dict[str, MethodConfig] = {
     "full": FullConfig(),
@@ -133,6 +125,22 @@ Every model here was built with two narrow blocks, as far as its constructor tak
 none is constant. **From the model** is the largest difference between `FullConfig().build(vit)` and the model's own
 forward, of its largest value, in float32. **Layouts** is the same between packed and masked tokens, in float64, under a
 method that drops some: merging, or ATS where that drops none; 1e-7 is where norms compute in float32 in any case.
+"""
+
+PIECES = """\
+## Images of different shapes
+
+    model({"patches": patches, "patch_coord": places, "patch_valid": valid})
+
+`NaFlexVit` takes a batch of images of different shapes as timm's NaFlex loader gives it, beside tensors of images of
+one shape; `Siglip2Vision` takes nothing else, as its processor gives it (`pixel_values`, `pixel_attention_mask`,
+`spatial_shapes`). Slots that are not valid hold no token from the first block on: an image gives what it gives alone,
+and keep rates, sampling points and merged tokens are of its own patches. `usage.grid` is then the room there was, (P,),
+and `usage.patches` how much of it each image has; MACs and shares are of these.
+
+Budgets are measured on a tensor of images of one shape (`adapt`, the commands). What needs such images says so:
+AdaViT in training, `position="mean"` of merging, ATS that draws its points or is as released, random patches, and the
+losses of A-ViT and DynamicViT as released.
 """
 
 STRUCTURE = """\
@@ -237,7 +245,7 @@ def small_class(name: str) -> nn.Module:
         config = made.config_class
         if "vision_config" in config.sub_configs:
             return made(config(vision_config=VISION, num_labels=7))
-        return made(config(**VISION, num_labels=7, mlp_ratio=2, vocab_size=8, num_register_tokens=4))
+        return made(config(**VISION, **VIDEO, num_labels=7, mlp_ratio=2, vocab_size=8, num_register_tokens=4))
     if name.startswith("torchvision."):
         return made(64, 16, 2, 4, 64, 96, num_classes=7)
     if name.startswith("open_clip."):
@@ -255,15 +263,32 @@ def vary(vit: nn.Module) -> nn.Module:
     return vit.eval()
 
 
-def pictures(vit: nn.Module) -> Tensor:
-    """Two images of unlike contrast, of the model's size, or of six by six patches where it takes any."""
+def pictures(vit: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """Two images of unlike contrast, of the model's size, or of six by six patches where it takes any.
+
+    Where it takes images in pieces alone, as SigLIP 2 does, six by six patches and four by five.
+    """
     channels, *size = input_size(vit)
     if family_of(vit).any_size is True:
         size = [6 * side for side in to_2tuple(get(vit, family_of(vit).patch))]
     frames = find(vit, family_of(vit).frames)
     shape = (channels, *size) if frames is None else (frames, channels, *size)
     contrasts = torch.tensor([1.5, 0.4]).view(2, *[1] * len(shape))
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)) * contrasts
+    images = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)) * contrasts).to(dtype)
+    if pieces_of(vit, images) is None:
+        return images
+    cut = images.unflatten(2, (6, -1)).unflatten(4, (6, -1)).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": cut.flatten(3).flatten(1, 2),
+        "pixel_attention_mask": (torch.arange(36) < torch.tensor([[36], [20]])).long(),
+        "spatial_shapes": torch.tensor([[6, 6], [4, 5]]),
+    }
+
+
+def given(vit: nn.Module, images: Any) -> Tensor:
+    """What a model itself makes of images."""
+    pieces = pieces_of(vit, images)
+    return scores(vit(**images) if pieces is not None and pieces.alone else vit(images))[0]
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -288,6 +313,8 @@ def kind(vit: nn.Module) -> tuple[str, str, str, str]:
     positions = next((type(row).__name__ for row in rows if isinstance(row, nn.Module)), "added before the blocks")
     if find(attention, "relative_position_bias_table") is not None:
         positions = "relative_position_bias_table"
+    if "places" in family.tables.values():
+        positions = "turned by numbers of patches"
     count = read_slots(vit)
     pooled = "all tokens" if find(vit, family.pool) is None else "attention pool"
     read = pooled if count is None else "class token" if count == 1 else f"{count} tokens"
@@ -325,7 +352,7 @@ def agreement(config: MethodConfig, vit: nn.Module) -> Agreement | None:
         model = config.build(vit).eval().double()
     except TypeError:
         return None
-    images = pictures(vit).double()
+    images = pictures(vit, torch.float64)
     packed, masked = (model(images, layout, detailed=True) for layout in (Packed, Masked))
     near = apart(packed.logits, masked.logits) if packed.usage == masked.usage else float("inf")
     return Agreement(near, bool((packed.usage.share < 1).any()))
@@ -336,7 +363,7 @@ def measured(found: Found, vit: nn.Module) -> Found:
     """What is found of a model that is not refused."""
     vit = vary(vit)
     images = pictures(vit)
-    near = apart(FullConfig().build(vit)(images), scores(vit(images))[0])
+    near = apart(FullConfig().build(vit)(images), given(vit, images))
     vit = vit.double()
     tried = (agreement(METHODS[method], vit) for method in ("merging", "ATS", "EViT"))
     layouts = next(one for one in tried if one is not None and one.drops)
@@ -377,7 +404,7 @@ Rows = dict[tuple[str, ...], Agreement | None]
 def examined(quiet: bool = False) -> tuple[list[Found], Rows]:
     """What becomes of all models, and of every method on the first of each kind."""
     tasks = [partial(examine, module, name) for module, name in names_of_timm()]
-    tasks += [partial(examine_class, name) for name in dict.fromkeys((*classes(), *ASKED_FOR))]
+    tasks += [partial(examine_class, name) for name in classes()]
     every, rows = list[Found](), Rows()
     for task in tqdm(tasks, desc="models", disable=quiet):
         found = task()
@@ -436,7 +463,7 @@ def page(every: list[Found], rows: Rows) -> str:
         )
     ]
 
-    lines += ["## By module", ""]
+    lines += [PIECES, "## By module", ""]
     counts = []
     for module, some in [*grouped(timms, lambda found: found.module), ("all", timms)]:
         ran = [found for found in some if found.tier]

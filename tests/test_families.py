@@ -1,10 +1,11 @@
 """Every family of hosts that has a row of names, on small models in float64."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -39,6 +40,11 @@ from adaptvit.backbones.door import Acts
 from adaptvit.backbones.forward import Source, run, scores
 from adaptvit.data import preparation
 from adaptvit.methods import MethodConfig
+from adaptvit.methods.ats import RandomConfig
+from adaptvit.methods.base import DropConfig
+from adaptvit.methods.released import ReleasedATSConfig
+from adaptvit.tokens import Tokens
+from adaptvit.usage import join
 from adaptvit.weights.opening import open_model
 
 METHODS: dict[str, MethodConfig] = {
@@ -86,6 +92,16 @@ VISION: dict[str, Any] = {
 }
 LABELS = {"num_labels": 7}
 DINO = VISION | {"mlp_ratio": 2}
+PATCHES = {name: value for name, value in VISION.items() if name != "image_size"} | {"num_patches": 16}
+VJEPA = DINO | {
+    "crop_size": 64,
+    "frames_per_clip": 4,
+    "tubelet_size": 2,
+    "pred_hidden_size": 32,
+    "pred_num_attention_heads": 2,
+    "pred_num_hidden_layers": 1,
+    "num_pooler_layers": 1,
+}
 BEIT = VISION | LABELS | {"vocab_size": 8}
 
 
@@ -174,6 +190,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SiglipForImageClassification": partial(
         of_transformers, "SiglipForImageClassification", "SiglipConfig", "SiglipVisionConfig", **VISION
     ),
+    "Siglip2VisionModel": partial(of_transformers, "Siglip2VisionModel", "Siglip2VisionConfig", **PATCHES),
+    "Siglip2ForImageClassification": partial(
+        of_transformers, "Siglip2ForImageClassification", "Siglip2Config", "Siglip2VisionConfig", **PATCHES
+    ),
     "CLIPVisionModel": partial(of_transformers, "CLIPVisionModel", "CLIPVisionConfig", **VISION),
     "CLIPVisionModelWithProjection": partial(
         of_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig", **VISION, projection_dim=32
@@ -190,6 +210,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "VideoMAEForVideoClassification": partial(
         of_transformers, "VideoMAEForVideoClassification", "VideoMAEConfig", **VISION | LABELS, num_frames=4
+    ),
+    "VJEPA2Model": partial(of_transformers, "VJEPA2Model", "VJEPA2Config", **VJEPA),
+    "VJEPA2ForVideoClassification": partial(
+        of_transformers, "VJEPA2ForVideoClassification", "VJEPA2Config", **VJEPA | LABELS
     ),
     "BeitModel, class token": partial(
         of_transformers,
@@ -209,7 +233,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 UNREAD = {
     "SiglipForImageClassification": "vision_model.head.",
+    "Siglip2ForImageClassification": "vision_model.head.",
     "CLIPForImageClassification": "vision_model.post_layernorm.",
+    "VJEPA2Model": "predictor.",
+    "VJEPA2ForVideoClassification": "vjepa2.predictor.",
 }
 """Parameters that a host computes with and then does not read."""
 
@@ -227,14 +254,50 @@ def model(name: str) -> nn.Module:
 
 
 @cache
-def images(name: str) -> Tensor:
+def images(name: str) -> Any:
+    if name.startswith("Siglip2"):
+        return siglip_patches(cut())
     draw = torch.Generator().manual_seed(1)
     side = 56 if name.startswith("EVA") else 128 if name == "relative positions, post-norm" else 64
-    shape = (3, 4, 3, 64, 64) if name.startswith("VideoMAE") else (3, 3, side, side)
+    shape = (3, 4, 3, 64, 64) if name.startswith(("VideoMAE", "VJEPA2")) else (3, 3, side, side)
     scale = torch.tensor([1.0, 2.0, 0.3], dtype=torch.float64).view(3, *[1] * (len(shape) - 1))
     return scale * torch.randn(shape, generator=draw, dtype=torch.float64)
 
 
+def cut(grids: Sequence[tuple[int, int]] = ((4, 4), (2, 6), (3, 3)), room: int = 16) -> dict[str, Tensor]:
+    """Images of so many rows and columns of patches, as timm's loader gives them."""
+    draw, count = torch.Generator().manual_seed(3), len(grids)
+    patches = torch.zeros(count, room, 768, dtype=torch.float64)
+    places, valid = torch.zeros(count, room, 2, dtype=torch.long), torch.zeros(count, room, dtype=torch.bool)
+    for image, (rows, columns) in enumerate(grids):
+        own = slice(rows * columns)
+        patches[image, own] = (0.5 + image) * torch.randn(own.stop, 768, generator=draw, dtype=torch.float64)
+        places[image, own] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        valid[image, own] = True
+    return {"patches": patches, "patch_coord": places, "patch_valid": valid}
+
+
+def siglip_patches(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, as transformers' processor gives them."""
+    return {
+        "pixel_values": batch["patches"],
+        "pixel_attention_mask": batch["patch_valid"].long(),
+        "spatial_shapes": batch["patch_coord"].amax(dim=1) + 1,
+    }
+
+
+def part(batch: Any, rows: slice) -> Any:
+    """Some images of a batch."""
+    return {name: t[rows] for name, t in batch.items()} if isinstance(batch, dict) else batch[rows]
+
+
+def of_host(name: str, batch: Any) -> Tensor:
+    """What a host makes of a batch itself."""
+    return scores(model(name)(**batch) if name.startswith("Siglip2") else model(name)(batch))[0]
+
+
+NO_GRID = ("VideoMAE", "VJEPA2", "Siglip2")
+"""Whose patches have no rows and columns alone that are the same for all images."""
 each_family = pytest.mark.parametrize("name", MODELS)
 
 
@@ -242,9 +305,9 @@ each_family = pytest.mark.parametrize("name", MODELS)
 def test_a_host_is_what_it_was_where_nothing_is_dropped(name: str) -> None:
     vit = model(name)
     with torch.no_grad():
-        wanted = scores(vit(images(name)))[0]
+        wanted = of_host(name, images(name))
         for method, config in DROP_NOTHING.items():
-            if method == "grid" and name.startswith("VideoMAE"):
+            if method == "grid" and name.startswith(NO_GRID):
                 continue
             given = config.build(vit)(images(name))
             torch.testing.assert_close(given, wanted, atol=FLOAT32.get(name, 1e-10), rtol=0)
@@ -254,22 +317,22 @@ def test_a_host_is_what_it_was_where_nothing_is_dropped(name: str) -> None:
 def test_layouts_agree_and_images_are_alone(name: str) -> None:
     vit, atol = model(name), FLOAT32.get(name, 1e-10)
     with torch.no_grad():
-        wanted = scores(vit(images(name)))[0]
+        wanted = of_host(name, images(name))
         for method, config in METHODS.items():
             if method == "adavit" and name in WHOLE:
                 with pytest.raises(TypeError, match="needs named parts"):
                     config.build(vit)
                 continue
-            if method == "grid" and name.startswith("VideoMAE"):
-                with pytest.raises(TypeError, match=r"needs rows and columns, but .* takes videos"):
-                    config.build(vit)
+            if method == "grid" and name.startswith(NO_GRID):
+                with pytest.raises((TypeError, NotImplementedError), match=r"takes videos|images of one shape"):
+                    config.build(vit)(images(name))
                 continue
             adaptive = config.build(vit)
             packed, masked = (adaptive(images(name), layout, detailed=True) for layout in (Packed, Masked))
             torch.testing.assert_close(packed.logits, masked.logits, atol=atol, rtol=0)
             assert packed.usage == masked.usage
             assert packed.logits.shape[:1] == wanted.shape[:1]
-            alone = adaptive(images(name)[2:], detailed=True)
+            alone = adaptive(part(images(name), slice(2, None)), detailed=True)
             torch.testing.assert_close(alone.logits, packed.logits[2:, : alone.logits.shape[1]], atol=atol, rtol=0)
             assert torch.equal(alone.usage.macs, packed.usage.macs[2:])
 
@@ -313,7 +376,7 @@ def test_macs_are_what_torch_counts(name: str) -> None:
     for config in (FullConfig(), METHODS["ats"], METHODS["merge"]):
         adaptive = config.build(model(name))
         with FlopCounterMode(display=False) as counter:
-            output = adaptive(images(name)[:1], detailed=True)
+            output = adaptive(part(images(name), slice(1)), detailed=True)
         assert 2 * int(output.usage.macs) == counter.get_total_flops()
 
 
@@ -419,9 +482,169 @@ def test_heads_of_attention_that_is_not_timms_plain_one_are_not_policies() -> No
         AdaViTConfig(policies=("heads",), macs_target=None).build(of_timm("vit_dlittle_patch16_reg1_gap_256"))
 
 
-def test_patches_in_a_dictionary_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"images are a dict, but .* takes a tensor"):
-        FullConfig().build(model("NaFlexVit, axial"))({"patches": images("")})  # type: ignore[arg-type]
+PIECES = [name for name in MODELS if name.startswith("NaFlexVit")]
+MIXED = ((4, 4), (2, 5), (3, 3), (1, 2))
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_images_of_different_shapes_are_what_they_are_for_the_host(name: str) -> None:
+    vit, batch = model(name), cut(MIXED, 18)
+    with torch.no_grad():
+        for config in (config for method, config in DROP_NOTHING.items() if method != "grid"):
+            torch.testing.assert_close(config.build(vit)(batch), vit(batch), atol=1e-10, rtol=0)
+        alike = FullConfig().build(vit)(cut(((4, 4),) * 2), detailed=True).usage
+        one_shape = FullConfig().build(vit)(images(name)[:2], detailed=True).usage
+    assert torch.equal(alike.macs, one_shape.macs)
+    assert torch.equal(alike.share, one_shape.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropSmall(DropConfig):
+    """Patches go on whose features are large for their image."""
+
+    method: ClassVar[str] = "drop small"
+
+    def decide(self, before: Tokens, after: Tokens, block: int) -> Tensor:
+        size = after.grid(after.x.norm(dim=-1))
+        return size > 0.6 * size.amax(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_images_of_different_shapes_are_alone(name: str) -> None:
+    adaptives = {
+        method: config.build(model(name))
+        for method, config in ({"full": FullConfig()} | METHODS).items()
+        if method != "grid"
+    }
+    threshold = DynamicViTConfig(select="threshold", threshold=0.2).build(model(name))
+    bare = EViTConfig(blocks=(0, 1), tokens=4, fuse=False).build(model(name))
+    attending = AdaViTConfig(policies=("patches",), patches_skip="attention", macs_target=None).build(model(name))
+    sublayers = AdaViTConfig(policies=("sublayers",), macs_target=None).build(model(name))
+    others = {"threshold": threshold, "bare": bare, "attending": attending, "sublayers": sublayers}
+    others["dropping"] = DropSmall().build(model(name))
+    batch = cut(MIXED, 18)
+    for method, adaptive in (adaptives | others).items():
+        with torch.no_grad():
+            packed, masked = (adaptive(batch, layout, detailed=True) for layout in (Packed, Masked))
+        torch.testing.assert_close(packed.logits, masked.logits, atol=1e-10, rtol=0)
+        assert packed.usage == masked.usage, method
+        assert packed.usage.grid == (18,)
+        assert packed.usage.patches is not None
+        assert packed.usage.patches.tolist() == [16, 10, 9, 2]
+        assert not packed.usage.patch_depth[~batch["patch_valid"]].any(), method
+        for image, count in enumerate(packed.usage.patches.tolist()):
+            own = {key: t[:, :count] for key, t in part(batch, slice(image, image + 1)).items()}
+            with torch.no_grad():
+                alone = adaptive(own, detailed=True)
+            torch.testing.assert_close(alone.logits, packed.logits[image : image + 1], atol=1e-10, rtol=0)
+            row, slots = packed.usage.of_images(torch.tensor([image])), adaptive.prefix + count
+            for part_of_usage in ("attended", "updated", "heads", "attention", "mlp", "macs", "share"):
+                assert torch.equal(getattr(alone.usage, part_of_usage), getattr(row, part_of_usage)), method
+            if method not in ("tome", "merge"):
+                assert torch.equal(alone.usage.live, row.live[..., :slots]), method
+            if alone.usage.fused is not None:
+                assert torch.equal(alone.usage.fused, row.fused[..., :slots]), method
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_macs_of_images_of_different_shapes_are_what_torch_counts(name: str) -> None:
+    for config in (FullConfig(), METHODS["ats"], EViTConfig(blocks=(0,), keep_rate=0.6), METHODS["tome"]):
+        adaptive = config.build(model(name))
+        with FlopCounterMode(display=False) as counter:
+            output = adaptive(cut(((2, 5),), 10), detailed=True)
+        assert 2 * int(output.usage.macs) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", ["avit", "dynamicvit", "evit"])
+def test_methods_learn_from_images_of_different_shapes(method: str) -> None:
+    adaptive = METHODS[method].build(model("NaFlexVit, axial")).train()
+    found = []
+    for room in (16, 20):  # room that no image takes has no part in what is learned
+        torch.manual_seed(0)
+        adaptive.zero_grad()
+        output = adaptive(cut(MIXED, room), Masked, detailed=True)
+        (output.logits.square().sum() + sum(output.terms.values())).backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in adaptive.parameters())
+        found.append([weight.grad for weight in adaptive.parameters()])
+    adaptive.zero_grad()
+    adaptive.eval()
+    if method != "dynamicvit":  # which draws noise for all of it
+        torch.testing.assert_close(*found, atol=1e-10, rtol=0)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    name, batch = "NaFlexVit, mean", cut(MIXED, 18)
+    spoilt = batch | {"patches": batch["patches"].masked_fill(~batch["patch_valid"][..., None], torch.nan)}
+    with torch.no_grad():
+        for config in METHODS.values():
+            adaptive = config.build(model(name))
+            for layout in (Packed, Masked):
+                assert torch.equal(adaptive(spoilt, layout), adaptive(batch, layout))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"attn_mask": torch.ones(3, 1, 16, 16)}, TypeError, "a dictionary of patches, patch_coord, patch_valid$"),
+        ({"patches": torch.ones(3, 16, 700)}, ValueError, r"takes \(batch, patches, 768\)"),
+        ({"patch_valid": torch.ones(3, 15, dtype=torch.bool)}, ValueError, r"patch_valid \(3, 15\)"),
+        ({"patch_valid": torch.arange(16).expand(3, -1) > 2}, ValueError, "its first patches are valid, one or more"),
+        ({"patches": torch.ones(3, 16, 768)}, TypeError, "images are torch.float32"),
+    ],
+)
+def test_patches_that_a_model_does_not_take_are_refused(
+    change: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        FullConfig().build(model("NaFlexVit, axial"))(cut() | change)
+
+
+def test_methods_that_need_images_of_one_shape_say_so() -> None:
+    vit, batch = model("NaFlexVit, axial"), cut()
+    for config in (
+        ToMeConfig(r=2, position="mean"),
+        RandomConfig(blocks=(0, 1)),
+        ReleasedATSConfig(blocks=(0, 1)),
+    ):
+        with pytest.raises(NotImplementedError, match="images of one shape"):
+            config.build(vit)(batch)
+    learning = METHODS["adavit"].build(vit).train()
+    with pytest.raises(NotImplementedError, match="AdaViT in training takes images of one shape"):
+        learning(batch)
+    learning.eval()
+
+
+def test_budgets_are_not_measured_on_images_of_different_shapes() -> None:
+    with pytest.raises(TypeError, match="measured on a tensor of images of one shape"):
+        adapt(model("NaFlexVit, axial"), cut(), 0.7)  # type: ignore[arg-type]
+    vit = model("NaFlexVit, mean")
+    adaptive = adapt(vit, images("NaFlexVit, mean"), 0.7, tolerance=0.1)
+    with torch.no_grad():
+        assert adaptive(cut()).shape == (3, 7)
+
+
+def test_records_of_images_of_different_shapes_are_joined() -> None:
+    adaptive = METHODS["evit"].build(model("NaFlexVit, mean"))
+    batch = cut(MIXED, 18)
+    with torch.no_grad():
+        whole = adaptive(batch, detailed=True).usage
+        parts = [adaptive(part(batch, rows), detailed=True).usage for rows in (slice(2), slice(2, 4))]
+    assert join(parts, whole=True) == whole
+
+
+def test_images_that_run_by_themselves_have_their_own_rows_of_tables() -> None:
+    vit = model("Gemma4VitEncoder")
+    torch.manual_seed(1)
+    adaptive = AdaViTConfig(policies=("sublayers",), macs_target=None).build(vit)
+    with torch.no_grad():
+        packed, masked = (adaptive(images("Gemma4VitEncoder"), layout, detailed=True) for layout in (Packed, Masked))
+    assert (packed.usage.attention.sum(dim=0) % 3).any()  # of some images and not of others
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-10, rtol=0)
+
+
+def test_pictures_are_refused_where_patches_are_taken() -> None:
+    with pytest.raises(TypeError, match="a Tensor, but Siglip2VisionModel takes a dictionary of pixel_values, spatial"):
+        FullConfig().build(model("Siglip2VisionModel"))(images("ViTModel"))
 
 
 @pytest.mark.parametrize(
@@ -473,6 +696,19 @@ def test_classes_have_the_names_that_the_model_has() -> None:
     assert FullConfig().build(named).class_names == ("cat", "dog")
     assert FullConfig().build(model("ViTForImageClassification")).class_names == ()
     assert FullConfig().build(model("ViTModel")).class_names == ()
+
+
+def test_hooks_on_blocks_that_give_tuples_are_given_them() -> None:
+    name = "VJEPA2ForVideoClassification"
+    vit: Any = model(name)
+    hook = vit.vjepa2.encoder.layer[1].register_forward_hook(lambda _, given, out: (out[0] * 2, *out[1:]))
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                FullConfig().build(vit)(images(name)), of_host(name, images(name)), atol=1e-10, rtol=0
+            )
+    finally:
+        hook.remove()
 
 
 def test_videos_have_steps_in_time() -> None:

@@ -70,6 +70,8 @@ class Own(nn.Module):
         x = self.last(x)
         if self.kind == "mean":
             return self.classifier(x[:, 1:].mean(dim=1))
+        if self.kind == "tokens":
+            return x
         if self.kind == "sum":
             return self.classifier(x.sum(dim=1))
         return self.classifier(x[:, 0])
@@ -123,6 +125,7 @@ def test_a_guess_can_be_adapted(images: Tensor) -> None:
         ("places in the block", "has blocks, Layer, that go by the order of tokens"),
         ("no attention", "does not attend by scaled_dot_product_attention"),
         ("something told", "tells its blocks bias, of which nothing is known"),
+        ("tokens", "gives all its tokens and nothing that is pooled of them"),
         ("sum", "pools all its tokens in a way that tokens that are gone have a part in"),
     ],
 )

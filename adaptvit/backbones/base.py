@@ -4,7 +4,8 @@ No module reads a ViT's parts but those of this folder, `adaptvit.flax.convert`,
 gradients no block of timm's has.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,18 @@ from timm.layers import Attention, to_2tuple
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from adaptvit.backbones.families import FAMILIES, POOLS, Family, Parts, Reads, find, get, qualified, value_of
+from adaptvit.backbones.families import (
+    FAMILIES,
+    POOLS,
+    Family,
+    Parts,
+    Pieces,
+    Reads,
+    find,
+    get,
+    qualified,
+    value_of,
+)
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.backbones.processors import prepared_by
 
@@ -231,14 +243,23 @@ def read_slots(vit: nn.Module) -> int | None:
     return reads
 
 
-def check_images(vit: nn.Module, images: Tensor) -> None:
+def pieces_of(vit: nn.Module, images: Any) -> Pieces | None:
+    """How these images name what they are cut into; None of images that are not cut yet."""
+    pieces = family_of(vit).pieces
+    return pieces if pieces is not None and (pieces.alone or isinstance(images, Mapping)) else None
+
+
+def check_images(vit: nn.Module, images: Any) -> None:
     """Refuse images that the ViT does not take.
 
     Raises:
         TypeError: they are of another precision.
         ValueError: they are of another shape, or on another device.
     """
-    name, weight = model_name(vit), next(vit.parameters())
+    if (pieces := pieces_of(vit, images)) is not None:
+        _check_pieces(vit, pieces, images)
+        return
+    name = model_name(vit)
     channels, *size = input_size(vit)
     if not isinstance(images, Tensor):
         raise TypeError(
@@ -252,10 +273,7 @@ def check_images(vit: nn.Module, images: Tensor) -> None:
         raise ValueError(
             f"images have shape {tuple(images.shape)}, but {name} takes (batch, {', '.join(map(str, wanted))})"
         )
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
-    if images.device != weight.device:
-        raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
+    _check_like_weights(vit, images)
     any_size = family_of(vit).any_size
     if isinstance(any_size, str):
         any_size = bool(find(vit, any_size))
@@ -266,12 +284,42 @@ def check_images(vit: nn.Module, images: Tensor) -> None:
         )
 
 
-def patch_grid(vit: nn.Module, images: Tensor | None = None) -> tuple[int, ...]:
+def _check_like_weights(vit: nn.Module, images: Tensor) -> None:
+    name, weight = model_name(vit), next(vit.parameters())
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"images are {images.dtype}, but {name} is {weight.dtype}: convert and normalise them first")
+    if images.device != weight.device:
+        raise ValueError(f"images are on {images.device}, but {name} is on {weight.device}")
+
+
+def _check_pieces(vit: nn.Module, pieces: Pieces, images: Any) -> None:
+    name, names = model_name(vit), (pieces.patches, *pieces.others, pieces.valid)
+    if not isinstance(images, Mapping) or set(images) != set(names):
+        got = f"dictionary of {', '.join(images)}" if isinstance(images, Mapping) else type(images).__name__
+        raise TypeError(f"images are a {got}, but {name} takes a dictionary of {', '.join(names)}")
+    patches, valid = images[pieces.patches], images[pieces.valid]
+    width = get(vit, family_of(vit).channels) * prod(to_2tuple(get(vit, family_of(vit).patch)))
+    if patches.shape[2:].numel() != width or patches.shape[:2] != valid.shape:
+        raise ValueError(
+            f"{pieces.patches} have shape {tuple(patches.shape)} and {pieces.valid} {tuple(valid.shape)}, but {name} "
+            f"takes (batch, patches, {width}) and (batch, patches)"
+        )
+    _check_like_weights(vit, patches)
+    there = valid.bool()
+    if not there[:, :1].all() or (there[:, 1:] & ~there[:, :-1]).any():
+        raise ValueError(f"{pieces.valid} has to say of each image that its first patches are valid, one or more")
+
+
+def patch_grid(vit: nn.Module, images: Any = None) -> tuple[int, ...]:
     """Rows and columns of patches that the images are cut into, of videos steps in time before them.
+
+    Of images that come in pieces, of different shapes, the patches that there is room for.
 
     Args:
         images: None is those of the ViT's own size.
     """
+    if images is not None and (pieces := pieces_of(vit, images)) is not None:
+        return (images[pieces.patches].shape[1],)
     size = input_size(vit)[1:] if images is None else tuple(images.shape[-2:])
     stem: Any = find(vit, family_of(vit).stem)
     if hasattr(stem, "dynamic_feat_size"):

@@ -51,12 +51,12 @@ def run_body(number: int, tokens: Tokens, body: Body, checkpointing: bool = Fals
     (block, path, core, _), batch = tokens.source.blocks[number], tokens.batch
     left: list[tuple[Tokens, Tensor]] = []
 
-    def forward(core: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(core: nn.Module, x: Tensor, *_: Any, **__: Any) -> Any:
         # what is not `batch` somebody has changed
         after = body(core, tokens if x is batch else tokens.with_x(tokens.of_batch(x)))
         out = after.batch
         left[:] = [(after, out)]
-        return out
+        return (out, None) if tokens.source.family.tuples else out
 
     stand = stand_in(core, forward)
     args, kwargs = tokens.source.calls[number]

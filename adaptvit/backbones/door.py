@@ -167,8 +167,11 @@ class OfLive(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is multi_head_attention_forward and args[1].shape[0] == self.live.shape[1]:
-            given = kwargs.get("key_padding_mask")
-            kwargs["key_padding_mask"] = ~self.live if given is None else ~self.live | given
+            given, mask = kwargs.get("key_padding_mask"), kwargs.get("attn_mask")
+            gone = ~self.live if given is None else ~self.live | given
+            if mask is not None and mask.is_floating_point():
+                gone = torch.zeros_like(gone, dtype=mask.dtype).masked_fill(gone, -torch.inf)
+            kwargs["key_padding_mask"] = gone
         elif func is scaled_dot_product_attention and args[1].shape[-2] == self.live.shape[1]:
             args, given = args[:3], args[3] if len(args) > 3 else kwargs.get("attn_mask")
             live = self.live[:, None, None]

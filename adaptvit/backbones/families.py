@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-Table = Literal["sin cos", "cos, sin", "each"]
+Table = Literal["sin cos", "cos, sin", "each", "places"]
 """How a block is told positions: `sin cos`, one tensor (..., P, 2d) of sines and then cosines; `cos, sin`, two tensors
-(..., P, d); `each`, one tensor (B, N, d) with a row for each token."""
+(..., P, d); `each`, one tensor (B, N, d) with a row for each token; `places`, the numbers of patches (B, N), or nothing
+where all are in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,21 @@ class Refused(NamedTuple):
     """True is anything but None and what is false."""
 
 
+class Pieces(NamedTuple):
+    """Images of different shapes in one batch, cut into P patches each: a dict, by its names."""
+
+    patches: str
+    """(B, P, channels of a patch)."""
+    valid: str
+    """(B, P), true or 1 of the patches that there are, which come first."""
+    others: tuple[str, ...]
+    """What else is in it."""
+    mask: str
+    """Argument of a block that hides the others."""
+    alone: bool = False
+    """Whether the model takes nothing else, item by item by these names; else it takes the dict too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A class of models; dotted names lead from the model to what is asked for."""
@@ -90,6 +106,8 @@ class Family:
     """Leading tokens that are read of the last block; None where all are pooled."""
     stem: str | None = "patch_embed"
     """What makes tokens of patches; None where its MACs are those of all that runs before the blocks."""
+    weighed: str | None = None
+    """Table of positions that every patch is given a weighted mean of, by a product with all of it."""
     channels: str = "in_chans"
     size: str | None = "patch_embed.img_size"
     """Of images; None where the model has none: then timm's record may say it."""
@@ -106,6 +124,10 @@ class Family:
     """Classifiers."""
     checkpointing: str = "grad_checkpointing"
     """What says whether its blocks are to be run again for the gradients."""
+    pieces: Pieces | None = None
+    """How images of different shapes are given; None where they cannot be."""
+    tuples: bool = False
+    """Whether a block gives a tuple, of which the first is read."""
     told: Mapping[str, Any] = field(default_factory=dict)
     """What a forward is called with beside images."""
     prepared: Mapping[str, Any] = field(default_factory=dict)
@@ -233,6 +255,7 @@ _PATHS = (
     "norm",
     "pool",
     "stem",
+    "weighed",
     "channels",
     "size",
     "patch",
@@ -298,6 +321,14 @@ _SIGLIP = _HF(
     stem="embeddings.patch_embedding",
     prepared=_HALF | _SQUASHED | {"interpolation": "bicubic"},
 )
+_SIGLIP2 = replace(
+    _SIGLIP,
+    models=(f"{_TRANSFORMERS}siglip2.modeling_siglip2.Siglip2VisionModel",),
+    weighed="embeddings.position_embedding.weight",
+    size=None,
+    any_size=True,
+    pieces=Pieces("pixel_values", "pixel_attention_mask", ("spatial_shapes",), "attention_mask", alone=True),
+)
 _CLIP = replace(
     _SIGLIP,
     models=(f"{_TRANSFORMERS}clip.modeling_clip.CLIPVisionModel",),
@@ -324,6 +355,19 @@ _VIDEOMAE = replace(
     frames="config.num_frames",
     tubelet="config.tubelet_size",
     prepared=_IMAGENET | _CROPPED | {"crop_pct": 1.0, "interpolation": "bilinear"},
+)
+_VJEPA = replace(
+    _VIDEOMAE,
+    models=(f"{_TRANSFORMERS}vjepa2.modeling_vjepa2.VJEPA2Model",),
+    checkpointing="encoder.layer.0.gradient_checkpointing",
+    norm="encoder.layernorm",
+    tables={"position_mask": "places"},
+    stem="encoder.embeddings.patch_embeddings.proj",
+    channels="config.in_chans",
+    size="config.crop_size",
+    frames="config.frames_per_clip",
+    tuples=True,
+    told=dict(_VIDEOMAE.told) | {"skip_predictor": True},
 )
 _VIT_LAYER = Parts(
     into_attention=("layernorm_before",),
@@ -422,6 +466,7 @@ FAMILIES = Families(
             size=None,
             any_size=True,
             patch="embeds.patch_size",
+            pieces=Pieces("patches", "patch_valid", ("patch_coord",), "attn_mask"),
         ),
         *(one for family in (_QWEN, _DEEPSEEK, _GEMMA) for one in (family, _classifier(family))),
         Family(
@@ -506,6 +551,8 @@ FAMILIES = Families(
         ),
         _SIGLIP,
         _with_head("vision_model", _SIGLIP, f"{_TRANSFORMERS}siglip.modeling_siglip.SiglipForImageClassification"),
+        _SIGLIP2,
+        _with_head("vision_model", _SIGLIP2, _SIGLIP2.models[0].replace("VisionModel", "ForImageClassification")),
         _CLIP,
         _with_head(
             "vision_model",
@@ -528,6 +575,14 @@ FAMILIES = Families(
                     False,
                 ),
             ),
+        ),
+        _VJEPA,
+        _with_head(
+            "vjepa2",
+            _VJEPA,
+            f"{_TRANSFORMERS}vjepa2.modeling_vjepa2.VJEPA2ForVideoClassification",
+            pool="pooler",
+            told=_VIDEOMAE.told,
         ),
     ),
     {
@@ -590,6 +645,14 @@ FAMILIES = Families(
             heads="attention.num_heads",
             head_dim="attention.head_dim",
         ),
+        f"{_TRANSFORMERS}siglip2.modeling_siglip2.Siglip2EncoderLayer": _SIGLIP_LAYER,
+        f"{_TRANSFORMERS}vjepa2.modeling_vjepa2.VJEPA2Layer": replace(
+            _DINO_LAYER,
+            out_of_attention=("drop_path",),
+            out_of_mlp=("drop_path",),
+            heads="attention.num_attention_heads",
+            head_dim="attention.attention_head_size",
+        ),
     },
 )
 """What is known. Parts are of the blocks whose middle methods may act in; other blocks are called whole."""
@@ -597,6 +660,8 @@ FAMILIES = Families(
 POOLS = (
     "timm.layers.attention_pool.AttentionPoolLatent",
     f"{_TRANSFORMERS}siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead",
+    f"{_TRANSFORMERS}siglip2.modeling_siglip2.Siglip2MultiheadAttentionPoolingHead",
+    f"{_TRANSFORMERS}vjepa2.modeling_vjepa2.VJEPA2AttentivePooler",
     f"{_TRANSFORMERS}aimv2.modeling_aimv2.Aimv2AttentionPoolingHead",
     "open_clip.transformer.AttentionalPooler",
 )

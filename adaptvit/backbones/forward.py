@@ -8,7 +8,7 @@ Letters: B images, N token slots (prefix tokens first, then P patches), R slots 
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import signature
 from math import prod
@@ -23,6 +23,7 @@ from adaptvit.backbones.base import (
     check_images,
     family_of,
     patch_grid,
+    pieces_of,
     placed,
     prefix_tokens,
     read_slots,
@@ -45,12 +46,50 @@ class Source:
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     """Arguments of each block after the features."""
     blocks: Sequence[Placed]
+    live: Tensor | None = None
+    """(B, N) bool, of images in pieces the slots that hold a token at first; else None, which is all."""
+    rows: Tensor | None = None
+    """Numbers of the images, of those that blocks are told of; None is all."""
     _found: dict[str, tuple[Tensor, Any, Any]] = field(default_factory=dict)
 
     def told(self, number: int) -> dict[str, Any]:
         """What block `number` is called with beside features, by name."""
         args, kwargs = self.calls[number]
-        return dict(zip(argument_names(type(self.blocks[number].core).forward)[1:], args, strict=False)) | kwargs
+        names = argument_names(type(self.blocks[number].core).forward)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.rows is None:
+            return given
+        tables = self.family.tables.items()
+        return given | {name: self._of_rows(kind, given[name]) for name, kind in tables if name in given}
+
+    def of_images(self, rows: Tensor) -> "Source":
+        """That of some images of the batch, by their numbers: what blocks are told of these."""
+        return replace(self, rows=rows, live=None if self.live is None else self.live[rows], _found={})
+
+    def _of_rows(self, kind: Table, table: Any) -> Any:
+        if isinstance(table, tuple):
+            return tuple(self._of_rows(kind, one) for one in table)
+        of_each_image = table is not None and table.ndim == (3 if kind == "each" else 4) and len(table) > 1
+        return table[self.rows] if of_each_image else table
+
+    def laid(self, x: Tensor, layout: type[Tokens]) -> Tokens:
+        """Tokens of (B, N, D) features as the first block receives them."""
+        tokens = layout.of(x).of_source(self)
+        return tokens if self.live is None else tokens.keep(self.live)
+
+    @property
+    def own(self) -> Tensor | None:
+        """(B, 1) int64, the patches that each image has; None where all have as many as there are slots for."""
+        return None if self.live is None else self.live.sum(dim=1, keepdim=True) - self.prefix
+
+    def check_alike(self, who: str) -> None:
+        """Refuse images in pieces, of different shapes.
+
+        Raises:
+            NotImplementedError: they are.
+        """
+        if self.live is not None:
+            raise NotImplementedError(f"{who} takes images of one shape, and not in pieces")
 
     def in_place(self, tokens: Tokens) -> bool:
         """Whether every slot has the token that was embedded there, so that the ViT's tables fit."""
@@ -60,7 +99,11 @@ class Source:
 
     def tables(self, given: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
         """Those of a block's arguments that are tables of positions, with a row for each token of `tokens.batch`."""
-        kinds = {name: kind for name, kind in self.family.tables.items() if given.get(name) is not None}
+        kinds = {
+            name: kind
+            for name, kind in self.family.tables.items()
+            if given.get(name) is not None or (kind == "places" and name in given)
+        }
         if not kinds or self.in_place(tokens):
             return {}
         return {name: self._rows(name, kind, given[name], tokens) for name, kind in kinds.items()}
@@ -76,6 +119,8 @@ class Source:
     def _look_up(self, kind: Table, table: Any, tokens: Tokens) -> Any:
         at = tokens.at.flatten()
         images, length = tokens.batch.shape[:2]
+        if kind == "places":
+            return (at - self.prefix).view(-1, length).expand(images, -1)
         image = (
             tokens.spread(torch.arange(tokens.shape[0], device=at.device)[:, None]).expand(tokens.at.shape).flatten()
         )
@@ -115,6 +160,7 @@ class Source:
         Args:
             sides: of another grid, which is stretched over the image; None is that of the patches.
         """
+        self.check_alike('position="mean"')
         axes = [
             (torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) * (whole / side) - 0.5
             for side, whole in zip(sides or self.grid, self.grid, strict=True)
@@ -164,14 +210,15 @@ of these slots hold a token, (B, R) bool; None is all."""
 class _Blocks(nn.Module):
     """Stands for every block: notes what they are called with, and goes on from the last one."""
 
-    def __init__(self, count: int, go_on: Callable[[Tensor, list[Any]], Any]) -> None:
+    def __init__(self, count: int, go_on: Callable[[Tensor, list[Any]], Any], tuples: bool) -> None:
         super().__init__()
-        self.count, self.go_on = count, go_on
+        self.count, self.go_on, self.tuples = count, go_on, tuples
         self.calls: list[Any] = []
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((args, kwargs))
-        return x if len(self.calls) < self.count else self.go_on(x, self.calls)
+        out = x if len(self.calls) < self.count else self.go_on(x, self.calls)
+        return (out, None) if self.tuples else out
 
 
 def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
@@ -185,17 +232,20 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
         TypeError: the images are not floating point, or of another precision than the weights.
     """
     check_images(vit, images)
-    family, reads = family_of(vit), read_slots(vit)
+    family, reads, pieces = family_of(vit), read_slots(vit), pieces_of(vit, images)
     blocks = get(vit, family.blocks)
     held: list[Tensor] = []
 
     def go_on(x: Tensor, calls: list[Any]) -> Tensor:
         if not isinstance(x, Tensor) or x.ndim != 3:
             raise TypeError("has blocks that take something else than tokens (batch, tokens, channels)")
+        places = [placed(block) for block in blocks]
+        source = Source(family, images, patch_grid(vit, images), prefix_tokens(vit), calls, places)
+        if pieces is not None:
+            source.live = pad(images[pieces.valid].bool(), (source.prefix, 0), value=True)
+            source.calls = _without(pieces.mask, blocks, calls)
+            x = x.masked_fill(~source.live[..., None], 0)
         spoilt = 0 * x.sum(dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # 0, or NaN
-        source = Source(
-            family, images, patch_grid(vit, images), prefix_tokens(vit), calls, [placed(one) for one in blocks]
-        )
         slots = x.shape[1]
         x, live = inside(x + spoilt.to(x.dtype), source)
         if family.needs_grid and x.shape[1] < slots:
@@ -207,14 +257,26 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
                 x = _fill(x, live, _pooled_from(vit))
         return x
 
-    stand = _Blocks(len(blocks), go_on)
+    stand = _Blocks(len(blocks), go_on, family.tuples)
     parts: dict[str, Any] = {family.blocks: stand_in(blocks, _modules=dict.fromkeys(blocks._modules, stand))}
     if reads is None:
         parts |= _pooling(vit, family, held)
     inside_blocks = family.checkpointing.startswith(f"{family.blocks}.")
     if not inside_blocks and find(vit, family.checkpointing) is True:  # which blocks are by themselves
         parts[family.checkpointing] = False
-    return with_parts(vit, parts)(images, **family.told)
+    stood = with_parts(vit, parts)
+    if pieces is None:
+        return stood(images, **family.told)
+    return stood(**images, **family.told) if pieces.alone else stood(dict(images), **family.told)
+
+
+def _without(mask: str, blocks: Any, calls: list[Any]) -> list[Any]:
+    """The calls of blocks without a mask that hides slots."""
+    found = []
+    for block, (args, kwargs) in zip(blocks, calls, strict=True):
+        names = argument_names(type(placed(block).core).forward)[1:]
+        found.append(((), dict(zip(names, args, strict=False)) | kwargs | {mask: None}))
+    return found
 
 
 def _pooling(vit: nn.Module, family: Family, held: list[Tensor]) -> dict[str, nn.Module]:
@@ -269,7 +331,7 @@ def enter(vit: nn.Module, images: Any, layout: type[Tokens]) -> Tokens:
     entered: list[Tokens] = []
 
     def inside(x: Tensor, source: Source) -> NoReturn:
-        entered.append(layout.of(x).of_source(source))
+        entered.append(source.laid(x, layout))
         raise _Enough
 
     with suppress(_Enough):

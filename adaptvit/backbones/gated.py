@@ -248,6 +248,8 @@ class _Part:
     """(T,) places in the part's own flattened grid, ascending."""
     rows: Tensor | None
     """(T,) rows of the batch's features; None is all of them, in order."""
+    images: Tensor | None = None
+    """Their numbers in the batch; None is all of it."""
 
     def of(self, t: Tensor) -> Tensor:
         """Rows of the batch's features: a copy, or the features themselves where they are all."""
@@ -324,7 +326,7 @@ def _parts(
         else:
             inner = chosen.index_select(0, index).flatten().nonzero().squeeze(1)
         rows = inner + ((index - places) * slots)[inner // slots]
-        yield _Part(runs, attending, through_mlp, (len(group), slots), inner, rows)
+        yield _Part(runs, attending, through_mlp, (len(group), slots), inner, rows, index)
 
 
 def _runs(pattern: Sequence[bool]) -> Runs:
@@ -337,7 +339,8 @@ def _called(
     block: Any, parts: Parts, number: int, read: Tensor, part: _Part, inside: Tensor | None, tokens: Packed
 ) -> Tensor:
     """`_attention` of a block whose attention is called whole, by all heads."""
-    keys = Packed(read, part.shape, part.slots, source=tokens.source)
+    source = tokens.source if part.images is None else tokens.source.of_images(part.images)
+    keys = Packed(read, part.shape, part.slots, source=source)
     chosen = None
     if inside is not None:
         chosen = torch.zeros(part.shape[0] * part.shape[1], dtype=torch.bool, device=read.device)

@@ -156,6 +156,11 @@ def _prove(vit: nn.Module, family: Family, said: str) -> None:
     images = _images(vit, family)
     generator = torch.Generator().manual_seed(1)
     theirs = scores(vit(images))[0]
+    if family.reads is None and theirs.ndim > 2:
+        raise TypeError(
+            f"{said} gives all its tokens and nothing that is pooled of them, by which a guess could be proved: put it "
+            "into a module that pools them, or describe it by a row, adaptvit.FAMILIES"
+        )
     blocks = len(get(vit, family.blocks))
 
     def all_of_it(x: Tensor, source: Source) -> tuple[Tensor, None]:

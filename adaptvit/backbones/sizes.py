@@ -36,8 +36,10 @@ def shape_of(vit: nn.Module) -> Shape:
     else:
         before = stem.forward if stem is not None else lambda images: enter(vit, images, Packed)
         stem_per_patch = _counted(before, vit, 1, *input_size(vit)) // math.prod(patch_grid(vit))
+    if (table := find(vit, family_of(vit).weighed)) is not None:
+        stem_per_patch += table.numel()
     dim = get(vit, family_of(vit).width)
-    pool, pool_per_patch = _pool_macs(vit, dim)
+    pool, pool_per_patch, pool_per_pair = _pool_macs(vit, dim)
     return Shape(
         dim=dim,
         blocks=_block_shapes(vit, dim),
@@ -46,6 +48,7 @@ def shape_of(vit: nn.Module) -> Shape:
         head=head_macs(vit),
         pool=pool,
         pool_per_patch=pool_per_patch,
+        pool_per_pair=pool_per_pair,
         stem=stem_fixed + _bias_macs(vit, family_of(vit).bias),
         stem_per_pair=stem_per_pair,
     )
@@ -56,15 +59,17 @@ def head_macs(vit: nn.Module) -> int:
     return sum(_linear_macs(find(vit, name)) for name in family_of(vit).heads)
 
 
-def _pool_macs(vit: nn.Module, dim: int) -> tuple[int, int]:
-    """MACs of a pool by attention: for one image, and for one patch beyond that; counted by running it twice."""
+def _pool_macs(vit: nn.Module, dim: int) -> tuple[int, int, int]:
+    """MACs of a pool by attention: for one image, for a patch and for two; counted by running it three times."""
     family = family_of(vit)
     pool: Any = find(vit, family.pool)
     if pool is None:
-        return 0, 0
-    one, two = (_counted(pool.forward, vit, 1, tokens, dim) for tokens in (1, 2))
+        return 0, 0, 0
+    one, two, three = (_counted(pool.forward, vit, 1, tokens, dim) for tokens in (1, 2, 3))
     prefix = prefix_tokens(vit) if value_of(vit, family.pools_prefix) else 0
-    return one + (prefix - 1) * (two - one), two - one
+    pair = (three - 2 * two + one) // 2
+    each = two - one - 3 * pair
+    return one - each - pair + prefix * (each + prefix * pair), each + 2 * prefix * pair, pair
 
 
 def _block_shapes(vit: nn.Module, dim: int) -> tuple[BlockShape, ...]:

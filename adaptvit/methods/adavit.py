@@ -10,7 +10,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -200,8 +200,12 @@ class AdaViT(AdaptiveViT):
             ValueError: `Packed` in training.
         """
         grid = tokens.source.grid
+        if self.training:
+            tokens.source.check_alike(f"{self.config.title} in training")
+        if tokens.at_first is not None:  # what holds no token is a patch that is always off
+            tokens = type(tokens).of(tokens.grid(tokens.x)).of_source(tokens.source)
         tokens, policies = self.decided(tokens)
-        usage, means = self.usage(policies, grid), self.means(policies, grid)
+        usage, means = self.usage(policies, grid, tokens.source.own), self.means(policies, grid)
         return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
 
     def differentiable(self, layout: type[Tokens]) -> bool:
@@ -233,12 +237,20 @@ class AdaViT(AdaptiveViT):
             known: what it decides of features `x`; None where its weights are together only while it is called.
         """
         policies, normed = self.decide(number, tokens) if known is None else known
+        gates = self.gates(policies)
+        if tokens.at_first is not None:
+            there = tokens.at_first.to(policies.patches.dtype)
+            gates = replace(
+                gates,
+                attention_tokens=there if gates.attention_tokens is None else gates.attention_tokens,
+                mlp_tokens=there if gates.mlp_tokens is None else gates.mlp_tokens,
+            )
         decided[number] = policies
         if tokens.x is not x and known is not None:
             normed = None  # somebody has changed what the block is given
         read = self.read if self.reads_few(number) else None
         otherwise = self.trains_otherwise(number) if self.training else {}
-        return run_gated(block, number, tokens, self.gates(policies), self.config.heads_take, normed, read, **otherwise)
+        return run_gated(block, number, tokens, gates, self.config.heads_take, normed, read, **otherwise)
 
     def trains_otherwise(self, block: int) -> dict[str, Any]:
         """What a block is told in training beside its gates: arguments of `run_gated`."""
@@ -266,13 +278,16 @@ class AdaViT(AdaptiveViT):
             normed = attention_reads(block, tokens)
             logits = tokens.grid(_score(self.patch_policy[key], normed))[:, self.prefix :, 0]
             chosen = self.gate(logits, self.config.patch_threshold, masked)
+        if tokens.at_first is not None:
+            chosen = chosen * tokens.at_first[:, self.prefix :]
         return Policies(chosen, heads, sublayers, head_logits, sublayer_logits), normed
 
     def state(self, tokens: Tokens) -> Tensor:
         """What the policies over heads and sub-layers read: (B, D), the class token or else the mean of all tokens."""
         if self.read is not None:
             return tokens.first(tokens.x, 1)[:, 0]
-        return tokens.grid(tokens.x).mean(dim=1)
+        x = tokens.grid(tokens.x)
+        return x.mean(dim=1) if tokens.at_first is None else x.sum(dim=1) / tokens.at_first.sum(dim=1, keepdim=True)
 
     def gate(self, logits: Tensor, threshold: float, masked: bool) -> Tensor:
         """m: 0 or 1 for every logit; float with the gradient of a soft decision where `masked`, else bool."""
@@ -305,14 +320,21 @@ class AdaViT(AdaptiveViT):
             mlp_tokens=mlp_tokens,
         )
 
-    def block_macs(self, policies: Policies) -> tuple[Tensor, Tensor]:
-        """MACs of the sub-layers and of deciding, (B, L) each: with the policies' gradients, or int64 of bool ones."""
+    def block_macs(self, policies: Policies, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """MACs of the sub-layers and of deciding, (B, L) each: with the policies' gradients, or int64 of bool ones.
+
+        Args:
+            own: (B, 1), patches of each image; None is all there is room for.
+        """
         exact = policies.heads.dtype == torch.bool
         patches, heads, sublayers = (
             t.long() if exact else t for t in (policies.patches, policies.heads, policies.sublayers)
         )
         keys = patches.sum(dim=2) + self.prefix
-        all_tokens = torch.full_like(keys, patches.shape[2] + self.prefix)
+        if own is None:
+            all_tokens = torch.full_like(keys, patches.shape[2] + self.prefix)
+        else:
+            all_tokens = (own + self.prefix).expand_as(keys)
         through_mlp = keys if self.config.patches_skip == "attention and mlp" else all_tokens
         if self.read is not None:  # of the last block only these are read
             read = keys.new_full((len(keys), 1), self.read)
@@ -331,20 +353,22 @@ class AdaViT(AdaptiveViT):
             queries,
             through_mlp,
         )
-        return executed, self._deciding(sublayers.detach().sum(dim=2) > 0, patches.shape[2])
+        return executed, self._deciding(sublayers.detach().sum(dim=2) > 0, patches.shape[2] if own is None else own)
 
-    def _deciding(self, active: Tensor, patches: int) -> Tensor:
+    def _deciding(self, active: Tensor, patches: int | Tensor) -> Tensor:
         """MACs of the policies' linear maps; a block that is off in both sub-layers does not score patches.
 
         In a batch with an image that it is not off for it does, which is 0.02 % of the MACs and is not counted.
         """
         blocks = range(self.depth)
         always = [2 * (str(b) in self.sublayer_policy) + self.heads[0] * (str(b) in self.head_policy) for b in blocks]
-        scoring = [(patches + self.prefix) * (str(b) in self.patch_policy) for b in blocks]
+        slots = patches + self.prefix
+        scoring = [(slots if isinstance(slots, int) else 1) * (str(b) in self.patch_policy) for b in blocks]
         fixed, scored = torch.tensor([always, scoring], device=active.device)
+        scored = scored if isinstance(slots, int) else scored * slots
         return (fixed + active * scored) * self.shape.dim
 
-    def usage(self, policies: Policies, grid: tuple[int, ...]) -> Usage:
+    def usage(self, policies: Policies, grid: tuple[int, ...], own: Tensor | None = None) -> Usage:
         """The record of what these decisions execute."""
         on = Policies(*(t.detach() > 0 for t in (policies.patches, policies.heads, policies.sublayers)))
         attention, mlp = on.sublayers.unbind(dim=2)
@@ -354,10 +378,10 @@ class AdaViT(AdaptiveViT):
         tokens = live.sum(dim=2)
         updated = tokens
         if self.config.patches_skip == "attention":
-            updated = torch.where(mlp, live.shape[2], tokens)
+            updated = torch.where(mlp, live.shape[2] if own is None else own + self.prefix, tokens)
         if self.read is not None:
             updated = torch.cat([updated[:, :-1], self.read * active[:, -1:].long()], dim=1)
-        executed, deciding = self.block_macs(on)
+        executed, deciding = self.block_macs(on, own)
         heads = on.heads.sum(dim=2)
         return Usage(tokens * attention, updated, heads, attention, mlp, grid, self.prefix, live, executed, deciding)
 

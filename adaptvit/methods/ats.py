@@ -110,10 +110,11 @@ class ATS(AdaptiveViT):
             generator: for the draws of `gumbel`; in training None is torch's own.
         """
         grid, live, soundness = tokens.source.grid, [tokens.live], list[Tensor]()
-        order = self.order(tokens.source.images, tokens.shape[1] - self.prefix)
+        order = self.order(tokens)
         for number in range(self.depth):
             if number in self.points:
-                decided = once(partial(self.decide, tokens, live[-1], number, generator, order))
+                points = self.points_of(number, tokens.source.own)
+                decided = once(partial(self.decide, tokens, live[-1], number, points, generator, order))
                 tokens = self.run_block(number, tokens, look=_chosen(decided))
                 chosen, finite = decided()
                 live.append(chosen)
@@ -131,6 +132,7 @@ class ATS(AdaptiveViT):
         tokens: Tokens,
         live: Tensor,
         block: int,
+        points: Tensor | None,
         generator: torch.Generator | None,
         order: Tensor | None,
         projected: Projected,
@@ -139,7 +141,7 @@ class ATS(AdaptiveViT):
         score = self.score(tokens, projected, live)
         finite = score.isfinite().all(dim=1, keepdim=True)
         alike = normalise(torch.zeros_like(score), live[:, self.prefix :])
-        return self.sample(score.where(finite, alike), live, block, generator, order), finite
+        return self.sample(score.where(finite, alike), live, block, generator, order, points), finite
 
     def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.
@@ -155,7 +157,7 @@ class ATS(AdaptiveViT):
         """S before it is normalised, token features, from attention received and the values' norms, (..., H) each."""
         return (attention * size).sum(dim=-1)
 
-    def order(self, images: Tensor, patches: int) -> Tensor | None:
+    def order(self, tokens: Tokens) -> Tensor | None:
         """(B, P) int64, where patches are not chosen by their scores: the order in which they are; else None."""
         return None
 
@@ -166,17 +168,24 @@ class ATS(AdaptiveViT):
         block: int,
         generator: torch.Generator | None = None,
         order: Tensor | None = None,
+        points: Tensor | None = None,
     ) -> Tensor:
-        """The slots that block number `block` hands on: (B, N) bool."""
-        points = self.sampling_points(block, score.shape[1])
-        chosen = self.choose(score, live[:, self.prefix :], points, generator, order)
+        """The slots that block number `block` hands on: (B, N) bool; `points` are what `points_of` gives."""
+        count = self.sampling_points(block, score.shape[1]) if points is None else points
+        chosen = self.choose(score, live[:, self.prefix :], count, generator, order)
         return torch.cat([live[:, : self.prefix], chosen], dim=1)
 
     def choose(
-        self, score: Tensor, live: Tensor, points: float, generator: torch.Generator | None, order: Tensor | None
+        self,
+        score: Tensor,
+        live: Tensor,
+        points: float | Tensor,
+        generator: torch.Generator | None,
+        order: Tensor | None,
     ) -> Tensor:
         """The patches that K = `points` sampling points choose: (B, P) bool, of scores and live patches (B, P)."""
         if self.draws and (self.training or generator is not None):
+            assert not isinstance(points, Tensor)  # `points_of` refuses them
             return draw(score, gumbel_noise((len(score), round(points), score.shape[1]), score, generator))
         return inverse_transform(score, points)
 
@@ -198,6 +207,19 @@ class ATS(AdaptiveViT):
                 f"itself, got {points:g}"
             )
         return points
+
+    def points_of(self, block: int, patches: Tensor | None) -> Tensor | None:
+        """K of each image, (B, 1), where they have different numbers of patches, (B, 1); else None.
+
+        Raises:
+            NotImplementedError: a sampler that draws each point by itself.
+        """
+        if patches is None:
+            return None
+        if self.draws:
+            raise NotImplementedError(f"{self.config.title}, drawing points one by one, takes images of one shape")
+        counts = [[self.sampling_points(block, count)] for count in patches.flatten().tolist()]
+        return torch.tensor(counts, dtype=torch.float64, device=patches.device)
 
     def deciding(self, held: Tensor) -> Tensor:
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""
@@ -228,11 +250,17 @@ class RandomConfig(ATSConfig):
 class RandomATS(ATS):
     """A ViT that loses as many patches as ATS takes, but any; an image loses the same ones whenever it comes."""
 
-    def order(self, images: Tensor, patches: int) -> Tensor:
-        return random_order(images, patches)
+    def order(self, tokens: Tokens) -> Tensor:
+        tokens.source.check_alike(f"{self.config.title}, whose order goes by all pixels,")
+        return random_order(tokens.source.images, tokens.shape[1] - self.prefix)
 
     def choose(
-        self, score: Tensor, live: Tensor, points: float, generator: torch.Generator | None, order: Tensor | None
+        self,
+        score: Tensor,
+        live: Tensor,
+        points: float | Tensor,
+        generator: torch.Generator | None,
+        order: Tensor | None,
     ) -> Tensor:
         assert order is not None
         count = super().choose(score, live, points, generator, order).sum(dim=1, keepdim=True)
@@ -245,7 +273,7 @@ def normalise(score: Tensor, live: Tensor) -> Tensor:
     return score / score.sum(dim=1, keepdim=True)
 
 
-def inverse_transform(score: Tensor, points: float) -> Tensor:
+def inverse_transform(score: Tensor, points: float | Tensor) -> Tensor:
     """Mark the patches that evenly spaced quantiles of the scores fall on, each once.
 
     A patch is marked for certain where its score is above 1 / `points`; of those below, about one in 1 / (score x
@@ -253,14 +281,15 @@ def inverse_transform(score: Tensor, points: float) -> Tensor:
 
     Args:
         score: (B, P), each row non-negative and summing to 1; dead patches hold 0.
-        points: K, at least 1; quantiles are (i + 1/2) / K below 1. Need not be whole.
+        points: K, at least 1, or (B, 1) of each image; quantiles are (i + 1/2) / K below 1. Need not be whole.
     Returns:
         (B, P) bool, between 1 and K, rounded, true per row.
     Source: ATS, section 3.2. Differs: the patch that a quantile falls in; the released code takes, of the sorted ones,
         that of the nearest cumulative score.
     """
     below = (score.cumsum(dim=1) * points + 0.5).floor_()  # how many quantiles the cumulative score has passed
-    below.clamp_(max=math.ceil(points - 0.5))  # of which there are so many: rounding errors make no more
+    most = (points - 0.5).ceil() if isinstance(points, Tensor) else math.ceil(points - 0.5)
+    below.clamp_(max=most)  # of which there are so many: rounding errors make no more
     return below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
 
 

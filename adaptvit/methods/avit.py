@@ -224,7 +224,7 @@ class AViT(AdaptiveViT):
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
         usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
-        means = {} if early_exit else self.means(scores, depth)
+        means = {} if early_exit else self.means(scores, depth, tokens.at_first)
         return self.finish(output.to(tokens.x.dtype), usage, means=means)
 
     def to_the_end(self, images: Tensor) -> Output:
@@ -238,19 +238,27 @@ class AViT(AdaptiveViT):
         """This block's share in the mean-field output: (B, R, D) from weights, token features."""
         return self.read_slots(tokens, weight)[..., None] * self.read_slots(tokens, tokens.x)
 
-    def means(self, scores: list[Tensor], depth: Tensor) -> dict[str, Tensor]:
+    def means(self, scores: list[Tensor], depth: Tensor, live: Tensor | None = None) -> dict[str, Tensor]:
         """Of the patch tokens: the ponder cost rho, and the halting scores of each block, (L,).
 
         Args:
             scores: (B, N) halting scores of each block but the last, 0 where dead.
             depth: (B, N) the last block that each token entered.
+            live: (B, N) bool, slots that held a token at first, where not all did: an image counts as any other.
         """
         depth = depth[:, self.prefix :]
         last = (depth == self.depth).to(self.prior.dtype)  # scores 1
         h = torch.stack([*(score[:, self.prefix :] for score in scores), last], dim=1)
         going = depth[:, None] > torch.arange(1, self.depth + 1, device=h.device)[:, None]
         remainder = 1 - (h * going).sum(dim=1)
-        return {"ponder": (depth + remainder).mean(), "scores": h.mean(dim=(0, 2))}
+        if live is None:
+            return {"ponder": (depth + remainder).mean(), "scores": h.mean(dim=(0, 2))}
+        live = live[:, self.prefix :]
+        share = live / live.sum(dim=1, keepdim=True)
+        return {
+            "ponder": ((depth + remainder) * share).sum(dim=1).mean(),
+            "scores": (h * share[:, None]).sum(dim=2).mean(dim=0),
+        }
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Ponder and distribution loss, weighted; none where an image may have left early."""

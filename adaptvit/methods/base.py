@@ -237,7 +237,7 @@ class DroppingViT(AdaptiveViT):
     """A ViT that drops the tokens that its config's `decide` leaves out."""
 
     def run(self, tokens: Tokens) -> Left:
-        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        depth = self.deepest(tokens)
         prefix = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.prefix
         for number in range(self.depth):
             before, tokens = tokens, self.run_block(number, tokens)

@@ -200,7 +200,7 @@ class DynamicViT(AdaptiveViT):
         if teacher is not None:
             raise ValueError("DynamicViT takes a teacher's patches in training only: call train() first")
         grid = tokens.source.grid
-        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        depth = self.deepest(tokens)
         sound = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=tokens.x.device)
         for number in range(self.depth):
             if number in self.stages:
@@ -211,12 +211,15 @@ class DynamicViT(AdaptiveViT):
                 depth = depth.masked_fill(before & ~tokens.live, number)
             tokens = self.run_block(number, tokens)
         # the patches of an image may not be finite, and so not to be told apart
-        return self.finish(self.read_slots(tokens, tokens.x), self.usage(depth, grid), tokens.live, sound=sound)
+        usage = self.usage(depth, grid, tokens.source.own)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live, sound=sound)
 
     def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:
         """What a stage keeps in evaluation, by the log-odds of its predictor, token features."""
         config, prefix = self.config, self.prefix
         if config.select == "top-k":
+            if tokens.source.own is not None:
+                return self.drop_of_each(tokens, score, tokens.source.own, stage)
             rows = tokens.rows(score).masked_fill(~tokens.rows(tokens.spread(tokens.live)), -torch.inf)[:, prefix:]
             count = self.count(stage, tokens.shape[1] - prefix)
             if count >= rows.shape[1]:
@@ -227,6 +230,14 @@ class DynamicViT(AdaptiveViT):
         live, score = tokens.live[:, prefix:], tokens.grid(score)[:, prefix:]
         chosen = above(score, config.threshold, live)
         return tokens.keep(torch.cat([torch.ones_like(tokens.live[:, :prefix]), chosen], dim=1))
+
+    def drop_of_each(self, tokens: Tokens, score: Tensor, patches: Tensor, stage: int) -> Tokens:
+        """What a stage keeps of images with so many patches at first, (B, 1): of each the share that is asked for."""
+        live, score = tokens.live, tokens.grid(score)
+        rank = score.masked_fill(~live, -torch.inf)[:, self.prefix :].argsort(dim=1, descending=True).argsort(dim=1)
+        counts = [[self.count(stage, count)] for count in patches.flatten().tolist()]
+        chosen = rank < torch.tensor(counts, device=rank.device)
+        return tokens.keep(torch.cat([live[:, : self.prefix], chosen], dim=1))
 
     def count(self, stage: int, patches: int) -> int:
         """Patches that a stage keeps, of so many at first."""
@@ -239,22 +250,30 @@ class DynamicViT(AdaptiveViT):
         several = rho if isinstance(rho, Sequence) else [rho ** (stage + 1) for stage in range(len(self.stages))]
         return tuple(min(1.0, rate * share) for share in several)
 
-    def usage(self, depth: Tensor, grid: tuple[int, ...]) -> Usage:
-        """The record, from the last block, 1-based, that each slot's token entered: (B, N)."""
+    def usage(self, depth: Tensor, grid: tuple[int, ...], own: Tensor | None = None) -> Usage:
+        """The record, from the last block, 1-based, that each slot's token entered: (B, N).
+
+        Args:
+            own: (B, 1), patches of each image; None is all slots.
+        """
         usage = Usage.of_depth(depth, self.heads, grid, self.prefix, self.read)
         before = usage.attended.roll(1, dims=1)  # what a predictor reads is what the block before left
-        before[:, 0] = depth.shape[1]
+        before[:, 0] = depth.shape[1] if own is None else own[:, 0] + self.prefix
         scoring = torch.tensor([block in self.stages for block in range(self.depth)], device=depth.device)
         return replace(usage, deciding=scoring * before * Predictor.macs(self.shape.dim))
 
     def _train(self, tokens: Tokens, teacher: Tensor | None) -> Left:
         """Every token through every block, those dropped hidden from the others."""
         grid = tokens.source.grid
+        if self.epsilon:
+            tokens.source.check_alike("DynamicViT, trained as released,")
         ones = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         prefix, kept = ones.split([self.prefix, tokens.shape[1] - self.prefix], dim=1)
+        if tokens.at_first is not None:
+            kept = kept * tokens.at_first[:, self.prefix :]
         decided: list[Tensor] = []
         policy = None
-        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        depth = self.deepest(tokens)
         for number in range(self.depth):
             if number in self.stages:
                 predictor = self.score_predictor[len(decided)]
@@ -271,7 +290,7 @@ class DynamicViT(AdaptiveViT):
                 seen = torch.cat([prefix, kept], dim=1) if policy is None else policy
                 tokens = self.run_block(number, tokens, every=True, attend=partial(_attend, seen, self.epsilon))
         alive = torch.cat([prefix, kept], dim=1) > 0
-        means = self.shares_kept(decided)
+        means = self.shares_kept(decided, tokens.source.own)
         if teacher is not None:
             student = final_norm(self.vit, tokens.x)[:, self.prefix :]
             if teacher.shape != student.shape:
@@ -280,20 +299,24 @@ class DynamicViT(AdaptiveViT):
                     f"{tuple(student.shape)}: with token_weight=0 it learns its logits alone"
                 )
             means["tokens"] = token_loss(student, teacher, kept, self.config.token_loss)
-        return self.finish(self.read_slots(tokens, tokens.x), self.usage(depth, grid), alive, means)
+        usage = self.usage(depth, grid, tokens.source.own)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, alive, means)
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
         """The patches that are kept in training, (B, P) bool, by log-odds with noise, of those that are live."""
         return above(drawn, 0.5, live)
 
-    def shares_kept(self, decided: list[Tensor]) -> dict[str, Tensor]:
+    def shares_kept(self, decided: list[Tensor], patches: Tensor | None = None) -> dict[str, Tensor]:
         """What the ratio loss is made of: `ratio`, squared distances, where each image is asked for its share;
         `shares`, (S,), those kept by each stage, where the batch is.
 
         Args:
             decided: (B, P) 0 or 1 of each stage, with gradients.
+            patches: (B, 1), how many each image has; None is P.
         """
         shares = torch.stack([kept.mean(dim=1) for kept in decided], dim=1)
+        if patches is not None:
+            shares = shares * (decided[0].shape[1] / patches)
         return {"ratio": self.distance(shares)} if self.config.select == "top-k" else {"shares": shares.mean(dim=0)}
 
     def distance(self, shares: Tensor) -> Tensor:

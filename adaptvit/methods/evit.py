@@ -8,7 +8,7 @@ Symbols of the paper: kappa keep rate, k patches kept.
 """
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -36,7 +36,7 @@ class EViTConfig(MethodConfig):
 
     A block that reduces scores its patches by the attention that the class token pays them, keeps the share of highest
     score between its attention and its MLP, and puts the sum of the others, weighted by their scores, into one token.
-    All images keep as many, so that they run as a dense batch.
+    All images of one shape keep as many, so that they run as a dense batch.
     """
 
     method: ClassVar[str] = "evit"
@@ -110,7 +110,8 @@ class EViT(AdaptiveViT):
         Raises:
             ValueError: keep rates out of range or of another number than the blocks.
         """
-        kept = self.kept(tokens.shape[1] - self.prefix, keep_rate)
+        own = tokens.source.own
+        kept = self.kept(tokens.shape[1] - self.prefix, keep_rate) if own is None else self.kept_of_each(own, keep_rate)
         live = [tokens.live]
         fused = [torch.zeros_like(live[0])]
         for number in range(self.depth):
@@ -124,11 +125,15 @@ class EViT(AdaptiveViT):
                 tokens = self.run_block(number, tokens)
                 if self.reads_few(number):
                     live[-1] = tokens.live
-        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), list(kept), tokens.source.grid)
+        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), kept, tokens.source.grid)
         return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1])
 
-    def run_reducing(self, number: int, tokens: Tokens, count: int) -> tuple[Tokens, Tensor]:
-        """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool."""
+    def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Tensor]:
+        """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool.
+
+        Args:
+            count: (B, 1) where images have different numbers of them.
+        """
         scores, places = list[Tensor](), list[Tensor]()
         best = once(partial(self.best, tokens, count))
 
@@ -136,7 +141,10 @@ class EViT(AdaptiveViT):
             scores[:] = [self.score(tokens, projected)]
 
         def reduce(tokens: Tokens) -> Tokens:
-            reduced, place = self.reduce(tokens, scores[0], best(scores[0]))
+            if isinstance(count, Tensor):
+                reduced, place = self.reduce_each(tokens, scores[0], best(scores[0]), count)
+            else:
+                reduced, place = self.reduce(tokens, scores[0], best(scores[0]))
             places[:] = [place]
             return reduced
 
@@ -166,6 +174,15 @@ class EViT(AdaptiveViT):
                 patches = k + config.fuse
         return kept
 
+    def kept_of_each(self, patches: Tensor, keep_rate: float | Sequence[float] | None = None) -> dict[int, Tensor]:
+        """The same of images with so many patches each, (B, 1): k of each, and more than it has where it drops none."""
+        counts = patches.flatten().tolist()
+        each = [self.kept(count, keep_rate) for count in counts]
+        return {
+            block: patches.new_tensor([kept.get(block, max(counts) + 1) for kept in each])[:, None]
+            for block in sorted({block for kept in each for block in kept})
+        }
+
     def _of_each(self, name: str, value: float | Sequence[float] | None) -> Sequence[float]:
         """One number for each block that reduces."""
         if not isinstance(value, Iterable):
@@ -182,9 +199,14 @@ class EViT(AdaptiveViT):
         """
         return tokens.rows(attention_received(tokens, projected, self.read).mean(dim=-1))[:, self.prefix :]
 
-    def best(self, tokens: Tokens, count: int, score: Tensor) -> Tensor:
-        """The `count` patches of highest score, and the one of the next highest where the rest are fused: (B, k)."""
+    def best(self, tokens: Tokens, count: int | Tensor, score: Tensor) -> Tensor:
+        """The `count` patches of highest score, and the one of the next highest where the rest are fused: (B, k).
+
+        Where images have different counts all their patches, in falling order of score.
+        """
         alive = tokens.rows(tokens.spread(tokens.live))[:, self.prefix :]
+        if isinstance(count, Tensor):
+            return score.masked_fill(~alive, -torch.inf).argsort(dim=1, descending=True)
         return score.masked_fill(~alive, -torch.inf).topk(count + self.config.fuse, dim=1).indices
 
     def reduce(self, tokens: Tokens, score: Tensor, best: Tensor) -> tuple[Tokens, Tensor]:
@@ -202,18 +224,31 @@ class EViT(AdaptiveViT):
             tokens = tokens.with_x(tokens.of_rows(torch.where(fused[..., None], token[:, None], x)))
         return tokens.take(kept), tokens.grid(tokens.of_rows(fused))
 
-    def usage(self, live: Tensor, fused: Tensor, reduced: list[int], grid: tuple[int, ...]) -> Usage:
+    def reduce_each(self, tokens: Tokens, score: Tensor, order: Tensor, count: Tensor) -> tuple[Tokens, Tensor]:
+        """The same where an image keeps `count` of its patches, (B, 1), `order` being all of them as `best` has it."""
+        live, rank = tokens.live, order.argsort(dim=1)
+        kept, next_best = rank < count, (rank == count) & live[:, self.prefix :]
+        fused = torch.cat([torch.zeros_like(live[:, : self.prefix]), next_best & self.config.fuse], dim=1)
+        if self.config.fuse:
+            x = tokens.grid(tokens.x)
+            token = score.masked_fill(kept, 0.0)[:, None].to(x.dtype) @ x[:, self.prefix :]
+            tokens = tokens.with_x(torch.where(tokens.spread(fused)[..., None], tokens.spread(token), tokens.x))
+        return tokens.keep(torch.cat([live[:, : self.prefix], kept], dim=1) | fused), fused
+
+    def usage(self, live: Tensor, fused: Tensor, kept: Mapping[int, int | Tensor], grid: tuple[int, ...]) -> Usage:
         """The record.
 
         Args:
             live: (B, L + 1, N) bool, the slots that held a token on entry to each block, and after the last.
             fused: (B, L, N) bool, those that held a fused one.
-            reduced: the blocks that dropped some, whose attention updates all tokens so that they can be fused.
+            kept: of the blocks that dropped some, whose attention updates all tokens so that they can be fused.
         """
         shape = self.shape
         held = live.sum(dim=2)
         before, after = held[:, :-1], held[:, 1:]
-        reduces = torch.tensor([block in reduced for block in range(self.depth)], device=live.device)
+        reduces = torch.tensor([block in kept for block in range(self.depth)], device=live.device)
+        if any(isinstance(count, Tensor) for count in kept.values()):  # not of every image
+            reduces = reduces & (after < before)
         updated = torch.where(reduces, before, after)
         heads = before.new_tensor(self.heads).expand_as(before)
         attention, mlp = sublayer_macs(shape, heads, before, updated, after)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
 
 from adaptvit.methods.base import MethodConfig, Role
@@ -32,7 +31,7 @@ class Full(AdaptiveViT):
 
     def run(self, tokens: Tokens) -> Left:
         """Logits equal to `vit(images)`."""
-        depth = torch.full(tokens.shape, self.depth, device=tokens.x.device)
+        depth = self.deepest(tokens)
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
         usage = Usage.of_depth(depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)

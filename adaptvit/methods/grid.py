@@ -84,6 +84,7 @@ class GridViT(AdaptiveViT):
     """A ViT whose blocks merge tokens with their neighbours on the grid, between attention and MLP."""
 
     def run(self, tokens: Tokens) -> Left:
+        tokens.source.check_alike(self.config.title)
         grid = before = tokens.source.grid
         holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
         held = [holder]  # the slot that each input token is in

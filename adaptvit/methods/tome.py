@@ -33,7 +33,8 @@ from adaptvit.usage import Usage, check_finite
 
 Position = Literal["receiver", "mean"]
 """`receiver`: where the token was that others were merged into; `mean`: at the mean of its patches' coordinates, which
-rotary tables are computed for. A relative bias has no rows between patches: there it is as `receiver`."""
+rotary tables are computed for. A relative bias has no rows between patches, nor have blocks that are told numbers of
+patches: there it is as `receiver`. Images of different shapes have no `mean`."""
 NEEDS = frozenset({"attention", "token norms"})
 
 
@@ -95,10 +96,14 @@ class ToMeConfig(MethodConfig):
         """Whether block number `block` of `depth` compares its tokens."""
         return self.schedule(depth)[block] > 0
 
-    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+    def choose(self, score: Tensor, patches: int | Tensor, block: int, depth: int) -> Tensor:
         """The tokens of A that are merged, (B, |A|) bool, of images with so many patches; `score` is `match`'s."""
-        count = min(self.schedule(depth)[block], patches // 2)
-        return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(count, dim=1).indices, True)
+        most = self.schedule(depth)[block]
+        count = min(most, score.shape[1] if isinstance(patches, Tensor) else patches // 2)
+        best, merged = score.topk(count, dim=1).indices, torch.zeros_like(score, dtype=torch.bool)
+        if isinstance(patches, Tensor):
+            return merged.scatter(1, best, torch.arange(count, device=best.device) < patches // 2)
+        return merged.scatter(1, best, True)
 
     def build(self, vit: nn.Module) -> "MergingViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -162,7 +167,7 @@ class MergeConfig(MethodConfig):
         """Whether block number `block` of `depth` compares its tokens."""
         return self.schedule(depth)[block] < 1
 
-    def choose(self, score: Tensor, patches: int, block: int, depth: int) -> Tensor:
+    def choose(self, score: Tensor, patches: int | Tensor, block: int, depth: int) -> Tensor:
         """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
         return self.score(score) >= self.schedule(depth)[block]
 
@@ -223,6 +228,8 @@ class MergingViT(AdaptiveViT):
         if self.config.position == "mean":
             tokens = tokens.at_coordinates(tokens.source.coordinates(tokens.x.new_zeros((), dtype=_wide(tokens.x))))
         holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
+        if tokens.at_first is not None:
+            holder = holder * tokens.at_first  # slots that never held a token go with the first
         held, compared = [holder], []  # holder: the slot that each input token is in
         bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
         for number in range(self.depth):
@@ -267,8 +274,8 @@ class MergingViT(AdaptiveViT):
         """Whether a block is to merge anything."""
         return self.config.merges(block, self.depth)
 
-    def choose(self, score: Tensor, patches: int, block: int) -> Tensor:
-        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`."""
+    def choose(self, score: Tensor, patches: int | Tensor, block: int) -> Tensor:
+        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`, `patches` may be (B, 1)."""
         return self.config.choose(score, patches, block, self.depth)
 
     def places(self, tokens: Tokens, block: int, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +283,9 @@ class MergingViT(AdaptiveViT):
         live = tokens.live
         metric = tokens.grid(keys.mean(dim=-2, dtype=_wide(keys)))
         score, target = match(normalize(metric, dim=-1), live, self.prefix)
-        chosen = self.choose(score, tokens.shape[1] - self.prefix, block)
+        alike = tokens.at_first is None
+        patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
+        chosen = self.choose(score, patches, block)
         return arrange(chosen, score, target, live, self.prefix)
 
 
@@ -325,7 +334,7 @@ class _Fitting(MergingViT):
     def merges(self, block: int) -> bool:
         return self.removed[block] > 0
 
-    def choose(self, score: Tensor, patches: int, block: int) -> Tensor:
+    def choose(self, score: Tensor, patches: int | Tensor, block: int) -> Tensor:
         score = self.config.score(score)
         count = min(self.removed[block] * len(score), int((score > -torch.inf).sum()))
         least = score.flatten().topk(count).values[-1].item()

@@ -40,6 +40,11 @@ class Tokens(ABC):
         return replace(self, source=source)  # type: ignore[type-var]
 
     @property
+    def at_first(self) -> Tensor | None:
+        """(B, N) bool, the slots that held a token when they were embedded, as `source` says; None is all."""
+        return None if self.source is None else self.source.live
+
+    @property
     @abstractmethod
     def at(self) -> Tensor:
         """The slots of `where`, int64, whether tokens moved or not; of a layout with all slots (1 or B, N)."""

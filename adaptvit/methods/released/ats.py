@@ -52,8 +52,14 @@ class ReleasedATS(ATS):
         return attention.sum(dim=-1) * size.norm(dim=-1)
 
     def choose(
-        self, score: Tensor, live: Tensor, points: float, generator: torch.Generator | None, order: Tensor | None
+        self,
+        score: Tensor,
+        live: Tensor,
+        points: float | Tensor,
+        generator: torch.Generator | None,
+        order: Tensor | None,
     ) -> Tensor:
+        assert not isinstance(points, Tensor)  # `points_of` refuses them
         return sample(score, live, round(points), self.config.mode)
 
 

@@ -85,6 +85,7 @@ class ReleasedAViT(AViT):
             return super().run(tokens, early_exit)
         if not isinstance(tokens, Masked):
             raise ValueError("ReleasedAViTConfig reads dead slots in its losses: use layout=Masked or early_exit=True")
+        tokens.source.check_alike("A-ViT's released pass")
         return released_pass(self, tokens)
 
 

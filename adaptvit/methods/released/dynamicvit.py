@@ -37,6 +37,6 @@ class ReleasedDynamicViT(DynamicViT):
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
         return drawn > 0
 
-    def shares_kept(self, decided: list[Tensor]) -> dict[str, Tensor]:
-        means = super().shares_kept(decided)
+    def shares_kept(self, decided: list[Tensor], patches: Tensor | None = None) -> dict[str, Tensor]:
+        means = super().shares_kept(decided, patches)
         return {"ratio": self.distance(means["shares"])} if "shares" in means else means
