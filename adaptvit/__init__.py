@@ -5,7 +5,7 @@ from importlib.metadata import version
 from adaptvit.adapt import adapt
 from adaptvit.backbones.families import FAMILIES, Family, Parts
 from adaptvit.backbones.parts import ViTConfig
-from adaptvit.budget import measure_dial, meet_target
+from adaptvit.budget import measure_dial, measure_plan, meet_target
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
@@ -17,7 +17,7 @@ from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.tome import MergeConfig, ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights import names as names  # which registers them with timm
 from adaptvit.weights.checkpoints import load, save
@@ -31,6 +31,7 @@ __all__ = [
     "AViTConfig",
     "AdaViTConfig",
     "AdaptiveViT",
+    "Dense",
     "DropConfig",
     "DynamicViTConfig",
     "EViTConfig",
@@ -44,7 +45,9 @@ __all__ = [
     "Output",
     "Packed",
     "Parts",
+    "Plan",
     "Shape",
+    "Slab",
     "ToMeConfig",
     "Tokens",
     "Usage",
@@ -57,6 +60,7 @@ __all__ = [
     "load",
     "macs",
     "measure_dial",
+    "measure_plan",
     "meet_target",
     "save",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, Dial, Knob
+from adaptvit.tokens import Plan
 from adaptvit.usage import check_finite, join
 
 BATCH = 32
@@ -230,6 +231,27 @@ def measure_dial(model: AdaptiveViT, images: Tensor, known: Mapping[float, float
     finally:
         model.config = config
     return _rising(shares, knob.sign, start)
+
+
+def measure_plan(model: AdaptiveViT, images: Tensor) -> Plan:
+    """How many tokens a model leaves wherever it drops some: by which `adaptvit.Slab` plans its rows.
+
+        model.plan = adaptvit.measure_plan(model, images)
+
+    Args:
+        model: in evaluation mode, its knob where it is to be.
+        images: as the model takes them; with 1,000 few rows are kept in reserve.
+    Raises:
+        ValueError: the model is in training mode, or drops nothing.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, in which it does not compute what it will: call eval() first")
+    with torch.inference_mode():
+        counts = torch.cat([model.counts(batch) for batch in images.split(BATCH)], dim=1).double()
+    if not counts.shape[0]:
+        raise ValueError(f"{model.config.title} drops no tokens, so that there is nothing to plan")
+    means, spreads = (tuple(found.tolist()) for found in (counts.mean(dim=1), counts.std(dim=1)))
+    return Plan(means=means, spreads=spreads, images=len(images))
 
 
 def _rising(shares: dict[float, float], sign: int, start: float) -> Dial:

@@ -1,7 +1,7 @@
 """What every adaptive model has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
@@ -30,7 +30,7 @@ from adaptvit.backbones.guess import guess
 from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.checks import In, valid
 from adaptvit.macs import Shape
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
 from adaptvit.usage import Output, Usage
 
 T = TypeVar("T")
@@ -94,12 +94,16 @@ class Left(NamedTuple):
     """What a method leaves for the ViT to classify, and its record; `AdaptiveViT.finish` says what these are."""
 
     x: Tensor
-    usage: Usage
+    usage: Usage | Callable[[], Usage]
     live: Tensor | None
     means: dict[str, Tensor]
     sound: Tensor | None
     terms: dict[str, Tensor] | None = None
     """The loss terms, where they do not follow from `means`."""
+    patches: Tensor | None = None
+    """(B,) of each image, where they differ; the model knows."""
+    dropped: Sequence[tuple[Tensor, int]] = ()
+    """What `Slab` left whenever it dropped tokens: where they are, and the rows there were; the model knows."""
 
 
 def once(decide: Callable[..., T]) -> Callable[..., T]:
@@ -128,6 +132,8 @@ class AdaptiveViT(nn.Module, ABC):
         read: leading slots that the classifier reads; None where it pools all tokens.
         dial: what values of the knob cost; None until `config.fit` or `measure_dial` has measured it, and again once
             the weights are trained: `model.dial = adaptvit.measure_dial(model, images)` measures it anew.
+        plan: how many rows `Slab` has wherever tokens are dropped; None until `measure_plan` has counted, and again
+            once the knob is turned or the weights are trained. Without it none are saved.
         terms_scale: what a loop multiplies its loss by before the gradient is taken, 1 unless it sets this: 1 / n where
             it adds up the gradients of n steps, or of n replicas of `nn.DataParallel`. Loss terms that logits carry are
             multiplied by it too.
@@ -157,7 +163,9 @@ class AdaptiveViT(nn.Module, ABC):
         self.vit: Any = vit
         self._config = config
         self.dial: Dial | None = None
+        self.plan: Plan | None = None
         self.terms_scale = 1.0
+        self._turns = 0  # how often the config was set, by which a compiled graph knows it anew
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
@@ -175,33 +183,57 @@ class AdaptiveViT(nn.Module, ABC):
 
         Args:
             images: (B, channels, height, width); or a dict of patches, of a ViT that takes images of different shapes.
-            layout: how tokens are executed; None lets the method choose.
+            layout: how tokens are executed; None lets the method choose. Under `torch.compile` that is `Dense` where
+                every image keeps as many tokens, so that all of it is one graph, and else `Packed`, beside the graph.
+                A batch for which `Slab` planned too few rows is run again as `Packed`; inside of a graph, which cannot
+                wait for that, its logits are NaN.
             detailed: return what was computed too. Then the terms are returned, and the logits carry nothing.
             options: what the method's `run` takes beside these.
         Returns:
             (B, classes) logits, and those of the distillation head where timm's distilled training is on; or `Output`.
         Raises:
             NotImplementedError: `torch.jit.trace`, and the exporters on it, would freeze what this method decides.
-            ValueError: loss terms in float16, whose losses are scaled by a factor that cannot be known here.
+            ValueError: `Dense`, and images keep different numbers of tokens; loss terms in float16, whose losses are
+                scaled by a factor that cannot be known here.
             What the ViT and the method raise of images that they do not take.
         """
+        if torch.compiler.is_dynamo_compiling():
+            compiled = _beside if layout is Packed or (layout is None and not self.even) else _in_graph
+            name = None if layout is None else layout.__name__
+            return compiled(self, self._turns, name, detailed, images, options)
+        return self._forward(images, layout, detailed, **options)
+
+    def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
         if layout is not None and not (isinstance(layout, type) and issubclass(layout, Tokens)):
-            raise TypeError(f"layout must be adaptvit.Packed, adaptvit.Masked or None, got {layout!r}")
+            raise TypeError(f"layout must be adaptvit.Packed, Dense, Slab, Masked or None, got {layout!r}")
         if torch.jit.is_tracing():
             layout = self._traced(layout)
+        if layout is not None and issubclass(layout, Dense) and not self.even:
+            raise ValueError(
+                f"layout=Dense has as many tokens of every image, but {self.config.title} as it is set keeps what each "
+                "needs: choose adaptvit.Packed or adaptvit.Masked"
+            )
         if self.dial is not None and self.training and torch.is_grad_enabled():
-            self.dial = None  # it was measured on weights that are about to change
+            self.dial = self.plan = None  # they were measured on weights that are about to change
         layout = layout or self.usual_layout(**options)
         with nullcontext() if self.differentiable(layout) else torch.no_grad():
-            output = self._classified(images, layout, options)
-        if detailed:
-            return output
-        logits = output.logits
+            logits, distilled, left, terms = self._classified(images, layout, options)
+            if left.dropped and self.plan is not None:
+                over = torch.stack([offsets[-1] > rows for offsets, rows in left.dropped]).any()
+                if torch.compiler.is_compiling():
+                    logits = logits.masked_fill(over, torch.nan)
+                elif over:
+                    return self._forward(images, Packed, detailed, **options)
+            if detailed:
+                usage = left.usage if isinstance(left.usage, Usage) else left.usage()
+                return Output(
+                    logits, replace(usage, shape=self.shape, patches=left.patches), terms, left.means, distilled
+                )
         if self.training and torch.is_grad_enabled():
-            terms = [term for term in output.terms.values() if term.requires_grad]
-            if terms:
-                logits = _carry(logits, terms, self.terms_scale)
-        return logits if output.distilled is None else (logits, output.distilled)
+            carried = [term for term in terms.values() if term.requires_grad]
+            if carried:
+                logits = _carry(logits, carried, self.terms_scale)
+        return logits if distilled is None else (logits, distilled)
 
     def _traced(self, layout: type[Tokens] | None) -> type[Tokens]:
         """The layout of a trace, which is `Masked` unless told.
@@ -214,28 +246,46 @@ class AdaptiveViT(nn.Module, ABC):
         what = "packed tokens" if self.traces else f"what {self.config.title} decides"
         raise NotImplementedError(f"torch.jit.trace would freeze {what} as it is for these images")
 
-    def _classified(self, images: Tensor, layout: type[Tokens], options: dict[str, Any]) -> Output:
-        """The ViT's forward, with the method between its embedding and its norm."""
+    def _classified(
+        self, images: Tensor, layout: type[Tokens], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, Left, dict[str, Tensor]]:
+        """The ViT's forward, with the method between its embedding and its norm: logits, what it left, and terms."""
         if self._family is not None:
             FAMILIES.keep(self.vit, self._family)  # which may be a copy of the one that it was guessed of
         left: list[Left] = []
 
         def inside(x: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
-            left.append(self.run(source.laid(x, layout), **options))
+            if self.plan is not None:
+                source.plan = self.plan.rows(x.shape[0])
+            left.append(self.run(source.laid(x, layout), **options)._replace(dropped=source.left))
             if source.own is not None:
-                left[0] = left[0]._replace(usage=replace(left[0].usage, patches=source.own[:, 0]))
+                left[0] = left[0]._replace(patches=source.own[:, 0])
             return left[0].x, left[0].live
 
         logits, distilled = scores(run(self.vit, images, inside))
-        _, usage, _, means, sound, terms = left[0]
+        sound, terms = left[0].sound, left[0].terms
         if sound is not None:
             logits = logits.masked_fill(~sound.view(-1, *[1] * (logits.ndim - 1)), torch.nan)
-        terms = self.terms(means) if terms is None else terms
-        return Output(logits, replace(usage, shape=self.shape), terms, means, distilled)
+        return logits, distilled, left[0], self.terms(left[0].means) if terms is None else terms
+
+    def counts(self, images: Tensor) -> Tensor:
+        """Tokens of each image that are left whenever `Slab` drops some: (times, B)."""
+        plan, self.plan = self.plan, None
+        try:
+            *_, left, _ = self._classified(images, Slab, {})
+        finally:
+            self.plan = plan
+        counts = [offsets.diff() for offsets, _ in left.dropped]
+        return torch.stack(counts) if counts else torch.empty(0, images.shape[0])
 
     def usual_layout(self, **options: Any) -> type[Tokens]:
         """How tokens are executed unless `forward`, which has these options, is told."""
         return Packed
+
+    @property
+    def even(self) -> bool:
+        """Whether every image keeps as many tokens, which Python knows, so that `Dense` runs it."""
+        return False
 
     def differentiable(self, layout: type[Tokens]) -> bool:
         """Whether a forward has gradients."""
@@ -261,7 +311,7 @@ class AdaptiveViT(nn.Module, ABC):
         self,
         number: int,
         tokens: Tokens,
-        chosen: Tensor | None = None,
+        chosen: Tensor | int | None = None,
         bias: Tensor | None = None,
         look: Look | None = None,
         attend: Attend | None = None,
@@ -276,8 +326,7 @@ class AdaptiveViT(nn.Module, ABC):
                 Where gradients are checkpointed, `look` and `between` run twice: what they decide, they decide `once`.
         """
         if chosen is None and self.reads_few(number) and not every:
-            assert self.read is not None
-            chosen = torch.arange(tokens.shape[1], device=tokens.x.device)[None] < self.read
+            chosen = self.read
         acts = Acts(chosen, bias, look, attend, between)
         return run_block(number, tokens, acts, self.training and self.checkpoints)
 
@@ -296,7 +345,7 @@ class AdaptiveViT(nn.Module, ABC):
     def finish(
         self,
         x: Tensor,
-        usage: Usage,
+        usage: Usage | Callable[[], Usage],
         live: Tensor | None = None,
         means: dict[str, Tensor] | None = None,
         sound: Tensor | None = None,
@@ -305,6 +354,7 @@ class AdaptiveViT(nn.Module, ABC):
 
         Args:
             x: (B, R, D), the slots that the classifier reads.
+            usage: the record, or what makes it, which is asked where details are.
             live: (B, R or more) bool, the slots that hold a token; None where all of R do.
             means: what `terms` makes the loss terms of.
             sound: (B, 1) bool, False of images that could not be decided on: their logits are NaN.
@@ -344,7 +394,8 @@ class AdaptiveViT(nn.Module, ABC):
                 f"{type(own).__name__}.{fixed[0]} was read when this model was built, where {allowed} can still be "
                 "set: build another around its vit"
             )
-        self._config = config
+        self._config, self.plan = config, None
+        self._turns += 1
 
     @property
     def compute(self) -> float | None:
@@ -467,6 +518,26 @@ class AdaptiveViT(nn.Module, ABC):
     def learns_patches(self) -> bool:
         """Whether `forward` learns from a teacher's patches, its `teacher`, while it trains."""
         return False
+
+
+def _compiled(
+    model: AdaptiveViT, turns: int, layout: str | None, detailed: bool, images: Tensor, options: dict[str, Any]
+) -> Any:
+    """A forward inside of `torch.compile`.
+
+    Args:
+        turns: of the model's config; a graph holds for one.
+    Raises:
+        NotImplementedError: details are asked for.
+    """
+    if detailed:
+        raise NotImplementedError("torch.compile gives logits: ask the model itself for detailed=True")
+    named: dict[str | None, type[Tokens]] = {kind.__name__: kind for kind in (Dense, Masked, Packed, Slab)}
+    return model._forward(images, named.get(layout, Dense if model.even else Packed), False, **options)
+
+
+_in_graph = torch.compiler.nonstrict_trace(_compiled)
+_beside = torch.compiler.disable(_compiled)
 
 
 class _Carried(torch.autograd.Function):

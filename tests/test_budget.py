@@ -15,6 +15,7 @@ from adaptvit import (
     ToMeConfig,
     budget,
     load,
+    measure_plan,
     meet_target,
     save,
 )
@@ -45,9 +46,11 @@ def test_the_dial_sets_other_budgets_without_images(config: MethodConfig, tmp_pa
     batch = images(vit, count=24)
     model = turned(config.build(vit), batch, 0.65)
     assert model.compute == pytest.approx(0.65, abs=0.02)
+    model.plan = None if model.even else measure_plan(model, batch)
     save(model, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors").eval()
     assert again.dial == model.dial
+    assert again.plan == model.plan
     for share in (0.55, 0.6, 0.7):
         again.compute = share
         assert again.compute == pytest.approx(share)

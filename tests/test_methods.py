@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit import ATSConfig, AViTConfig, Masked, Packed, Usage, dense_macs, macs
+from adaptvit import ATSConfig, AViTConfig, Dense, Masked, Packed, Plan, Slab, Usage, dense_macs, macs, measure_plan
 from adaptvit.methods import METHODS as ALL
 from adaptvit.methods import MethodConfig
 from adaptvit.model import AdaptiveViT
@@ -66,13 +67,59 @@ def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: ty
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_and_packed_agree(method: str, kind: str) -> None:
+def test_layouts_agree(method: str, kind: str) -> None:
     model = build(method, kind, dtype=torch.float64).eval()
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
-        masked, packed = model(batch, Masked, detailed=True), model(batch, Packed, detailed=True)
-    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
-    assert_same_record(packed.usage, masked.usage)
+        masked = model(batch, Masked, detailed=True)
+        slab = [] if method.startswith("adavit") else [Slab]
+        for layout in (Packed, *slab, *([Dense] if model.even else [])):
+            output = model(batch, layout, detailed=True)
+            torch.testing.assert_close(output.logits, masked.logits, atol=1e-12, rtol=1e-10)
+            assert_same_record(output.usage, masked.usage)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dense_is_for_methods_that_keep_as_many_tokens_of_every_image(method: str) -> None:
+    model = build(method, "class token").eval()
+    even = not method.startswith(("avit", "ats", "adavit", "merge")) and "threshold" not in method
+    assert model.even == even
+    if not even:
+        with pytest.raises(ValueError, match=r"layout=Dense has as many tokens of every image, but .* keeps what each"):
+            model(images(model.vit), Dense)
+
+
+@pytest.mark.parametrize("method", ["avit", "ats", "merge", "evit", "dynamicvit, threshold"])
+def test_a_batch_for_which_slab_has_too_few_rows_is_run_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
+    model = build(method, "class token", dtype=torch.float64).eval()
+    batch = images(model.vit, count=8, dtype=torch.float64)
+    with torch.inference_mode():
+        packed = model(batch, Packed, detailed=True)
+        model.plan = measure_plan(model, batch)
+        rows = model.plan.rows(8)
+        assert max(rows) < 8 * packed.usage.live.shape[2] * 1.5
+        enough = model(batch, Slab, detailed=True)
+        model.plan = Plan(means=[1.0] * len(rows), spreads=[0.0] * len(rows), images=9)
+        again = model(batch, Slab, detailed=True)
+    torch.testing.assert_close(enough.logits, packed.logits, atol=1e-12, rtol=1e-10)
+    assert torch.equal(again.logits, packed.logits)
+    assert_same_record(again.usage, packed.usage)
+
+
+def test_a_plan_keeps_three_deviations_in_reserve_and_goes_when_the_knob_is_turned() -> None:
+    plan = Plan(means=(50.0, 20.0), spreads=(10.0, 0.0), images=900)
+    assert plan.rows(256) == (13568, 5120)  # 12,800 and 3 x 10 x (16 + 256 / 30) = 736, in tiles of 128
+    model = build("ats", "class token").eval()
+    model.plan = plan
+    model.config = replace(model.config, rate=0.5)
+    assert model.plan is None
+
+
+def test_adavit_refuses_slab() -> None:
+    model = build("adavit", "class token").eval()
+    with pytest.raises(ValueError, match=r"choose adaptvit\.Packed or adaptvit\.Masked"):
+        model(images(model.vit), Slab)
 
 
 @LAYOUTS

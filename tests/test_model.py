@@ -241,7 +241,7 @@ def test_logits_in_training_can_be_changed_in_place() -> None:
 
 
 def test_a_layout_that_is_none_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"layout must be adaptvit\.Packed, adaptvit\.Masked or None, got True"):
+    with pytest.raises(TypeError, match=r"layout must be adaptvit\.Packed, Dense, Slab, Masked or None, got True"):
         build("full")(PICTURES, True)
 
 

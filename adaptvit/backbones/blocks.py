@@ -23,7 +23,8 @@ from adaptvit.backbones.maps import is_hooked
 from adaptvit.backbones.parts import TokenPart
 from adaptvit.backbones.split import attention, chain, first
 from adaptvit.backbones.standin import stand_in, with_parts
-from adaptvit.tokens import Packed, Tokens
+from adaptvit.tokens import Packed, Slab, Tokens
+from adaptvit.tokens.kernels import on_host
 
 PLAIN = Parts()
 """Of timm's plain block."""
@@ -84,7 +85,7 @@ def _split(block: nn.Module, parts: Parts, tokens: Tokens, acts: Acts, number: i
     branch, chosen = attention(block, parts, tokens, chain(block, parts.into_attention, tokens.x, tokens), acts, number)
     rows = tokens
     if chosen is not None:
-        rows, (branch,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), branch)
+        rows, (branch,) = tokens.select(chosen, branch)
     rows = rows.with_x(rows.x + chain(block, parts.out_of_attention, branch, rows))
     if acts.between is not None:
         rows = acts.between(rows)
@@ -102,7 +103,7 @@ def _add_mlp(block: Any, parts: Parts, tokens: Tokens, normed: Tensor | None = N
     if into and isinstance(get(block, into[0]), TokenPart):
         normed, into = chain(block, into, x, tokens), ()
     read, names = x if normed is None else normed, (*into, *parts.mlp, *parts.out_of_mlp)
-    if x.shape[:-1].numel() <= MLP_ROWS or not _in_parts(block, names, x):
+    if torch.compiler.is_compiling() or x.shape[:-1].numel() <= MLP_ROWS or not _in_parts(block, names, x):
         return tokens.with_x(x + chain(block, names, read, tokens))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     streams = (out.view(-1, x.shape[-1]), x.flatten(0, -2), read.flatten(0, -2))
@@ -113,7 +114,7 @@ def _add_mlp(block: Any, parts: Parts, tokens: Tokens, normed: Tensor | None = N
 
 def _in_parts(block: nn.Module, names: tuple[str, ...], x: Tensor) -> bool:
     """Whether these parts may be called more than once, on some tokens each."""
-    if torch.is_grad_enabled() or block.training or x.device.type != "cpu":
+    if torch.is_grad_enabled() or block.training or not on_host(x.device):
         return False
     parts = (get(block, name) for name in names)
     return not any(is_hooked(inner) for part in parts if isinstance(part, nn.Module) for inner in part.modules())
@@ -141,7 +142,7 @@ def called_with(number: int, tokens: Tokens) -> tuple[tuple[Any, ...], dict[str,
 
 def _whole(block: Any, number: int, tokens: Tokens, acts: Acts, checkpointing: bool) -> Tokens:
     """A block whose parts have no names: methods see what attention attends with, and act when the block is through."""
-    ragged = isinstance(tokens, Packed) and tokens.even is None
+    ragged = isinstance(tokens, Slab) or (isinstance(tokens, Packed) and tokens.even is None)
     if ragged and block.training and any(map(drops_paths, block.modules())):
         raise NotImplementedError(
             f"{type(block).__name__} drops the paths of whole images, which packed tokens of different numbers are "

@@ -50,8 +50,9 @@ Between = Callable[[Tokens], Tokens]
 class Acts:
     """What a method does in a block."""
 
-    chosen: Tensor | None = None
-    """(B, N) or (1, N) bool, the slots to update; the others are attended to and then dropped. None: all."""
+    chosen: Tensor | int | None = None
+    """(B, N) or (1, N) bool, the slots to update, or the first so many; the others are attended to and then dropped.
+    None: all."""
     bias: Tensor | None = None
     """Token features (...,), added to the attention logits of each token as a key."""
     look: Look | None = None
@@ -66,7 +67,7 @@ class Door(TorchFunctionMode):
     """While it is open, attention is that of `tokens`, on whose features, as `batch`, the caller works.
 
     Attributes:
-        chosen: (B, N) or (1, N) bool, the slots to update, once that is known; None is all.
+        chosen: (B, N) or (1, N) bool, the slots to update, or the first so many, once that is known; None is all.
         passed: how often attention was asked for.
     """
 
@@ -152,7 +153,7 @@ class Door(TorchFunctionMode):
         if self.chosen is None or self.whole:
             return tokens.attend_batch(query, key, value, dropout_p, bias, pairs, scale)
         q, k, v = (tokens.of_batch(t.transpose(1, 2)) for t in (query, key, value))
-        rows, (q,) = tokens.filter(tokens.spread(self.chosen.expand(tokens.shape)), q)
+        rows, (q,) = tokens.select(self.chosen, q)
         out = tokens.put(rows, tokens.attend(q, k, v, rows, dropout_p, bias, pairs, scale))
         return tokens.with_x(out).batch.transpose(1, 2)
 

@@ -63,10 +63,10 @@ def add_attention(block: Block, tokens: Tokens, acts: Acts) -> tuple[Tokens, Ten
         chosen = chosen if look is None else look(Projected(q, k, v))
         early = None if isinstance(block.norm2, TokenPart) else chosen  # that norm sees those that are dropped too
         if early is not None:
-            rows, (q,) = tokens.filter(tokens.spread(early.expand(tokens.shape)), q)
+            rows, (q,) = tokens.select(early, q)
     else:  # without the queries of the others
         normed = on_tokens(block.norm1, tokens.x, tokens)
-        rows, (few,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
+        rows, (few,) = tokens.select(chosen, normed)
         (q,) = _heads(block, few, slice(attn.attn_dim))
         k, v = _heads(block, normed, slice(attn.attn_dim, None))
         q, k = on_tokens(attn.q_norm, q, rows), on_tokens(attn.k_norm, k, tokens)
@@ -82,20 +82,20 @@ def add_attention(block: Block, tokens: Tokens, acts: Acts) -> tuple[Tokens, Ten
     return _norm_all(block, rows, chosen)
 
 
-def _norm_all(block: Block, tokens: Tokens, chosen: Tensor | None) -> tuple[Tokens, Tensor | None]:
+def _norm_all(block: Block, tokens: Tokens, chosen: Tensor | int | None) -> tuple[Tokens, Tensor | None]:
     """The chosen tokens, and what a second norm over all tokens gave of them before the others were dropped."""
     if chosen is None or not isinstance(block.norm2, TokenPart):
         return tokens, None
     normed = block.norm2.on(tokens.x, tokens)
-    rows, (normed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), normed)
+    rows, (normed,) = tokens.select(chosen, normed)
     return rows, normed
 
 
-def _add_mixed(block: Block, tokens: Tokens, chosen: Tensor | None) -> tuple[Tokens, Tensor | None]:
+def _add_mixed(block: Block, tokens: Tokens, chosen: Tensor | int | None) -> tuple[Tokens, Tensor | None]:
     """`add_attention` where something else stands in its place, which runs over all slots at once."""
     mixed = through(block.ls1, block.attn.on(on_tokens(block.norm1, tokens.x, tokens), tokens))
     if chosen is not None and not isinstance(block.norm2, TokenPart):
-        tokens, (mixed,) = tokens.filter(tokens.spread(chosen.expand(tokens.shape)), mixed)
+        tokens, (mixed,) = tokens.select(chosen, mixed)
     return _norm_all(block, add_branch(tokens, mixed, block.drop_path1), chosen)
 
 

@@ -31,7 +31,7 @@ from adaptvit.backbones.base import (
 from adaptvit.backbones.door import OfLive
 from adaptvit.backbones.families import Family, Table, find, get, value_of
 from adaptvit.backbones.standin import stand_in, with_parts
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Tokens
 
 
 @dataclass(eq=False)
@@ -50,6 +50,10 @@ class Source:
     """(B, N) bool, of images in pieces the slots that hold a token at first; else None, which is all."""
     rows: Tensor | None = None
     """Numbers of the images, of those that blocks are told of; None is all."""
+    plan: Sequence[int] | None = None
+    """Rows that `Slab` leaves whenever it drops tokens."""
+    left: list[tuple[Tensor, int]] = field(default_factory=list)
+    """What `Slab` left: where its tokens are, and the rows there were."""
     _found: dict[str, tuple[Tensor, Any, Any]] = field(default_factory=dict)
 
     def told(self, number: int) -> dict[str, Any]:
@@ -91,12 +95,6 @@ class Source:
         if self.live is not None:
             raise NotImplementedError(f"{who} takes images of one shape, and not in pieces")
 
-    def in_place(self, tokens: Tokens) -> bool:
-        """Whether every slot has the token that was embedded there, so that the ViT's tables fit."""
-        if tokens.where is not None:
-            return False
-        return isinstance(tokens, Masked) or (isinstance(tokens, Packed) and tokens.full)
-
     def tables(self, given: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
         """Those of a block's arguments that are tables of positions, with a row for each token of `tokens.batch`."""
         kinds = {
@@ -104,12 +102,12 @@ class Source:
             for name, kind in self.family.tables.items()
             if given.get(name) is not None or (kind == "places" and name in given)
         }
-        if not kinds or self.in_place(tokens):
+        if not kinds or tokens.in_place:
             return {}
         return {name: self._rows(name, kind, given[name], tokens) for name, kind in kinds.items()}
 
     def _rows(self, name: str, kind: Table, table: Any, tokens: Tokens) -> Any:
-        places = tokens.slots if isinstance(tokens, Packed) and tokens.where is None else tokens.where
+        places = tokens.slots if tokens.where is None else tokens.where
         assert places is not None
         known = self._found.get(name)
         if known is None or known[0] is not places or known[1] is not table:
@@ -134,9 +132,9 @@ class Source:
                     for part, value in zip(one.chunk(len(missing), -1), missing, strict=True)
                 ]
                 one = torch.cat([torch.cat(parts, dim=-1), one], dim=2)
-            place = at if len(one) == 1 else image * one.shape[2] + at
+            place = at if one.shape[0] == 1 else image * one.shape[2] + at
             found = one.transpose(0, 1).flatten(1, 2).index_select(1, place)
-            return found.view(len(found), images, length, -1).transpose(0, 1)
+            return found.view(found.shape[0], images, length, -1).transpose(0, 1)
 
         where = tokens.where
         if where is not None and where.is_floating_point() and kind != "each":

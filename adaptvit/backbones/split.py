@@ -17,7 +17,7 @@ from adaptvit.tokens import Tokens
 
 def attention(
     block: nn.Module, parts: Parts, tokens: Tokens, read: Tensor, acts: Acts, number: int
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | int | None]:
     """What a block's attention gives of what it reads, token features, and the slots that are to be updated."""
     if not read.numel() and acts.look is None and acts.attend is None:  # not every ViT's attention can make heads of it
         return read, acts.chosen

@@ -61,6 +61,9 @@ class BenchConfig:
     """Folder of images; None takes random crops of scikit-learn's two photographs."""
     train: bool = False
     """Time a training step, forward and backward, instead of evaluation."""
+    compile: bool = False
+    """Time the ViT and the adaptive model under `torch.compile` too, in evaluation; of a method that keeps as many
+    tokens of every image. Compiling takes minutes, before anything is timed."""
     rounds: Annotated[int, In("[1, inf)")] = 10
     """Timed turns of each execution."""
     threads: Annotated[int, In("[1, 1024]")] = 2
@@ -82,6 +85,8 @@ class BenchConfig:
             raise ValueError(
                 f"BenchConfig.images must be a multiple of batch_size, got {self.images} and {self.batch_size}"
             )
+        if self.compile and self.train:
+            raise ValueError("BenchConfig.compile is of evaluation: leave out train")
         check_device("BenchConfig.device", self.device)
         if not stored and not timm.is_model(self.model):
             near = sorted(
@@ -112,6 +117,9 @@ class BenchConfig:
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Move the method's knob to the target on the bench images, then time dense, masked and packed execution in turns.
 
+    With `compile`, the ViT and the model under `torch.compile` take their turns too; without a compiler here they do
+    not, which a warning says.
+
     Returns:
         JSON-able figures: images per second (median over rounds), `ideal_speedup` (dense MACs / executed MACs),
         `realised_speedup` (median over rounds of dense time / packed time), `ratio` (realised / ideal), MACs per image,
@@ -133,9 +141,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if method.knob is not None and config.target is not None:
         meet_target(model, images, config.target)
     model.train(config.train)
-    passes = {"dense": partial(_logits, vit)} | {
+    passes: dict[str, Any] = {"dense": partial(_logits, vit)} | {
         name: partial(_with_terms, model, layout) for name, layout in LAYOUTS.items()
     }
+    if config.compile:
+        passes |= _compiled(vit, model, batches[0])
     with torch.set_grad_enabled(config.train):
         outputs = [model(batch, detailed=True) for batch in batches]
     check_finite(torch.cat([output.logits.detach() for output in outputs]), "logits")
@@ -148,8 +158,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             {name: partial(step, run, batches) for name, run in passes.items()}, config.rounds, device
         )
 
-    executed, speed = macs(usage, model.shape).double(), Speed.of(seconds, config.images, usage, model.shape)
-    per_second = {f"{name}_images_per_s": getattr(speed, name) for name in seconds}
+    executed = macs(usage, model.shape).double()
+    speed = Speed.of({name: seconds[name] for name in ("dense", *LAYOUTS)}, config.images, usage, model.shape)
+    per_second = {f"{name}_images_per_s": config.images / median(times) for name, times in seconds.items()}
     attended = usage.attended.double()
     return {
         "model": config.model,
@@ -161,6 +172,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "ideal_speedup": speed.ideal,
         "realised_speedup": speed.gain,
         "ratio": speed.ratio,
+        **_of_compiled(seconds, speed.ideal),
         "packed_over_masked": median(m / p for m, p in zip(seconds["masked"], seconds["packed"], strict=True)),
         "macs_dense": dense_macs(model.shape, usage.grid),
         "macs_executed": executed.mean().item(),
@@ -215,7 +227,7 @@ def _around(method: Any, vit: nn.Module, like: AdaptiveViT) -> AdaptiveViT:
     return model
 
 
-def _logits(vit: nn.Module, images: Tensor) -> Tensor:
+def _logits(vit: Any, images: Tensor) -> Tensor:
     """Of the ViT as its own library runs it."""
     return scores(vit(images))[0]
 
@@ -224,6 +236,46 @@ def _with_terms(model: AdaptiveViT, layout: Any, images: Tensor) -> Tensor:
     """Logits with the sum of the loss terms, in any precision."""
     output = model(images, layout, detailed=True)
     return output.logits + sum(output.terms.values())
+
+
+def _compiled(vit: nn.Module, model: AdaptiveViT, batch: Tensor) -> dict[str, Any]:
+    """Both under `torch.compile`, after they ran once; nothing where that is not possible here.
+
+    Raises:
+        ValueError: the method keeps other numbers of tokens of other images.
+    """
+    if not model.even:
+        raise ValueError(
+            f"BenchConfig.compile is of methods that keep as many tokens of every image, but {model.config.title} "
+            "keeps what each needs"
+        )
+    passes: dict[str, Any] = {
+        "dense_compiled": partial(_logits, torch.compile(vit)),
+        "compiled": torch.compile(model, fullgraph=True),
+    }
+    try:
+        with torch.inference_mode():
+            for run in passes.values():
+                run(batch)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        warn(f"torch.compile finds no compiler here, so that nothing compiled is timed: {error}", stacklevel=2)
+        return {}
+    return passes
+
+
+def _of_compiled(seconds: dict[str, list[float]], ideal: float) -> dict[str, float]:
+    """Speed-ups of the compiled model, against the ViT as its own library runs it and against that compiled."""
+    if "compiled" not in seconds:
+        return {}
+
+    def over(dense: str) -> float:
+        return median(slow / fast for slow, fast in zip(seconds[dense], seconds["compiled"], strict=True))
+
+    return {
+        "compiled_speedup": over("dense"),
+        "compiled_over_dense_compiled": over("dense_compiled"),
+        "compiled_ratio": over("dense_compiled") / ideal,
+    }
 
 
 def _evaluate(run: Any, batches: tuple[Tensor, ...]) -> None:
@@ -290,10 +342,11 @@ def execute(arguments: Namespace) -> None:
     if arguments.json:
         check_output(arguments.json)
     figures = bench(config)
-    for name in ("dense_images_per_s", "masked_images_per_s", "packed_images_per_s"):
+    for name in [name for name in figures if name.endswith("_images_per_s")]:
         say(f"{name:>22} {figures[name]:10.2f}")
-    for name in ("ideal_speedup", "realised_speedup", "ratio"):
-        say(f"{name:>22} {figures[name]:10.3f}")
+    for name in ("ideal_speedup", "realised_speedup", "ratio", "compiled_speedup", "compiled_ratio"):
+        if name in figures:
+            say(f"{name:>22} {figures[name]:10.3f}")
     for name in ("macs_dense", "macs_executed"):
         say(f"{name:>22} {figures[name] / 1e9:10.3f} G")
     tokens = figures["tokens_per_block"]

@@ -197,8 +197,13 @@ class AdaViT(AdaptiveViT):
         """The blocks.
 
         Raises:
-            ValueError: `Packed` in training.
+            ValueError: `Packed` in training, `Slab`.
         """
+        if not isinstance(tokens, Masked | Packed):
+            raise ValueError(
+                f"{self.config.title} skips sub-layers and heads image by image: choose adaptvit.Packed or "
+                "adaptvit.Masked"
+            )
         grid = tokens.source.grid
         if self.training:
             tokens.source.check_alike(f"{self.config.title} in training")

@@ -122,10 +122,14 @@ class ATS(AdaptiveViT):
             else:
                 tokens = self.run_block(number, tokens)
                 live.append(tokens.live if self.reads_few(number) else live[-1])
-        held = torch.stack(live, dim=1)
-        usage = Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
+        usage = partial(self.usage, live, grid)
         sound = torch.stack(soundness).all(dim=0)
         return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1], sound=sound)
+
+    def usage(self, live: list[Tensor], grid: tuple[int, ...]) -> Usage:
+        """The record, from the slots that held a token on entry to each block, and after the last: (B, N) bool."""
+        held = torch.stack(live, dim=1)
+        return Usage.of_live(held, self.heads, grid, self.prefix, self.deciding(held.sum(dim=2)))
 
     def decide(
         self,

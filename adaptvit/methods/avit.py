@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from adaptvit.methods.priors import PRIORS, halting_prior, mixture
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
 from adaptvit.tokens import Tokens
+from adaptvit.tokens.kernels import on_host
 from adaptvit.usage import Output, Usage
 
 LEAST_SHARE = 1e-3
@@ -223,7 +225,7 @@ class AViT(AdaptiveViT):
             tokens = self.run_block(self.depth - 1, tokens)
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
-        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
+        usage = partial(Usage.of_depth, depth, self.heads, grid, self.prefix, last_reads=self.read)
         means = {} if early_exit else self.means(scores, depth, tokens.at_first)
         return self.finish(output.to(tokens.x.dtype), usage, means=means)
 
@@ -298,8 +300,8 @@ def kl_divergence(model: Tensor, target: Tensor, direction: str) -> Tensor:
 
 
 def warn_if_all_halted(going: Tensor, gate_center: float) -> None:
-    """Say so when the gate leaves nothing after the first block."""
-    if going.numel() and not going.any():
+    """Say so when the gate leaves nothing after the first block; a device is not waited for, nor a graph broken."""
+    if on_host(going.device) and not torch.compiler.is_compiling() and going.numel() and not going.any():
         warn(
             f"AViTConfig.gate_center={gate_center:g} halts every token after block 1: raise it, or find a gate "
             "with adaptvit.meet_target",

@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Self
 
@@ -247,7 +248,7 @@ class DroppingViT(AdaptiveViT):
                 self._check_decided(going, live)
                 tokens = tokens.keep(going | (prefix if self.prefix else ~(going & live).any(dim=1, keepdim=True)))
                 depth = depth.masked_fill(live & ~tokens.live, number + 1)
-        usage = Usage.of_depth(depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
+        usage = partial(Usage.of_depth, depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
         return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live)
 
     def _check_decided(self, going: Tensor, live: Tensor) -> None:

@@ -181,6 +181,10 @@ class DynamicViT(AdaptiveViT):
     def learns_patches(self) -> bool:
         return self.config.token_weight > 0
 
+    @property
+    def even(self) -> bool:
+        return self.config.select == "top-k" and not self.training
+
     def usual_layout(self, **options: Any) -> type[Tokens]:
         """`Masked` in training, whose masks pass gradients, and `Packed` in evaluation."""
         return Masked if self.training else Packed
@@ -191,10 +195,10 @@ class DynamicViT(AdaptiveViT):
         Args:
             teacher: in training, a teacher's patches for the same images, (B, P, D), after its last norm.
         Raises:
-            ValueError: `Packed` in training, a teacher in evaluation or of another shape.
+            ValueError: another layout than `Masked` in training, a teacher in evaluation or of another shape.
         """
         if self.training:
-            if isinstance(tokens, Packed):
+            if not isinstance(tokens, Masked):
                 raise ValueError("DynamicViT trains with layout=Masked: its masks learn from the patches they drop")
             return self._train(tokens, teacher)
         if teacher is not None:
@@ -211,7 +215,7 @@ class DynamicViT(AdaptiveViT):
                 depth = depth.masked_fill(before & ~tokens.live, number)
             tokens = self.run_block(number, tokens)
         # the patches of an image may not be finite, and so not to be told apart
-        usage = self.usage(depth, grid, tokens.source.own)
+        usage = partial(self.usage, depth, grid, tokens.source.own)
         return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live, sound=sound)
 
     def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:
@@ -225,7 +229,7 @@ class DynamicViT(AdaptiveViT):
             if count >= rows.shape[1]:
                 return tokens
             best = rows.topk(count, dim=1).indices.sort(dim=1).values + prefix
-            first = torch.arange(prefix, device=score.device).expand(len(best), -1)
+            first = torch.arange(prefix, device=score.device).expand(best.shape[0], -1)
             return tokens.take(torch.cat([first, best], dim=1))
         live, score = tokens.live[:, prefix:], tokens.grid(score)[:, prefix:]
         chosen = above(score, config.threshold, live)
@@ -299,7 +303,7 @@ class DynamicViT(AdaptiveViT):
                     f"{tuple(student.shape)}: with token_weight=0 it learns its logits alone"
                 )
             means["tokens"] = token_loss(student, teacher, kept, self.config.token_loss)
-        usage = self.usage(depth, grid, tokens.source.own)
+        usage = partial(self.usage, depth, grid, tokens.source.own)
         return self.finish(self.read_slots(tokens, tokens.x), usage, alive, means)
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:

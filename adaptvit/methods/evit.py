@@ -101,6 +101,10 @@ class EViT(AdaptiveViT):
                 f"EViTConfig.blocks={self.reducing} is the last block only, of which just the class token is read"
             )
 
+    @property
+    def even(self) -> bool:
+        return True
+
     def run(self, tokens: Tokens, keep_rate: float | Sequence[float] | None = None) -> Left:
         """The blocks.
 
@@ -125,7 +129,7 @@ class EViT(AdaptiveViT):
                 tokens = self.run_block(number, tokens)
                 if self.reads_few(number):
                     live[-1] = tokens.live
-        usage = self.usage(torch.stack(live, dim=1), torch.stack(fused[:-1], dim=1), kept, tokens.source.grid)
+        usage = partial(self.usage, live, fused[:-1], kept, tokens.source.grid)
         return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1])
 
     def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Tensor]:
@@ -214,7 +218,7 @@ class EViT(AdaptiveViT):
 
         It takes the slot of the first patch to be dropped, the one of the next highest score.
         """
-        prefix = torch.arange(self.prefix, device=score.device).expand(len(score), -1)
+        prefix = torch.arange(self.prefix, device=score.device).expand(score.shape[0], -1)
         kept = torch.cat([prefix, best.sort(dim=1).values + self.prefix], dim=1)
         fused = torch.zeros(tokens.rows(tokens.x).shape[:2], dtype=torch.bool, device=score.device)
         if self.config.fuse:
@@ -235,15 +239,18 @@ class EViT(AdaptiveViT):
             tokens = tokens.with_x(torch.where(tokens.spread(fused)[..., None], tokens.spread(token), tokens.x))
         return tokens.keep(torch.cat([live[:, : self.prefix], kept], dim=1) | fused), fused
 
-    def usage(self, live: Tensor, fused: Tensor, kept: Mapping[int, int | Tensor], grid: tuple[int, ...]) -> Usage:
+    def usage(
+        self, lives: list[Tensor], fuseds: list[Tensor], kept: Mapping[int, int | Tensor], grid: tuple[int, ...]
+    ) -> Usage:
         """The record.
 
         Args:
-            live: (B, L + 1, N) bool, the slots that held a token on entry to each block, and after the last.
-            fused: (B, L, N) bool, those that held a fused one.
+            lives: (B, N) bool, the slots that held a token on entry to each block, and after the last.
+            fuseds: (B, N) bool, those that held a fused one on entry to each block.
             kept: of the blocks that dropped some, whose attention updates all tokens so that they can be fused.
         """
         shape = self.shape
+        live, fused = torch.stack(lives, dim=1), torch.stack(fuseds, dim=1)
         held = live.sum(dim=2)
         before, after = held[:, :-1], held[:, 1:]
         reduces = torch.tensor([block in kept for block in range(self.depth)], device=live.device)

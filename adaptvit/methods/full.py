@@ -1,6 +1,7 @@
 """The plain ViT through the same machinery: nothing is dropped. What every other method is compared with."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import nn
@@ -29,10 +30,14 @@ class Full(AdaptiveViT):
 
     traces = True
 
+    @property
+    def even(self) -> bool:
+        return True
+
     def run(self, tokens: Tokens) -> Left:
         """Logits equal to `vit(images)`."""
         depth = self.deepest(tokens)
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
-        usage = Usage.of_depth(depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
+        usage = partial(Usage.of_depth, depth, self.heads, tokens.source.grid, self.prefix, last_reads=self.read)
         return self.finish(self.read_slots(tokens, tokens.x), usage)

@@ -83,6 +83,10 @@ class GridConfig(MethodConfig):
 class GridViT(AdaptiveViT):
     """A ViT whose blocks merge tokens with their neighbours on the grid, between attention and MLP."""
 
+    @property
+    def even(self) -> bool:
+        return True
+
     def run(self, tokens: Tokens) -> Left:
         tokens.source.check_alike(self.config.title)
         grid = before = tokens.source.grid
@@ -99,7 +103,7 @@ class GridViT(AdaptiveViT):
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))
-        return self.finish(x, usage_of(self, torch.stack(held, dim=1), grid))
+        return self.finish(x, partial(usage_of, self, held, grid))
 
     def run_merging(
         self, number: int, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int]
@@ -117,7 +121,7 @@ class GridViT(AdaptiveViT):
         rows, columns = decided()
         row = columns.place.transpose(1, 2).gather(2, rows.place)
         place = self.prefix + (row * sides[1] + rows.place).flatten(1)
-        prefix = torch.arange(self.prefix, device=place.device).expand(len(place), -1)
+        prefix = torch.arange(self.prefix, device=place.device).expand(place.shape[0], -1)
         return after, torch.cat([prefix, place], dim=1)
 
     def joined(

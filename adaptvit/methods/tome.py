@@ -98,12 +98,16 @@ class ToMeConfig(MethodConfig):
 
     def choose(self, score: Tensor, patches: int | Tensor, block: int, depth: int) -> Tensor:
         """The tokens of A that are merged, (B, |A|) bool, of images with so many patches; `score` is `match`'s."""
-        most = self.schedule(depth)[block]
-        count = min(most, score.shape[1] if isinstance(patches, Tensor) else patches // 2)
-        best, merged = score.topk(count, dim=1).indices, torch.zeros_like(score, dtype=torch.bool)
-        if isinstance(patches, Tensor):
-            return merged.scatter(1, best, torch.arange(count, device=best.device) < patches // 2)
-        return merged.scatter(1, best, True)
+        if not isinstance(patches, Tensor):
+            best = score.topk(self.merged(patches, block, depth), dim=1).indices
+            return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, True)
+        best = score.topk(min(self.schedule(depth)[block], score.shape[1]), dim=1).indices
+        merged = torch.arange(best.shape[1], device=best.device) < patches // 2
+        return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, merged)
+
+    def merged(self, patches: int, block: int, depth: int) -> int:
+        """Tokens that block number `block` of `depth` merges, where it has so many patches."""
+        return min(self.schedule(depth)[block], patches // 2)
 
     def build(self, vit: nn.Module) -> "MergingViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
@@ -223,6 +227,10 @@ class MergingViT(AdaptiveViT):
         super().__init__(vit, config)
         config.schedule(self.depth)  # refuses a wrong length
 
+    @property
+    def even(self) -> bool:
+        return isinstance(self.config, ToMeConfig)
+
     def run(self, tokens: Tokens) -> Left:
         grid = tokens.source.grid
         if self.config.position == "mean":
@@ -244,23 +252,30 @@ class MergingViT(AdaptiveViT):
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
-        usage = usage_of(self, torch.stack(held, dim=1), grid)
-        patches, widths = usage.attended - self.prefix, self.shape.each("key_dim", holder)
-        deciding = patches // 2 * (patches - patches // 2) * widths * holder.new_tensor(compared)
-        return self.finish(x, replace(usage, deciding=deciding))
+        return self.finish(x, partial(self.usage, held, compared, grid))
+
+    def usage(self, held: list[Tensor], compared: list[bool], grid: tuple[int, ...]) -> Usage:
+        """The record, as `usage_of` makes it; `compared` are the blocks that looked for tokens to merge."""
+        usage = usage_of(self, held, grid)
+        patches, widths = usage.attended - self.prefix, self.shape.each("key_dim", held[0])
+        deciding = patches // 2 * (patches - patches // 2) * widths * held[0].new_tensor(compared)
+        return replace(usage, deciding=deciding)
 
     def run_merging(
         self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
     ) -> tuple[Tokens, Tensor, Tensor]:
         """A block that merges tokens: what it leaves, the slot where each token went, and the patches in each."""
+        slots, sizes = tokens.shape[1], list[Tensor]()
         decided = once(partial(self.places, tokens, number))
-        sizes: list[Tensor] = []
+        known = self.even and tokens.at_first is None
+        left = slots - self.config.merged(slots - self.prefix, number, self.depth) if known else None
 
         def look(projected: Projected) -> None:
             decided(projected.k)
 
         def merge(tokens: Tokens) -> Tokens:
-            merged, sizes[:] = _merge(tokens, *decided(), size)
+            merged, total = tokens.merge(*decided(), size, left)
+            sizes[:] = [total]
             return merged
 
         after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
@@ -289,14 +304,15 @@ class MergingViT(AdaptiveViT):
         return arrange(chosen, score, target, live, self.prefix)
 
 
-def usage_of(model: AdaptiveViT, held: Tensor, grid: tuple[int, ...]) -> Usage:
+def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -> Usage:
     """The record of a forward that merges tokens between attention and MLP, without what deciding takes.
 
     A token is live in the slot of its first patch.
 
     Args:
-        held: (B, L + 1, N), the slots of the input tokens before and after blocks.
+        holders: (B, N) int64, the slots of the input tokens before each block, and after the last.
     """
+    held = torch.stack(holders, dim=1)
     inputs = torch.arange(held.shape[2], device=held.device).expand_as(held)
     first = torch.full_like(held, held.shape[2]).scatter_reduce(2, held, inputs, "amin")
     live = first.gather(2, held) == inputs
@@ -402,18 +418,13 @@ def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix:
         rank = staying.cumsum(dim=1) - 1
     else:
         rank = score.masked_fill(~staying, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
-    place = torch.arange(live.shape[1], device=live.device).repeat(len(live), 1)
+    place = torch.arange(live.shape[1], device=live.device).repeat(live.shape[0], 1)
     moved = torch.zeros_like(live)
     moved[:, even] = chosen
     followers = torch.arange(place[:, odd].shape[1], device=live.device)
     place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + followers
     place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
     return place, moved
-
-
-def _merge(tokens: Tokens, place: Tensor, moved: Tensor, size: Tensor) -> tuple[Tokens, list[Tensor]]:
-    merged, total = tokens.merge(place, moved, size)
-    return merged, [total]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ class Tokens(ABC):
     Attributes:
         x: features, laid out by the layout.
         shape: images and slots, (B, N).
+        slots: of a layout that stores live tokens alone, where these stand among all; None where all slots are stored.
         where: int64 token features (...,), the slot that each token had when it was embedded, which is its position;
             a token that others were merged into stays where it was. Or floating point, (..., 1 + axes): that slot, and
             the coordinates, which merged tokens have the mean of. None while all tokens are in their first slots.
@@ -27,6 +28,7 @@ class Tokens(ABC):
 
     x: Tensor
     shape: tuple[int, int]
+    slots: Tensor | None
     where: Tensor | None
     source: Any
 
@@ -48,6 +50,11 @@ class Tokens(ABC):
     @abstractmethod
     def at(self) -> Tensor:
         """The slots of `where`, int64, whether tokens moved or not; of a layout with all slots (1 or B, N)."""
+
+    @property
+    @abstractmethod
+    def in_place(self) -> bool:
+        """Whether every slot has the token that was embedded there, or nobody's, so that tables by slot fit."""
 
     def at_coordinates(self, coordinates: Tensor, places: Tensor | None = None) -> Self:
         """The same tokens, whose positions are coordinates: (N, axes), by slots.
@@ -79,9 +86,19 @@ class Tokens(ABC):
     def with_x(self, x: Tensor) -> Self:
         """The same tokens with other features."""
 
-    def keep(self, chosen: Tensor) -> Self:
-        """Drop every token whose slot is not in `chosen`, (B, N) or (1, N) bool; dead slots stay dead."""
-        return self.filter(self.spread(chosen.expand(self.shape)))[0]
+    def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """Drop every token whose slot is not in `chosen`, and take `others`, token features, along.
+
+        Args:
+            chosen: (B, N) or (1, N) bool; or the first so many slots. Dead ones stay dead.
+        """
+        if isinstance(chosen, int):
+            chosen = torch.arange(self.shape[1], device=self.x.device)[None] < chosen
+        return self.filter(self.spread(chosen.expand(self.shape)), *others)
+
+    def keep(self, chosen: Tensor | int) -> Self:
+        """`select`, with nothing else."""
+        return self.select(chosen)[0]
 
     @abstractmethod
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
@@ -104,7 +121,10 @@ class Tokens(ABC):
 
     @abstractmethod
     def take(self, index: Tensor) -> Self:
-        """Keep as many tokens of every image, where they have as many: (B, n) places of `rows`, ascending."""
+        """Keep as many tokens of every image, where they have as many: (B, n) places of `rows`, ascending.
+
+        Those that the classifier reads are always among them.
+        """
 
     @abstractmethod
     def grid(self, t: Tensor) -> Tensor:
@@ -123,15 +143,16 @@ class Tokens(ABC):
         """Write `value` into the live slots of a (B, N) tensor, in place."""
 
     @abstractmethod
-    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         """Replace tokens that go to one place by their weighted mean.
 
         Args:
             place: (B, N) int64, the slot that each live slot's token goes to; from 0 on, without gaps in an image.
             moved: (B, N) bool, tokens that join another in its place; the others have a place each.
             weight: positive token features (...,), without gradients.
+            count: places, where all images have as many; None is to be found out.
         Returns:
-            tokens of as many slots as the fullest image has places, and the sums of the weights in them.
+            tokens of as many slots as the fullest image has places, or more, and the sums of the weights in them.
         """
 
     @abstractmethod

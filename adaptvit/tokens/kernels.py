@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether numbers on a device can be read without waiting for it."""
+    return device.type == "cpu"
+
+
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, mask: Tensor | None, scale: float | None
 ) -> Tensor:
@@ -46,10 +51,10 @@ def attend_masked(
 
 def by_place(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Entries (B, H, R, n) of a table of pairs (B or 1, H, N, N) at the places of queries (B, R) and keys (B, n)."""
-    if len(pairs) > 1:
-        image = torch.arange(len(queries), device=pairs.device)[:, None, None]
+    if pairs.shape[0] > 1:
+        image = torch.arange(queries.shape[0], device=pairs.device)[:, None, None]
         return pairs[image, :, queries[:, :, None], keys[:, None]].permute(0, 3, 1, 2)
-    if len(queries) == 1:
+    if queries.shape[0] == 1:
         return pairs.index_select(2, queries[0]).index_select(3, keys[0])
     return pairs[0][:, queries[:, :, None], keys[:, None]].transpose(0, 1)
 
@@ -73,7 +78,7 @@ def mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | Non
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     q, keys = (q.to(dtype) * q.shape[-1] ** -0.5).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1)
-    total = k.new_zeros((), dtype=dtype).expand(len(k), k.shape[2], k.shape[1])
+    total = k.new_zeros((), dtype=dtype).expand(k.shape[0], k.shape[2], k.shape[1])
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[2]))
         logits = q[:, :, rows] @ keys
@@ -124,7 +129,7 @@ def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, bias
     On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
     variable-length flash attention, which has neither dropout nor bias, does; elsewhere images are padded to the grid.
     """
-    if device.type == "cpu":
+    if on_host(device):
         return attend_each
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not dropout and not biased:
         return attend_varlen

@@ -37,6 +37,14 @@ class Masked(Tokens):
         return torch.ones(self.shape, dtype=torch.bool, device=self.x.device) if self.mask is None else self.mask
 
     @property
+    def slots(self) -> None:  # type: ignore[override]
+        return None
+
+    @property
+    def in_place(self) -> bool:
+        return self.where is None
+
+    @property
     def at(self) -> Tensor:
         if self.where is None:
             return torch.arange(self.x.shape[1], device=self.x.device)[None]
@@ -83,19 +91,24 @@ class Masked(Tokens):
     def stamp(self, t: Tensor, value: int) -> None:
         t.masked_fill_(self.live, value)
 
-    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
-        if not len(place):
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
+        if not place.shape[0]:
             return self, weight
         live = self.live
-        slots = int(place.masked_fill(~live, -1).max()) + 1
+        if count is not None:
+            slots = count
+        elif torch.compiler.is_compiling():
+            slots = place.shape[1]  # rather than wait for a number
+        else:
+            slots = int(place.masked_fill(~live, -1).max()) + 1
         place, weight = place.clamp(max=slots - 1), weight * live
-        total = weight.new_zeros(len(place), slots).scatter_add(1, place, weight)
+        total = weight.new_zeros(place.shape[0], slots).scatter_add(1, place, weight)
         share = weight / total.gather(1, place).masked_fill(~live, 1)
         parts = self.x * share[..., None].to(self.x.dtype)
         x = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(1, place[..., None].expand_as(parts), parts)
         at = self.at.expand_as(place)
         stays = place.masked_fill(moved | ~live, slots)  # a place of its own for those that go
-        where = at.new_zeros(len(place), slots + 1).scatter(1, stays, at)[:, :slots]
+        where = at.new_zeros(place.shape[0], slots + 1).scatter(1, stays, at)[:, :slots]
         if self.where is not None and self.where.is_floating_point():
             parts = self.where[..., 1:] * share[..., None]
             means = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from adaptvit.tokens import kernels
 from adaptvit.tokens.base import Tokens
 from adaptvit.tokens.kernels import attend_dense, by_place, mean_received, ragged_kernel, slots_of
 
@@ -80,6 +81,10 @@ class Packed(Tokens):
         return self.slots % self.shape[1] if self.where is None else slots_of(self.where)
 
     @property
+    def in_place(self) -> bool:
+        return self.where is None and self.full
+
+    @property
     def batch(self) -> Tensor:
         return self.x[None] if self.even is None else self.x.view(-1, self.even, *self.x.shape[1:])
 
@@ -93,6 +98,15 @@ class Packed(Tokens):
         """These rows of the tokens, with features `x`."""
         where = None if self.where is None else self.where.index_select(0, rows)
         return type(self)(x, self.shape, self.slots.index_select(0, rows), each, where, self.source)
+
+    def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        if isinstance(chosen, Tensor) or self.even is None:
+            return super().select(chosen, *others)
+        images, each = self.shape[0], self.even
+        rows = torch.arange(0, images * each, each, device=self.slots.device)[:, None]
+        rows = (rows + torch.arange(chosen, device=self.slots.device)).flatten()  # none of which is ever dropped
+        x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
+        return self._of(x, rows, chosen), kept
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
         rows = chosen.nonzero().squeeze(1)  # waits for the device
@@ -136,6 +150,8 @@ class Packed(Tokens):
         images, slots = self.shape
         if self.full or count == slots:
             return self.grid(t)[:, :count]
+        if self.even is not None:
+            return self.rows(t)[:, :count]
         if images == 1 and self._all_live(count):
             return t[None, :count]
         if t.shape[0] == 0:
@@ -148,10 +164,11 @@ class Packed(Tokens):
     def stamp(self, t: Tensor, value: int) -> None:
         t.view(-1).index_fill_(0, self.slots, value)
 
-    def merge(self, place: Tensor, moved: Tensor, weight: Tensor) -> tuple[Self, Tensor]:
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         if not len(place):
             return self, weight
-        images, slots = self.shape[0], int(self.spread(place).max()) + 1  # waits for the device
+        images = self.shape[0]
+        slots = int(self.spread(place).max()) + 1 if count is None else count  # waits for the device
         goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
         leaves = self.spread(moved)
         stay, join = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)
@@ -186,15 +203,15 @@ class Packed(Tokens):
         if self.even is not None and queries.even is not None:
             images = self.shape[0]
             return attend_dense(q, k, v, images, dropout, self._mask(queries, bias, pairs, images, q.dtype), scale)
-        if self.x.device.type == "cpu":  # where lengths are on the host already, and reading them waits for nothing
+        if kernels.on_host(self.x.device):  # where reading lengths waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
                 running = images == self.shape[0] or pairs is None or len(pairs) == 1
                 if running:
                     mask = self._mask(queries, bias, pairs, images, q.dtype)
                     return attend_dense(q, k, v, images, dropout, mask, scale)
-        kernel = ragged_kernel(q.device, q.dtype, dropout, bias is not None or pairs is not None)
-        return kernel(q, k, v, self, queries, dropout, bias, pairs, scale)
+        ragged = ragged_kernel(q.device, q.dtype, dropout, bias is not None or pairs is not None)
+        return ragged(q, k, v, self, queries, dropout, bias, pairs, scale)
 
     def attend_batch(
         self,
@@ -218,7 +235,7 @@ class Packed(Tokens):
         mask = None if bias is None else bias.view(images, 1, 1, -1).to(dtype)
         if pairs is None:
             return mask
-        if not (self.full and queries.full and self.where is None):
+        if not (self.in_place and queries.in_place):
             pairs = by_place(pairs, queries.at.view(images, -1), self.at.view(images, -1))
         return pairs.to(dtype) if mask is None else mask + pairs.to(dtype)
 
@@ -238,7 +255,7 @@ class Packed(Tokens):
             at = self.at.view(self.shape[0], self.even)
             added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
             return mean_received(q, self.rows(k), None, added).flatten(0, 1)
-        if self.x.device.type != "cpu":
+        if not kernels.on_host(self.x.device):
             at = self.grid(self.at)
             added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
             return self.spread(mean_received(q, self.grid(k), self.live, added))

@@ -25,6 +25,7 @@ from adaptvit.files import replacing
 from adaptvit.methods import METHODS, MethodConfig, of_today
 from adaptvit.model import AdaptiveViT, Dial
 from adaptvit.records import stable
+from adaptvit.tokens import Plan
 from adaptvit.weights.tensorfiles import check_finite, check_fit, existing, read_json, read_safetensors, reason
 
 KEY = "adaptvit"
@@ -48,6 +49,8 @@ def save(model: AdaptiveViT, path: Path | str) -> None:
     }
     if model.dial is not None:
         record["dial"] = asdict(model.dial)
+    if model.plan is not None:
+        record["plan"] = asdict(model.plan)
     tensors = {}
     for key, value in model.state_dict().items():  # safetensors takes no views and no tensors that share memory
         tensors[stored_name(key)] = value.cpu().clone(memory_format=torch.contiguous_format)
@@ -149,6 +152,10 @@ def _build(record: dict[str, Any], tensors: dict[str, Tensor], config_type: type
         if not isinstance(dial, dict) or dial.keys() != {"knobs", "shares"}:
             raise ValueError(f"its dial must have knobs and shares, got {repr(dial)[:80]}")
         model.dial = Dial(*(_tuples(dial[name]) for name in ("knobs", "shares")))
+    if (plan := record.get("plan")) is not None:
+        if not isinstance(plan, dict) or plan.keys() != {"means", "spreads", "images"}:
+            raise ValueError(f"its plan must have means, spreads and images, got {repr(plan)[:80]}")
+        model.plan = Plan(means=_tuples(plan["means"]), spreads=_tuples(plan["spreads"]), images=plan["images"])
     return model
 
 

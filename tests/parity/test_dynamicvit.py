@@ -118,7 +118,9 @@ def test_the_released_training(dynamicvit_trained: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(dynamicvit, "gumbel_difference", lambda score: (drawn := next(noise))[..., 0] - drawn[..., 1])
     token_loss, shares_kept = dynamicvit.token_loss, DynamicViT.shares_kept
     monkeypatch.setattr(dynamicvit, "token_loss", lambda *given: students.append(given[0]) or token_loss(*given))
-    monkeypatch.setattr(DynamicViT, "shares_kept", lambda self, kept: decided.extend(kept) or shares_kept(self, kept))
+    monkeypatch.setattr(
+        DynamicViT, "shares_kept", lambda self, kept, *own: decided.extend(kept) or shares_kept(self, kept, *own)
+    )
 
     lesson, patches = teacher_says(case)
     output = model(batch_of(case), teacher=patches, detailed=True)

@@ -1,0 +1,155 @@
+"""The layout of images that all have as many tokens, which Python knows: nothing hidden, nothing waited for.
+
+It compiles and exports whole. Letters: B images, N token slots, n tokens of each image, D channels, H heads, d channels
+per head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from adaptvit.tokens.base import Tokens
+from adaptvit.tokens.kernels import by_place, mean_received, slots_of
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Tokens):
+    """As many tokens of every image, in slot order: x is (B, n, D). `filter`, which counts nothing, it does not do."""
+
+    x: Tensor
+    count: int
+    """N."""
+    slots: Tensor | None = None
+    """(B, n) each token's slot, ascending; None while every slot has one."""
+    where: Tensor | None = None
+    source: Any = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        return cls(x, x.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.x.shape[0], self.count
+
+    @property
+    def live(self) -> Tensor:
+        return self.grid(torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device))
+
+    @property
+    def at(self) -> Tensor:
+        return self._slots if self.where is None else slots_of(self.where)
+
+    @property
+    def in_place(self) -> bool:
+        return self.where is None and self.slots is None
+
+    @property
+    def _slots(self) -> Tensor:
+        """(1 or B, n)."""
+        return torch.arange(self.x.shape[1], device=self.x.device)[None] if self.slots is None else self.slots
+
+    @property
+    def batch(self) -> Tensor:
+        return self.x
+
+    def of_batch(self, t: Tensor) -> Tensor:
+        return t
+
+    def with_x(self, x: Tensor) -> Self:
+        return type(self)(x, self.count, self.slots, self.where, self.source)
+
+    def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        if isinstance(chosen, Tensor):
+            self.filter(chosen)
+        x, *kept = (t[:, :chosen] for t in (self.x, *others))  # none of which is ever dropped
+        where = None if self.where is None else self.where[:, :chosen]
+        return type(self)(x, self.count, self._slots[:, :chosen].expand(x.shape[0], -1), where, self.source), kept
+
+    def filter(self, chosen: Tensor, *others: Tensor) -> NoReturn:
+        raise NotImplementedError("Dense has as many tokens of every image, but these keep what each of them needs")
+
+    def put(self, some: Self, t: Tensor) -> Tensor:
+        if some.x.shape[1] == self.x.shape[1]:
+            return t
+        return torch.cat([t, t.new_zeros(t.shape[0], self.x.shape[1] - t.shape[1], *t.shape[2:])], dim=1)
+
+    def rows(self, t: Tensor) -> Tensor:
+        return t
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        return t
+
+    def take(self, index: Tensor) -> Self:
+        where = None if self.where is None else _gather(self.where, index)
+        slots = index if self.slots is None else self.slots.gather(1, index)
+        return type(self)(_gather(self.x, index), self.count, slots, where, self.source)
+
+    def grid(self, t: Tensor) -> Tensor:
+        if self.slots is None:
+            return t
+        grid = t.new_zeros(*self.shape, *t.shape[2:])
+        return grid.scatter(1, self._slots.view(*self._slots.shape, *[1] * (t.ndim - 2)).expand_as(t), t)
+
+    def spread(self, t: Tensor) -> Tensor:
+        return t if self.slots is None or t.shape[1] == 1 else _gather(t, self._slots.expand(t.shape[0], -1))
+
+    def first(self, t: Tensor, count: int) -> Tensor:
+        return self.grid(t) if count == self.count else t[:, :count]
+
+    def stamp(self, t: Tensor, value: int) -> None:
+        t.scatter_(1, self._slots.expand(t.shape[0], -1), value)
+
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
+        if count is None:
+            raise NotImplementedError("Dense merges as many tokens in every image, but these merge what is alike")
+        goes, moved = self.spread(place), self.spread(moved)
+        total = weight.new_zeros(weight.shape[0], count).scatter_add(1, goes, weight)
+        share = weight / total.gather(1, goes)
+        parts = self.x * share[..., None].to(self.x.dtype)
+        x = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(1, goes[..., None].expand_as(parts), parts)
+        at = self.at.expand_as(goes)
+        stays = goes.masked_fill(moved, count)  # a place of its own for those that go
+        where = at.new_zeros(goes.shape[0], count + 1).scatter(1, stays, at)[:, :count]
+        if self.where is not None and self.where.is_floating_point():
+            parts = self.where[..., 1:] * share[..., None]
+            means = parts.new_zeros(*total.shape, parts.shape[2])
+            means = means.scatter_add(1, goes[..., None].expand_as(parts), parts)
+            where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
+        return type(self)(x, count, None, where, self.source), total
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Self,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        mask = None if bias is None else bias[:, None, None].to(q.dtype)
+        if pairs is not None:
+            if not (self.in_place and queries.in_place):
+                pairs = by_place(pairs, queries.at, self.at)
+            mask = pairs.to(q.dtype) if mask is None else mask + pairs.to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2)
+
+    def standardise(self, t: Tensor, eps: float) -> Tensor:
+        wide = t.to(torch.promote_types(t.dtype, torch.float32))
+        centred = wide - wide.mean(dim=1, keepdim=True)
+        return (centred * (centred.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(t.dtype)
+
+    def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
+        at = self.at
+        return mean_received(q, k, None, None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at))
+
+
+def _gather(t: Tensor, index: Tensor) -> Tensor:
+    """The places (B, n) of (B, R, ...)."""
+    return t.gather(1, index.view(*index.shape, *[1] * (t.ndim - 2)).expand(*index.shape, *t.shape[2:]))

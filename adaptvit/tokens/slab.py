@@ -1,0 +1,217 @@
+"""The layout for a device: as many rows as the host chose beforehand, counts that stay on the device. Nobody waits.
+
+Letters: B images, N token slots, C rows, D channels, H heads, d channels per head.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from adaptvit.tokens.base import Tokens
+from adaptvit.tokens.kernels import attend_masked, attend_varlen, by_place, mean_received, slots_of
+
+TILE = 128
+"""Rows are rounded up to so many, which matrix products take together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How many tokens are left wherever a model drops some, as counted on images, from which follows how many rows."""
+
+    means: Sequence[float]
+    """Tokens of an image, on average, by call of `filter` or `merge`."""
+    spreads: Sequence[float]
+    """Their standard deviations over images."""
+    images: int
+    """How many were counted; the more, the fewer rows are kept in reserve."""
+
+    def rows(self, batch: int) -> tuple[int, ...]:
+        """Rows for a batch of so many images: three deviations of its sum, and of the means themselves, in reserve."""
+        reserve = 3 * (math.sqrt(batch) + batch / math.sqrt(self.images))
+        wanted = (batch * mean + reserve * spread for mean, spread in zip(self.means, self.spreads, strict=True))
+        return tuple(TILE * math.ceil(rows / TILE) for rows in wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class Slab(Tokens):
+    """Live tokens end to end, image after image, as `Packed`, in C rows; those behind the last token hold nothing.
+
+    How many rows `filter` and `merge` leave, `source.plan` says, in the order in which they are called; None leaves as
+    many as there were. They note in `source.left` where tokens then are and how many rows there were for them: what
+    comes of a batch that had too few is worthless.
+    """
+
+    x: Tensor
+    """(C, D)."""
+    shape: tuple[int, int]
+    slots: Tensor
+    """(C,) each token's place in the flattened (B, N) grid, ascending; B N of rows that hold nothing."""
+    offsets: Tensor
+    """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
+    calls: int = 0
+    """How often tokens were filtered or merged."""
+    where: Tensor | None = None
+    source: Any = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        images, slots = x.shape[:2]
+        at = torch.arange(images * slots, device=x.device)
+        offsets = torch.arange(0, images * slots + 1, slots, device=x.device, dtype=torch.int32)
+        return cls(x.flatten(0, 1), (images, slots), at, offsets)
+
+    @property
+    def real(self) -> Tensor:
+        """(C,) bool, the rows that hold a token."""
+        return self.slots < self.shape[0] * self.shape[1]
+
+    @property
+    def live(self) -> Tensor:
+        return self.grid(torch.ones_like(self.slots, dtype=torch.bool))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per image: to ask for them is to wait."""
+        return self.offsets.diff().tolist()
+
+    @property
+    def at(self) -> Tensor:
+        return self._held % self.shape[1] if self.where is None else slots_of(self.where)
+
+    @property
+    def in_place(self) -> bool:
+        return False
+
+    @property
+    def batch(self) -> Tensor:
+        return self.x[None]
+
+    def of_batch(self, t: Tensor) -> Tensor:
+        return t[0]
+
+    def with_x(self, x: Tensor) -> Self:
+        return type(self)(x, self.shape, self.slots, self.offsets, self.calls, self.where, self.source)
+
+    @property
+    def _held(self) -> Tensor:
+        """`slots`, where rows that hold nothing point at some slot."""
+        return self.slots.clamp(max=self.shape[0] * self.shape[1] - 1)
+
+    def _some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """Those that are `chosen`, in so many rows."""
+        end = chosen.cumsum(0, dtype=torch.int32)
+        offsets = torch.cat([end.new_zeros(1), end]).index_select(0, self.offsets.long())
+        rows = torch.nonzero_static(chosen, size=count, fill_value=0).squeeze(1)
+        held = torch.arange(count, device=rows.device) < offsets[-1]
+        slots = self.slots.index_select(0, rows).masked_fill(~held, self.shape[0] * self.shape[1])
+        where = None if self.where is None else self.where.index_select(0, rows)
+        x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
+        return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept
+
+    def _planned(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """Those that are `chosen`, in as many rows as are planned."""
+        if self.source is None:
+            return self._some(chosen, self.x.shape[0], *others)
+        plan = self.source.plan
+        count = self.x.shape[0] if plan is None else min(plan[self.calls], self.x.shape[0])
+        left, kept = self._some(chosen, count, *others)
+        self.source.left.append((left.offsets, count))
+        return replace(left, offsets=left.offsets.clamp(max=count), calls=self.calls + 1), kept
+
+    def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        if isinstance(chosen, Tensor):
+            return super().select(chosen, *others)
+        leading = self.real & (self.slots % self.shape[1] < chosen)
+        return self._some(leading, min(self.shape[0] * chosen, self.x.shape[0]), *others)
+
+    def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        return self._planned(chosen & self.real, *others)
+
+    def put(self, some: Self, t: Tensor) -> Tensor:
+        rows = self.x.shape[0]
+        places = torch.searchsorted(self.slots, some.slots).masked_fill(~some.real, rows)
+        return t.new_zeros(rows + 1, *t.shape[1:]).index_copy(0, places, t)[:rows]
+
+    def rows(self, t: Tensor) -> Tensor:
+        return self.grid(t)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        return self.spread(t)
+
+    def take(self, index: Tensor) -> Self:
+        return self.keep(torch.zeros(self.shape, dtype=torch.bool, device=index.device).scatter(1, index, True))
+
+    def grid(self, t: Tensor) -> Tensor:
+        total = self.shape[0] * self.shape[1]
+        return t.new_zeros(total + 1, *t.shape[1:]).index_copy(0, self.slots, t)[:total].view(*self.shape, *t.shape[1:])
+
+    def spread(self, t: Tensor) -> Tensor:
+        if t.shape[1] == 1:
+            return t.squeeze(1).index_select(0, self._held // self.shape[1])
+        return t.flatten(0, 1).index_select(0, self._held)
+
+    def first(self, t: Tensor, count: int) -> Tensor:
+        return self.grid(t)[:, :count]
+
+    def stamp(self, t: Tensor, value: int) -> None:
+        total = t.numel()
+        t.view(-1).copy_(torch.cat([t.view(-1), t.new_zeros(1)]).index_fill(0, self.slots, value)[:total])
+
+    def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
+        images, slots = self.shape[0], self.shape[1] if count is None else count
+        total = images * slots
+        goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
+        goes = goes.masked_fill(~self.real, total)
+        sums = weight.new_zeros(total + 1).index_add(0, goes, weight)
+        share = (weight / sums.index_select(0, goes)).masked_fill(~self.real, 0)
+        x = self.x.new_zeros(total + 1, self.x.shape[1]).index_add(0, goes, self.x * share[:, None].to(self.x.dtype))
+        stays = goes.masked_fill(self.spread(moved), total)
+        where = self.at.new_zeros(total + 1).index_copy(0, stays, self.at)
+        if self.where is not None and self.where.is_floating_point():
+            parts = self.where[:, 1:] * share[:, None]
+            means = parts.new_zeros(total + 1, parts.shape[1]).index_add(0, goes, parts)
+            where = torch.cat([where[:, None].to(means.dtype), means], dim=1)
+        every = type(self).of(x[:total].view(images, slots, -1))
+        every = replace(every, calls=self.calls, where=where[:total], source=self.source)
+        sums = sums[:total]
+        merged, (sums,) = every._planned(sums > 0, sums) if count is None else (every, [sums])
+        return merged, sums.where(merged.real, 1)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Self,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if q.device.type == "cuda" and half and not dropout and bias is None and pairs is None:
+            out = attend_varlen(q, k, v, self, queries, dropout, bias, pairs, scale)
+            return out.where(queries.real[:, None, None], 0)  # which are not written
+        added = None if bias is None else self.grid(bias)[:, None, None]
+        if pairs is not None:
+            pairs = by_place(pairs, queries.grid(queries.at), self.grid(self.at))
+            added = pairs if added is None else pairs + added
+        return queries.spread(
+            attend_masked(queries.grid(q), self.grid(k), self.grid(v), self.live, dropout, added, scale)
+        )
+
+    def standardise(self, t: Tensor, eps: float) -> Tensor:
+        wide, live = self.grid(t.to(torch.promote_types(t.dtype, torch.float32))), self.live[..., None]
+        count = live.sum(dim=1, keepdim=True).clamp(min=1)
+        centred = (wide - wide.sum(dim=1, keepdim=True) / count) * live
+        variance = centred.square().sum(dim=1, keepdim=True) / count
+        return self.spread(centred * (variance + eps).rsqrt()).to(t.dtype)
+
+    def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
+        at = self.grid(self.at)
+        added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
+        return self.spread(mean_received(q, self.grid(k), self.live, added))

@@ -1,0 +1,147 @@
+"""What a forward asks of a device, block by block: kernels launched, and how often the host waits. No device is needed.
+
+    python benchmarks/launches.py            # writes benchmarks/launches.json
+
+Operators that torch dispatches on a CPU are counted, views and allocations left out, with the branches that a device
+takes. A wait is what a host cannot go on without: a number that the device computed, or a copy from it or to it.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptvit import (
+    ATSConfig,
+    AViTConfig,
+    Dense,
+    DynamicViTConfig,
+    EViTConfig,
+    FullConfig,
+    MergeConfig,
+    MethodConfig,
+    Packed,
+    Slab,
+    ToMeConfig,
+)
+from adaptvit.methods.grid import GridConfig
+from adaptvit.model import AdaptiveViT
+from adaptvit.tokens import kernels
+
+TABLE = Path(__file__).with_suffix(".json")
+DEPTH = 4
+METHODS: dict[str, MethodConfig] = {
+    "full": FullConfig(),
+    "evit": EViTConfig(blocks=(1, 2), keep_rate=0.7),
+    "dynamicvit": DynamicViTConfig(blocks=(1, 2)),
+    "tome": ToMeConfig(r=3),
+    "grid": GridConfig(rate=0.5),
+    "ats": ATSConfig(blocks=(1, 2), tokens=(10, 6)),
+    "avit": AViTConfig(gate_scale=3.0),
+    "merge": MergeConfig(thresholds=0.4),
+    "dynamicvit, threshold": DynamicViTConfig(blocks=(1, 2), select="threshold", threshold=0.3),
+}
+NO_KERNEL = """
+    view reshape expand expand_as slice select unsqueeze squeeze transpose permute t mT alias detach unbind split
+    split_with_sizes chunk narrow as_strided unfold _unsafe_view promote_types empty empty_like new_empty empty_strided
+    lift_fresh diagonal movedim _local_scalar_dense dropout
+"""
+"""Views, allocations, and dropout, which does nothing in evaluation."""
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "item")
+"""Operators whose result the host reads, or whose size it has to know."""
+ON_THE_HOST = (Tensor.tolist, Tensor.cpu, Tensor.numpy, torch.tensor, Tensor.new_tensor)
+"""What copies from the device or to it."""
+
+
+class Counter(TorchDispatchMode):
+    """Kernels and waits so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.waits = 0
+        self.no_kernel = frozenset(NO_KERNEL.split())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.kernels += name not in self.no_kernel
+        by_mask = name.startswith("index") and any(
+            isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)
+            for one in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        self.waits += name in WAITS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+class _Copies(TorchFunctionMode):
+    """Counts in `counter` what copies between host and device."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counter.waits += func in ON_THE_HOST
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """The branches that tokens take on a device."""
+    before = kernels.on_host
+    kernels.on_host = lambda _: False
+    try:
+        yield
+    finally:
+        kernels.on_host = before
+
+
+def count(model: AdaptiveViT, images: Tensor, layout: type) -> dict[str, list[int]]:
+    """Kernels and waits before the first block, from each block to the next, and from the last one on."""
+    seen: list[tuple[int, int]] = []
+    run_block = model.run_block
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append((counter.kernels, counter.waits))
+        return run_block(*args, **kwargs)
+
+    model.run_block = noted  # type: ignore[method-assign]
+    with torch.inference_mode(), as_on_a_device(), Counter() as counter, _Copies(counter):
+        model(images, layout)
+    del model.run_block
+    ends = [(0, 0), *seen, (counter.kernels, counter.waits)]
+    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(ends)]
+    return {"kernels": [kernels for kernels, _ in steps], "waits": [waits for _, waits in steps]}
+
+
+def small_vit() -> nn.Module:
+    """A DeiT of four narrow blocks."""
+    torch.manual_seed(0)
+    return timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=48, depth=DEPTH, num_classes=7).eval()
+
+
+def table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """By method and layout; `timm` is the plain ViT's own forward, in all."""
+    vit = small_vit()
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), Counter() as counter:
+        vit(images)
+    found: dict[str, Any] = {"timm": {"own": {"kernels": [counter.kernels], "waits": [counter.waits]}}}
+    for name, config in METHODS.items():
+        model = config.build(vit).eval()
+        layouts = (Dense, Packed) if model.even else (Slab, Packed)
+        found[name] = {layout.__name__.lower(): count(model, images, layout) for layout in layouts}
+    return found
+
+
+if __name__ == "__main__":
+    rows = (f" {json.dumps(method)}: {json.dumps(layouts)}" for method, layouts in table().items())
+    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    print(TABLE.read_text())

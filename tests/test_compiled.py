@@ -1,0 +1,81 @@
+"""What `torch.compile` makes of a forward: one graph, which holds for other batches, until the model is turned."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from models import METHODS, images, small_vit, vary
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from adaptvit import Dense, Masked, Packed, Slab, measure_plan
+from adaptvit.model import AdaptiveViT
+
+EVEN = ("full", "evit", "dynamicvit", "tome", "grid")
+ANY = ("avit", "ats", "merge")
+RAGGED = ("avit", "ats", "dynamicvit, threshold")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def build(method: str) -> AdaptiveViT:
+    return vary(METHODS[method].build(small_vit())).eval()
+
+
+@pytest.mark.parametrize(("method", "layout"), [(method, None) for method in EVEN] + [(name, Masked) for name in ANY])
+def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: type | None) -> None:
+    model, backend = build(method), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        for count in (3, 5, 4, 6, 2, 7):
+            batch = images(model.vit, count=count)
+            torch._dynamo.maybe_mark_dynamic(batch, 0)
+            torch.testing.assert_close(compiled(batch, layout=layout), model(batch), atol=1e-5, rtol=1e-5)
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("method", RAGGED)
+def test_a_slab_is_one_graph_whatever_images_keep(method: str) -> None:
+    model, backend = build(method), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    batch = images(model.vit, count=8)
+    with torch.inference_mode():
+        model.plan = measure_plan(model, batch)
+        for order in (range(8), range(7, -1, -1)):
+            some = batch[list(order)]
+            torch.testing.assert_close(compiled(some, layout=Slab), model(some), atol=1e-5, rtol=1e-5)
+    assert backend.frame_count == 1
+
+
+def test_a_model_whose_knob_is_turned_is_compiled_anew() -> None:
+    model = build("tome")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = images(model.vit)
+    with torch.inference_mode():
+        before = compiled(batch)
+        model.config = replace(model.config, rate=2.0)
+        torch.testing.assert_close(compiled(batch), model(batch))
+        assert not torch.equal(compiled(batch), before)
+
+
+def test_methods_that_keep_what_each_image_needs_run_packed_beside_the_graph() -> None:
+    model = build("ats")
+    with torch.inference_mode():
+        batch = images(model.vit)
+        assert torch.equal(torch.compile(model, backend="eager")(batch), model(batch, Packed))
+
+
+def test_gradients_are_those_of_the_eager_model() -> None:
+    model = build("evit").double()
+    batch = images(model.vit, dtype=torch.float64)
+    found = {}
+    for name, call in (("eager", model), ("compiled", torch.compile(model, fullgraph=True, backend="aot_eager"))):
+        model.zero_grad()
+        call(batch, layout=Dense).square().sum().backward()
+        found[name] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, gradient in found["eager"].items():
+        torch.testing.assert_close(found["compiled"][name], gradient, atol=1e-12, rtol=1e-9)

@@ -1,0 +1,36 @@
+"""What a forward asks of a device stays what it was when `benchmarks/launches.json` was written, or becomes less."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+SPEC = spec_from_file_location("benchmarks_launches", Path(__file__).parents[1] / "benchmarks" / "launches.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+launches = module_from_spec(SPEC)
+SPEC.loader.exec_module(launches)
+RECORDED = json.loads(launches.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict:
+    return launches.table()
+
+
+def test_no_figure_rises(counted: dict) -> None:
+    for method, layouts in RECORDED.items():
+        for layout, figures in layouts.items():
+            for what, numbers in figures.items():
+                found = counted[method][layout][what]
+                assert len(found) == len(numbers)
+                assert all(now <= before for now, before in zip(found, numbers, strict=True)), (method, layout, what)
+
+
+def test_dense_never_waits_and_packed_at_most_for_what_it_drops(counted: dict) -> None:
+    for method, layouts in counted.items():
+        if "dense" in layouts:
+            assert not any(layouts["dense"]["waits"]), method
+    assert counted["full"]["packed"]["waits"] == [0] * (launches.DEPTH + 1)
+    assert max(counted["avit"]["packed"]["waits"] + counted["ats"]["packed"]["waits"]) == 1
