@@ -157,11 +157,7 @@ def _whole(block: Any, number: int, tokens: Tokens, acts: Acts, checkpointing: b
             return block(x, *args, **kwargs)
 
     out, door = _call(forward, tokens.batch, args, kwargs, checkpointing), doors[0]
-    if not door.passed:
-        raise NotImplementedError(
-            f"{type(block).__name__} does not attend by scaled_dot_product_attention: tokens that are gone would be "
-            "attended to"
-        )
+    door.check_passed(block)
     tokens = tokens.with_x(tokens.of_batch(first(out)))
     if door.chosen is not None:
         tokens = tokens.keep(door.chosen)

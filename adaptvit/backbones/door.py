@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -86,6 +86,18 @@ class Door(TorchFunctionMode):
         if func is multi_head_attention_forward:
             return self._attend_with_maps(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def check_passed(self, module: nn.Module) -> None:
+        """Refuse a module that attends by another way.
+
+        Raises:
+            NotImplementedError: it did not come through.
+        """
+        if not self.passed:
+            raise NotImplementedError(
+                f"{type(module).__name__} does not attend by scaled_dot_product_attention: tokens that are gone would "
+                "be attended to"
+            )
 
     def _attend_with_maps(
         self,

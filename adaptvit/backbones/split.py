@@ -25,11 +25,7 @@ def attention(
     attn, told = _told(block, parts, tokens, batch, number)
     with Door(tokens, acts) as door:
         out = attn(batch, **told)
-    if not door.passed:
-        raise NotImplementedError(
-            f"{type(attn).__name__} does not attend by scaled_dot_product_attention: tokens that are gone would be "
-            "attended to"
-        )
+    door.check_passed(attn)
     return tokens.of_batch(first(out)), door.chosen
 
 
