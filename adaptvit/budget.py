@@ -90,6 +90,7 @@ def meet_target(
     tolerance: Annotated[float, In("(0, 1)")] = 0.01,
     labels: Tensor | None = None,
     tell: Callable[[Trial], object] | None = None,
+    measure: Callable[[AdaptiveViT, Tensor, Tensor | None], Trial] | None = None,
 ) -> Any:
     """Move a model's knob so that `images` cost `target`: outwards from where it stands, then by bisection.
 
@@ -101,6 +102,8 @@ def meet_target(
         tolerance: how far from `target`, relative to it, is near enough.
         labels: classes of the images, for the accuracy of each trial.
         tell: called with each trial.
+        measure: makes a trial in the place of `attempt`: processes that search together average theirs, and so take the
+            same path.
     Returns:
         The model's new config. Where the cost jumps over the target, the value on the frugal side; where everything the
         method can compute costs less than the target, the value that computes it.
@@ -111,7 +114,7 @@ def meet_target(
     check_target(target, unit)
     config, knob = model.config, _knob(model)
     try:
-        value = _search(model, knob, images, target, unit, tolerance, labels, tell)
+        value = _search(model, knob, images, target, unit, tolerance, labels, tell, measure or attempt)
     except BaseException:
         model.config = config
         raise
@@ -135,6 +138,7 @@ def _search(
     tolerance: float,
     labels: Tensor | None,
     tell: Callable[[Trial], object] | None,
+    measure: Callable[[AdaptiveViT, Tensor, Tensor | None], Trial],
 ) -> float:
     """The knob's value; the model's config is left wherever the search ends."""
     config = model.config
@@ -142,7 +146,7 @@ def _search(
     def excess(value: float) -> float:
         """Cost over target, less 1."""
         model.config = replace(config, **{knob.field: value})
-        trial = attempt(model, images, labels)
+        trial = measure(model, images, labels)
         if tell is not None:
             tell(trial)
         reached = getattr(trial, unit)
@@ -151,7 +155,7 @@ def _search(
     frugal, generous = (knob.lowest, knob.highest) if knob.sign > 0 else (knob.highest, knob.lowest)
     value = min(max(getattr(config, knob.field), knob.lowest), knob.highest)
     if unit == "images_per_s":
-        attempt(model, images)  # the first pass is slower than those that follow
+        measure(model, images, None)  # the first pass is slower than those that follow
     over = excess(value)
     if abs(over) <= tolerance:
         return value

@@ -394,8 +394,10 @@ class AdaptiveViT(nn.Module, ABC):
                 f"{type(own).__name__}.{fixed[0]} was read when this model was built, where {allowed} can still be "
                 "set: build another around its vit"
             )
-        self._config, self.plan = config, None
-        self._turns += 1
+        self._config = config
+        if changed:
+            self._turns += 1
+            self.plan = None
 
     @property
     def compute(self) -> float | None:
@@ -527,13 +529,9 @@ def _compiled(
 
     Args:
         turns: of the model's config; a graph holds for one.
-    Raises:
-        NotImplementedError: details are asked for.
     """
-    if detailed:
-        raise NotImplementedError("torch.compile gives logits: ask the model itself for detailed=True")
     named: dict[str | None, type[Tokens]] = {kind.__name__: kind for kind in (Dense, Masked, Packed, Slab)}
-    return model._forward(images, named.get(layout, Dense if model.even else Packed), False, **options)
+    return model._forward(images, named.get(layout, Dense if model.even else Packed), detailed, **options)
 
 
 _in_graph = torch.compiler.nonstrict_trace(_compiled)

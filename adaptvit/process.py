@@ -5,14 +5,19 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.utils.data._utils import signal_handling
+
+T = TypeVar("T")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def best_device() -> str:
@@ -56,6 +61,76 @@ def as_found() -> Iterator[None]:
                 signal.signal(number, handlers[number])
                 if number == signal.SIGCHLD:
                     signal_handling._SIGCHLD_handler_set = False  # or torch's loaders would set theirs no more
+
+
+@contextmanager
+def stopped_later() -> Iterator[Callable[[], None]]:
+    """What Ctrl+C and SIGTERM raise, where Python handles them, is raised by what this gives; a second one's, at once.
+
+    Of processes that wait for each other none may leave the others waiting.
+    """
+    before = _handlers()
+    handlers: dict[int, Any] = {number: before[number] for number in STOPS if callable(before.get(number))}
+    came: list[Callable[[], object]] = []
+
+    def hold(number: int, frame: object) -> None:
+        signal.signal(number, handlers[number])
+        came.append(partial(handlers[number], number, frame))
+
+    def tell() -> None:
+        while came:
+            came.pop()()
+
+    child: int = getattr(signal, "SIGCHLD", 0)
+    known = signal_handling._SIGCHLD_handler_set
+    if child in before:  # torch raises of a dead worker in the midst of anything; who waits for it is told all the same
+        signal.signal(child, signal.SIG_DFL)
+        signal_handling._SIGCHLD_handler_set = True
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield tell
+    finally:
+        for one in {*handlers, child} & {*before}:
+            signal.signal(one, before[one])
+        signal_handling._SIGCHLD_handler_set = known
+    tell()  # of what came too late to be asked for
+
+
+def place() -> tuple[int, int]:
+    """Number of this process among those that train, and how many there are."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def from_all(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process of a group, in their order; where it fails in one, it does in all.
+
+    Raises:
+        ChildProcessError: it failed in another process.
+        What `work` raises.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [work()]
+    made, failure = None, None
+    try:
+        made = work()
+    except Exception as error:
+        failure = error
+    told: list[Any] = [None] * place()[1]
+    distributed.all_gather_object(told, (made, None if failure is None else fault(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, why) in enumerate(told):
+        if why is not None:
+            raise ChildProcessError(f"process {rank} failed: {why}")
+    return [one for one, _ in told]
+
+
+def fault(error: BaseException) -> str:
+    """An error in words, for those who see it from outside."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def serve(_: int = 0) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import register_pytree_node
 
 from adaptvit.macs import Shape, dense_macs, dense_macs_of, macs
 
@@ -232,6 +233,28 @@ class Output:
     def __repr__(self) -> str:
         terms = "".join(f", {name} {term.item():.4g}" for name, term in self.terms.items())
         return f"Output(logits {tuple(self.logits.shape)}, {self.usage!r}{terms})"
+
+
+def _in_graphs(kind: type) -> None:
+    """Let `torch.compile` return records of a kind: what holds tensors is of the graph, the rest is known with it."""
+    names = [one.name for one in fields(kind)]
+
+    def parts(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        held = [vars(record)[name] for name in names]
+        inside = [isinstance(part, Tensor | dict | Usage) for part in held]
+        return (
+            [part if own else None for part, own in zip(held, inside, strict=True)],
+            tuple(None if own else part for part, own in zip(held, inside, strict=True)),
+        )
+
+    def whole(inside: Any, known: Any) -> Any:
+        return kind(*(beside if part is None else part for part, beside in zip(inside, known, strict=True)))
+
+    register_pytree_node(kind, parts, whole, serialized_type_name=f"adaptvit.{kind.__name__}")
+
+
+for _kind in (Usage, Output):
+    _in_graphs(_kind)
 
 
 def _same(one: Any, other: Any) -> bool:

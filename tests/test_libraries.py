@@ -176,7 +176,7 @@ def test_processes_share_a_stream_to_train_on_and_each_evaluates_all_of_it(
     source = DataConfig(**vars(source) | {"dataset": "hfids" + source.dataset[4:]})
     labels = []
     for rank in (0, 1):
-        monkeypatch.setattr(sets, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(sets, "place", lambda rank=rank: (rank, 2))
         train = open_split(source, SETTINGS, "validation", augment=True)
         train.set_epoch(5)
         assert len(train) == 3

@@ -1,6 +1,8 @@
 """A long call leaves its caller's process as it was."""
 
 import copy
+import io
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,11 +10,13 @@ import re
 import signal
 import socket
 import sys
+import tarfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import small_vit
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import adaptvit.commands.demo
-from adaptvit import AdaptiveViT, FullConfig, cli, save
+from adaptvit import AdaptiveViT, AViTConfig, FullConfig, cli, save
 from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.budget import set_budget
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
@@ -36,13 +40,15 @@ from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.commands.draw import DrawConfig, draw
 from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model
 from adaptvit.commands.predict import PredictConfig, predict
-from adaptvit.data import Data, DataConfig, Images, open_digits
+from adaptvit.data import Data, DataConfig, Images, Unreadable, open_digits, sets
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
-from adaptvit.process import as_found
+from adaptvit.process import as_found, fault
+from adaptvit.training import loop
 from adaptvit.training.loop import train
 from adaptvit.training.recipe import Recipe
+from adaptvit.training.resuming import Checkpoints
 from adaptvit.training.run import Run, train_run
 
 SHARED = (PartialState, AcceleratorState, GradientState)
@@ -109,6 +115,7 @@ def tiny() -> AdaptiveViT:
 
 
 MODEL, DATA = tiny(), few()
+VIT = small_vit(img_size=16, depth=3, in_chans=1, num_classes=10)
 
 
 def a_run(folder: Path, output: Path, workers: int = 0) -> Run:
@@ -247,6 +254,12 @@ def test_no_file_stays_open_for_a_batch_that_a_worker_sent(monkeypatch: pytest.M
     assert max(seen[-10:]) <= max(seen[:10])
 
 
+def forks(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that forks processes."""
+    there = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+    return pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(there(test))
+
+
 def two_processes(target: Any, output: Path, count: int) -> list[Any]:
     """What two processes tell, as those that torchrun starts find each other."""
     with socket.socket() as free:
@@ -254,40 +267,45 @@ def two_processes(target: Any, output: Path, count: int) -> list[Any]:
         port = str(free.getsockname()[1])
     context = multiprocessing.get_context("fork")
     told = context.Queue()
-    runs = [context.Process(target=target, args=(rank, port, output, told), daemon=True) for rank in "01"]
+    runs = [context.Process(target=target, args=(rank, port, output, told)) for rank in "01"]
     for one in runs:
         one.start()
-    found = [told.get(timeout=60) for _ in range(count)]
-    for one in runs:
-        one.join(timeout=60)
-        assert one.exitcode == 0
+    try:
+        found = [told.get(timeout=60) for _ in range(count)]
+        for one in runs:
+            one.join(timeout=60)
+            assert one.exitcode == 0
+    finally:
+        for one in runs:
+            one.kill()
     return found
 
 
-def trained_twice(rank: str, port: str, output: Path, told: Any) -> None:
-    """What a sweep over seeds does in a process of torchrun."""
+def join_as(rank: str, port: str) -> None:
+    """Be one of two processes of torchrun."""
     everyone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= everyone | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank}
     for state in SHARED:
         state._reset_state()
+
+
+def trained_twice(rank: str, port: str, output: Path, told: Any) -> None:
+    """What a sweep over seeds does in a process of torchrun."""
+    join_as(rank, port)
     for seed in (0, 1):
         model = copy.deepcopy(MODEL)
         train(model, DATA, replace(RECIPE, batch_size=4, seed=seed), output / str(seed))
         told.put((rank, seed, sum(parameter.sum().item() for parameter in model.parameters())))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@forks
 def test_two_trainings_follow_one_another_in_the_processes_of_torchrun(tmp_path: Path) -> None:
     weights = {(rank, seed): found for rank, seed, found in two_processes(trained_twice, tmp_path, 4)}
     assert weights["0", 0] == weights["1", 0] != weights["0", 1] == weights["1", 1]
 
 
 def spoilt_in_one(rank: str, port: str, output: Path, told: Any) -> None:
-    everyone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= everyone | {"OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank}
-    for state in SHARED:
-        state._reset_state()
+    join_as(rank, port)
     model = copy.deepcopy(MODEL)
     if rank == "1":
         model.register_forward_hook(lambda *call: replace(call[2], logits=call[2].logits * torch.nan))
@@ -297,8 +315,7 @@ def spoilt_in_one(rank: str, port: str, output: Path, told: Any) -> None:
         told.put(str(error))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@forks
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_sentence(tmp_path: Path) -> None:
     sentences = {*two_processes(spoilt_in_one, tmp_path, 2)}
     assert sentences == {
@@ -307,8 +324,216 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_one_sentence(tm
     }
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+class Failing(Dataset):
+    """Images, the sixth of which does what ends a process."""
+
+    def __init__(self, end: Callable[[], object]) -> None:
+        self.end, self.seen = end, 0
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.seen += 1
+        if self.seen == 6:
+            self.end()
+        return torch.zeros(1, 16, 16), index % 10
+
+
+def wrong() -> None:
+    raise ValueError("this image is cursed")
+
+
+ENDS: dict[str, tuple[int, Callable[[], object], str]] = {
+    "a worker fails": (1, wrong, "ValueError: Caught ValueError in DataLoader worker process 0"),
+    "a worker dies": (1, lambda: os.kill(os.getpid(), signal.SIGKILL), "RuntimeError: DataLoader worker"),
+    "an image fails": (0, wrong, "ValueError: this image is cursed"),
+    "it is stopped": (0, lambda: os.kill(os.getpid(), signal.SIGINT), "KeyboardInterrupt"),
+    "the disk is full": (0, lambda: None, "OSError: full"),
+}
+
+
+def ended_in_one(how: str, rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    workers, end, _ = ENDS[how]
+    ends = rank == "1"
+    if how == "the disk is full":
+        ends = rank == "0"  # the one that writes
+
+        def full(*_: object) -> None:
+            raise OSError("full")
+
+        Checkpoints.write = full
+    data = replace(DATA, train=Failing(end if ends else lambda: None), workers=workers)
+    try:
+        train(copy.deepcopy(MODEL), data, replace(RECIPE, batch_size=4), output)
+    except BaseException as error:
+        told.put((ends, fault(error)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@forks
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_that_fails_ends_all(how: str, tmp_path: Path) -> None:
+    told = dict(two_processes(partial(ended_in_one, how), tmp_path, 2))
+    dead = "ChildProcessError: a process that decodes images died in epoch 1"
+    assert told[True].startswith(dead if how == "a worker dies" else ENDS[how][2])
+    assert re.match(rf"ChildProcessError: process \d failed.*: {re.escape(ENDS[how][2])}", told[False])
+
+
+def steered(fails: bool, rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    shares = []
+    own = loop.attempt
+
+    def attempt(*arguments: Any) -> Any:
+        if fails and rank == "1":
+            raise ValueError("these images are cursed")
+        trial = own(*arguments)
+        shares.append(trial.share)
+        return trial
+
+    loop.attempt = attempt
+    model = AViTConfig(gate_scale=4.0, gate_center=2.0).build(
+        small_vit(img_size=16, depth=3, in_chans=1, num_classes=10)
+    )
+    recipe = replace(RECIPE, batch_size=4, target=0.7, steer_every=1, precision="float32", evaluate_every=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, replace(DATA, classes=tuple("abcdefghij")), recipe, output)
+    told.put((model.config.gate_center, len(shares), shares, [str(one.message) for one in said if "knob" in str(one)]))
+
+
+@forks
+def test_processes_steer_on_the_mean_cost_of_their_images(tmp_path: Path) -> None:
+    (one, trials, own, _), (other, others, theirs, _) = two_processes(partial(steered, False), tmp_path, 2)
+    assert one == other != 2.0
+    assert trials == others > 2
+    assert own != theirs  # each looks at images of its own
+
+
+@forks
+def test_steering_that_fails_in_one_process_leaves_the_knob_in_all(tmp_path: Path) -> None:
+    found = two_processes(partial(steered, True), tmp_path, 2)
+    assert [center for center, *_ in found] == [2.0, 2.0]
+    (sentences,) = [said for *_, said in found if said]
+    assert sentences == [f"the knob stays as it was at update {n}: these images are cursed" for n in (1, 2)]
+
+
+class Holed(Images):
+    def __getitem__(self, index: int) -> Any:
+        return Unreadable(f"{index}.png", "truncated") if index in (2, 13) else super().__getitem__(index)
+
+
+def evaluated(rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    PartialState(cpu=True)
+    test, calls = Holed(DATA.test.images, DATA.test.labels), []
+    model = AViTConfig(gate_scale=4.0, gate_center=2.0).build(VIT)
+    model.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
+    shared = evaluate(model, test, batch_size=3, shared=True)
+    here = sum(calls)
+    whole = evaluate(model, test, batch_size=3)
+    told.put((here, shared.figures == whole.figures, shared.usage == whole.usage, shared.unreadable, shared.figures))
+
+
+@forks
+def test_processes_that_share_an_evaluation_all_have_the_result_of_one(tmp_path: Path) -> None:
+    one, other = two_processes(evaluated, tmp_path, 2)
+    assert {one[0], other[0]} == {8, 6}  # 16 images in 6 batches, less 2 that cannot be read
+    assert one[1] is one[2] is other[1] is other[2] is True
+    assert [image.name for image in one[3]] == ["2.png", "13.png"]
+    assert one[3:] == other[3:]
+
+
+def compiled(rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    for compiles in (False, True):
+        model = AViTConfig(gate_scale=4.0, gate_center=2.0).build(copy.deepcopy(VIT))
+        recipe = replace(RECIPE, batch_size=4, precision="float32", optimizer="sgd", compile=compiles, evaluate_every=0)
+        train(model, DATA, recipe, output / str(compiles))
+        told.put((compiles, [parameter.detach().numpy() for parameter in model.parameters()]))
+
+
+@forks
+def test_two_processes_train_compiled_as_without(tmp_path: Path) -> None:
+    weights: dict[bool, list[Any]] = {False: [], True: []}
+    for compiles, found in two_processes(compiled, tmp_path, 4):
+        weights[compiles].append(found)
+    for eager, one, other in zip(weights[False][0], *weights[True], strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, eager, atol=1e-5)
+
+
+def seen_of_shards(rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    names, opened = [], sets.open_sample
+
+    def look(split: Any, sample: Any) -> Any:
+        names.append(sample.name)
+        return opened(split, sample)
+
+    sets.open_sample = look
+    shards = output / "shards"
+    data = DataConfig(
+        root=shards,
+        dataset="wds/noise",
+        train_split="train-{0..3}.tar|16",
+        test_split="val.tar",
+        class_map=shards / "names.txt",
+        workers=0,
+    )
+    run = a_run(output, output / "run")
+    recipe = replace(run.recipe, epochs=2, batch_size=4)
+    train_run(replace(run, data=data, recipe=recipe))
+    told.put((names[:8], names[8:]))
+
+
+@forks
+def test_two_processes_train_on_different_images_of_a_stream(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "names.txt").write_text("ant\nbee\n")
+    for name, first in {"train-0": 0, "train-1": 4, "train-2": 8, "train-3": 12, "val": 16}.items():
+        with tarfile.open(shards / f"{name}.tar", "w") as tar:
+            for number in range(first, first + 4):
+                image = io.BytesIO()
+                Image.new("RGB", (16, 16), (number, 0, 0)).save(image, "PNG")
+                for ending, content in (("png", image.getvalue()), ("cls", b"%d" % (number % 2))):
+                    entry = tarfile.TarInfo(f"{number}.{ending}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    everything = sorted(f"train-{number // 4}.tar/{number}.png" for number in range(16))
+    one, other = two_processes(seen_of_shards, tmp_path, 2)
+    for first, second in zip(one, other, strict=True):  # epoch by epoch
+        assert sorted(first + second) == everything
+
+
+class Endless(IterableDataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        return itertools.cycle(Blank())
+
+
+def on_a_stream_of_all(rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    try:
+        train(copy.deepcopy(MODEL), replace(DATA, train=Endless()), RECIPE, output)
+    except ValueError as error:
+        told.put(str(error))
+
+
+@forks
+def test_a_stream_that_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    for sentence in two_processes(on_a_stream_of_all, tmp_path, 2):
+        assert "trains on a stream that 2 processes cannot share: give it set_epoch(seed)" in sentence
+
+
+@forks
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
 def test_sigterm_to_a_command_and_its_workers_is_told_once(command: str, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "told"

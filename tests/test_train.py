@@ -4,16 +4,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from forked import in_a_process_of_its_own
 from models import small_vit
 from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import IterableDataset
 
 import adaptvit.training.loop
 import adaptvit.training.resuming
@@ -81,6 +88,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert [replace(epoch, seconds=0) for epoch in again] == [replace(epoch, seconds=0) for epoch in history]
 
 
+class Signed(Images):
+    """Who decodes an image is written down."""
+
+    book: Path
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self.book.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().__getitem__(index)
+
+
+def test_a_resumed_run_of_processes_that_decode_and_stay_is_the_uninterrupted_one(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = Signed(data.train.images, data.train.labels, data.train.augment)
+    signed.book = tmp_path / "book"
+    data = replace(data, train=signed, workers=2)
+    recipe = replace(RECIPE, evaluate_every=0)
+    whole, resumed = model(), model()
+    train(whole, data, recipe, tmp_path / "whole")
+    signatures = signed.book.read_text().split()
+    assert (len(signatures), len({*signatures})) == (3 * 48, 2)
+    assert str(os.getpid()) not in signatures
+    with monkeypatch.context() as patch:
+        patch.setattr(adaptvit.training.resuming, "write_atomically", stopping_after(epochs=1))
+        with pytest.raises(KeyboardInterrupt):
+            train(model(), data, recipe, tmp_path / "resumed")
+    train(resumed, data, recipe, tmp_path / "resumed")
+    assert same_weights(resumed, whole)
+
+
 def test_a_finished_run_is_read_back(data: Data, tmp_path: Path) -> None:
     first, second = model(), model()
     history = train(first, data, RECIPE, tmp_path)
@@ -108,6 +146,76 @@ def test_the_log_has_one_line_per_epoch(data: Data, tmp_path: Path) -> None:
         assert 1 <= epoch.depth_min <= epoch.depth_mean <= epoch.depth_max <= 3
         assert 0 < epoch.macs < 1
         assert all(torch.tensor([epoch.loss, *epoch.terms.values()]).isfinite())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@in_a_process_of_its_own
+def test_a_compiled_training_is_the_eager_one(
+    precision: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, knobs = [], []
+    compiler, steer = torch.compile, adaptvit.training.loop.meet_target
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def meet(one: AdaptiveViT, *arguments: Any, **more: Any) -> None:
+        steer(one, *arguments, **more)
+        knobs.append(one.config.gate_center)
+
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend=backend, fullgraph=True))
+    monkeypatch.setattr(adaptvit.training.loop, "meet_target", meet)
+    recipe = replace(RECIPE, optimizer="sgd", epochs=1, warmup_epochs=0, precision=precision)
+    recipe = replace(recipe, target=0.7, steer_every=2)
+    eager, compiled = model(), model()
+    (history,) = train(eager, data, recipe, tmp_path / "eager")
+    assert not graphs
+    knobs.clear()
+    (again,) = train(compiled, data, replace(recipe, compile=True), tmp_path / "compiled")
+    assert len(graphs) == len(set(knobs))
+    near = 1e-5 if precision == "float32" else 1e-2
+    assert again.loss == pytest.approx(history.loss, abs=near)
+    assert again.terms == pytest.approx(history.terms, abs=near)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=near, rtol=near)
+    with pytest.raises(ValueError, match="would compile every update anew"):
+        replace(recipe, compile=True, final_gate_temperature=1.0)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for a device, by the line that does."""
+
+    KINDS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.KINDS:
+            place = next(one for one in reversed(traceback.extract_stack()) if one.filename != __file__)
+            self.count[f"{Path(place.filename).name}:{place.lineno} {func.__name__}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "config", [FullConfig(), DynamicViTConfig(blocks=(1,)), AVIT], ids=lambda config: config.method
+)
+def test_a_step_waits_for_the_device_less_than_once(config: Any, data: Data, tmp_path: Path) -> None:
+    data = replace(data, workers=1)  # a worker's own waits are for no device
+    recipe = replace(RECIPE, epochs=1, warmup_epochs=0, optimizer="sgd", evaluate_every=0, mixup=0.5)
+    waits = {}
+    for batch_size in (24, 2):  # 2 steps and 24
+        with Waits() as seen:
+            train(model(config), data, replace(recipe, batch_size=batch_size), tmp_path / str(batch_size))
+        waits[batch_size] = seen.count
+    more = waits[2] - waits[24]
+    for line in [line for line in more if line.startswith(("packed.py", "avit.py"))]:
+        del more[line]  # of the layout, and of a warning that is for CPUs alone
+    assert more.total() < 22, more
+    assert more.total() > 0, waits  # the tally is read
 
 
 def test_training_learns(data: Data, tmp_path: Path) -> None:
@@ -490,6 +598,30 @@ def test_unreadable_training_images_are_counted_and_named(data: Data, tmp_path: 
     with pytest.warns(UserWarning, match=r"'broken.jpg' cannot be read, another took its place: truncated"):
         history = train(model(), holed, RECIPE, tmp_path)
     assert [epoch.unreadable for epoch in history] == [1, 1, 1]
+
+
+class Short(IterableDataset):
+    """A stream of as many images as it has, whatever it promises."""
+
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, count
+
+    def __len__(self) -> int:
+        return 48
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.images[index] for index in range(self.count))
+
+
+def test_a_stream_that_ends_too_early_begins_again(data: Data, tmp_path: Path) -> None:
+    taught = model(FullConfig())
+    recipe = replace(RECIPE, epochs=1, warmup_epochs=0)
+    seen = []
+    taught.register_forward_hook(lambda *call: seen.append(len(call[1][0])) if taught.training else None)
+    train(taught, replace(data, train=Short(data.train, 20)), recipe, tmp_path / "20")
+    assert seen == [16, 16, 16]
+    with pytest.raises(ValueError, match="gives no whole batch of 16 training images"):
+        train(model(FullConfig()), replace(data, name="short", train=Short(data.train, 10)), recipe, tmp_path / "10")
 
 
 def test_tensorboard_gets_every_epoch(data: Data, tmp_path: Path) -> None:

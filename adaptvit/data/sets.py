@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.distributed
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
@@ -28,6 +27,7 @@ from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
 from adaptvit.extras import MissingLibrary, needed
+from adaptvit.process import place
 
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
@@ -55,7 +55,9 @@ class Data:
     name: str
     """What it is, in words that tell it from any other: runs and reports are known by it."""
     train: Dataset
-    """Items change from visit to visit where training is augmented, by torch's, numpy's and Python's global state."""
+    """Items change from visit to visit where training is augmented, by torch's, numpy's and Python's global state. A
+    stream that several processes train on has `set_epoch(seed)`, called once they know each other: in the order of the
+    seed, which is the same in all, each then has a share of its own."""
     calibration: Dataset
     """The training split, prepared as the test split is."""
     test: Dataset
@@ -183,10 +185,10 @@ class Flow(IterableDataset):
 
     def set_epoch(self, seed: int) -> None:
         """Begin an epoch in the order of a seed, which is the same in all processes."""
-        self.seed, self.place = seed, _place()
+        self.seed, self.place = seed, place()
 
     def __len__(self) -> int:
-        return math.ceil(self.count / _place()[1])
+        return math.ceil(self.count / place()[1])
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
         worker, (process, processes) = get_worker_info(), self.place
@@ -206,15 +208,16 @@ class Stream(IterableDataset):
 
     def __init__(self, source: Any, channels: int, transform: Any) -> None:
         self.source, self.reader, self.channels, self.transform = source, source.reader, channels, transform
+        self.count: int = self.reader.num_samples
         self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1  # every process evaluates all images
 
     def set_epoch(self, seed: int) -> None:
         """Begin an epoch in the order of a seed, which is the same in all processes; each has a share of it."""
-        self.reader.dist_rank, self.reader.dist_num_replicas = _place()
+        self.reader.dist_rank, self.reader.dist_num_replicas = place()
         self.source.set_epoch(seed)
 
     def __len__(self) -> int:
-        return math.ceil(self.reader.num_samples / (_place()[1] if self.reader.is_training else 1))
+        return math.ceil(self.count / (place()[1] if self.reader.is_training else 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | Unreadable]:
         with needed("reading a stream of the Hub"):
@@ -235,13 +238,6 @@ class Stream(IterableDataset):
                 self.channels,
                 self.transform,
             )
-
-
-def _place() -> tuple[int, int]:
-    """Number of this process among those that train, and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _item(
@@ -353,7 +349,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         )
     settings = _prepared(config, settings)
     height, width = settings["input_size"][1:]
-    sizes = [split.count if isinstance(split, Flow) else len(split) for split in (train, test)]  # type: ignore[arg-type]
+    sizes = [split.count if isinstance(split, Flow | Stream) else len(split) for split in (train, test)]  # type: ignore[arg-type]
     return Data(
         name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
         train=train,

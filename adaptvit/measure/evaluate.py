@@ -6,12 +6,12 @@ Letters: B images, L blocks, N token slots.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from adaptvit.backbones.base import model_name, patch_grid
@@ -29,7 +29,7 @@ from adaptvit.data import (
 )
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, serve
+from adaptvit.process import as_found, from_all, place, serve
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights.tensorfiles import check_finite
@@ -92,6 +92,7 @@ def evaluate(
     layout: type[Tokens] | None = None,
     batch_size: Annotated[int, In("[1, inf)")] = 120,
     workers: Annotated[int, In("[0, 1024]")] = 0,
+    shared: bool = False,
 ) -> Result:
     """Run every image once, in evaluation mode; the model's own mode is restored, and the state of the process.
 
@@ -100,7 +101,10 @@ def evaluate(
         data: items (image, label), or `Unreadable`, which is counted and left out.
         layout: as in the adaptive model's forward.
         workers: processes that decode; 0 decodes here.
+        shared: of the processes of a group, which all call this, each runs some of the batches, and all have the result
+            of the whole; of a stream each runs all.
     Raises:
+        ChildProcessError: it is shared, and another process failed.
         TypeError: items of the data set are no images with labels.
         ValueError: the data set has no image that can be read and has finite logits, or a label that the model's head
             does not have; or weights are not finite, which no image may show.
@@ -108,21 +112,48 @@ def evaluate(
     check_finite(model_name(model.vit if isinstance(model, AdaptiveViT) else model), model.state_dict())
     training = model.training
     model.eval()
-    losses, places, usages, unreadable = [], [], [], []
+    shared = shared and not isinstance(data, IterableDataset)
+    share = _share(data, batch_size) if shared else data
+
+    def run() -> list[tuple[list[Unreadable], _Kept | None]]:
+        batches = outputs(model, share, layout, batch_size, workers)
+        return [(batch.unreadable, None if output is None else _kept(batch, output)) for batch, output in batches]
+
     try:
-        for batch, output in outputs(model, data, layout, batch_size, workers):
-            unreadable += batch.unreadable
-            if output is not None:
-                logits = output.logits.float().cpu()
-                losses.append(cross_entropy(logits, batch.labels, reduction="none"))
-                places.append((logits.argsort(dim=1, descending=True) == batch.labels[:, None]).int().argmax(dim=1))
-                usages.append(output.usage.to_keep())
+        parts = from_all(run) if shared else [run()]
     finally:
         model.train(training)
-    if not usages:
+    unreadable = [one for part in parts for names, _ in part for one in names]
+    kept = [one for part in parts for _, one in part if one is not None]
+    if not kept:
         needed = "at least one image that can be read and has finite logits"
         raise ValueError(f"evaluate needs {needed}, and the data set has none{first_of(unreadable)}")
-    return _result(torch.cat(losses), torch.cat(places), logits.shape[1], join(usages), model, tuple(unreadable))
+    losses, places = (torch.cat([getattr(one, name) for one in kept]) for name in ("losses", "places"))
+    return _result(losses, places, kept[0].classes, join([one.usage for one in kept]), model, tuple(unreadable))
+
+
+class _Kept(NamedTuple):
+    """Of a batch, as `_result` takes them."""
+
+    losses: Tensor
+    places: Tensor
+    classes: int
+    usage: Usage
+
+
+def _kept(batch: Batch, output: Output) -> _Kept:
+    logits = output.logits.float().cpu()
+    losses = cross_entropy(logits, batch.labels, reduction="none")
+    places = (logits.argsort(dim=1, descending=True) == batch.labels[:, None]).int().argmax(dim=1)
+    return _Kept(losses, places, logits.shape[1], output.usage.to_keep())
+
+
+def _share(data: Dataset, batch_size: int) -> Dataset:
+    """What falls to this process: whole batches, so that these are the same however many processes there are."""
+    count, (rank, world) = len(data), place()  # type: ignore[arg-type]
+    batches = -(-count // batch_size)
+    first, last = (min(count, batches * part // world * batch_size) for part in (rank, rank + 1))
+    return Subset(data, range(first, last))
 
 
 @checked
@@ -142,11 +173,14 @@ def outputs(
         ValueError: a label that the model's head does not have.
     """
     like = next(model.parameters())
-    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve)
+    pinned = like.device.type == "cuda"
+    loader = DataLoader(
+        data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve, pin_memory=pinned
+    )
     seen = 0
     for batch in tqdm(loader, desc="evaluating", leave=False):
         batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
-        output = _forward(model, batch.images.to(like), layout) if len(batch.labels) else None
+        output = _forward(model, batch.images.to(like, non_blocking=True), layout) if len(batch.labels) else None
         if output is not None:
             _check_labels(batch.labels, output.logits.shape[1])
         items = range(seen, seen + len(batch.labels) + len(batch.unreadable))

@@ -45,6 +45,9 @@ class Recipe:
     model; None averages nothing."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the forward pass; weights, gradients and halting stay float32."""
+    compile: bool = False
+    """Train through `torch.compile`; what is evaluated and saved is the model as it is. Each new value of the knob that
+    training steers to is compiled anew, once: set `steer_every` accordingly."""
     distillation: Literal["soft", "hard"] = "soft"
     """What a teacher teaches: its distribution, or its first choice."""
     distillation_weight: Annotated[float, In("[0, 1]")] = 0.5
@@ -77,6 +80,11 @@ class Recipe:
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"Recipe.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.warmup_epochs}")
+        if self.compile and self.final_gate_temperature is not None:
+            raise ValueError(
+                "Recipe.compile would compile every update anew, as Recipe.final_gate_temperature has gates that cool: "
+                "one of them"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"Recipe.batch_size must be even for mixup and cutmix, got {self.batch_size}")
 

@@ -135,6 +135,7 @@ def train_run(
         And what `adaptvit.training.loop.train` raises.
     """
     check_output_folder(config.output)
+    device = _process().device  # the processes of torchrun find each other, before any opens a stream that they share
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
     origin = open_model(config.model) if is_stored(config.model) else None
@@ -180,7 +181,6 @@ def train_run(
         check_shape(data, teacher.vit, prepared["input_size"][0])
         taught = digest(teacher, (teacher.config, prepared["mean"], prepared["std"]))
     key = fingerprint(method.build(vit), data, config.recipe, (config.fit, taught, known_by))
-    device = _process().device
 
     def calibration() -> Tensor:
         return spread_over(data.calibration, CALIBRATION).images.to(device)
@@ -208,7 +208,7 @@ def train_run(
     model.eval()
     if config.target is not None:
         turned(model, calibration(), config.target)
-    result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers)
+    result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers, shared=True)
     file = config.output / "model.safetensors"
     if is_main():
         if tell is not None:

@@ -1,6 +1,5 @@
-"""What an epoch came to, counted batch by batch."""
+"""What an epoch came to, counted batch by batch on the device, and read now and then: to read is to wait for it."""
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -15,47 +14,89 @@ from adaptvit.usage import Output
 with needed("training"):
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
+READ_EVERY = 10
+"""Steps between two readings."""
+
 
 class Tally:
-    """Running sums over the images of an epoch, on this process; `epoch` adds up those of all."""
+    """Running sums over the images of an epoch, on the device of this process; `read` adds up those of all.
 
-    def __init__(self, model: AdaptiveViT) -> None:
-        self.model = model
-        self.images = 0
-        self.sums: defaultdict[str, float] = defaultdict(float)
-        self.depths = (model.shape.depth, 0)
+    Attributes:
+        steps: counted.
+        losses: of the steps since the last reading, on the device.
+    """
 
-    def add(self, output: Output, labels: Tensor, task: Tensor, unreadable: int) -> None:
-        """Count a batch: its outputs, its (B,) labels, the mean loss of the task, images that could not be read."""
+    def __init__(self, model: AdaptiveViT, accelerator: Accelerator) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.steps = self.images = self.unreadable = 0
+        self.losses: list[Tensor] = []
+        self._dense = 0
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._depths: Tensor | None = None
+        self._means: dict[str, float] = {}
+
+    def add(self, output: Output, labels: Tensor, task: Tensor, loss: Tensor, unreadable: int) -> None:
+        """Count a batch, without waiting for it.
+
+        Args:
+            labels: (B,), on the device.
+            task: the mean loss of the task.
+            loss: with the method's terms.
+            unreadable: images that could not be read.
+        """
         usage, shape, images = output.usage, self.model.shape, len(labels)
+        self.steps += 1
         self.images += images
-        self.sums["loss"] += images * task.item()
-        self.sums["unreadable"] += unreadable
-        self.sums["accuracy"] += (output.logits.argmax(dim=1).cpu() == labels.cpu()).sum().item()
-        self.sums["macs"] += macs(usage, shape).sum().item() / dense_macs(shape, usage.grid)
-        for name, term in output.terms.items():
-            self.sums[f"terms.{name}"] += images * term.item()
+        self.unreadable += unreadable
+        self.losses.append(loss.detach())
+        self._dense = self._dense or dense_macs(shape, usage.grid)
+        found = {
+            "loss": images * task.detach(),
+            "accuracy": (output.logits.detach().argmax(dim=1) == labels).sum(),
+            "macs": self._wide(macs(usage, shape)).sum() / self._dense,
+        }
+        found |= {f"terms.{name}": images * term.detach() for name, term in output.terms.items()}
         if usage.live is not None:
-            depth = usage.patch_depth
-            self.sums["depth"] += depth.double().flatten(1).mean(dim=1).sum().item()
-            self.depths = (min(self.depths[0], int(depth.min())), max(self.depths[1], int(depth.max())))
+            depth = usage.patch_depth.flatten(1)
+            found["depth"] = self._wide(depth).mean(dim=1).sum()
+            ends = torch.stack([-depth.min(), depth.max()])
+            self._depths = ends if self._depths is None else torch.maximum(self._depths, ends)
+        self._names = [*found]
+        sums = torch.stack([self._wide(one) for one in found.values()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _wide(self, t: Tensor) -> Tensor:
+        return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+
+    def read(self, failed: bool = False) -> bool:
+        """Wait for what was counted; whether all goes well: each loss is finite, and no process has failed."""
+        assert self._sums is not None
+        spoilt = (~torch.stack(self.losses).isfinite()).any() if self.losses else torch.zeros_like(self._sums[0])
+        told = self._sums.new_tensor([failed, self.images, self.unreadable])
+        amiss, failures, images, unreadable, *sums = self.accelerator.reduce(
+            torch.cat([self._wide(spoilt)[None], told, self._sums])
+        ).tolist()
+        if amiss or failures:
+            return False
+        self.losses = []
+        self._means = {name: one / images for name, one in zip(self._names, sums, strict=True)}
+        self._means["unreadable"] = unreadable
+        return True
 
     def line(self) -> str:
-        """The running means, for a progress bar."""
-        means = {name: total / self.images for name, total in self.sums.items()}
+        """The means of all processes as they were read, for a progress bar."""
+        means = self._means
         depth = f", depth {means['depth']:.2f}" if "depth" in means else ""
         return f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}, MACs {means['macs']:.1%}{depth}"
 
-    def epoch(
-        self, number: int, learning_rate: float, seconds: float, accelerator: Accelerator, test: dict[str, Any] | None
-    ) -> Epoch:
-        """The means over the images of all processes."""
-        sums = torch.tensor([self.images, *self.sums.values()], dtype=torch.float64, device=accelerator.device)
-        images, *totals = accelerator.reduce(sums).tolist()
-        depths = accelerator.gather(torch.tensor([self.depths], device=accelerator.device))
-        means = {name: total / images for name, total in zip(self.sums, totals, strict=True)}
-        tracked = "depth" in means
-        config = self.model.config
+    def epoch(self, number: int, learning_rate: float, seconds: float, test: dict[str, Any] | None) -> Epoch:
+        """The means over the images of all processes, as they were read."""
+        means, config = self._means, self.model.config
+        least = most = None
+        if self._depths is not None:
+            negated, most = self.accelerator.gather(self._depths[None]).amax(dim=0).tolist()
+            least = -negated
         knob = getattr(config, "knob", None)
         return Epoch(
             epoch=number,
@@ -63,12 +104,12 @@ class Tally:
             terms={name.removeprefix("terms."): mean for name, mean in means.items() if name.startswith("terms.")},
             accuracy=means["accuracy"],
             macs=means["macs"],
-            depth_mean=means["depth"] if tracked else None,
-            depth_min=int(depths[:, 0].min()) if tracked else None,
-            depth_max=int(depths[:, 1].max()) if tracked else None,
+            depth_mean=means.get("depth"),
+            depth_min=least,
+            depth_max=most,
             learning_rate=learning_rate,
             knob=None if knob is None else getattr(config, knob.field),
-            unreadable=round(means["unreadable"] * images),
+            unreadable=round(means["unreadable"]),
             test=test,
             seconds=seconds,
         )
