@@ -6,6 +6,7 @@ from adaptvit.adapt import adapt
 from adaptvit.backbones.families import FAMILIES, Family, Parts
 from adaptvit.backbones.parts import ViTConfig
 from adaptvit.budget import measure_dial, measure_plan, meet_target
+from adaptvit.export import export
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.methods.adavit import AdaViTConfig
 from adaptvit.methods.ats import ATSConfig
@@ -56,6 +57,7 @@ __all__ = [
     "adapt",
     "convert",
     "dense_macs",
+    "export",
     "join",
     "load",
     "macs",

@@ -33,6 +33,7 @@ COMMANDS = {
     "demo": "train, adapt, measure and draw, on data already here",
     "playground": "a local page: your pictures, dense and adaptive",
     "bench": "time dense, masked and packed runs beside their MACs",
+    "export": "a model as ONNX or torch.export, run and compared",
     "convert": "turn published weights into an adaptvit file",
 }
 """What `adaptvit.commands` has a module of each for, with its `options` and its `execute`; only the one that is asked

@@ -10,6 +10,9 @@ EXTRAS = {
     "jinja2": "pictures",
     "jsonargparse": "cli",
     "matplotlib": "pictures",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "sklearn": "data",
     "tensorboard": "track",
 }

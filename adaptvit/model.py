@@ -244,7 +244,8 @@ class AdaptiveViT(nn.Module, ABC):
         if self.traces and layout in (None, Masked):
             return Masked
         what = "packed tokens" if self.traces else f"what {self.config.title} decides"
-        raise NotImplementedError(f"torch.jit.trace would freeze {what} as it is for these images")
+        instead = "; adaptvit.export writes a file for any" if self.even else ""
+        raise NotImplementedError(f"torch.jit.trace would freeze {what} as it is for these images{instead}")
 
     def _classified(
         self, images: Tensor, layout: type[Tokens], options: dict[str, Any]

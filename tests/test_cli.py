@@ -28,7 +28,19 @@ def said(capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train", "train digits", "compare", "compare methods", "evaluate", "budget", "demo", "bench", "convert"],
+    [
+        "",
+        "train",
+        "train digits",
+        "compare",
+        "compare methods",
+        "evaluate",
+        "budget",
+        "demo",
+        "bench",
+        "export",
+        "convert",
+    ],
 )
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -53,6 +53,7 @@ for module in {modules!r}:
 tell("open_digits", importlib.import_module("adaptvit.data").open_digits)
 report = importlib.import_module("adaptvit.show.report")
 tell("write_report", lambda: report.write_report(None, "report.html"))
+tell("export", lambda: adaptvit.export(adaptvit.FullConfig().build(vit), "model.onnx"))
 tell("photographs", importlib.import_module("adaptvit.data").photographs)
 command("draw", "model", "folder")
 del sys.modules["jsonargparse"]
@@ -69,6 +70,7 @@ SENTENCES = {
     "commands.train": "a command needs jsonargparse: pip install 'adaptvit[cli]'",
     "open_digits": "reading the digits needs scikit-learn: pip install 'adaptvit[data]'",
     "photographs": "reading the sample photographs needs scikit-learn: pip install 'adaptvit[data]'",
+    "export": "exporting to ONNX needs onnx: pip install 'adaptvit[onnx]'",
     "adaptvit draw model folder": "2 adaptvit: the command line needs jsonargparse: pip install 'adaptvit[cli]'\n",
     "adaptvit train digits": "2 adaptvit: training needs accelerate: pip install 'adaptvit[train]'\n",
     "adaptvit predict a b": "2 adaptvit: predicting needs accelerate: pip install 'adaptvit[train]'\n",
@@ -80,6 +82,7 @@ SENTENCES = {
     "adaptvit budget --help": "0 ",
     "adaptvit bench --help": "0 ",
     "adaptvit convert --help": "0 ",
+    "adaptvit export --help": "0 ",
 }
 """By what is called, what it says with the core alone; after the first command jsonargparse is there."""
 

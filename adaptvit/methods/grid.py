@@ -22,6 +22,7 @@ from adaptvit.methods.base import DEITS, MethodConfig, Published, around_deits
 from adaptvit.methods.tome import NEEDS, usage_of
 from adaptvit.model import AdaptiveViT, Knob, Left, once
 from adaptvit.tokens import Tokens
+from adaptvit.tokens.kernels import rows_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +173,10 @@ def neighbours(x: Tensor, count: int) -> Joined:
     stays = torch.ones_like(x[..., 0], dtype=torch.bool)
     stays[..., 1::2] = ~leaves
     place = stays.cumsum(dim=-1) - 1
+    number, rest = torch.arange(x.shape[-2], device=x.device).expand_as(place), x.shape[-2] - count
+    goes = place.masked_fill(~stays, rest)  # a place of its own for those that go
+    left = place.new_zeros(*place.shape[:-1], rest + 1).scatter(-1, goes, number)[..., :rest]
     place[..., 1::2] += ahead
-    left = (~stays).byte().argsort(dim=-1, stable=True)[..., : x.shape[-2] - count]
     return Joined(back, ahead, left, place)
 
 
@@ -182,9 +185,8 @@ def join(x: Tensor, joined: Joined) -> Tensor:
     if joined.left.shape[-1] == x.shape[-2]:
         return x
     first, second = x[..., ::2, :], x[..., 1::2, :]
-    back, ahead = (second.where(some[..., None], 0) for some in (joined.back, joined.ahead))
     odd = x.shape[-2] % 2
-    for others in (pad(back, (0, 0, 0, odd)), pad(ahead, (0, 0, 1, odd - 1))):
-        first = torch.where(others.detach().abs() > first.detach().abs(), others, first)
-    index = joined.left // 2 + joined.left % 2 * first.shape[-2]
-    return torch.cat([first, second], dim=-2).gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+    for some, sides in ((joined.back, (0, odd)), (joined.ahead, (1, odd - 1))):
+        others, some = pad(second, (0, 0, *sides)), pad(some, sides)[..., None]
+        first = torch.where((others.detach().abs() > first.detach().abs()) & some, others, first)
+    return rows_at(torch.cat([first, second], dim=-2), joined.left // 2 + joined.left % 2 * first.shape[-2])

@@ -3,6 +3,7 @@
 Letters: B images, N token slots, T live tokens over the batch, R queries, H heads, d channels per head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -220,3 +221,10 @@ def attend_padded(
         added = looked_up if added is None else looked_up + added
     out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, dropout, added, scale)
     return out.flatten(0, 1).index_select(0, queries.slots)
+
+
+def rows_at(t: Tensor, index: Tensor) -> Tensor:
+    """The rows (..., k) of (..., n, D), each copied whole, where `gather` goes by value: (..., k, D)."""
+    lines = index.shape[:-1]
+    first = torch.arange(math.prod(lines), device=t.device).view(*lines, 1) * t.shape[-2]
+    return t.flatten(0, -2).index_select(0, (index + first).flatten()).view(*index.shape, t.shape[-1])

@@ -1,0 +1,102 @@
+"""`adaptvit export`: a model as a file that runs without this library."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from adaptvit.backbones.base import input_size
+from adaptvit.budget import check_target, meet_target
+from adaptvit.checks import In, OneOf, checked
+from adaptvit.data import first_of, list_folder, open_pictures, preparation, read_names, spread_over
+from adaptvit.export import DTYPES, Exported, Format, check_exportable, export
+from adaptvit.methods import METHODS, is_dense, untrained
+from adaptvit.terminal import say, warn
+from adaptvit.tokens import Dense, Masked
+from adaptvit.weights.opening import open_model
+
+
+@checked
+def export_model(
+    model: str,
+    output: Path,
+    format: Format = "onnx",
+    target: float | None = None,
+    method: Annotated[str | None, OneOf(untrained)] = None,
+    batch: Annotated[Literal["dynamic"] | int, In("[1, inf)")] = "dynamic",
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32",
+    layout: Literal["dense", "masked"] = "dense",
+    data: Path | None = None,
+    images: Annotated[int, In("[1, inf)")] = 32,
+    class_names: Path | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Exported:
+    """Write a model as a file that runs without this library; it is run, and compared with the model.
+
+    Args:
+        model: a file, folder, repository or timm name of a ViT, as `open_model` takes it.
+        output: the file to write, which ends in .onnx or .pt2, as its format does.
+        format: onnx, or torch for `torch.export.load`.
+        target: share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it.
+        method: what a plain ViT becomes, such as `tome`; None leaves it as it is.
+        batch: images that the file takes at once: dynamic, or this many.
+        dtype: float32 or float16, of weights and features; images and logits are float32.
+        layout: dense; or masked, exact for methods that keep what each image needs too, which saves nothing.
+        data: folder of images that file and model are compared on; None takes noise.
+        images: how many of them.
+        class_names: file with the name of a class on each line, in the order of the model's.
+        tell: called with what is done next.
+    Raises:
+        FileNotFoundError: no such model, folder, or folder of `output`.
+        MissingLibrary: a library of the extra `onnx` is not there.
+        ValueError: what cannot be exported, a target that cannot be met, or a file that has other logits.
+    """
+    opened = open_model(model)
+    if target is not None:
+        check_target(target, "share")
+    if method is not None and not is_dense(opened) and method != opened.config.method:
+        raise ValueError(f"{model} is {opened.config.method} already; method {method!r} is for a plain ViT")
+    if is_dense(opened):
+        if method is None and target is not None:
+            raise ValueError(f"{model} is a plain ViT, which costs what it costs: choose its method, such as tome")
+        if method is not None:
+            opened = METHODS[method]().build(opened.vit).eval()
+    classes = None if class_names is None else read_names(class_names, "class_names")
+    check_exportable(opened, output, format, dtype, Masked if layout == "masked" else Dense, classes)
+    if target is not None:
+        if not opened.even:  # what they cost depends on the images
+            raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit budget")
+        meet_target(opened, torch.zeros(1, *input_size(opened.vit)).to(next(opened.parameters())), target)
+    looked_at = None
+    if data is not None:
+        split = open_pictures(list_folder(data, "data"), preparation(opened, model))
+        batched = spread_over(split, images)
+        if batched.unreadable:
+            warn(f"{len(batched.unreadable)} images cannot be read{first_of(batched.unreadable)}", stacklevel=2)
+        looked_at = batched.images
+        if batch != "dynamic":
+            looked_at = looked_at[: len(looked_at) // int(batch) * int(batch)]
+    return export(
+        opened, output, format, batch, dtype, Masked if layout == "masked" else Dense, looked_at, classes, tell
+    )
+
+
+def options(_: Sequence[str]) -> ArgumentParser:
+    """`adaptvit export MODEL OUTPUT`."""
+    parser = ArgumentParser(
+        allow_abbrev=False,
+        description="Write a model as ONNX or as a program of torch.export; run the file and compare.",
+    )
+    parser.add_function_arguments(export_model, as_positional=True, skip={"tell"})
+    return parser
+
+
+def execute(arguments: Namespace) -> None:
+    """Print what is done, and how the file did."""
+    found = export_model(**arguments.as_dict(), tell=say)
+    facts = found.facts
+    say(f"{found.path}: {found.size / 1e6:.1f} MB, {facts['gmacs']:.3f} GMACs, {facts['share']:.1%} of the dense MACs")
+    what = "images" if arguments.data else "images of noise"
+    say(f"as the model on {found.equal} of {found.images} {what}, logits differ by {found.difference:.1g} at most")

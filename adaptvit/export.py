@@ -1,0 +1,248 @@
+"""A model as a file that runs without this library: ONNX, or a program of `torch.export`.
+
+Letters: B images.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from adaptvit.backbones.base import input_size, model_name
+from adaptvit.checks import In, OneOf, checked
+from adaptvit.data import preparation
+from adaptvit.extras import needed
+from adaptvit.files import as_json, check_output, replacing
+from adaptvit.macs import dense_macs, macs
+from adaptvit.model import AdaptiveViT
+from adaptvit.process import as_found
+from adaptvit.tokens import Dense, Masked, Tokens
+from adaptvit.usage import check_finite, join
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+"""What files end in, by their format."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+"""Of weights and features; images and logits are float32 in every file."""
+TOLERANCE = {"float32": 1e-3, "float16": 0.1}
+"""By how much of the largest logit a file's logits may differ from the model's."""
+ONNX_LIMIT = 2**31
+"""Bytes of an ONNX file that is one file."""
+METADATA = "adaptvit"
+"""Where a file holds its facts as JSON: the key in ONNX's `metadata_props`; with .json, in torch's `extra_files`."""
+
+BATCH, MOST = 32, 4096
+"""Images that are run at once for comparing, and that a file of any batch takes at most."""
+
+Format = Literal["onnx", "torch"]
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it did against the model."""
+
+    path: Path
+    """The file."""
+    size: int
+    """Its bytes."""
+    images: int
+    """Images that both ran."""
+    equal: int
+    """Of them, those whose largest logit is that of the same class."""
+    difference: float
+    """The largest, of any two logits."""
+    facts: dict[str, Any]
+    """What the file says of itself: `model`, `method` with its numbers, `share` of the dense MACs, `gmacs`, `layout`,
+    `dtype`, `batch`, `preparation` of images, `classes`, the version of `adaptvit`."""
+
+
+class _Served(nn.Module):
+    """Images -> logits, both float32, whatever the model is in."""
+
+    def __init__(self, model: AdaptiveViT, layout: type[Tokens], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.layout, self.dtype = model, layout, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images.to(self.dtype), layout=self.layout)
+        return logits.float()
+
+
+@checked
+@as_found()
+def export(
+    model: AdaptiveViT,
+    path: Path | str,
+    format: Format = "onnx",
+    batch: Annotated[Literal["dynamic"] | int, In("[1, inf)")] = "dynamic",
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32",
+    layout: type[Tokens] = Dense,
+    images: Tensor | None = None,
+    classes: Sequence[str] | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Exported:
+    """Write a model, in evaluation mode, as a file that its runtime runs without this library.
+
+    Before it is written the file is run, on the CPU, and its logits are compared with the model's in float32. The model
+    stays as it is.
+
+    Args:
+        path: the file, which ends in .onnx or .pt2, as its format does.
+        format: `onnx` for ONNX Runtime and others, `torch` for `torch.export.load`.
+        batch: images that the file takes at once: any number, or this one.
+        dtype: float32 or float16, of weights and features; images and logits are float32.
+        layout: `Dense`; or `Masked`, exact for methods that keep what each image needs too, which saves nothing.
+        images: (B, channels, height, width), prepared, that both are run on; None is noise.
+        classes: names that the file is to carry; None is those that the ViT itself has.
+        tell: called with what is done next.
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+        MissingLibrary: a library of the extra `onnx` is not there.
+        ValueError: what cannot be exported, before any work where that is known; logits that are not finite; or a file
+            whose logits are others than the model's, which is not written.
+    """
+    path, tell = Path(path), tell or (lambda _: None)
+    check_exportable(model, path, format, dtype, layout, classes)
+    name, size = model_name(model.vit), input_size(model.vit)
+    prepared, count = preparation(model, name), 4 if batch == "dynamic" else int(batch)
+    if images is None:
+        images = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+    if batch != "dynamic" and len(images) % count:
+        raise ValueError(f"images must be a multiple of the file's batch, {count}, got {len(images)}")
+    batches = images.to("cpu", torch.float32).split(BATCH if batch == "dynamic" else count)
+    tell(f"running {name}")
+    own = deepcopy(model).to("cpu", torch.float32).eval()
+    with torch.inference_mode():
+        outputs = [own(some, layout=layout, detailed=True) for some in batches]
+    logits, usage = torch.cat([one.logits for one in outputs]), join([one.usage for one in outputs])
+    check_finite(logits, "logits")
+    dense = dense_macs(own.shape, usage.grid)
+    executed = dense if layout is Masked else macs(usage, own.shape).double().mean().item()
+    facts = {
+        "adaptvit": version("adaptvit"),
+        "model": name,
+        "method": model.config.to_dict(),
+        "share": executed / dense,
+        "gmacs": executed / 1e9,
+        "layout": layout.__name__,
+        "dtype": dtype,
+        "batch": batch,
+        "preparation": prepared,
+        "classes": list(model.class_names if classes is None else classes),
+    }
+    tell("exporting it")
+    try:
+        program = _program(_Served(own.to(DTYPES[dtype]), layout, DTYPES[dtype]), size, batch)
+        content, run = (_onnx if format == "onnx" else _torch)(program, as_json(facts))
+    except Exception as error:  # torch's exporters raise a dozen kinds, on parts that nobody here has seen
+        raise ValueError(f"{name} with {model.config.title} cannot be exported: {str(error).strip()[:300]}") from error
+    tell("running the file")
+    ran = torch.cat([run(some) for some in batches])
+    difference, most = (ran - logits).abs().max().item(), logits.abs().max().item()
+    equal = int((ran.argmax(dim=1) == logits.argmax(dim=1)).sum())
+    if not difference <= TOLERANCE[dtype] * most or (dtype == "float32" and equal < len(logits)):
+        raise ValueError(
+            f"{str(path)!r} is not written: of {len(logits)} images it predicts {len(logits) - equal} otherwise than "
+            f"the model, and logits differ by up to {difference:.2g}"
+        )
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+    return Exported(path, len(content), len(logits), equal, difference, json.loads(as_json(facts)))
+
+
+def check_exportable(
+    model: AdaptiveViT,
+    path: Path,
+    format: Format = "onnx",
+    dtype: str = "float32",
+    layout: type[Tokens] = Dense,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Refuse, before any work, what `export` is known not to do of these.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, MissingLibrary: as `export` does.
+    """
+    if not isinstance(model, AdaptiveViT):
+        raise TypeError(f"export takes an adaptive model, got a {type(model).__name__}: FullConfig().build(vit) is one")
+    if layout not in (Dense, Masked):
+        raise ValueError(f"layout of a file must be adaptvit.Dense or adaptvit.Masked, got {layout!r}")
+    training = model.training
+    try:
+        even = model.train(False).even
+    finally:
+        model.train(training)
+    if layout is Dense and not even:
+        raise ValueError(
+            f"{model.config.title} as it is set keeps what each image needs, and a file has as many tokens of every "
+            "image: export full, ToMe, EViT, the grid or DynamicViT by count; or layout masked, which computes all"
+        )
+    if path.suffix != SUFFIXES[format]:
+        raise ValueError(f"a file of format {format!r} ends in {SUFFIXES[format]}, got {path.name!r}")
+    if format == "onnx":
+        with needed("exporting to ONNX"):
+            import onnx as onnx
+            import onnxruntime as onnxruntime
+            import onnxscript as onnxscript
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"the model has {model.num_classes} classes, but there are {len(classes)} names of them")
+    weigh = sum(tensor.numel() for tensor in model.state_dict().values()) * DTYPES[dtype].itemsize
+    if format == "onnx" and weigh >= ONNX_LIMIT:
+        raise ValueError(f"the weights are {weigh / 1e9:.1f} GB, and one ONNX file holds 2: choose float16, or torch")
+    check_output(path)
+
+
+def _program(served: _Served, size: tuple[int, int, int], batch: Literal["dynamic"] | int) -> ExportedProgram:
+    """What images of a batch go through, as one graph."""
+    dynamic = batch == "dynamic"
+    images = torch.zeros(2 if dynamic else int(batch), *size)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=MOST)},) if dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(served.eval(), (images,), dynamic_shapes=shapes, strict=False)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # which names folders of this machine
+    return program
+
+
+def _onnx(program: ExportedProgram, facts: str) -> tuple[bytes, Run]:
+    """The file, and how ONNX Runtime runs it."""
+    from onnxruntime import InferenceSession, SessionOptions
+
+    shapes = ({0: "batch"},) if program.range_constraints else None
+    written = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=shapes
+    )
+    assert written is not None
+    model = written.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where it came from, line by line
+    model.metadata_props.add(key=METADATA, value=facts)
+    content, options = model.SerializeToString(), SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _torch(program: ExportedProgram, facts: str) -> tuple[bytes, Run]:
+    """The file, and how torch runs it."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={f"{METADATA}.json": facts})
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = loaded(images)
+        return logits
+
+    return file.getvalue(), run
