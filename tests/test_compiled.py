@@ -15,6 +15,9 @@ from adaptvit.model import AdaptiveViT
 EVEN = ("full", "evit", "dynamicvit", "tome", "grid")
 ANY = ("avit", "ats", "merge")
 RAGGED = ("avit", "ats", "dynamicvit, threshold")
+BOTH = {"blocks": (0, 1)}
+DROPS = {"evit": BOTH, "dynamicvit": BOTH, "dynamicvit, threshold": BOTH, "ats": {**BOTH, "tokens": (12, 9)}}
+"""Settings by which methods drop tokens at both of two blocks, which are enough: tracing takes its time by block."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def _fresh() -> Iterator[None]:
 
 
 def build(method: str) -> AdaptiveViT:
-    return vary(METHODS[method].build(small_vit())).eval()
+    return vary(replace(METHODS[method], **DROPS.get(method, {})).build(small_vit(depth=2))).eval()
 
 
 @pytest.mark.parametrize(("method", "layout"), [(method, None) for method in EVEN] + [(name, Masked) for name in ANY])

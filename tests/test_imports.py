@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ FORBIDDEN = {
 """What a module must not know of, whatever its floor."""
 
 
+@cache
 def modules() -> dict[str, Path]:
     names = {}
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -35,6 +37,7 @@ def modules() -> dict[str, Path]:
     return names
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Full names of the modules that a file imports, for type checking too."""
     found = set()

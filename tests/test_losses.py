@@ -2,8 +2,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import images, small_vit
+from pairs import start_two
 from torch.nn.functional import cross_entropy
 
 from adaptvit import AViTConfig
@@ -33,6 +33,6 @@ def on_one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    mp.spawn(on_one_of_two, (str(tmp_path),), nprocs=2)
+    start_two(on_one_of_two, tmp_path)
     alone = gradient(images(small_vit(), 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), alone, atol=1e-12, rtol=1e-9)

@@ -2,15 +2,15 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import timm
 import torch
-from models import DROP_NOTHING, FLAVOURS, KINDS, METHODS, flavours, images, small_vit, vary
+from models import DROP_NOTHING, FLAVOURS, KINDS, METHODS, ONE_OF_EACH, flavours, images, small_vit, vary
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,35 +18,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit import ATSConfig, AViTConfig, Dense, Masked, Packed, Plan, Slab, Usage, dense_macs, macs, measure_plan
 from adaptvit.methods import METHODS as ALL
-from adaptvit.methods import MethodConfig
 from adaptvit.model import AdaptiveViT
 
+MEAN = "average pool, no class token"
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
 
-def build(method: str, flavour: str, configs: dict = METHODS, **settings: object) -> AdaptiveViT:
-    if "stays" in method and ("average" in flavour or "attention pool" in flavour):
-        pytest.skip("without a class token nothing stays")
-    if flavour not in flavours(method):
-        with pytest.raises(TypeError, match=r"needs (attention|token norms)"):
-            _built(configs[method], flavour, **settings)
-        pytest.skip("refused by name")
-    return copy.deepcopy(_built(configs[method], flavour, **settings))
+def takes(method: str, flavour: str) -> bool:
+    stays = "stays" in method and ("average" in flavour or "attention pool" in flavour)  # without a class token
+    return flavour in flavours(method) and not stays
+
+
+def each(methods: Iterable[str], flavours: Iterable[str]) -> pytest.MarkDecorator:
+    """One setting of each method on these flavours, and all these settings of methods on a class token and on a mean;
+    where they are taken."""
+    of_methods = [name for name in ONE_OF_EACH if name in methods]
+    pairs = dict.fromkeys([*product(of_methods, flavours), *product(methods, ("class token", MEAN))])
+    return pytest.mark.parametrize(("method", "flavour"), [pair for pair in pairs if takes(*pair)])
+
+
+plain = cache(small_vit)
 
 
 @cache
-def _built(config: MethodConfig, flavour: str, **settings: object) -> AdaptiveViT:
-    return vary(config.build(small_vit(flavour, **settings)))
-
-
-@pytest.fixture(params=FLAVOURS)
-def flavour(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
+def build(method: str, flavour: str = "class token", **settings: object) -> AdaptiveViT:
+    """One for all tests, which copy what they change."""
+    return vary(METHODS[method].build(plain(flavour, **settings)))
 
 
 def assert_same_record(record: Usage, expected: Usage) -> None:
@@ -55,20 +52,29 @@ def assert_same_record(record: Usage, expected: Usage) -> None:
         assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
 
 
-@LAYOUTS
-@pytest.mark.parametrize("method", DROP_NOTHING)
-def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str, layout: type) -> None:
-    model = build(method, flavour, DROP_NOTHING).eval()
+@pytest.mark.parametrize(
+    ("method", "flavour"), [pair for pair in product(METHODS, FLAVOURS) if pair[1] not in flavours(pair[0])]
+)
+def test_what_a_method_needs_is_refused_by_name_where_it_is_missing(method: str, flavour: str) -> None:
+    with pytest.raises(TypeError, match=r"needs (attention|token norms)"):
+        METHODS[method].build(plain(flavour))
+
+
+@each(DROP_NOTHING, FLAVOURS)
+def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str) -> None:
+    model = DROP_NOTHING[method].build(plain(flavour)).eval()
     batch = images(model.vit)
     with torch.inference_mode():
-        output = model(batch, layout, detailed=True)
-        torch.testing.assert_close(output.logits, model.vit(batch), atol=1e-5, rtol=1e-5)
-    assert output.usage.live.all()
+        wanted = model.vit(batch)
+        for layout in (Masked, Packed):
+            output = model(batch, layout, detailed=True)
+            torch.testing.assert_close(output.logits, wanted, atol=1e-5, rtol=1e-5)
+            assert output.usage.live.all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_layouts_agree(method: str, kind: str) -> None:
-    model = build(method, kind, dtype=torch.float64).eval()
+@each(METHODS, KINDS)
+def test_layouts_agree(method: str, flavour: str) -> None:
+    model = build(method, flavour, dtype=torch.float64).eval()
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
         masked = model(batch, Masked, detailed=True)
@@ -81,7 +87,7 @@ def test_layouts_agree(method: str, kind: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dense_is_for_methods_that_keep_as_many_tokens_of_every_image(method: str) -> None:
-    model = build(method, "class token").eval()
+    model = build(method).eval()
     even = not method.startswith(("avit", "ats", "adavit", "merge")) and "threshold" not in method
     assert model.even == even
     if not even:
@@ -92,7 +98,7 @@ def test_dense_is_for_methods_that_keep_as_many_tokens_of_every_image(method: st
 @pytest.mark.parametrize("method", ["avit", "ats", "merge", "evit", "dynamicvit, threshold"])
 def test_a_batch_for_which_slab_has_too_few_rows_is_run_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
-    model = build(method, "class token", dtype=torch.float64).eval()
+    model = copy.deepcopy(build(method, dtype=torch.float64)).eval()
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
         packed = model(batch, Packed, detailed=True)
@@ -110,23 +116,23 @@ def test_a_batch_for_which_slab_has_too_few_rows_is_run_again(method: str, monke
 def test_a_plan_keeps_three_deviations_in_reserve_and_goes_when_the_knob_is_turned() -> None:
     plan = Plan(means=(50.0, 20.0), spreads=(10.0, 0.0), images=900)
     assert plan.rows(256) == (13568, 5120)  # 12,800 and 3 x 10 x (16 + 256 / 30) = 736, in tiles of 128
-    model = build("ats", "class token").eval()
+    model = copy.deepcopy(build("ats")).eval()
     model.plan = plan
     model.config = replace(model.config, rate=0.5)
     assert model.plan is None
 
 
 def test_adavit_refuses_slab() -> None:
-    model = build("adavit", "class token").eval()
+    model = build("adavit").eval()
     with pytest.raises(ValueError, match=r"choose adaptvit\.Packed or adaptvit\.Masked"):
         model(images(model.vit), Slab)
 
 
 @LAYOUTS
-@pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_its_images_one_by_one(method: str, kind: str, layout: type) -> None:
-    model = build(method, kind, dtype=torch.float64).eval()
-    batch = images(model.vit, count=4, dtype=torch.float64)
+@each(METHODS, KINDS)
+def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: type) -> None:
+    model = build(method, flavour, dtype=torch.float64).eval()
+    batch = images(model.vit, dtype=torch.float64)
     with torch.inference_mode():
         together = model(batch, layout, detailed=True)
         for index in range(len(batch)):
@@ -136,8 +142,7 @@ def test_a_batch_is_its_images_one_by_one(method: str, kind: str, layout: type) 
 
 
 @LAYOUTS
-@pytest.mark.parametrize("flavour", ["class token", "average pool, no class token", "attention pool", "mixer"])
-@pytest.mark.parametrize("method", METHODS)
+@each(METHODS, ["class token", MEAN, "attention pool", "mixer"])
 def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
     method: str, flavour: str, layout: type
 ) -> None:
@@ -173,16 +178,16 @@ def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
     ],
 )
 def test_the_settings_of_these_tests_do_drop_different_tokens(method: str) -> None:
-    model = build(method, "class token").eval()
+    model = build(method).eval()
     with torch.inference_mode():
         usage = model(images(model.vit, count=8), detailed=True).usage
     assert 0.2 < usage.live.float().mean() < 0.9
     assert len({tuple(row) for row in usage.attended.tolist()}) > 4
 
 
-@pytest.mark.parametrize("method", ["adavit", "adavit, heads hidden", "adavit, heads identity"])
-def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, kind: str) -> None:
-    model = build(method, kind).eval()
+@each(["adavit", "adavit, heads hidden", "adavit, heads identity"], KINDS)
+def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, flavour: str) -> None:
+    model = build(method, flavour).eval()
     batch = images(model.vit, count=32)
     with torch.inference_mode():
         usage = model(batch, Masked, detailed=True).usage
@@ -197,12 +202,12 @@ def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, kin
     assert len({tuple(row) for row in torch.cat([heads, attention, mlp], dim=1).tolist()}) > 8
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each(METHODS, FLAVOURS)
 def test_macs_are_what_torch_counts(method: str, flavour: str) -> None:
-    model = build(method, flavour).eval().requires_grad_(False)
-    for seed in range(3):
+    model = build(method, flavour).eval()
+    for seed in range(2):
         batch = images(model.vit, count=1, seed=seed)
-        with FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             usage = model(batch, Packed, detailed=True).usage
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
@@ -257,25 +262,26 @@ def _noted(runs: list[int], forward: Callable[[Tensor], Tensor], x: Tensor) -> T
     return forward(x)
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
-    model = build("full", flavour).eval().requires_grad_(False)
+    model = build("full", flavour).eval()
     batch = images(model.vit, count=1)
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.vit(batch)
     assert 2 * dense_macs(model.shape, model(batch, detailed=True).usage.grid) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("adavit")])
-def test_a_dead_token_never_returns(method: str, kind: str) -> None:
-    model = build(method, kind).eval()
+@each([name for name in METHODS if not name.startswith("adavit")], KINDS)
+def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
+    model = build(method, flavour).eval()
     live = model(images(model.vit), detailed=True).usage.live
     for before, after in pairwise(live.unbind(dim=1)):
         assert not (after & ~before).any()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not re.search("adavit|official|dynamicvit", name)])
-def test_packed_training_has_the_gradients_of_masked_training(method: str, kind: str) -> None:
-    model = build(method, kind, dtype=torch.float64, drop_path_rate=0.3).train()
+@each([name for name in METHODS if not re.search("adavit|official|dynamicvit", name)], KINDS)
+def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
+    model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
     batch = images(model.vit, dtype=torch.float64)
     trained = {name: parameter for name, parameter in model.vit.named_parameters() if parameter.requires_grad}
     gradients, losses = {}, {}
@@ -295,7 +301,7 @@ def test_packed_training_has_the_gradients_of_masked_training(method: str, kind:
 @LAYOUTS
 @pytest.mark.parametrize("method", METHODS)
 def test_decisions_are_float32_whatever_the_features(method: str, layout: type) -> None:
-    model = build(method, "class token", dtype=torch.bfloat16).eval()
+    model = build(method, dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         output = model(images(model.vit, dtype=torch.bfloat16), layout, detailed=True)
     assert output.logits.dtype == torch.bfloat16
@@ -311,8 +317,7 @@ def test_a_reset_classifier_counts() -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("flavour", ["class token", "average pool, no class token"])
-@pytest.mark.parametrize("method", METHODS)
+@each(ONE_OF_EACH, [])
 def test_an_empty_batch_has_no_logits(method: str, flavour: str, layout: type) -> None:
     model = build(method, flavour).eval()
     output = model(images(model.vit, count=0), layout, detailed=True)
@@ -337,7 +342,7 @@ def test_one_block_is_refused_by_name_where_it_is_too_few(name: str, field: str)
 
 
 def test_outputs_and_records_compare_by_value() -> None:
-    model = build("merge", "class token").eval()
+    model = build("merge").eval()
     batch = images(model.vit)
     one, same, other = (model(given, detailed=True) for given in (batch, batch, batch.flip(0)))
     assert one == same

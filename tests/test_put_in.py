@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import DROP_NOTHING, METHODS, ONE_OF_EACH, images, small_vit, vary
+from pairs import start_two
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -50,7 +50,7 @@ def build(
     method: str, put: Put = nothing, when: str = "after", configs: dict = METHODS, **settings: Any
 ) -> AdaptiveViT:
     """A small model in float64 with something put into its ViT; of `DROP_NOTHING` in training, too, and surely."""
-    vit = small_vit(dtype=torch.float64, **settings)
+    vit = small_vit(dtype=torch.float64, depth=4 if configs is METHODS else 3, **settings)
     torch.manual_seed(1)
     if when == "before":
         put(vit)
@@ -692,7 +692,7 @@ def steps_on_one_of_two(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Any]:
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(steps_on_one_of_two, (str(folder),), nprocs=2)
+    start_two(steps_on_one_of_two, folder)
     return torch.load(folder / "found.pt")
 
 
