@@ -204,10 +204,10 @@ def test_the_settings_of_these_tests_do_switch_off_all_there_is(method: str, fla
 
 @each(METHODS, FLAVOURS)
 def test_macs_are_what_torch_counts(method: str, flavour: str) -> None:
-    model = build(method, flavour).eval()
+    model = copy.deepcopy(build(method, flavour)).eval().requires_grad_(False)
     for seed in range(2):
         batch = images(model.vit, count=1, seed=seed)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             usage = model(batch, Packed, detailed=True).usage
         assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
 
@@ -264,9 +264,9 @@ def _noted(runs: list[int], forward: Callable[[Tensor], Tensor], x: Tensor) -> T
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_dense_macs_are_what_torch_counts_for_timm(flavour: str) -> None:
-    model = build("full", flavour).eval()
+    model = copy.deepcopy(build("full", flavour)).eval().requires_grad_(False)
     batch = images(model.vit, count=1)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model.vit(batch)
     assert 2 * dense_macs(model.shape, model(batch, detailed=True).usage.grid) == counter.get_total_flops()
 

@@ -1,8 +1,6 @@
 """A method kept outside the package goes wherever one of its own does."""
 
 import ast
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +13,11 @@ import timm
 import torch
 from models import images, small_vit
 from samples import picture
-from test_imports import PACKAGE, imported, modules
+from test_imports import imported, modules
 
 from adaptvit import DropConfig, FullConfig, Masked, MethodConfig, Packed, Tokens, adapt, cli, load, save
 from adaptvit.commands.sessions import Playground, PlaygroundConfig, Session
-from adaptvit.methods import METHODS, Named, Published
+from adaptvit.methods import METHODS, Named, Published, untrained
 from adaptvit.weights.names import default_cfgs, method_of
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_method.py"
@@ -99,18 +97,19 @@ def test_it_is_adapted_and_turned(example: type[MethodConfig]) -> None:
     assert model.compute == pytest.approx(0.79)
 
 
-def test_a_package_is_found_by_its_entry_point(tmp_path: Path) -> None:
-    (tmp_path / "norm_method.py").write_text(EXAMPLE.read_text())
-    told = tmp_path / "norm_method-1.0.dist-info"
+def test_a_package_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "found_method.py").write_text(EXAMPLE.read_text())
+    told = tmp_path / "found_method-1.0.dist-info"
     told.mkdir()
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: norm-method\nVersion: 1.0\n")
-    points = "[adaptvit.methods]\nnorm = norm_method:NormConfig\nlost = norm_method:LostConfig\n"
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: found-method\nVersion: 1.0\n")
+    points = "[adaptvit.methods]\nnorm = found_method:NormConfig\nlost = found_method:LostConfig\n"
     (told / "entry_points.txt").write_text(points)
-    code = "from adaptvit.methods import METHODS, untrained; print(METHODS['norm'].__module__, 'norm' in untrained())"
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["norm_method", "True"]
-    assert "the method 'lost' of norm_method:LostConfig cannot be loaded: " in said.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(METHODS, "_known", {**METHODS._known})
+    monkeypatch.setattr(METHODS, "_searched", False)
+    with pytest.warns(UserWarning, match="the method 'lost' of found_method:LostConfig cannot be loaded: "):
+        assert METHODS["norm"].__module__ == "found_method"
+    assert "norm" in untrained()
 
 
 def test_timm_learns_the_names_that_it_declares(example: type[MethodConfig]) -> None:
