@@ -2,6 +2,7 @@
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from adaptvit.methods.released import avit as released
 from adaptvit.weights.published import resize_positions
 
 
+@cache
 def load(path: Path) -> SimpleNamespace:
     case = json.loads(path.read_text())
     arrays = dict(np.load(path.with_suffix(".npz")))
@@ -117,26 +119,26 @@ def test_official_mode_reproduces_the_released_training_pass(avit_case: Path, mo
 
 
 @pytest.mark.filterwarnings("ignore:.*halts every token after block 1")  # small_d6_allhalt is meant to
-@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("kind", [AViTConfig, ReleasedAViTConfig])
-def test_early_exit_keeps_the_released_logits(avit_case: Path, layout: type, kind: type[AViTConfig]) -> None:
+def test_early_exit_keeps_the_released_logits(avit_case: Path, kind: type[AViTConfig]) -> None:
     recorded = load(avit_case)
     model = build(recorded.case, kind).eval()
-    with torch.inference_mode():
-        output = model(recorded.images, layout, detailed=True)
-    close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
-    is_read = slice(0, model.read)
-    assert np.array_equal(output.usage.depth[:, is_read].numpy(), recorded.arrays["counter"][:, is_read])
+    for layout in (Masked, Packed):
+        with torch.inference_mode():
+            output = model(recorded.images, layout, detailed=True)
+        close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
+        is_read = slice(0, model.read)
+        assert np.array_equal(output.usage.depth[:, is_read].numpy(), recorded.arrays["counter"][:, is_read])
 
 
-@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
-def test_clean_mode_keeps_the_released_depths(avit_case: Path, layout: type) -> None:
+def test_clean_mode_keeps_the_released_depths(avit_case: Path) -> None:
     recorded = load(avit_case)
     model = build(recorded.case, AViTConfig).eval()
-    with torch.inference_mode():
-        output = model(recorded.images, layout, early_exit=False, detailed=True)
-    close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
-    assert np.array_equal(output.usage.depth.numpy(), recorded.arrays["counter"])
+    for layout in (Masked, Packed):
+        with torch.inference_mode():
+            output = model(recorded.images, layout, early_exit=False, detailed=True)
+        close(output.logits, recorded.arrays["logits"], logits_apart(recorded, model))
+        assert np.array_equal(output.usage.depth.numpy(), recorded.arrays["counter"])
 
 
 def test_blocks_match_the_released_ones(avit_blocks: Path) -> None:
