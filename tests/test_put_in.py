@@ -85,8 +85,10 @@ same = partial(torch.testing.assert_close, atol=1e-10, rtol=1e-8)
 def assert_same_as_the_vit(model: AdaptiveViT) -> None:
     """In evaluation, by both layouts, and in training."""
     batch = images(model.vit, dtype=torch.float64)
-    for layout in (Masked, Packed):
-        same(model.eval()(batch, layout), model.vit(batch))
+    found = [model.eval()(batch, layout) for layout in (Masked, Packed)]
+    wanted = model.vit(batch)
+    for logits in found:
+        same(logits, wanted)
     same(model.train()(batch, detailed=True).logits, model.vit(batch))
 
 
