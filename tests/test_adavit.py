@@ -134,7 +134,8 @@ def test_heads_and_sublayers_are_decided_by_the_class_token_or_else_the_mean(fla
 def test_policies_read_a_token_normalised_by_their_own_norm() -> None:
     model = vary(replace(FREE, norm_policies=True).build(small_vit())).eval()
     assert list(model.policy_norm) == ["1", "2", "3"]
-    tokens = Masked.of(torch.randn(3, 17, 64, generator=torch.Generator().manual_seed(0)))
+    tokens = model.enter(images(model.vit), Masked)
+    tokens = tokens.with_x(torch.randn(3, 17, 64, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         model.policy_norm["2"].weight.mul_(3.0)
         found = model.decide(2, tokens)[0].head_logits

@@ -576,7 +576,9 @@ def test_what_padding_holds_does_not_matter() -> None:
     name, batch = "NaFlexVit, mean", cut(MIXED, 18)
     spoilt = batch | {"patches": batch["patches"].masked_fill(~batch["patch_valid"][..., None], torch.nan)}
     with torch.no_grad():
-        for config in METHODS.values():
+        for method, config in METHODS.items():
+            if method == "grid":  # refused
+                continue
             adaptive = config.build(model(name))
             for layout in (Packed, Masked):
                 assert torch.equal(adaptive(spoilt, layout), adaptive(batch, layout))

@@ -85,9 +85,9 @@ def test_no_two_epochs_of_any_seeds_share_order_or_augmentation(repeats: int, da
 def test_processes_share_the_order_and_draw_their_own(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
     runs = []
     for rank in range(2):
+        monkeypatch.setattr("adaptvit.training.loader.place", lambda rank=rank: (rank, 2))
         monkeypatch.setattr(Accelerator, "process_index", rank)
         runs.append(epochs(data, 5, tmp_path / str(rank)))
     for (one, drawn), (other, drawn_there) in zip(*runs, strict=True):
