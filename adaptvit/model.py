@@ -200,7 +200,8 @@ class AdaptiveViT(nn.Module, ABC):
         if torch.compiler.is_dynamo_compiling():
             compiled = _beside if layout is Packed or (layout is None and not self.even) else _in_graph
             name = None if layout is None else layout.__name__
-            return compiled(self, self._turns, name, detailed, images, options)
+            state = (self._turns, id(self.plan), self.training, self.vit.training)
+            return compiled(self, state, name, detailed, images, options)
         return self._forward(images, layout, detailed, **options)
 
     def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
@@ -213,7 +214,7 @@ class AdaptiveViT(nn.Module, ABC):
                 f"layout=Dense has as many tokens of every image, but {self.config.title} as it is set keeps what each "
                 "needs: choose adaptvit.Packed or adaptvit.Masked"
             )
-        if self.dial is not None and self.training and torch.is_grad_enabled():
+        if (self.dial is not None or self.plan is not None) and self.training and torch.is_grad_enabled():
             self.dial = self.plan = None  # they were measured on weights that are about to change
         layout = layout or self.usual_layout(**options)
         with nullcontext() if self.differentiable(layout) else torch.no_grad():
@@ -524,12 +525,17 @@ class AdaptiveViT(nn.Module, ABC):
 
 
 def _compiled(
-    model: AdaptiveViT, turns: int, layout: str | None, detailed: bool, images: Tensor, options: dict[str, Any]
+    model: AdaptiveViT,
+    state: tuple[int | bool, ...],
+    layout: str | None,
+    detailed: bool,
+    images: Tensor,
+    options: dict[str, Any],
 ) -> Any:
     """A forward inside of `torch.compile`.
 
     Args:
-        turns: of the model's config; a graph holds for one.
+        state: turns of the model's config, its plan, whether it and its ViT train; a graph holds for one.
     """
     named: dict[str | None, type[Tokens]] = {kind.__name__: kind for kind in (Dense, Masked, Packed, Slab)}
     return model._forward(images, named.get(layout, Dense if model.even else Packed), detailed, **options)

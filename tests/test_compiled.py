@@ -9,7 +9,7 @@ from forked import in_a_process_of_its_own
 from models import METHODS, images, small_vit, vary
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adaptvit import Dense, Masked, Packed, Slab, measure_plan
+from adaptvit import Dense, FullConfig, Masked, Packed, Plan, Slab, measure_plan
 from adaptvit.model import AdaptiveViT
 
 EVEN = ("full", "evit", "dynamicvit", "tome", "grid")
@@ -43,7 +43,7 @@ def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: typ
 
 
 @pytest.mark.parametrize("method", RAGGED)
-def test_a_slab_is_one_graph_whatever_images_keep(method: str) -> None:
+def test_a_slab_is_one_graph_whatever_images_keep(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, backend = build(method), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     batch = images(model.vit, count=8)
@@ -52,7 +52,10 @@ def test_a_slab_is_one_graph_whatever_images_keep(method: str) -> None:
         for order in (range(8), range(7, -1, -1)):
             some = batch[list(order)]
             torch.testing.assert_close(compiled(some, layout=Slab), model(some), atol=1e-5, rtol=1e-5)
-    assert backend.frame_count == 1
+        assert backend.frame_count == 1
+        monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
+        model.plan = Plan(means=[1.0] * len(model.plan.means), spreads=[0.0] * len(model.plan.means), images=9)
+        assert compiled(batch, layout=Slab).isnan().all()  # too few rows
 
 
 def test_a_model_whose_knob_is_turned_is_compiled_anew() -> None:
@@ -64,6 +67,16 @@ def test_a_model_whose_knob_is_turned_is_compiled_anew() -> None:
         model.config = replace(model.config, rate=2.0)
         torch.testing.assert_close(compiled(batch), model(batch))
         assert not torch.equal(compiled(batch), before)
+
+
+def test_a_model_that_changes_its_mode_is_compiled_anew() -> None:
+    model = FullConfig().build(small_vit(depth=1, proj_drop_rate=0.5)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = images(model.vit)
+    with torch.no_grad():
+        assert not torch.equal(compiled(batch, layout=Dense), compiled(batch, layout=Dense))
+        model.eval()
+        torch.testing.assert_close(compiled(batch, layout=Dense), model(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_methods_that_keep_what_each_image_needs_run_packed_beside_the_graph() -> None:

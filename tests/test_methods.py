@@ -119,6 +119,9 @@ def test_a_plan_keeps_three_deviations_in_reserve_and_goes_when_the_knob_is_turn
     model.plan = plan
     model.config = replace(model.config, rate=0.5)
     assert model.plan is None
+    model.plan = plan
+    model.train()(images(model.vit))
+    assert model.plan is None  # its weights are about to change
 
 
 def test_adavit_refuses_slab() -> None:
