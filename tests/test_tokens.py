@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit import Masked, Packed
-from adaptvit.tokens import kernels
+from adaptvit.tokens import AttentionOptions, kernels
 
 HEADS, HEAD_DIM = 2, 4
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
@@ -176,7 +176,9 @@ def test_what_is_added_for_pairs_goes_by_where_both_were(
             assert torch.equal(laid.grid(laid.at), at)
         laid = laid.keep(live)
         queries = laid.keep(asked)
-        out = laid.attend(queries.spread(q), laid.spread(k), laid.spread(v), queries, pairs=pairs, scale=0.3)
+        out = laid.attend(
+            queries.spread(q), laid.spread(k), laid.spread(v), queries, AttentionOptions(pairs=pairs, scale=0.3)
+        )
         torch.testing.assert_close(queries.grid(out), expected)
         if live[:, 0].all():
             number = 1 if only_first else None
@@ -221,15 +223,17 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
     packed, queries, qkv = ragged()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
     for scale in (None, 0.3):
-        expected = packed.attend(*qkv, queries, scale=scale)
+        how = AttentionOptions(scale=scale)
+        expected = packed.attend(*qkv, queries, how)
         for kernel in (kernels.attend_varlen, kernels.attend_padded, kernels.attend_each):
-            torch.testing.assert_close(kernel(*qkv, packed, queries, 0.0, None, None, scale), expected)
+            torch.testing.assert_close(kernel(*qkv, packed, queries, how), expected)
     bias = random(len(packed.x), seed=4)
     for pairs in (None, random(1, HEADS, 9, 9, seed=5), random(5, 1, 9, 9, seed=6)):
-        expected = packed.attend(*qkv, queries, bias=bias, pairs=pairs, scale=0.3)
-        found = kernels.attend_padded(*qkv, packed, queries, 0.0, bias, pairs, 0.3)
+        how = AttentionOptions(bias=bias, pairs=pairs, scale=0.3)
+        expected = packed.attend(*qkv, queries, how)
+        found = kernels.attend_padded(*qkv, packed, queries, how)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, 0.0, bias, pairs, 0.3), expected)
+        torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, how), expected)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +253,8 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
 def test_the_kernel_follows_what_it_has_to_do(
     device: str, dtype: torch.dtype, dropout: float, biased: bool, kernel: str
 ) -> None:
-    assert kernels.ragged_kernel(torch.device(device), dtype, dropout, biased) is getattr(kernels, kernel)
+    how = AttentionOptions(dropout, torch.zeros(3) if biased else None)
+    assert kernels.ragged_kernel(torch.device(device), dtype, how) is getattr(kernels, kernel)
 
 
 def test_equal_lengths_take_one_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +340,9 @@ def test_a_key_with_the_bias_log_n_counts_n_times(live: Tensor) -> None:
     counts = torch.randint(1, 4, live.shape, generator=torch.Generator().manual_seed(3))
     for layout in (Masked, Packed):
         laid = layout.of(q.flatten(2)).keep(live)
-        mixed = laid.grid(laid.attend(*map(laid.spread, (q, k, v)), laid, bias=laid.spread(counts.double().log())))
+        mixed = laid.grid(
+            laid.attend(*map(laid.spread, (q, k, v)), laid, AttentionOptions(bias=laid.spread(counts.double().log())))
+        )
         for image, alive in enumerate(live):
             if alive.any():
                 often = counts[image, alive]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import AttentionOptions, Tokens
 
 
 class Projected(NamedTuple):
@@ -146,7 +146,7 @@ class Door(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         self.passed += 1
-        tokens, bias, pairs = self.tokens, self.acts.bias, attn_mask
+        tokens, pairs = self.tokens, attn_mask
         if is_causal:
             raise NotImplementedError("causal attention has an order of tokens, which are to be dropped and merged")
         if enable_gqa:
@@ -162,11 +162,12 @@ class Door(TorchFunctionMode):
                 return acts.attend(projected, dropout_p).transpose(1, 2)
             assert acts.look is not None
             self.chosen = acts.look(projected)
+        how = AttentionOptions(dropout_p, acts.bias, pairs, scale)
         if self.chosen is None or self.whole:
-            return tokens.attend_batch(query, key, value, dropout_p, bias, pairs, scale)
+            return tokens.attend_batch(query, key, value, how)
         q, k, v = (tokens.of_batch(t.transpose(1, 2)) for t in (query, key, value))
         rows, (q,) = tokens.select(self.chosen, q)
-        out = tokens.put(rows, tokens.attend(q, k, v, rows, dropout_p, bias, pairs, scale))
+        out = tokens.put(rows, tokens.attend(q, k, v, rows, how))
         return tokens.with_x(out).batch.transpose(1, 2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaptvit.backbones.door import Acts, Projected
 from adaptvit.backbones.maps import is_hooked, is_plain, some_outputs
 from adaptvit.backbones.parts import Mixer, TokenPart
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import AttentionOptions, Tokens
 
 MLP_ROWS = 1024
 """Tokens that go through an MLP at a time in evaluation on the CPU: few enough for the hidden features to stay in its
@@ -72,7 +72,7 @@ def add_attention(block: Block, tokens: Tokens, acts: Acts) -> tuple[Tokens, Ten
         q, k = on_tokens(attn.q_norm, q, rows), on_tokens(attn.k_norm, k, tokens)
     dropout = attn.attn_drop.p if attn.training else 0.0
     if acts.attend is None:
-        mixed = tokens.attend(q, k, v, rows, dropout, acts.bias)
+        mixed = tokens.attend(q, k, v, rows, AttentionOptions(dropout, acts.bias))
     else:
         mixed = acts.attend(Projected(q, k, v), dropout)
     out = through(attn.norm, mixed.flatten(-2))

@@ -27,7 +27,7 @@ from adaptvit.backbones.maps import is_plain, of_nothing, some_inputs, some_outp
 from adaptvit.backbones.split import attention, chain
 from adaptvit.backbones.standin import stand_in, with_parts
 from adaptvit.macs import Shape
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import AttentionOptions, Masked, Packed, Tokens
 
 Takes = Literal["input", "hidden", "identity"]
 """What else a head that is off switches off: `input`, its channels of what the MLP reads; `hidden`, its share of the
@@ -191,7 +191,7 @@ def _attend_under(gates: Gates, takes: Takes, attend: Attend | None, projected: 
         return attend(q, k, v, gates, dropout)
     on = gates.attention_tokens
     tokens = Masked(q, None if on is None else on.detach() > 0)
-    mixed = tokens.attend(q, k, v, tokens, dropout, pairs=pairs)
+    mixed = tokens.attend(q, k, v, tokens, AttentionOptions(dropout, pairs=pairs))
     if heads is None:
         return mixed
     return heads * mixed + (1 - heads) * v if takes == "identity" else heads * mixed

@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions
+
 
 class Tokens(ABC):
     """The tokens of a batch. Immutable; every verb returns new tokens or a tensor.
@@ -156,44 +158,22 @@ class Tokens(ABC):
         """
 
     @abstractmethod
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Self,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         """Scaled dot-product attention within each image.
 
         Args:
             q: features (..., H, d) of the tokens `queries`, which are these tokens or some of them.
             k, v: features (..., H, d) of these tokens.
             queries: `self`, or what `self.keep(...)` gave.
-            dropout: probability of dropping an attention weight.
-            bias: features (...,) of these tokens, added to the logits of each as a key.
-            pairs: (B or 1, H or 1, N, N), added to the logits by the positions of query and key.
-            scale: of the logits; None is 1 / sqrt(d).
+            how: what is added to the logits, their scale, dropout.
         Returns:
             features (..., H, d) of `queries`; what stands in dead slots has no meaning.
         """
 
-    def attend_batch(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def attend_batch(self, q: Tensor, k: Tensor, v: Tensor, how: AttentionOptions = PLAIN) -> Tensor:
         """`attend` of all tokens to all, of and to what a ViT's own attention has of `batch`: (b, H, n, d)."""
         q, k, v = (self.of_batch(t.transpose(1, 2)) for t in (q, k, v))
-        out = self.attend(q, k, v, self, dropout, bias, pairs, scale)
+        out = self.attend(q, k, v, self, how)
         return self.with_x(out).batch.transpose(1, 2)
 
     @abstractmethod
@@ -211,7 +191,7 @@ class Tokens(ABC):
         Args:
             q: queries of these slots, (B, R, H, d), none of them dead where `rows` has none; or the `rows` of all.
             k: features (..., H, d) of these tokens.
-            pairs: as of `attend`.
+            pairs: as in `AttentionOptions`.
         Returns:
             features (..., H) of these tokens, in float32 or wider.
         """

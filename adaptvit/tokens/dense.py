@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import by_place, mean_received, rows_at, slots_of
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions, by_place, mean_received, rows_at, slots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,24 +131,14 @@ class Dense(Tokens):
             where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
         return type(self)(mean(self.x), count, None, where, self.source), total
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Self,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        mask = None if bias is None else bias[:, None, None].to(q.dtype)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
+        pairs, mask = how.pairs, None if how.bias is None else how.bias[:, None, None].to(q.dtype)
         if pairs is not None:
             if not (self.in_place and queries.in_place):
                 pairs = by_place(pairs, queries.at, self.at)
             mask = pairs.to(q.dtype) if mask is None else mask + pairs.to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2)
+        return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale).transpose(1, 2)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))

@@ -5,7 +5,7 @@ Letters: B images, N token slots, T live tokens over the batch, R queries, H hea
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,26 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def attend_dense(
-    q: Tensor, k: Tensor, v: Tensor, images: int, dropout: float, mask: Tensor | None, scale: float | None
-) -> Tensor:
+class AttentionOptions(NamedTuple):
+    """What softmax attention has beside queries, keys and values."""
+
+    dropout: float = 0.0
+    """The probability of dropping an attention weight."""
+    bias: Tensor | None = None
+    """Token features (...,) of the keys, added to the logits of each."""
+    pairs: Tensor | None = None
+    """(B or 1, H or 1, N, N), added to the logits by the positions of query and key."""
+    scale: float | None = None
+    """Of the logits; None is 1 / sqrt(d)."""
+
+
+PLAIN = AttentionOptions()
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, images: int, mask: Tensor | None, how: AttentionOptions) -> Tensor:
     """Of images that have as many tokens each; `mask` (B or 1, H or 1, R or 1, keys) is added to the logits."""
     q, k, v = (t.view(images, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).transpose(1, 2).flatten(0, 1)
+    return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale).transpose(1, 2).flatten(0, 1)
 
 
 def attend_masked(
@@ -30,9 +44,8 @@ def attend_masked(
     k: Tensor,
     v: Tensor,
     live: Tensor | None,
-    dropout: float,
     added: Tensor | None,
-    scale: float | None = None,
+    how: AttentionOptions,
 ) -> Tensor:
     """Attention on the grid, (B, N, H, d) each, to the slots that are live: (B, N) bool, None where all are.
 
@@ -47,7 +60,7 @@ def attend_masked(
         added = added.to(q.dtype)
         mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale).transpose(1, 2)
 
 
 def by_place(pairs: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
@@ -119,12 +132,11 @@ class Ragged(Protocol):
         """(T,) each token's position: a row of a table of pairs."""
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, float, Tensor | None, Tensor | None, float | None], Tensor]
-"""Of queries, keys and values (T, H, d): whose they are, keys then queries, dropout, bias (T,) of the keys, table of
-pairs, scale."""
+Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, AttentionOptions], Tensor]
+"""Of queries, keys and values (T, H, d): whose they are, keys then queries, and how."""
 
 
-def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, biased: bool) -> Kernel:
+def ragged_kernel(device: torch.device, dtype: torch.dtype, how: AttentionOptions) -> Kernel:
     """The attention kernel for images of different lengths.
 
     On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
@@ -132,31 +144,22 @@ def ragged_kernel(device: torch.device, dtype: torch.dtype, dropout: float, bias
     """
     if on_host(device):
         return attend_each
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not dropout and not biased:
+    biased = how.bias is not None or how.pairs is not None
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not (how.dropout or biased):
         return attend_varlen
     return attend_padded
 
 
-def attend_each(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Ragged,
-    queries: Ragged,
-    dropout: float,
-    bias: Tensor | None,
-    pairs: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     def one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)[0].transpose(0, 1)
+        return scaled_dot_product_attention(query, key, value, mask, how.dropout, scale=how.scale)[0].transpose(0, 1)
 
     masks: Sequence[Tensor | None] = [None] * len(keys.lengths)
-    if bias is not None:
-        masks = bias.to(q.dtype)[None].split(keys.lengths, dim=1)
-    if pairs is not None:
-        masks = _looked_up(pairs.to(q.dtype), keys, queries, masks)
+    if how.bias is not None:
+        masks = how.bias.to(q.dtype)[None].split(keys.lengths, dim=1)
+    if how.pairs is not None:
+        masks = _looked_up(how.pairs.to(q.dtype), keys, queries, masks)
     images = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), masks, strict=True)
     if q.requires_grad:
         return torch.cat([one(*image) for image in images if len(image[0])])
@@ -177,37 +180,17 @@ def _looked_up(pairs: Tensor, keys: Ragged, queries: Ragged, bias: Sequence[Tens
     return found
 
 
-def attend_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Ragged,
-    queries: Ragged,
-    dropout: float,
-    bias: Tensor | None,
-    pairs: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
     slots = keys.shape[1]
-    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=scale)
+    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=how.scale)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     return out
 
 
-def attend_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Ragged,
-    queries: Ragged,
-    dropout: float,
-    bias: Tensor | None,
-    pairs: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
 
     def grid(t: Tensor, of: Ragged) -> Tensor:
@@ -215,11 +198,11 @@ def attend_padded(
         return flat.view(*of.shape, *t.shape[1:])
 
     live = grid(torch.ones_like(keys.slots, dtype=torch.bool), keys)
-    added = None if bias is None else grid(bias, keys)[:, None, None]
-    if pairs is not None:
-        looked_up = by_place(pairs, grid(queries.at, queries), grid(keys.at, keys))
+    added = None if how.bias is None else grid(how.bias, keys)[:, None, None]
+    if how.pairs is not None:
+        looked_up = by_place(how.pairs, grid(queries.at, queries), grid(keys.at, keys))
         added = looked_up if added is None else looked_up + added
-    out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, dropout, added, scale)
+    out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, added, how)
     return out.flatten(0, 1).index_select(0, queries.slots)
 
 

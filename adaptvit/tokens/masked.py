@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import attend_masked, by_place, mean_received, slots_of
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_masked, by_place, mean_received, slots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,22 +117,12 @@ class Masked(Tokens):
             where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
         return type(self)(x, total > 0, where, self.source), total
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Self,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        added = None if bias is None else bias[:, None, None]
-        if pairs is not None:
-            pairs = self._looked_up(pairs)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
+        added = None if how.bias is None else how.bias[:, None, None]
+        if how.pairs is not None:
+            pairs = self._looked_up(how.pairs)
             added = pairs if added is None else pairs + added
-        return attend_masked(q, k, v, self.mask, dropout, added, scale)
+        return attend_masked(q, k, v, self.mask, added, how)
 
     def _looked_up(self, pairs: Tensor) -> Tensor:
         return pairs if self.where is None else by_place(pairs, self.at, self.at)

@@ -12,7 +12,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.tokens import kernels
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import attend_dense, by_place, mean_received, ragged_kernel, slots_of
+from adaptvit.tokens.kernels import (
+    PLAIN,
+    AttentionOptions,
+    attend_dense,
+    by_place,
+    mean_received,
+    ragged_kernel,
+    slots_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,52 +195,30 @@ class Packed(Tokens):
             where = torch.cat([where[:, None].to(means.dtype), means], dim=1)
         return type(self)(x, (images, slots), places, None, where, self.source), total
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Self,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         if q.shape[0] == 0:  # every parameter stays in the graph, as distributed training needs
             return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
         if self.even is not None and queries.even is not None:
             images = self.shape[0]
-            return attend_dense(q, k, v, images, dropout, self._mask(queries, bias, pairs, images, q.dtype), scale)
+            return attend_dense(q, k, v, images, self._mask(queries, how, images, q.dtype), how)
         if kernels.on_host(self.x.device):  # where reading lengths waits for nothing
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
-                running = images == self.shape[0] or pairs is None or len(pairs) == 1
+                running = images == self.shape[0] or how.pairs is None or len(how.pairs) == 1
                 if running:
-                    mask = self._mask(queries, bias, pairs, images, q.dtype)
-                    return attend_dense(q, k, v, images, dropout, mask, scale)
-        ragged = ragged_kernel(q.device, q.dtype, dropout, bias is not None or pairs is not None)
-        return ragged(q, k, v, self, queries, dropout, bias, pairs, scale)
+                    return attend_dense(q, k, v, images, self._mask(queries, how, images, q.dtype), how)
+        ragged = ragged_kernel(q.device, q.dtype, how)
+        return ragged(q, k, v, self, queries, how)
 
-    def attend_batch(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout: float = 0.0,
-        bias: Tensor | None = None,
-        pairs: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def attend_batch(self, q: Tensor, k: Tensor, v: Tensor, how: AttentionOptions = PLAIN) -> Tensor:
         if self.even is None or not q.shape[0]:
-            return super().attend_batch(q, k, v, dropout, bias, pairs, scale)
-        mask = self._mask(self, bias, pairs, len(q), q.dtype)  # without a copy of queries that stand head by head
-        return scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+            return super().attend_batch(q, k, v, how)
+        mask = self._mask(self, how, len(q), q.dtype)  # without a copy of queries that stand head by head
+        return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale)
 
-    def _mask(
-        self, queries: Self, bias: Tensor | None, pairs: Tensor | None, images: int, dtype: torch.dtype
-    ) -> Tensor | None:
+    def _mask(self, queries: Self, how: AttentionOptions, images: int, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits of so many images that have as many tokens each."""
-        mask = None if bias is None else bias.view(images, 1, 1, -1).to(dtype)
+        pairs, mask = how.pairs, None if how.bias is None else how.bias.view(images, 1, 1, -1).to(dtype)
         if pairs is None:
             return mask
         if not (self.in_place and queries.in_place):
