@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel, varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit import Masked, Packed
+from adaptvit import Masked, Packed, Slab
 from adaptvit.tokens import AttentionOptions, kernels
 
 HEADS, HEAD_DIM = 2, 4
@@ -236,25 +237,66 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, how), expected)
 
 
+def test_flash_is_preferred_while_it_runs_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, queries, qkv = ragged()
+    order, chosen = lambda: _cur_sdpa_kernel_backends(with_priority=True), []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest: int, *_: int, scale: float):
+        chosen.append(varlen._select_backend(q, k, v, q_ends, k_ends, longest, [-1, -1]))
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", noted)
+    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *_: [])  # as on Hopper, which prefers cuDNN
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        before = order()
+        kernels.attend_varlen(*qkv, packed, queries, kernels.PLAIN)
+        assert order() == before
+    assert chosen == [SDPBackend.FLASH_ATTENTION.value]
+
+
+A100 = kernels.Facts("cuda", (8, 0), torch.bfloat16, 64, dropout=False, biased=False, pairs=False, counted=False)
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "dropout", "biased", "kernel"),
+    ("facts", "kernel"),
     [
-        ("cpu", torch.float32, 0.0, False, "attend_each"),
-        ("cpu", torch.bfloat16, 0.1, False, "attend_each"),
-        ("cuda", torch.bfloat16, 0.0, False, "attend_varlen"),
-        ("cuda", torch.float16, 0.0, False, "attend_varlen"),
-        ("cuda", torch.bfloat16, 0.1, False, "attend_padded"),
-        ("cuda", torch.float32, 0.0, False, "attend_padded"),
-        ("mps", torch.float16, 0.0, False, "attend_padded"),
-        ("cpu", torch.float32, 0.0, True, "attend_each"),
-        ("cuda", torch.bfloat16, 0.0, True, "attend_padded"),
+        ({}, "attend_varlen"),
+        ({"dtype": torch.float16, "capability": (9, 0), "head_dim": 256}, "attend_varlen"),
+        ({"dtype": torch.float32}, "attend_padded"),
+        ({"capability": (7, 5)}, "attend_padded"),
+        ({"head_dim": 60}, "attend_padded"),
+        ({"head_dim": 264}, "attend_padded"),
+        ({"dropout": True}, "attend_padded"),
+        ({"biased": True}, "attend_padded"),
+        ({"pairs": True}, "attend_padded"),
+        ({"device": "mps", "capability": (0, 0)}, "attend_padded"),
+        ({"device": "cpu", "capability": (0, 0)}, "attend_padded"),
+        ({"device": "cpu", "capability": (0, 0), "counted": True, "dropout": True, "biased": True}, "attend_each"),
     ],
+    ids=str,
 )
-def test_the_kernel_follows_what_it_has_to_do(
-    device: str, dtype: torch.dtype, dropout: float, biased: bool, kernel: str
-) -> None:
-    how = AttentionOptions(dropout, torch.zeros(3) if biased else None)
-    assert kernels.ragged_kernel(torch.device(device), dtype, how) is getattr(kernels, kernel)
+def test_the_kernel_follows_what_it_has_to_do(facts: dict, kernel: str) -> None:
+    assert kernels.choose(A100._replace(**facts)) is getattr(kernels, kernel)
+
+
+@pytest.mark.parametrize("layout", [Packed, Slab], ids=lambda layout: layout.__name__)
+def test_somebody_elses_kernel_comes_first_where_it_applies(layout: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", [*kernels.KERNELS])
+    live = ragged()[0].live
+    laid = layout.of(random(*live.shape, HEADS * HEAD_DIM)).keep(live)
+    seen, q = [], laid.x.unflatten(-1, (HEADS, HEAD_DIM))
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, keys: Packed, queries: Packed, how: AttentionOptions) -> Tensor:
+        assert keys is queries is laid
+        assert how.scale == 0.5
+        return -v
+
+    kernels.register(kernel, lambda facts: bool(seen.append(facts) or not facts.dropout))
+    assert torch.equal(laid.attend(q, q, q, laid, AttentionOptions(scale=0.5)), -q)
+    others = laid.attend(q, q, q, laid, AttentionOptions(dropout=0.5, scale=0.5))
+    assert not torch.equal(others, -q)
+    facts = kernels.Facts("cpu", (0, 0), torch.float64, HEAD_DIM, False, False, False, counted=layout is Packed)
+    assert seen == [facts, facts._replace(dropout=True)]
 
 
 def test_equal_lengths_take_one_dense_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_token_is_live_where_its_first_patch_was() -> None:
 
 
 def test_every_image_merges_r_and_attention_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adaptvit.tokens.packed.ragged_kernel", None)
+    monkeypatch.setattr("adaptvit.tokens.packed.attend_ragged", None)
     model = ToMeConfig(r=3).build(small_vit("average pool")).eval()
     with torch.inference_mode():
         usage = model(images(model.vit), detailed=True).usage

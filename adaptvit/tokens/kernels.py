@@ -5,10 +5,13 @@ Letters: B images, N token slots, T live tokens over the batch, R queries, H hea
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -109,15 +112,11 @@ def mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | Non
 
 
 class Ragged(Protocol):
-    """Where tokens of images of different lengths stand, end to end."""
+    """Where tokens of images of different lengths stand, end to end; `Packed` and `Slab` do."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Images and slots, (B, N)."""
-
-    @property
-    def slots(self) -> Tensor:
-        """(T,) each token's place in the flattened (B, N) grid, ascending."""
 
     @property
     def lengths(self) -> list[int]:
@@ -128,26 +127,84 @@ class Ragged(Protocol):
         """(B + 1,) int32: image b's tokens are rows offsets[b] to offsets[b + 1]."""
 
     @property
+    def live(self) -> Tensor:
+        """(B, N) bool, the slots that hold a token."""
+
+    @property
+    def real(self) -> Tensor | None:
+        """(T,) bool, the rows that hold a token; None is all."""
+
+    @property
     def at(self) -> Tensor:
         """(T,) each token's position: a row of a table of pairs."""
 
+    def grid(self, t: Tensor) -> Tensor:
+        """(T, ...) -> (B, N, ...), 0 where a slot is dead."""
+
+    def spread(self, t: Tensor) -> Tensor:
+        """(B, N, ...) -> (T, ...)."""
+
+
+class Facts(NamedTuple):
+    """What attention is asked of a kernel, as far as it decides which one."""
+
+    device: str
+    """The type of the device."""
+    capability: tuple[int, int]
+    """Of a CUDA device, (0, 0) of others."""
+    dtype: torch.dtype
+    head_dim: int
+    """Channels of a head: the most that queries, keys or values have."""
+    dropout: bool
+    biased: bool
+    """Whether keys have a bias."""
+    pairs: bool
+    """Whether there is a table of pairs."""
+    counted: bool
+    """Whether the host knows `lengths`; else to ask for them is to wait for the device."""
+
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, AttentionOptions], Tensor]
-"""Of queries, keys and values (T, H, d): whose they are, keys then queries, and how."""
+"""Attends within images of different lengths: queries (R, H, d), keys and values (T, H, d), whose they are, keys then
+queries, and how -> (R, H, d), 0 in rows of queries that are not `real`."""
+Applies = Callable[[Facts], bool]
+"""Whether a kernel can be used, and is the best there is after those before it."""
 
 
-def ragged_kernel(device: torch.device, dtype: torch.dtype, how: AttentionOptions) -> Kernel:
-    """The attention kernel for images of different lengths.
+def register(kernel: Kernel, applies: Applies) -> None:
+    """Put a kernel before all others: images of different lengths are attended to by the first one that applies.
 
-    On the host a call per image beats padding, buckets of equal length and NestedTensor; on CUDA in half precision
-    variable-length flash attention, which has neither dropout nor bias, does; elsewhere images are padded to the grid.
+    Images that all have as many tokens are not: of these one call of torch's own attention takes all.
     """
-    if on_host(device):
-        return attend_each
-    biased = how.bias is not None or how.pairs is not None
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and not (how.dropout or biased):
-        return attend_varlen
-    return attend_padded
+    KERNELS.insert(0, (applies, kernel))
+
+
+def attend_ragged(
+    q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions, counted: bool
+) -> Tensor:
+    """By the first of `KERNELS` that applies; whether the host has counted `keys` and `queries` is `counted`."""
+    facts = Facts(
+        q.device.type,
+        capability(q.device),
+        q.dtype,
+        max(q.shape[-1], v.shape[-1]),
+        how.dropout > 0,
+        how.bias is not None,
+        how.pairs is not None,
+        counted,
+    )
+    return choose(facts)(q, k, v, keys, queries, how)
+
+
+def choose(facts: Facts) -> Kernel:
+    """The first of `KERNELS` that applies."""
+    return next(kernel for applies, kernel in KERNELS if applies(facts))
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; (0, 0) of others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
@@ -181,29 +238,58 @@ def _looked_up(pairs: Tensor, keys: Ragged, queries: Ragged, bias: Sequence[Tens
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
-    """The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host."""
+    """Flash attention, from torch.
+
+    The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host.
+    """
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
     slots = keys.shape[1]
-    out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=how.scale)
+    with FLASH_FIRST, sdpa_kernel(FLASH, set_priority=True):
+        out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=how.scale)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
-    return out
+    return out if queries.real is None else out.where(queries.real[:, None, None], 0)  # which it does not write
+
+
+FLASH = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Flash before cuDNN, which plans anew, in some 40 ms, for every number of tokens that it has not met. All others stay
+allowed: the order is the process's, and another thread may attend in the meantime."""
+FLASH_FIRST = Lock()
+"""Who changes the order, lest two threads put it back in the wrong one."""
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
-
-    def grid(t: Tensor, of: Ragged) -> Tensor:
-        flat = t.new_zeros(of.shape[0] * of.shape[1], *t.shape[1:]).index_copy_(0, of.slots, t)
-        return flat.view(*of.shape, *t.shape[1:])
-
-    live = grid(torch.ones_like(keys.slots, dtype=torch.bool), keys)
-    added = None if how.bias is None else grid(how.bias, keys)[:, None, None]
+    added = None if how.bias is None else keys.grid(how.bias)[:, None, None]
     if how.pairs is not None:
-        looked_up = by_place(how.pairs, grid(queries.at, queries), grid(keys.at, keys))
-        added = looked_up if added is None else looked_up + added
-    out = attend_masked(grid(q, queries), grid(k, keys), grid(v, keys), live, added, how)
-    return out.flatten(0, 1).index_select(0, queries.slots)
+        pairs = by_place(how.pairs, queries.grid(queries.at), keys.grid(keys.at))
+        added = pairs if added is None else pairs + added
+    return queries.spread(attend_masked(queries.grid(q), keys.grid(k), keys.grid(v), keys.live, added, how))
+
+
+def is_flash(facts: Facts) -> bool:
+    """Whether variable-length flash attention does it: NVIDIA's from Ampere on, half precision, nothing added."""
+    return (
+        facts.device == "cuda"
+        and facts.capability >= (8, 0)
+        and facts.dtype in (torch.float16, torch.bfloat16)
+        and facts.head_dim % 8 == 0
+        and facts.head_dim <= 256
+        and not (facts.dropout or facts.biased or facts.pairs)
+    )
+
+
+KERNELS: list[tuple[Applies, Kernel]] = [
+    (lambda facts: facts.device == "cpu" and facts.counted, attend_each),
+    (is_flash, attend_varlen),
+    (lambda _: True, attend_padded),
+]
+"""Tried in this order. On the host a call per image beats padding, buckets of equal length and NestedTensor."""
 
 
 def rows_at(t: Tensor, index: Tensor) -> Tensor:

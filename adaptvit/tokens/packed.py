@@ -16,9 +16,9 @@ from adaptvit.tokens.kernels import (
     PLAIN,
     AttentionOptions,
     attend_dense,
+    attend_ragged,
     by_place,
     mean_received,
-    ragged_kernel,
     slots_of,
 )
 
@@ -52,6 +52,10 @@ class Packed(Tokens):
     def even(self) -> int | None:
         """Tokens of every image, where all are known to have as many: they make a dense batch."""
         return self.shape[1] if self.full else self.each
+
+    @property
+    def real(self) -> None:
+        """Every row holds a token."""
 
     @property
     def live(self) -> Tensor:
@@ -201,14 +205,14 @@ class Packed(Tokens):
         if self.even is not None and queries.even is not None:
             images = self.shape[0]
             return attend_dense(q, k, v, images, self._mask(queries, how, images, q.dtype), how)
-        if kernels.on_host(self.x.device):  # where reading lengths waits for nothing
+        counted = kernels.on_host(self.x.device)  # where reading lengths waits for nothing
+        if counted:
             images = len(self.lengths) - self.lengths.count(0)
             if q.shape[0] == images * max(queries.lengths) and k.shape[0] == images * max(self.lengths):
                 running = images == self.shape[0] or how.pairs is None or len(how.pairs) == 1
                 if running:
                     return attend_dense(q, k, v, images, self._mask(queries, how, images, q.dtype), how)
-        ragged = ragged_kernel(q.device, q.dtype, how)
-        return ragged(q, k, v, self, queries, how)
+        return attend_ragged(q, k, v, self, queries, how, counted)
 
     def attend_batch(self, q: Tensor, k: Tensor, v: Tensor, how: AttentionOptions = PLAIN) -> Tensor:
         if self.even is None or not q.shape[0]:

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptvit.tokens.base import Tokens
-from adaptvit.tokens.kernels import (
-    PLAIN,
-    AttentionOptions,
-    attend_masked,
-    attend_varlen,
-    by_place,
-    mean_received,
-    slots_of,
-)
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_ragged, by_place, mean_received, slots_of
 
 TILE = 128
 """Rows are rounded up to so many, which matrix products take together."""
@@ -190,15 +182,7 @@ class Slab(Tokens):
         return merged, sums.where(merged.real, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if q.device.type == "cuda" and half and not how.dropout and how.bias is None and how.pairs is None:
-            out = attend_varlen(q, k, v, self, queries, how)
-            return out.where(queries.real[:, None, None], 0)  # which are not written
-        added = None if how.bias is None else self.grid(how.bias)[:, None, None]
-        if how.pairs is not None:
-            pairs = by_place(how.pairs, queries.grid(queries.at), self.grid(self.at))
-            added = pairs if added is None else pairs + added
-        return queries.spread(attend_masked(queries.grid(q), self.grid(k), self.grid(v), self.live, added, how))
+        return attend_ragged(q, k, v, self, queries, how, counted=False)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide, live = self.grid(t.to(torch.promote_types(t.dtype, torch.float32))), self.live[..., None]
