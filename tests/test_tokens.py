@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,6 +239,31 @@ def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, how), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_bias_in_channels_of_its_own_is_more_precise_than_a_mask(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes as merging has them; all that is not the bias's is computed in float64."""
+
+    def wide(q: Tensor, k: Tensor, v: Tensor, *others: Any, **more: Any) -> Tensor:
+        assert {q.dtype, k.dtype, v.dtype} == {dtype}
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 72
+        return varlen_reference(q.double(), k.double(), v.double(), *others, **more)
+
+    monkeypatch.setattr(varlen, "varlen_attn", wide)
+    generator = torch.Generator().manual_seed(0)
+    packed = Packed.of(random(4, 50, 3)).keep(torch.rand(4, 50, generator=generator) < 0.8)
+    qkv = [random(len(packed.x), HEADS, 64, seed=seed).to(dtype) for seed in range(3)]
+    bias = torch.randint(1, 40, (len(packed.x),), generator=generator).float().log()
+    for scale in (None, 0.3):
+        how = AttentionOptions(bias=bias, scale=scale)
+        exact = kernels.attend_each(*(t.double() for t in qkv), packed, packed, how)
+        mask = how._replace(bias=bias.to(dtype))
+        masked = (kernels.attend_each(*(t.double() for t in qkv), packed, packed, mask) - exact).abs().max()
+        folded = (kernels.attend_varlen(*qkv, packed, packed, how) - exact).abs().max()
+        assert folded < (1e-6 if dtype is torch.float32 else masked / 20)
+
+
 def test_flash_is_preferred_while_it_runs_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, queries, qkv = ragged()
     order, chosen = lambda: _cur_sdpa_kernel_backends(with_priority=True), []
@@ -267,7 +294,9 @@ A100 = kernels.Facts("cuda", (8, 0), torch.bfloat16, 64, dropout=False, biased=F
         ({"head_dim": 60}, "attend_padded"),
         ({"head_dim": 264}, "attend_padded"),
         ({"dropout": True}, "attend_padded"),
-        ({"biased": True}, "attend_padded"),
+        ({"biased": True}, "attend_varlen"),
+        ({"biased": True, "head_dim": 252}, "attend_varlen"),
+        ({"biased": True, "head_dim": 256}, "attend_padded"),
         ({"pairs": True}, "attend_padded"),
         ({"device": "mps", "capability": (0, 0)}, "attend_padded"),
         ({"device": "cpu", "capability": (0, 0)}, "attend_padded"),

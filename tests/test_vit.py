@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptvit
-from adaptvit import FullConfig, Masked, Packed
+from adaptvit import ATSConfig, FullConfig, Masked, Packed
 from adaptvit.backbones.parts import representation_names
 from adaptvit.backbones.record import describe, rebuild
 from adaptvit.backbones.sizes import shape_of
 from adaptvit.backbones.turn import set_channel
+from adaptvit.tokens import kernels
 
 NAMES = [
     # DeiT: class token, distilled, DeiT III with LayerScale and positions without the class token
@@ -268,3 +269,21 @@ def test_autocast_keeps_decisions_of_the_weights_dtype() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         packed = FullConfig().build(vit)(batch)
         torch.testing.assert_close(packed, vit(batch), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["by its maps", "through the door"])
+def test_norms_in_float32_leave_attention_in_half_precision(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's autocast norms queries and keys in float32, which no CPU's does."""
+    vit, seen = small_vit("QK norm"), []
+    for attn in (block.attn for block in vit.blocks):
+        for norm in (attn.q_norm, attn.k_norm):
+            norm.register_forward_hook(lambda module, given, out: out.float())
+        if watched:
+            attn.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(kernels, "KERNELS", [*kernels.KERNELS])
+    kernels.register(kernels.attend_each, lambda facts: bool(seen.append(facts.dtype)))
+    model = ATSConfig(blocks=(0, 1), tokens=(12, 9)).build(vit).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(images(vit), Packed)
+    assert seen
+    assert {*seen} == {torch.bfloat16}

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def on_host(device: torch.device) -> bool:
@@ -182,7 +182,12 @@ def register(kernel: Kernel, applies: Applies) -> None:
 def attend_ragged(
     q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions, counted: bool
 ) -> Tensor:
-    """By the first of `KERNELS` that applies; whether the host has counted `keys` and `queries` is `counted`."""
+    """By the first of `KERNELS` that applies; whether the host has counted `keys` and `queries` is `counted`.
+
+    Under autocast all are of the values' type: on CUDA it norms and rotates queries and keys in float32.
+    """
+    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(v.device.type):
+        q, k = q.to(v.dtype), k.to(v.dtype)
     facts = Facts(
         q.device.type,
         capability(q.device),
@@ -238,17 +243,41 @@ def _looked_up(pairs: Tensor, keys: Ragged, queries: Ragged, bias: Sequence[Tens
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
-    """Flash attention, from torch.
+    """Flash attention, from torch, which knows no bias: keys carry theirs in channels of their own.
 
     The longest length only bounds the launch grid: the number of slots will do, and no length goes to the host.
     """
     from torch.nn.attention import varlen  # needs a CUDA build to be imported on some releases
 
-    slots = keys.shape[1]
+    slots, channels, scale = keys.shape[1], v.shape[-1], how.scale
+    if how.bias is not None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = with_bias(q, k, v, how.bias, scale)
     with FLASH_FIRST, sdpa_kernel(FLASH, set_priority=True):
-        out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=how.scale)
+        out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=scale)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+    out = out[..., :channels]
     return out if queries.real is None else out.where(queries.real[:, None, None], 0)  # which it does not write
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (T, H, d) whose products have the bias (T,) of the keys in them: (T, H, `width(d)`).
+
+    Two channels of the keys have it, as they round it and what is left, and those of all queries are 1. So it is twice
+    as precise as in a mask of their type.
+    """
+    own, more = q.shape[-1], width(q.shape[-1]) - q.shape[-1]
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) / scale
+    rounded = bias.to(k.dtype)
+    carried = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
+    q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], 2)], dim=-1)
+    k = torch.cat([k, carried], dim=-1)
+    return pad(q, (0, more - 2)), pad(k, (0, more - 2)), pad(v, (0, own + more - v.shape[-1]))
+
+
+def width(head_dim: int) -> int:
+    """Channels of a head that carries a bias: two more, and as many as flash attention takes, a multiple of 8."""
+    return 8 * math.ceil((head_dim + 2) / 8)
 
 
 FLASH = [
@@ -273,14 +302,15 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
 
 
 def is_flash(facts: Facts) -> bool:
-    """Whether variable-length flash attention does it: NVIDIA's from Ampere on, half precision, nothing added."""
+    """Whether variable-length flash attention does it: NVIDIA's from Ampere on, half precision, nothing by pairs."""
+    channels = width(facts.head_dim) if facts.biased else facts.head_dim
     return (
         facts.device == "cuda"
         and facts.capability >= (8, 0)
         and facts.dtype in (torch.float16, torch.bfloat16)
-        and facts.head_dim % 8 == 0
-        and facts.head_dim <= 256
-        and not (facts.dropout or facts.biased or facts.pairs)
+        and channels % 8 == 0
+        and channels <= 256
+        and not (facts.dropout or facts.pairs)
     )
 
 
