@@ -405,6 +405,14 @@ def test_merge_is_the_weighted_mean_of_those_that_go_to_one_place(live: Tensor, 
             torch.testing.assert_close(features[image, at], share @ x[image, slots] / share.sum())
 
 
+def test_sums_on_a_device_are_float32s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "on_host", lambda _: False)
+    into, ones = torch.arange(602) % 2, torch.ones(602, 3, dtype=torch.bfloat16)
+    sums = kernels.add_rows(torch.ones(3, 3, dtype=torch.bfloat16), into, ones)
+    assert sums.dtype == torch.bfloat16
+    assert sums[:, 0].tolist() == [302.0, 302.0, 1.0]  # in bfloat16 256 + 1 is 256
+
+
 @given(live_slots())
 def test_a_key_with_the_bias_log_n_counts_n_times(live: Tensor) -> None:
     q, k, v = (random(*live.shape, HEADS, HEAD_DIM, seed=seed) for seed in range(3))

@@ -103,6 +103,19 @@ def test_every_image_merges_r_and_attention_stays_dense(monkeypatch: pytest.Monk
     assert usage.attended.tolist() == [[start, start - 3, start - 6, start - 9]] * 3
 
 
+@LAYOUTS
+@pytest.mark.parametrize("config", [MergeConfig(thresholds=0.4), ToMeConfig(r=3)], ids=lambda config: config.method)
+def test_a_device_merges_what_the_host_does(config: object, layout: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config.build(small_vit("rotary, RMS norm, cosine")).eval()
+    batch = images(model.vit)
+    with torch.inference_mode():
+        host = model(batch, layout, detailed=True)
+        monkeypatch.setattr("adaptvit.tokens.kernels.on_host", lambda _: False)
+        device = model(batch, layout, detailed=True)
+    torch.testing.assert_close(device.logits, host.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(device.usage.groups, host.usage.groups)
+
+
 def test_thresholds_leave_images_different_numbers_of_tokens() -> None:
     model = MergeConfig(thresholds=0.4, relative=0.0).build(small_vit()).eval()
     usage = model(images(model.vit, count=8), detailed=True).usage

@@ -380,8 +380,6 @@ def _logits(model: AdaptiveViT, images: Tensor) -> Tensor:
     return torch.cat([model(batch).float() for batch in images.split(BATCH)])
 
 
-@torch.autocast("cuda", enabled=False)
-@torch.autocast("cpu", enabled=False)
 def match(metric: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """The best match of each patch token of A among those of B.
 
@@ -394,7 +392,8 @@ def match(metric: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
         (B, |A|) the similarity, -inf for a dead token of A, and int64 the number of the match in B.
     """
     even, odd = _halves(prefix)
-    similarity = metric[:, even] @ metric[:, odd].mT
+    with torch.autocast(metric.device.type, enabled=False):
+        similarity = metric[:, even] @ metric[:, odd].mT
     score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
     return score.masked_fill_(~live[:, even], -torch.inf), target
 

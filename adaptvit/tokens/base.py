@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adaptvit.tokens.kernels import PLAIN, AttentionOptions
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions, add_rows
 
 
 class Tokens(ABC):
@@ -195,3 +195,35 @@ class Tokens(ABC):
         Returns:
             features (..., H) of these tokens, in float32 or wider.
         """
+
+
+def merge_to_grid(
+    tokens: Tokens, real: Tensor | None, place: Tensor, moved: Tensor, weight: Tensor, slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Tokens.merge` of tokens that are stored end to end, without a wait: all places of all images, held or not.
+
+    Args:
+        real: (T,) bool, the rows that hold a token; None is all.
+        slots: places of an image.
+    Returns:
+        features (B * slots, D), `where`, and the sums of the weights, 0 where nothing went.
+    """
+    images = tokens.shape[0]
+    total = images * slots  # one more takes what holds nothing
+    goes = tokens.spread(place + slots * torch.arange(images, device=place.device)[:, None])
+    if real is not None:
+        goes = goes.masked_fill(~real, total)
+    sums = add_rows(weight.new_zeros(total + 1), goes, weight)
+    share = weight / sums.index_select(0, goes)
+    if real is not None:
+        share = share.masked_fill(~real, 0)
+
+    def mean(t: Tensor) -> Tensor:
+        return add_rows(t.new_zeros(total + 1, t.shape[1]), goes, t * share[:, None].to(t.dtype))[:total]
+
+    at = tokens.at
+    where = at.new_zeros(total + 1).index_copy(0, goes.masked_fill(tokens.spread(moved), total), at)[:total]
+    if tokens.where is not None and tokens.where.is_floating_point():
+        means = mean(tokens.where[:, 1:])
+        where = torch.cat([where[:, None].to(means.dtype), means], dim=1)
+    return mean(tokens.x), where, sums[:total]

@@ -85,14 +85,17 @@ ROWS = 64
 """Rows of the attention matrix that `mean_received` holds at a time."""
 
 
-@torch.autocast("cuda", enabled=False)
-@torch.autocast("cpu", enabled=False)
 def mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | None = None) -> Tensor:
     """`Tokens.received` on the grid: q (B, R, H, d), k (B, N, H, d), live (B, N) or None where all are.
 
     Args:
         added: to the logits, (B or 1, H or 1, R, N).
     """
+    with torch.autocast(k.device.type, enabled=False):
+        return _mean_received(q, k, live, added)
+
+
+def _mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | None) -> Tensor:
     dtype = torch.promote_types(k.dtype, torch.float32)
     q, keys = (q.to(dtype) * q.shape[-1] ** -0.5).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1)
     total = k.new_zeros((), dtype=dtype).expand(k.shape[0], k.shape[2], k.shape[1])
@@ -320,6 +323,20 @@ KERNELS: list[tuple[Applies, Kernel]] = [
     (lambda _: True, attend_padded),
 ]
 """Tried in this order. On the host a call per image beats padding, buckets of equal length and NestedTensor."""
+
+
+def add_rows(base: Tensor, into: Tensor, t: Tensor) -> Tensor:
+    """`base` (n, ...) with the rows of `t` (m, ...) added to those that `into` (m,) names.
+
+    Beside a CPU in float32, or wider, and by an operator that sorts them first: a device's `index_add` takes threads as
+    they come, so that sums, and what is decided by them, differ from run to run.
+    """
+    if on_host(t.device):
+        return base.index_add(0, into, t)
+    wide = torch.promote_types(t.dtype, torch.float32)
+    if t.dtype != wide:
+        return add_rows(base.to(wide), into, t.to(wide)).to(base.dtype)
+    return base.index_put((into,), t, accumulate=True)
 
 
 def rows_at(t: Tensor, index: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from adaptvit.tokens import kernels
 from adaptvit.tokens.base import Tokens
 from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_masked, by_place, mean_received, slots_of
 
@@ -97,23 +98,19 @@ class Masked(Tokens):
         live = self.live
         if count is not None:
             slots = count
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() or not kernels.on_host(place.device):
             slots = place.shape[1]  # rather than wait for a number
         else:
             slots = int(place.masked_fill(~live, -1).max()) + 1
         place, weight = place.clamp(max=slots - 1), weight * live
-        total = weight.new_zeros(place.shape[0], slots).scatter_add(1, place, weight)
+        total = _sums(place, slots, weight)
         share = weight / total.gather(1, place).masked_fill(~live, 1)
-        parts = self.x * share[..., None].to(self.x.dtype)
-        x = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(1, place[..., None].expand_as(parts), parts)
+        x = _sums(place, slots, self.x * share[..., None].to(self.x.dtype))
         at = self.at.expand_as(place)
         stays = place.masked_fill(moved | ~live, slots)  # a place of its own for those that go
         where = at.new_zeros(place.shape[0], slots + 1).scatter(1, stays, at)[:, :slots]
         if self.where is not None and self.where.is_floating_point():
-            parts = self.where[..., 1:] * share[..., None]
-            means = parts.new_zeros(*total.shape, parts.shape[2]).scatter_add(
-                1, place[..., None].expand_as(parts), parts
-            )
+            means = _sums(place, slots, self.where[..., 1:] * share[..., None])
             where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
         return type(self)(x, total > 0, where, self.source), total
 
@@ -136,3 +133,14 @@ class Masked(Tokens):
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
         return mean_received(q, k, self.mask, None if pairs is None else self._looked_up(pairs))
+
+
+def _sums(place: Tensor, slots: int, t: Tensor) -> Tensor:
+    """(B, slots, ...), of what goes to each place: (B, N, ...)."""
+    images = t.shape[0]
+    if kernels.on_host(t.device):
+        index = place.view(*place.shape, *[1] * (t.ndim - 2)).expand_as(t)
+        return t.new_zeros(images, slots, *t.shape[2:]).scatter_add(1, index, t)
+    rows = (place + slots * torch.arange(images, device=place.device)[:, None]).flatten()
+    sums = kernels.add_rows(t.new_zeros(images * slots, *t.shape[2:]), rows, t.flatten(0, 1))
+    return sums.view(images, slots, *t.shape[2:])

@@ -3,7 +3,7 @@
 Letters: B images, N token slots, T live tokens over the batch, D channels, H heads, d channels per head.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.tokens import kernels
-from adaptvit.tokens.base import Tokens
+from adaptvit.tokens.base import Tokens, merge_to_grid
 from adaptvit.tokens.kernels import (
     PLAIN,
     AttentionOptions,
+    add_rows,
     attend_dense,
     attend_ragged,
     by_place,
@@ -180,7 +181,15 @@ class Packed(Tokens):
         if not len(place):
             return self, weight
         images = self.shape[0]
-        slots = int(self.spread(place).max()) + 1 if count is None else count  # waits for the device
+        if not kernels.on_host(self.x.device):
+            slots = self.shape[1] if count is None else count  # rather than wait for a number
+            x, where, sums = merge_to_grid(self, None, place, moved, weight, slots)
+            every = replace(type(self).of(x.view(images, slots, -1)), where=where, source=self.source)
+            if count is not None:
+                return every, sums
+            merged, (sums,) = every.filter(sums > 0, sums)
+            return merged, sums
+        slots = int(self.spread(place).max()) + 1 if count is None else count
         goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
         leaves = self.spread(moved)
         stay, join = (~leaves).nonzero().squeeze(1), leaves.nonzero().squeeze(1)
@@ -234,7 +243,7 @@ class Packed(Tokens):
         image, count = self.slots // self.shape[1], self.offsets.diff().clamp(min=1)[:, None]
 
         def mean(t: Tensor) -> Tensor:
-            return t.new_zeros(self.shape[0], t.shape[1]).index_add(0, image, t) / count
+            return add_rows(t.new_zeros(self.shape[0], t.shape[1]), image, t) / count
 
         centred = wide - mean(wide).index_select(0, image)
         scale = (mean(centred.square()) + eps).rsqrt()

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adaptvit.tokens.base import Tokens
+from adaptvit.tokens.base import Tokens, merge_to_grid
 from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_ragged, by_place, mean_received, slots_of
 
 TILE = 128
@@ -163,21 +163,9 @@ class Slab(Tokens):
 
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         images, slots = self.shape[0], self.shape[1] if count is None else count
-        total = images * slots
-        goes = self.spread(place + slots * torch.arange(images, device=place.device)[:, None])
-        goes = goes.masked_fill(~self.real, total)
-        sums = weight.new_zeros(total + 1).index_add(0, goes, weight)
-        share = (weight / sums.index_select(0, goes)).masked_fill(~self.real, 0)
-        x = self.x.new_zeros(total + 1, self.x.shape[1]).index_add(0, goes, self.x * share[:, None].to(self.x.dtype))
-        stays = goes.masked_fill(self.spread(moved), total)
-        where = self.at.new_zeros(total + 1).index_copy(0, stays, self.at)
-        if self.where is not None and self.where.is_floating_point():
-            parts = self.where[:, 1:] * share[:, None]
-            means = parts.new_zeros(total + 1, parts.shape[1]).index_add(0, goes, parts)
-            where = torch.cat([where[:, None].to(means.dtype), means], dim=1)
-        every = type(self).of(x[:total].view(images, slots, -1))
-        every = replace(every, calls=self.calls, where=where[:total], source=self.source)
-        sums = sums[:total]
+        x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
+        every = type(self).of(x.view(images, slots, -1))
+        every = replace(every, calls=self.calls, where=where, source=self.source)
         merged, (sums,) = every._planned(sums > 0, sums) if count is None else (every, [sums])
         return merged, sums.where(merged.real, 1)
 
