@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, Dial, Knob
+from adaptvit.process import in_float64
 from adaptvit.tokens import Plan
 from adaptvit.usage import check_finite, join
 
@@ -62,9 +63,9 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
         outputs = [model(batch, detailed=True) for batch in images.split(BATCH)]
         logits = torch.cat([output.logits for output in outputs])
         check_finite(logits, "logits")
-        top1 = None if labels is None else (logits.argmax(dim=1) == labels).double().mean().item()
+        top1 = None if labels is None else in_float64(logits.argmax(dim=1) == labels).mean().item()
         usage = join([output.usage for output in outputs])
-        executed = macs(usage, model.shape).double().mean().item()  # an accelerator is waited for here
+        executed = in_float64(macs(usage, model.shape)).mean().item()  # an accelerator is waited for here
         seconds = time.perf_counter() - start
     knob = None if config.knob is None else getattr(config, config.knob.field)
     return Trial(knob, executed / dense_macs(model.shape, usage.grid), executed / 1e9, len(images) / seconds, top1)
@@ -251,7 +252,7 @@ def measure_plan(model: AdaptiveViT, images: Tensor) -> Plan:
     if model.training:
         raise ValueError("the model is in training mode, in which it does not compute what it will: call eval() first")
     with torch.inference_mode():
-        counts = torch.cat([model.counts(batch) for batch in images.split(BATCH)], dim=1).double()
+        counts = in_float64(torch.cat([model.counts(batch) for batch in images.split(BATCH)], dim=1))
     if not counts.shape[0]:
         raise ValueError(f"{model.config.title} drops no tokens, so that there is nothing to plan")
     means, spreads = (tuple(found.tolist()) for found in (counts.mean(dim=1), counts.std(dim=1)))

@@ -330,7 +330,7 @@ def check_device(name: str, device: str) -> None:
         found = torch.device(device)
     except RuntimeError:
         found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
+    if found is None or found.type not in ("cpu", "cuda", "mps", "xpu"):
         raise ValueError(f"{name} must be cpu, cuda or cuda with a number, got {device!r}")
     if found.type == "cpu":
         return

@@ -24,7 +24,7 @@ from adaptvit.extras import needed
 from adaptvit.files import as_json, check_output, replacing
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found
+from adaptvit.process import as_found, in_float64
 from adaptvit.tokens import Dense, Masked, Tokens
 from adaptvit.usage import check_finite, join
 
@@ -126,7 +126,7 @@ def export(
     logits, usage = torch.cat([one.logits for one in outputs]), join([one.usage for one in outputs])
     check_finite(logits, "logits")
     dense = dense_macs(own.shape, usage.grid)
-    executed = dense if layout is Masked else macs(usage, own.shape).double().mean().item()
+    executed = dense if layout is Masked else in_float64(macs(usage, own.shape)).mean().item()
     facts = {
         "adaptvit": version("adaptvit"),
         "model": name,

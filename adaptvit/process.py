@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data._utils import signal_handling
 
 T = TypeVar("T")
@@ -21,8 +21,22 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def best_device() -> str:
-    """Where commands run unless told: cuda where torch finds one, as in training, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where commands run unless told, as in training: an accelerator where torch finds one, else cpu.
+
+    Apple's, which lacks some operators, is taken where it is asked for by name.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None or found.type == "mps" else found.type
+
+
+def pins(device: torch.device) -> bool:
+    """Whether batches are to be laid where a device copies them from while others are computed."""
+    return device.type not in ("cpu", "mps")
+
+
+def in_float64(t: Tensor) -> Tensor:
+    """A tensor in float64: on the host where the device has none, as Apple's."""
+    return (t.cpu() if t.device.type == "mps" else t).double()
 
 
 @contextmanager

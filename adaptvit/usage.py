@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import register_pytree_node
 
 from adaptvit.macs import Shape, dense_macs, dense_macs_of, macs
+from adaptvit.process import in_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +164,8 @@ class Usage:
             ValueError: the sizes of the ViT are not known.
         """
         shape, patches = self._sizes(), self.patches
-        return self.macs.double() / (dense_macs(shape, self.grid) if patches is None else dense_macs_of(shape, patches))
+        dense = dense_macs(shape, self.grid) if patches is None else dense_macs_of(shape, patches)
+        return in_float64(self.macs) / dense
 
     def _sizes(self) -> Shape:
         if self.shape is None:

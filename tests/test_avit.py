@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -268,6 +269,7 @@ def test_a_mixture_travels_with_the_weights(tmp_path: Path) -> None:
     again = load(tmp_path / "mixture.safetensors")
     assert again.config == config
     assert torch.equal(again.prior, model.prior)
+    assert torch.equal(copy.deepcopy(model).bfloat16().prior, model.prior)
 
 
 @pytest.mark.parametrize("prior", PRIORS)

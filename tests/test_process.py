@@ -44,7 +44,7 @@ from adaptvit.data import Data, DataConfig, Images, Unreadable, open_digits, set
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.evit import EViT
 from adaptvit.methods.full import Full
-from adaptvit.process import as_found, fault
+from adaptvit.process import as_found, best_device, fault, pins
 from adaptvit.training import loop
 from adaptvit.training.loop import train
 from adaptvit.training.recipe import Recipe
@@ -578,3 +578,13 @@ def test_a_budget_is_met_on_the_device_that_is_named(folder: Path, tmp_path: Pat
     assert not words[2].exists()
     set_budget(*words, method="ats", device="cpu")
     assert words[2].exists()
+
+
+@pytest.mark.parametrize(("found", "expected"), [("cuda", "cuda"), ("xpu", "xpu"), ("mps", "cpu"), (None, "cpu")])
+def test_commands_run_on_the_accelerator_there_is(
+    found: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(found))
+    assert best_device() == expected
+    assert pins(torch.device(expected)) == (expected != "cpu")

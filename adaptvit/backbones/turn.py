@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from adaptvit.backbones.base import check_offers, model_name
 from adaptvit.backbones.parts import RepresentationHead
 from adaptvit.backbones.t2t import TokensToToken
+from adaptvit.process import in_float64
 
 
 def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
@@ -26,7 +27,7 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
     """
     _check_rotatable(vit)
     size = vit.embed_dim
-    u = direction.double() - direction.double().mean()
+    u = in_float64(direction) - in_float64(direction).mean()
     if not u.norm() > 0:
         raise ValueError("the direction for channel 0 is constant over the channels, which layer norm cannot see")
     identity = torch.eye(size, dtype=torch.float64, device=u.device)
@@ -36,26 +37,26 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
         for norm, readers in _readers(vit):
             for reader in readers:
                 if reader.bias is not None:
-                    _assign(reader.bias, reader.bias.double() + reader.weight.double() @ norm.bias.double())
-                _assign(reader.weight, (reader.weight.double() * norm.weight.double()) @ rotation)
+                    _assign(reader.bias, in_float64(reader.bias) + in_float64(reader.weight) @ in_float64(norm.bias))
+                _assign(reader.weight, (in_float64(reader.weight) * in_float64(norm.weight)) @ rotation)
             norm.weight.fill_(1)
             norm.bias.zero_()
         for block in vit.blocks:
             for scale, writer in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
-                gain = scale.gamma.double() if isinstance(scale, LayerScale) else u.new_ones(size)
-                _assign(writer.weight, rotation @ (gain[:, None] * writer.weight.double()))
+                gain = in_float64(scale.gamma) if isinstance(scale, LayerScale) else u.new_ones(size)
+                _assign(writer.weight, rotation @ (gain[:, None] * in_float64(writer.weight)))
                 if writer.bias is not None:
-                    _assign(writer.bias, rotation @ (gain * writer.bias.double()))
+                    _assign(writer.bias, rotation @ (gain * in_float64(writer.bias)))
                 if isinstance(scale, LayerScale):
                     scale.gamma.fill_(1)
         stem = vit.patch_embed.project if isinstance(vit.patch_embed, TokensToToken) else vit.patch_embed.proj
-        _assign(stem.weight, torch.tensordot(rotation, stem.weight.double(), dims=1))
+        _assign(stem.weight, torch.tensordot(rotation, in_float64(stem.weight), dims=1))
         if stem.bias is not None:
-            _assign(stem.bias, rotation @ stem.bias.double())
+            _assign(stem.bias, rotation @ in_float64(stem.bias))
         for name in ("pos_embed", "cls_token", "reg_token", "dist_token"):
             table = getattr(vit, name, None)
             if table is not None:
-                _assign(table, table.double() @ rotation)
+                _assign(table, in_float64(table) @ rotation)
 
 
 def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]]]:

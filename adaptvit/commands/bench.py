@@ -25,7 +25,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import Speed, interleaved
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
@@ -158,10 +158,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             {name: partial(step, run, batches) for name, run in passes.items()}, config.rounds, device
         )
 
-    executed = macs(usage, model.shape).double()
+    executed = in_float64(macs(usage, model.shape))
     speed = Speed.of({name: seconds[name] for name in ("dense", *LAYOUTS)}, config.images, usage, model.shape)
     per_second = {f"{name}_images_per_s": config.images / median(times) for name, times in seconds.items()}
-    attended = usage.attended.double()
+    attended = in_float64(usage.attended)
     return {
         "model": config.model,
         "method": method.method,
@@ -184,7 +184,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         },
         "batch_size": config.batch_size,
         "images": config.images,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": _named(device),
         "dtype": config.dtype,
         "threads": config.threads,
         "load_average": [load_before, os.getloadavg()[0]],
@@ -276,6 +276,12 @@ def _of_compiled(seconds: dict[str, list[float]], ideal: float) -> dict[str, flo
         "compiled_over_dense_compiled": over("dense_compiled"),
         "compiled_ratio": over("dense_compiled") / ideal,
     }
+
+
+def _named(device: torch.device) -> str:
+    """What a device calls itself, where it does."""
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if name is None else name(device)
 
 
 def _evaluate(run: Any, batches: tuple[Tensor, ...]) -> None:

@@ -45,7 +45,7 @@ from adaptvit.measure.evaluate import outputs
 from adaptvit.measure.speed import interleaved, speeds
 from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.show.pictures import Figure, data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
@@ -369,7 +369,7 @@ class _Compared:
             else:
                 shown = laid_over(seen, usage.patch_depth, blocks)
                 below |= bool((usage.patch_depth < 1).any())
-            costs = [f"{cost:.3g} GMACs" for cost in (macs(usage, model.shape).double() / 1e9).tolist()]
+            costs = [f"{cost:.3g} GMACs" for cost in (in_float64(macs(usage, model.shape)) / 1e9).tolist()]
             name = entry.label if entry.budget is not None else "/".join(Path(entry.name).with_suffix("").parts[-2:])
             rows.append((name, shown, costs))
         if len(rows) == 1:
@@ -496,7 +496,7 @@ def _measured(
         unreadable += batch.unreadable
         if output is not None:
             right.append(output.logits.argmax(dim=1).cpu() == batch.labels)
-            costs.append(macs(output.usage, shape).double().cpu() / 1e9)
+            costs.append(in_float64(macs(output.usage, shape)).cpu() / 1e9)
             attended += output.usage.attended.sum(dim=0).cpu()
     count = sum(map(len, right))
     if count < 2:

@@ -22,7 +22,7 @@ from adaptvit.measure.speed import Speed, measure_speed
 from adaptvit.methods import turned
 from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.process import as_found
+from adaptvit.process import as_found, in_float64
 from adaptvit.records import version
 from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
@@ -214,7 +214,7 @@ def _report(
 ) -> Report:
     result, blocks = outcome.packed, model.shape.depth
     rows, columns = result.usage.grid
-    cost = macs(result.usage, model.shape).double() / 1e9
+    cost = in_float64(macs(result.usage, model.shape)) / 1e9
     order = cost.argsort()
     cheap, dear = order[:4], order[-4:].flip(0)
     chosen = torch.cat([cheap, order[len(order) // 2 - 2 : len(order) // 2 + 2], dear])

@@ -38,7 +38,7 @@ from adaptvit.data import (
 from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device
+from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
 from adaptvit.terminal import say
 from adaptvit.usage import Usage, join
@@ -200,7 +200,7 @@ def _samples(config: DrawConfig, settings: dict[str, Any]) -> Samples:
 def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], config: DrawConfig) -> Drawing:
     labelled = 0 < len(class_names(samples)) == model.num_classes
     record = _measure(model, samples, config, labelled)
-    gmacs = macs(record.usage, model.shape).double().cpu() / 1e9
+    gmacs = in_float64(macs(record.usage, model.shape)).cpu() / 1e9
 
     def extremes(values: Tensor, highest: bool) -> Figure:
         rows = values.argsort(stable=True, descending=highest)[:EXTREMES]

@@ -43,7 +43,7 @@ from adaptvit.extras import needed
 from adaptvit.files import as_cell, as_json, check_output, from_cell, locked, replacing
 from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, best_device, serve
+from adaptvit.process import as_found, best_device, in_float64, serve
 from adaptvit.records import VERSION, read_record, version, write_record
 from adaptvit.terminal import say
 from adaptvit.weights.checkpoints import digest
@@ -382,7 +382,7 @@ def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | ran
         output = model(images.to(parameter.device, parameter.dtype), detailed=True)
         sound = output.logits.isfinite().all(dim=1)
         best = output.logits.float().softmax(dim=1).topk(top, dim=1)
-        cost = macs(output.usage, model.shape).double() / 1e9
+        cost = in_float64(macs(output.usage, model.shape)) / 1e9
     return [
         ImageRow([classes[index] for index in indices], *rest) if finite else None
         for finite, indices, *rest in zip(

@@ -43,6 +43,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import interleaved
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.model import AdaptiveViT
+from adaptvit.process import in_float64
 from adaptvit.show.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model
@@ -500,7 +501,7 @@ class Session:
 
 def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, budget: Budget, seen: Usage) -> View:
     """Run and time both models on an image, the last of those seen."""
-    vit, gmacs = subject.opened.vit, macs(seen, adaptive.shape).double() / 1e9
+    vit, gmacs = subject.opened.vit, in_float64(macs(seen, adaptive.shape)) / 1e9
     seconds = interleaved({"dense": lambda: vit(image), "adaptive": lambda: adaptive(image)}, ROUNDS)
     dense = dense_macs(adaptive.shape, seen.grid) / 1e9
     return View(

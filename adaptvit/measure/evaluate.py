@@ -29,7 +29,7 @@ from adaptvit.data import (
 )
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, from_all, place, serve
+from adaptvit.process import as_found, from_all, in_float64, pins, place, serve
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights.tensorfiles import check_finite
@@ -173,9 +173,8 @@ def outputs(
         ValueError: a label that the model's head does not have.
     """
     like = next(model.parameters())
-    pinned = like.device.type == "cuda"
     loader = DataLoader(
-        data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve, pin_memory=pinned
+        data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve, pin_memory=pins(like.device)
     )
     seen = 0
     for batch in tqdm(loader, desc="evaluating", leave=False):
@@ -233,12 +232,12 @@ def _result(
 ) -> Result:
     """Of (images,) cross-entropies and places of the right class among `classes`, the most probable at 0."""
     shape = model.shape if isinstance(model, AdaptiveViT) else shape_of(model)
-    cost = macs(usage, shape).double() / 1e9
+    cost = in_float64(macs(usage, shape)) / 1e9
     depth = _depths(usage)
     return Result(
         images=len(losses),
-        top1=(places == 0).double().mean().item(),
-        top5=(places < 5).double().mean().item() if classes > 5 else None,
+        top1=in_float64(places == 0).mean().item(),
+        top5=in_float64(places < 5).mean().item() if classes > 5 else None,
         loss=losses.mean().item(),
         gmacs=cost.mean().item(),
         gmacs_dense=dense_macs(shape, usage.grid) / 1e9,
@@ -263,6 +262,6 @@ def _depths(usage: Usage) -> dict[str, Tensor] | None:
         some = usage.of_images(rows)
         if some.live is None:
             return None
-        depth = some.patch_depth.double().flatten(1)
+        depth = in_float64(some.patch_depth).flatten(1)
         found.append(torch.stack([depth.mean(1), depth.std(1, correction=0), depth.amin(1), depth.amax(1)]))
     return dict(zip(("mean", "spread", "min", "max"), torch.cat(found, dim=1), strict=True))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.model import AdaptiveViT
+from adaptvit.process import in_float64
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import Usage
 
@@ -59,8 +60,8 @@ def _seconds(call: Callable[[], object], device: torch.device | None) -> float:
 
 
 def _wait(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device is not None and device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Speed:
     @classmethod
     def of(cls, seconds: Mapping[str, Sequence[float]], images: int, usage: Usage, shape: Shape) -> "Speed":
         """What the seconds of `interleaved` say, of calls named as the fields are, on so many images of that usage."""
-        executed = macs(usage, shape).double().mean().item()
+        executed = in_float64(macs(usage, shape)).mean().item()
         return cls(
             **{name: images / median(times) for name, times in seconds.items()},
             gain=median(slow / fast for slow, fast in zip(seconds["dense"], seconds["packed"], strict=True)),

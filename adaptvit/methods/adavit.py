@@ -30,6 +30,7 @@ from adaptvit.methods.base import MethodConfig, Published
 from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
 from adaptvit.methods.regression import Regression, importance, see
 from adaptvit.model import AdaptiveViT, Knob, Left
+from adaptvit.process import in_float64
 from adaptvit.tokens import Masked, Packed, Tokens
 from adaptvit.usage import Usage, check_finite
 
@@ -602,9 +603,9 @@ def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], k
     regression = Regression(model.shape.dim, batches[0].x.device)
     patches = [attention_reads(block, tokens)[:, model.prefix :] for tokens in batches]
     for features, attention in zip(patches, seen, strict=True):
-        regression.add(features, importance(attention[:, block:].double().mean(dim=1)))
+        regression.add(features, importance(in_float64(attention[:, block:]).mean(dim=1)))
     weights, _, explained = regression.solve()
-    logits = SPREAD * torch.cat([(features.double() @ weights).flatten() for features in patches])
+    logits = SPREAD * torch.cat([(in_float64(features) @ weights).flatten() for features in patches])
     policy, config = model.patch_policy[str(block)], model.config
     assert isinstance(policy, torch.nn.Linear)
     policy.weight.copy_(SPREAD * weights[None])

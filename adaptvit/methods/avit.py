@@ -166,7 +166,7 @@ class AViT(AdaptiveViT):
 
     traces = True
 
-    prior: Tensor
+    _prior: Tensor
 
     def __init__(self, vit: nn.Module, config: AViTConfig) -> None:
         super().__init__(vit, config)
@@ -181,7 +181,12 @@ class AViT(AdaptiveViT):
                     f"{depth:g}"
                 )
         parts = [self.target(name, peak, scale) for name, peak, scale in zip(*settings, strict=True)]
-        self.register_buffer("prior", mixture(parts, weights).float(), persistent=False)
+        self.register_buffer("_prior", mixture(parts, weights).float().view(torch.int32), persistent=False)
+
+    @property
+    def prior(self) -> Tensor:
+        """What halting depths are drawn to, (L,): in float32, whatever type the weights are turned to."""
+        return self._prior.view(torch.float32)
 
     def target(self, name: str, peak: float, scale: float) -> Tensor:
         """What halting scores are drawn to: (L,) over the blocks."""

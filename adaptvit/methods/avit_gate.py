@@ -16,6 +16,7 @@ from adaptvit.backbones.turn import set_channel
 from adaptvit.budget import BATCH
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.regression import Regression, importance, see
+from adaptvit.process import in_float64
 from adaptvit.tokens import Masked
 from adaptvit.usage import check_finite
 
@@ -43,8 +44,8 @@ def fit_gate(vit: nn.Module, images: Tensor) -> tuple[float, float]:
             seen, features = list[Tensor](), list[Tensor]()
             for number in range(model.depth):
                 tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, prefix), every=True)
-                features.append(tokens.x[:, prefix:].double())
-            attention = torch.stack(seen).double().mean(dim=0)  # (B, patches)
+                features.append(in_float64(tokens.x[:, prefix:]))
+            attention = in_float64(torch.stack(seen)).mean(dim=0)  # (B, patches)
             check_finite(attention, "attention weights")
             little = -importance(attention)
             for x in features[:-1]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.process import in_float64
 from adaptvit.tokens import Tokens
 
 RIDGE = 1e-4
@@ -16,13 +17,13 @@ class Regression:
     def __init__(self, features: int, device: torch.device) -> None:
         """`features` channels and a constant, in float64."""
         size = features + 1
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.moment = torch.zeros(size, dtype=torch.float64, device=device)
-        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.gram = in_float64(torch.zeros(size, size, device=device))
+        self.moment = in_float64(torch.zeros(size, device=device))
+        self.squares = in_float64(torch.zeros((), device=device))
 
     def add(self, features: Tensor, wanted: Tensor) -> None:
         """See features (..., D) and the values (...) that they are to tell."""
-        x, y = features.double().flatten(0, -2), wanted.double().flatten()
+        x, y = in_float64(features).flatten(0, -2), in_float64(wanted).flatten()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         self.gram += x.T @ x
         self.moment += x.T @ y

@@ -35,7 +35,7 @@ from adaptvit.measure.evaluate import evaluate
 from adaptvit.methods.gates import annealed
 from adaptvit.methods.losses import distillation, over_processes
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found, fault, from_all, stopped_later
+from adaptvit.process import as_found, best_device, fault, from_all, pins, stopped_later
 from adaptvit.seeds import begin_stream, stream
 from adaptvit.terminal import shown, warn
 from adaptvit.tokens import Dense, Masked, Tokens
@@ -102,7 +102,7 @@ def train(
         raise MissingLibrary("Recipe.tensorboard", "tensorboard")
     AcceleratorState._reset_state()  # accelerate has one precision a process otherwise; `as_found` brings it back
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # or processes of torchrun would not find each other
+        cpu=best_device() == "cpu",  # or processes of torchrun would not find each other
         mixed_precision=PRECISIONS[recipe.precision],
         gradient_accumulation_steps=recipe.accumulate,
         log_with="tensorboard" if recipe.tensorboard else None,
@@ -170,7 +170,7 @@ class _Training:
             self.renormalise = Renormalise(data.mean, data.std, teacher).to(accelerator.device)
             _check_teacher(teacher, data, len(self.renormalise.mean))
         freeze(model.vit, recipe.freeze)
-        self.loader = training_loader(data, recipe.batch_size, accelerator.device.type == "cuda")
+        self.loader = training_loader(data, recipe.batch_size, pins(accelerator.device))
         self.steps = len(self.loader) // recipe.accumulate * recipe.accumulate
         self.updates = self.steps // recipe.accumulate
         if not self.updates:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import timm
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -18,7 +17,7 @@ from adaptvit.files import as_json, check_output_folder, write_atomically
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.methods import MethodConfig, is_dense, turned
 from adaptvit.model import AdaptiveViT
-from adaptvit.process import as_found
+from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
 from adaptvit.terminal import say
 from adaptvit.training.loop import check_shape, fingerprint, train
@@ -224,7 +223,7 @@ def is_main() -> bool:
 
 
 def _process() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=best_device() == "cpu")
 
 
 def _tell(words: str) -> None:
