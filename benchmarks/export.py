@@ -2,11 +2,11 @@
 
     python benchmarks/export.py WEIGHTS IMAGES OUTPUT [COUNT]
 
-WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of class folders, OUTPUT a .json file, COUNT
-the images that accuracy is of, 1000 unless told. DeiT-S has random
-weights: its predictions are compared, its accuracy is not told. Dense is timm's own model, exported as it is. The wall
-clock is of two threads, files in turns; the processor's time is of one thread, which other work on the machine does not
-lengthen. Where there are no images, comparisons are left out, and it is said.
+WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of class folders, OUTPUT a .json file, COUNT the images
+that accuracy is of, 1000 unless told. DeiT-S has random weights: its predictions are compared, its accuracy is not
+told. Dense is timm's own model, exported as it is; float16 and int8 are what ONNX Runtime's own tools make of the
+float32 files. The wall clock is of two threads, files in turns; the processor's time is of one thread, which other
+work on the machine does not lengthen. Where there are no images, comparisons are left out, and it is said.
 """
 
 import json
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import timm
 import torch
 from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import adaptvit
 from adaptvit import EViTConfig, GridConfig, ToMeConfig, meet_target
@@ -96,14 +98,15 @@ def main(weights: Path, folder: Path, output: Path, count: int) -> None:
             for method, config in CONFIGS.items():
                 models[method] = model = config.build(vit).eval()
                 meet_target(model, torch.zeros(1, 3, 224, 224), TARGET)
-                for dtype in ("float32", "float16"):
-                    key = method if dtype == "float32" else f"{method} float16"
-                    files[key] = Path(name) / f"{key}.onnx"
-                    facts[key] = adaptvit.export(model, files[key], dtype=dtype).facts
-            for key in [key for key in files if "float16" not in key]:
-                files[f"{key} int8"] = Path(name) / f"{key} int8.onnx"
-                quantize_dynamic(files[key], files[f"{key} int8"])
-                facts[f"{key} int8"] = facts[key]
+                files[method] = Path(name) / f"{method}.onnx"
+                facts[method] = adaptvit.export(model, files[method]).facts
+                print(which, method, "exported", flush=True)
+            for key in list(files):
+                half, whole = Path(name) / f"{key} float16.onnx", Path(name) / f"{key} int8.onnx"
+                onnx.save(convert_float_to_float16(onnx.load(files[key]), keep_io_types=True), half)
+                quantize_dynamic(files[key], whole)
+                files |= {f"{key} float16": half, f"{key} int8": whole}
+                facts |= {f"{key} float16": facts[key], f"{key} int8": facts[key]}
             for key, path in files.items():
                 rows.append(
                     {"model": which, "file": key, "mb": path.stat().st_size / 1e6, "share": facts[key]["share"]}
@@ -112,17 +115,19 @@ def main(weights: Path, folder: Path, output: Path, count: int) -> None:
                 load = os.getloadavg()[0]
                 taken = times(files, batch)
                 for row in rows[start:]:
-                    base = taken["dense int8" if row["file"].endswith("int8") else "dense"]
+                    base = taken[f"dense {row['file'].partition(' ')[2]}".strip()]
                     for what, spent in taken[row["file"]].items():
                         row[f"{what}_ms_{batch}"] = spent
                         row[f"{what}_ratio_{batch}"] = base[what] / spent * row["share"]
                     row[f"load_{batch}"] = [load, os.getloadavg()[0]]
                 write(output, rows)
-            for row in rows[start:] if images is not None else ():
-                few = images[:: len(images) // COMPARED][:COMPARED]
-                with torch.inference_mode():
-                    theirs = torch.cat([models[row["file"].split()[0]](one) for one in few.split(25)])
-                own = logits(files[row["file"]], few)
+            if images is None:
+                continue
+            few = images[:: len(images) // COMPARED][:COMPARED]
+            with torch.inference_mode():
+                every = {key: torch.cat([model(one) for one in few.split(25)]) for key, model in models.items()}
+            for row in rows[start:]:
+                theirs, own = every[row["file"].split()[0]], logits(files[row["file"]], few)
                 row |= {"compared": len(few), "equal": int((own.argmax(1) == theirs.argmax(1)).sum())}
                 row["difference"] = (own - theirs).abs().max().item()
                 write(output, rows)
@@ -134,7 +139,12 @@ def main(weights: Path, folder: Path, output: Path, count: int) -> None:
 
 def write(output: Path, rows: list[dict[str, Any]]) -> None:
     """What is known by now."""
-    conditions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "rounds": ROUNDS}
+    conditions = {
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "rounds": ROUNDS,
+        "target": TARGET,
+    }
     output.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
 
 
