@@ -195,7 +195,7 @@ def planned(job: Job, model: AdaptiveViT, method: str, share: float) -> Plan:
     """By as many images as were recorded. Counts go by images, so that one holds for all widths."""
     key = (model.depth, model.vit.patch_embed.grid_size, method, share)
     if key not in job.plans:
-        images = marked(model.vit, method, share, 256 if job.cuda else 32, BATCHES)
+        images = marked(model.vit, method, share, 256 if job.cuda else 32, BATCHES, job.device)
         job.plans[key] = measure_plan(model, images.to(next(model.parameters())))
     return job.plans[key]
 
@@ -271,15 +271,15 @@ def profiles(job: Job) -> Iterator[Cell]:
     def seen(method: str) -> dict[str, Any]:
         vit = vit_of(name, size, job.device, half)
         model = build(method, vit, f"{name}@{size}", 0.5)
-        images = marked(vit, method, 0.5, batch, 0).to(job.device, half)
+        images = marked(vit, method, 0.5, batch, 0, job.device).to(half)
         with torch.inference_mode():
             model(images)
             job.wait()
-            start = time.perf_counter()
             with profile() as seen:
+                start = time.perf_counter()
                 model(images)
                 job.wait()
-            wall = time.perf_counter() - start
+                wall = time.perf_counter() - start
         every = on_device(seen) if job.cuda else [one for one in seen.events() if one.cpu_parent is None]
         spent: dict[str, float] = {}
         for one in every:

@@ -73,7 +73,7 @@ class Job:
             torch.cuda.synchronize()
 
     def batches(self, vit: Any, method: str, share: float, batch: int, dtype: torch.dtype) -> list[Tensor]:
-        return [marked(vit, method, share, batch, seed).to(self.device, dtype) for seed in range(BATCHES)]
+        return [marked(vit, method, share, batch, seed, self.device).to(dtype) for seed in range(BATCHES)]
 
     def clock(self, calls: dict[str, Callable[[Any], object]], given: Any) -> dict[str, Any]:
         """Milliseconds of calls that take turns, each on one of `given` after another: median, p10, p90, the first."""
