@@ -148,7 +148,6 @@ def prepare(weights: Path, images: Path, models: Iterable[tuple[str, int]]) -> N
         with torch.inference_mode():
             counts = torch.cat([model(some, detailed=True).usage.attended for some in others.split(32)])
         recorded[f"{method}_{share}"] = counts.numpy().astype("uint8")
-        print(method, share, counts.double().mean(dim=0).tolist(), flush=True)
     np.savez_compressed(COUNTS, **recorded)
     knobs: dict[str, Any] = {}
     for (name, size), (method, config), share in product(models, EVEN.items(), SHARES):
