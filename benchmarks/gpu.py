@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gpu_cells import ceilings, compiled, micro, parity, profiles, throughput, training
 from gpu_job import MODELS, Job
-from gpu_ragged import prepare
+from gpu_ragged import find_knobs, record
 
 PARTS = {ceilings: 8, micro: 22, parity: 50, throughput: 130, compiled: 90, training: 20, profiles: 10}
 """In order, and their shares of the time."""
@@ -82,8 +82,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--prepare", type=Path, nargs=2, metavar=("WEIGHTS", "IMAGES"))
     given = parser.parse_args(arguments)
     if given.prepare:
-        models = {at[:2] for sizes in MODELS.values() for at in sizes} | {("vit_tiny_patch16_224", 64)}
-        prepare(*given.prepare, sorted(models))
+        record(*given.prepare)
+        find_knobs(sorted({at[:2] for sizes in MODELS.values() for at in sizes} | {("vit_tiny_patch16_224", 64)}))
     else:
         job = Job(given.device, given.seconds, given.out)
         run(job)

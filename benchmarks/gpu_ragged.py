@@ -10,7 +10,7 @@ Letters: B images, N token slots (a class token, then P patches).
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,10 @@ from adaptvit import (
     FullConfig,
     GridConfig,
     MergeConfig,
-    Shape,
     Tokens,
     ToMeConfig,
     meet_target,
 )
-from adaptvit.budget import Trial
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.avit import AViT
 from adaptvit.methods.tome import MergingViT, arrange, match
@@ -131,8 +129,8 @@ def marked(vit: Any, method: str, share: float, batch: int, seed: int, device: s
     return images
 
 
-def prepare(weights: Path, images: Path, models: Iterable[tuple[str, int]]) -> None:
-    """Record how many tokens 256 images have; find the knobs of what keeps as many of each, by model and size."""
+def record(weights: Path, images: Path) -> None:
+    """How many tokens 256 images have in each block of a ViT-Tiny, its methods at the shares on 16 others."""
     from adaptvit.data import DataConfig, open_split, spread_over
     from adaptvit.weights.opening import start_from
 
@@ -149,20 +147,20 @@ def prepare(weights: Path, images: Path, models: Iterable[tuple[str, int]]) -> N
             counts = torch.cat([model(some, detailed=True).usage.attended for some in others.split(32)])
         recorded[f"{method}_{share}"] = counts.numpy().astype("uint8")
     np.savez_compressed(COUNTS, **recorded)
+
+
+def find_knobs(models: Iterable[tuple[str, int]]) -> None:
+    """Of what keeps as many tokens of every image, which a narrow ViT tells that counts MACs as the wide one."""
     knobs: dict[str, Any] = {}
-    for (name, size), (method, config), share in product(models, EVEN.items(), SHARES):
-        narrow = timm.create_model(name, img_size=size, embed_dim=32, num_heads=2).eval()
+    for name, size in models:
         with torch.device("meta"):
-            shape = FullConfig().build(timm.create_model(name, img_size=size)).shape
-        model = config.build(narrow)
-        meet_target(model, torch.zeros(1, 3, size, size), share, measure=partial(cost, shape))
-        found = knobs.setdefault(f"{name}@{size}", {}).setdefault(method, {})
-        found[f"{share}"] = getattr(model.config, model.config.knob.field)
+            wide = FullConfig().build(timm.create_model(name, img_size=size))
+        narrow = timm.create_model(name, img_size=size, embed_dim=32, num_heads=2).eval()
+        found: dict[str, dict[str, float]] = {method: {} for method in EVEN}
+        for (method, config), share in product(EVEN.items(), SHARES):
+            model = config.build(narrow)
+            model._shape, model.heads = wide.shape, wide.heads
+            meet_target(model, torch.zeros(1, 3, size, size), share)
+            found[method][f"{share}"] = getattr(model.config, config.knob.field)
+        knobs[f"{name}@{size}"] = found
     KNOBS.write_text(json.dumps(knobs, indent=2) + "\n")
-
-
-def cost(shape: Shape, model: AdaptiveViT, images: Tensor, labels: Tensor | None) -> Trial:
-    """What a wider ViT would compute with as many tokens, but for deciding."""
-    with torch.inference_mode():
-        usage = replace(model(images, detailed=True).usage, deciding=None, shape=shape)
-    return Trial(None, usage.share.mean().item(), usage.macs.double().mean().item() / 1e9, 0.0, None)
