@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.profiler import profile
 
 from adaptvit import AdaptiveViT, Dense, Masked, Packed, Plan, Slab, Tokens, measure_plan
-from adaptvit.tokens.kernels import attend_dense, attend_padded
+from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_dense, attend_padded
 
 LAYOUTS = {kind.__name__.lower(): kind for kind in (Dense, Packed, Slab, Masked)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,17 +73,26 @@ def micro(job: Job) -> Iterator[Cell]:
         packed = [Packed.of(torch.zeros(images, slots, 1, device=job.device)).filter(m.flatten())[0] for m in masks]
         return [(*torch.randn(3, len(one.slots), heads, 64, device=job.device).to(half), one) for one in packed]
 
+    def variable(backend: SDPBackend, one: Any) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # needs a CUDA build on some releases
+
+        with sdpa_kernel(backend):
+            return varlen_attn(*one[:3], one[3].offsets, one[3].offsets, slots, slots)
+
     def attention(heads: int, new: bool) -> dict[str, Any]:
         given = ragged(heads, live if new else live[:1])
-        calls = {"packed": lambda one: one[3].attend(*one[:3], one[3])}
-        calls["padded"] = lambda one: attend_padded(*one[:3], one[3], one[3], 0.0, None, None, None)
+        calls: dict[str, Any] = {
+            "packed": lambda one: one[3].attend(*one[:3], one[3]),
+            "packed, biased": lambda one: one[3].attend(*one[:3], one[3], AttentionOptions(bias=one[0][:, 0, 0])),
+            "padded": lambda one: attend_padded(*one[:3], one[3], one[3], PLAIN),
+        }
         if job.cuda:
-            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-                calls[backend.name] = sdpa_kernel(backend)(calls["packed"])
+            backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+            calls |= {backend.name: partial(variable, backend) for backend in backends}
         found = job.clock(calls, given)
         even = int(live.sum() / BATCHES / images)
         q, k, v = torch.randn(3, images * even, heads, 64, device=job.device).to(half)
-        dense = job.clock({"dense, as many tokens": lambda _: attend_dense(q, k, v, images, 0.0, None, None)}, [0])
+        dense = job.clock({"dense, as many tokens": lambda _: attend_dense(q, k, v, images, None, PLAIN)}, [0])
         return found | dense
 
     def compaction() -> dict[str, Any]:
