@@ -7,6 +7,10 @@ import torch
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)  # pytest-xdist already fills the cores
 
+# The first backward pass decides which threads autograd has: none on a CPU, but some once `torch.compile` has run, and
+# a process that has them cannot be forked by a test that trains.
+torch.ones(1, requires_grad=True).backward()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     # pytest's own --fixtures lists fixture functions; that listing stays available under its other name, --funcargs

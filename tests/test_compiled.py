@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from forked import in_a_process_of_its_own
 from models import METHODS, images, small_vit, vary
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -86,7 +85,6 @@ def test_methods_that_keep_what_each_image_needs_run_packed_beside_the_graph() -
         assert torch.equal(torch.compile(model, backend="eager")(batch), model(batch, Packed))
 
 
-@in_a_process_of_its_own
 def test_gradients_are_those_of_the_eager_model() -> None:
     model = build("evit").double()
     batch = images(model.vit, dtype=torch.float64)

@@ -256,7 +256,8 @@ def test_no_file_stays_open_for_a_batch_that_a_worker_sent(monkeypatch: pytest.M
 
 def forks(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that forks processes."""
-    there = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
+    fit = hasattr(os, "fork") and not torch.accelerator.is_available()
+    there = pytest.mark.skipif(not fit, reason="needs a system that forks processes, and autograd without threads")
     return pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(there(test))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from forked import in_a_process_of_its_own
 from models import small_vit
 from torch import Tensor
 from torch._dynamo import lookup_backend
@@ -149,7 +148,6 @@ def test_the_log_has_one_line_per_epoch(data: Data, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@in_a_process_of_its_own
 def test_a_compiled_training_is_the_eager_one(
     precision: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
