@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,28 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "sinusoidal, instance norm": PARTS | {"position": "sinusoidal", "norm": "instance"},
     "mixer": PARTS | {"block": "mixer", "position": "none"},
 }
+
+TURNED = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": None}
+VISION = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+VISION |= {"image_size": 32, "patch_size": 8, "num_labels": 7}
+HOSTS: dict[str, dict[str, Any]] = {
+    "Eva, DINOv3": TURNED | {"model_name": "vit_small_patch16_dinov3"},
+    "Eva, SwiGLU, post-norm": TURNED | {"model_name": "eva02_enormous_patch14_clip_224"},
+    "Eva, learned rotations": TURNED | {"model_name": "vit_small_patch16_rope_mixed_ape_224"},
+    "Eva, attention pool": TURNED | {"model_name": "vit_pe_core_tiny_patch16_384"},
+    "Eva, grouped queries": TURNED | {"model_name": "vit_base_patch16_sapiens2", "num_kv_heads": (2, 1, 1, 2)},
+    "NaFlexVit": TURNED | {"model_name": "naflexvit_base_patch16_parfac_gap", "img_size": None},
+    "BEiT": TURNED | {"model_name": "beit_base_patch16_224"},
+    "parallel": TURNED | {"model_name": "vit_base_patch16_18x2_224"},
+    "post-norm": TURNED | {"model_name": "vit_base_patch16_rpn_224"},
+    "transformers, ViT": VISION | {"model_name": "ViTForImageClassification", "config": "ViTConfig"},
+    "transformers, rotary": VISION
+    | {"model_name": "DINOv3ViTModel", "config": "DINOv3ViTConfig", "num_register_tokens": 2},
+    "transformers, attention pool": VISION | {"model_name": "SiglipVisionModel", "config": "SiglipVisionConfig"},
+}
+"""A model of each structure whose blocks are not timm's plain ones."""
+ON_HOSTS = ("full", "avit", "ats", "adavit, patches", "evit", "dynamicvit", "tome", "merge", "grid")
+"""Of the methods, a setting each that those take."""
 
 KINDS = (
     "class token",
@@ -135,13 +158,21 @@ def flavours(method: str) -> list[str]:
     return [flavour for flavour in FLAVOURS if not method.startswith(REFUSED.get(flavour, ()))]
 
 
+def of_transformers(flavour: str) -> nn.Module:
+    """A model by its class and its config's, of a library that is imported for it alone."""
+    transformers = pytest.importorskip("transformers")
+    settings = dict(HOSTS[flavour])
+    model, config = (getattr(transformers, settings.pop(name)) for name in ("model_name", "config"))
+    return model(config(**settings))
+
+
 def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
     """A ViT of four blocks on 32-pixel images whose tokens differ enough from one another for methods to tell them."""
     torch.manual_seed(0)
     arguments = {"model_name": "test_vit", "img_size": 32, "patch_size": 8, "depth": 4, "num_classes": 7}
-    arguments |= {"dynamic_img_size": False, **FLAVOURS[flavour], **settings}
+    arguments |= {"dynamic_img_size": False, **(FLAVOURS | HOSTS)[flavour], **settings}
     head_dim, representation_size = (arguments.pop(name, None) for name in ("head_dim", "representation_size"))
-    vit = timm.create_model(**arguments)
+    vit = of_transformers(flavour) if "config" in arguments else timm.create_model(**arguments)
     if head_dim:
         set_head_dim(vit, head_dim)
     if representation_size:
@@ -165,25 +196,23 @@ def vary(model: AdaptiveViT) -> AdaptiveViT:
     if not isinstance(model, AdaViT):
         return model
     generator, training = torch.Generator().manual_seed(0), model.training
-    batch, seen = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype), {}
-    for number, block in enumerate(model.vit.blocks):  # one after the other: what a block reads depends on those before
-        hook = block.norm1.register_forward_hook(lambda norm, given, out: seen.update(x=given[0], normed=out))
+    batch = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype)
+    read: dict[nn.Module, Tensor] = {}
+
+    def note(part: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read[part] = given[0]
+
+    for number in range(model.depth):  # one after the other: what a block reads depends on those before
+        policies = (model.head_policy, model.sublayer_policy, model.patch_policy)
+        maps = [policy[str(number)] for policy in policies if str(number) in policy]
+        hooks = [part.register_forward_pre_hook(note) for part in maps]
         with torch.no_grad():
             model.eval()(batch, Masked)
-        hook.remove()
-        key = str(number)
-        state = model.state(Masked.of(seen["x"]))
-        if key in model.policy_norm:
-            state = model.policy_norm[key](state)
-        for maps, read in (
-            (model.head_policy, state),
-            (model.sublayer_policy, state),
-            (model.patch_policy, seen["normed"][:, model.prefix :].flatten(0, 1)),
-        ):
-            if key in maps:
-                _calibrate(maps[key], read.detach().double(), generator)
-        if key in model.patch_policy and number == 2:
-            model.patch_policy[key].bias.data -= 4.0
+        for hook, part in zip(hooks, maps, strict=True):
+            hook.remove()
+            _calibrate(part, read[part].detach().flatten(0, -2).double(), generator)
+        if str(number) in model.patch_policy and number == 2:
+            model.patch_policy[str(number)].bias.data -= 4.0
     return model.train(training)
 
 
@@ -200,5 +229,7 @@ def _calibrate(policy: nn.Linear, read: Tensor, generator: torch.Generator) -> N
 def images(vit: nn.Module, count: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Noise of contrasts that differ from image to image."""
     generator = torch.Generator().manual_seed(seed)
-    batch = torch.randn(count, 3, *vit.patch_embed.img_size, generator=generator)
+    batch = torch.randn(
+        count, 3, *getattr(getattr(vit, "patch_embed", None), "img_size", (32, 32)), generator=generator
+    )
     return (batch * torch.rand(count, 1, 1, 1, generator=generator) * 3).to(dtype)

@@ -10,13 +10,26 @@ from itertools import pairwise, product
 import pytest
 import timm
 import torch
-from models import DROP_NOTHING, FLAVOURS, KINDS, METHODS, ONE_OF_EACH, flavours, images, small_vit, vary
+from models import (
+    DROP_NOTHING,
+    FLAVOURS,
+    HOSTS,
+    KINDS,
+    METHODS,
+    ON_HOSTS,
+    ONE_OF_EACH,
+    flavours,
+    images,
+    small_vit,
+    vary,
+)
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptvit import ATSConfig, AViTConfig, Dense, Masked, Packed, Plan, Slab, Usage, dense_macs, macs, measure_plan
+from adaptvit.backbones.forward import scores
 from adaptvit.methods import METHODS as ALL
 from adaptvit.model import AdaptiveViT
 
@@ -25,15 +38,19 @@ LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout:
 
 
 def takes(method: str, flavour: str) -> bool:
+    if flavour in HOSTS:
+        whole = "parallel" in flavour and "adavit" in method
+        return method in ON_HOSTS and not whole
     stays = "stays" in method and ("average" in flavour or "attention pool" in flavour)  # without a class token
     return flavour in flavours(method) and not stays
 
 
-def each(methods: Iterable[str], flavours: Iterable[str]) -> pytest.MarkDecorator:
-    """One setting of each method on these flavours, and every setting on a class token and on a mean, as they take."""
+def each(methods: Iterable[str], flavours: Iterable[str], hosts: Iterable[str] = HOSTS) -> pytest.MarkDecorator:
+    """One setting of each method on these flavours and hosts, and every setting on a class token and on a mean, as they
+    take."""
     of_methods = [name for name in ONE_OF_EACH if name in methods]
-    pairs = dict.fromkeys([*product(of_methods, flavours), *product(methods, ("class token", MEAN))])
-    return pytest.mark.parametrize(("method", "flavour"), [pair for pair in pairs if takes(*pair)])
+    pairs = [*product(of_methods, flavours), *product(methods, ("class token", MEAN)), *product(methods, hosts)]
+    return pytest.mark.parametrize(("method", "flavour"), [pair for pair in dict.fromkeys(pairs) if takes(*pair)])
 
 
 plain = cache(small_vit)
@@ -64,7 +81,7 @@ def test_dropping_nothing_is_the_plain_vit(method: str, flavour: str) -> None:
     model = DROP_NOTHING[method].build(plain(flavour)).eval()
     batch = images(model.vit)
     with torch.inference_mode():
-        wanted = model.vit(batch)
+        wanted = scores(model.vit(batch))[0]
         for layout in (Masked, Packed):
             output = model(batch, layout, detailed=True)
             torch.testing.assert_close(output.logits, wanted, atol=1e-5, rtol=1e-5)
@@ -281,7 +298,11 @@ def test_a_dead_token_never_returns(method: str, flavour: str) -> None:
         assert not (after & ~before).any()
 
 
-@each([name for name in METHODS if not re.search("adavit|official|dynamicvit", name)], KINDS)
+@each(
+    [name for name in METHODS if not re.search("adavit|official|dynamicvit", name)],
+    KINDS,
+    hosts=[name for name in HOSTS if name != "parallel"],  # which drops whole images' paths, and is refused
+)
 def test_packed_training_has_the_gradients_of_masked_training(method: str, flavour: str) -> None:
     model = build(method, flavour, dtype=torch.float64, drop_path_rate=0.3).train()
     batch = images(model.vit, dtype=torch.float64)
@@ -319,7 +340,7 @@ def test_a_reset_classifier_counts() -> None:
 
 
 @LAYOUTS
-@each(ONE_OF_EACH, [])
+@each(ONE_OF_EACH, [], hosts=[])
 def test_an_empty_batch_has_no_logits(method: str, flavour: str, layout: type) -> None:
     model = build(method, flavour).eval()
     output = model(images(model.vit, count=0), layout, detailed=True)

@@ -19,8 +19,14 @@ SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_class
     [
         ("vit_small_patch16_dinov3", {}),
         ("eva02_base_patch14_224", {"img_size": 56}),
+        ("eva02_enormous_patch14_clip_224", {"img_size": 56}),
+        ("vit_small_patch16_rope_mixed_ape_224", {}),
+        ("vit_pe_core_tiny_patch16_384", {}),
+        ("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1)}),
         ("beit_base_patch16_224", {}),
         ("vit_relpos_small_patch16_224", {}),
+        ("vit_base_patch16_18x2_224", {}),
+        ("vit_base_patch16_rpn_224", {}),
     ],
 )
 def test_a_model_comes_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
