@@ -632,7 +632,7 @@ def test_a_hook_on_a_module_of_two_blocks_is_called_for_both(method: str) -> Non
 
 # Blocks sharded over processes
 
-SHARDED = ("full", "avit", "tome", "ats", "dynamicvit")
+SHARDED = ("full", "avit", "tome", "ats", "dynamicvit", "adavit", "adavit, patches")
 
 
 def loss_of(model: AdaptiveViT, half: int, detailed: bool) -> Tensor:
