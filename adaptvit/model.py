@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import (
     check,
+    check_attention,
     check_offers,
     class_count,
     class_names,
@@ -157,6 +158,7 @@ class AdaptiveViT(nn.Module, ABC):
                 f"{type(config).__name__} must be a frozen dataclass with the name of its method: "
                 '@dataclass(frozen=True, kw_only=True), and method: ClassVar[str] = "norm"'
             )
+        check_attention(vit)
         self._family = None if FAMILIES.of(vit) else guess(vit)
         check(vit)
         check_offers(vit, getattr(config, "needs", frozenset()), getattr(config, "title", config.method))

@@ -1,5 +1,6 @@
 """Every family of hosts that has a row of names, on small models in float64."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ METHODS: dict[str, MethodConfig] = {
     "dynamicvit": DynamicViTConfig(),
     "adavit": AdaViTConfig(policies=("patches", "sublayers"), macs_target=None, initial_bias=0.3),
 }
+ACTS = ("avit", "ats", "evit", "merge", "grid", "adavit")
+"""Of these, one for each thing done to tokens; tests/test_methods.py has all, on a model of each structure."""
 WHOLE = ("parallel", "parallel scaling", "differential, parallel")
 """Models whose blocks are called whole: sub-layers of them cannot go."""
 MASKS = (
@@ -318,7 +321,8 @@ def test_layouts_agree_and_images_are_alone(name: str) -> None:
     vit, atol = model(name), FLOAT32.get(name, 1e-10)
     with torch.no_grad():
         wanted = of_host(name, images(name))
-        for method, config in METHODS.items():
+        for method in ACTS:
+            config = METHODS[method]
             if method == "adavit" and name in WHOLE:
                 with pytest.raises(TypeError, match="needs named parts"):
                     config.build(vit)
@@ -373,7 +377,7 @@ def test_tokens_that_are_gone_are_as_those_that_the_host_hides(name: str) -> Non
 
 @each_family
 def test_macs_are_what_torch_counts(name: str) -> None:
-    for config in (FullConfig(), METHODS["ats"], METHODS["merge"]):
+    for config in (METHODS["ats"], METHODS["merge"]):
         adaptive = config.build(model(name))
         with FlopCounterMode(display=False) as counter:
             output = adaptive(part(images(name), slice(1)), detailed=True)
@@ -440,11 +444,36 @@ def test_transformers_checkpointing_acts() -> None:
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
 
 
-def test_attention_that_is_not_seen_is_refused() -> None:
-    vit = MODELS["ViTModel"]()
-    vit.set_attn_implementation("eager")
-    with pytest.raises(TypeError, match=r"attends by 'eager'.*set_attn_implementation"):
-        check(vit)
+@pytest.mark.parametrize("name", ["BeitForImageClassification", "Siglip2ForImageClassification"])
+def test_attention_through_the_door_has_a_name_for_transformers(name: str) -> None:
+    vit: Any = copy.deepcopy(model(name))
+    FullConfig().build(vit)
+    vit.set_attn_implementation("adaptvit")
+    given = images(name)
+    with torch.no_grad():
+        wanted = of_host(name, given)
+        outside = scores(vit(**given) if isinstance(given, dict) else vit(given))[0]
+        torch.testing.assert_close(outside, wanted, atol=0, rtol=0)
+        torch.testing.assert_close(FullConfig().build(vit)(given), wanted, atol=1e-10, rtol=0)
+
+
+def test_attention_that_is_not_seen_is_refused_until_it_has_that_name(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind = type("PlainViT", (transformers.ViTForImageClassification,), {"_supports_sdpa": False})
+    vit = kind(transformers.ViTConfig(**VISION | LABELS)).double().eval()
+    vit.load_state_dict(model("ViTForImageClassification").state_dict())
+    given = images("ViTForImageClassification")
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        vit.set_attn_implementation("sdpa")
+    with pytest.raises(TypeError, match=r"attends by 'eager'.*set_attn_implementation\(\"adaptvit\"\)"):
+        FullConfig().build(vit)
+    vit.set_attn_implementation("adaptvit")
+    with torch.no_grad():
+        wanted = of_host("ViTForImageClassification", given)
+        torch.testing.assert_close(vit(given).logits, wanted, atol=1e-10, rtol=0)
+        torch.testing.assert_close(FullConfig().build(vit)(given), wanted, atol=1e-10, rtol=0)
+        reduced = METHODS["merge"].build(vit)
+        torch.testing.assert_close(reduced(given, Packed), reduced(given, Masked), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -45,12 +45,23 @@ def takes(method: str, flavour: str) -> bool:
     return flavour in flavours(method) and not stays
 
 
-def each(methods: Iterable[str], flavours: Iterable[str], hosts: Iterable[str] = HOSTS) -> pytest.MarkDecorator:
+def pairs(methods: Iterable[str], flavours: Iterable[str], hosts: Iterable[str] = HOSTS) -> list[tuple[str, str]]:
     """One setting of each method on these flavours and hosts, and every setting on a class token and on a mean, as they
     take."""
     of_methods = [name for name in ONE_OF_EACH if name in methods]
-    pairs = [*product(of_methods, flavours), *product(methods, ("class token", MEAN)), *product(methods, hosts)]
-    return pytest.mark.parametrize(("method", "flavour"), [pair for pair in dict.fromkeys(pairs) if takes(*pair)])
+    found = [*product(of_methods, flavours), *product(methods, ("class token", MEAN)), *product(methods, hosts)]
+    return [pair for pair in dict.fromkeys(found) if takes(*pair)]
+
+
+def each(methods: Iterable[str], flavours: Iterable[str], hosts: Iterable[str] = HOSTS) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("method", "flavour"), pairs(methods, flavours, hosts))
+
+
+def each_with_layouts(methods: Iterable[str], flavours: Iterable[str]) -> pytest.MarkDecorator:
+    """The same in both layouts, on hosts in one."""
+    found = [(*pair, layout) for pair in pairs(methods, flavours, []) for layout in (Masked, Packed)]
+    found += [(*pair, Packed) for pair in pairs(methods, flavours) if pair[1] in HOSTS]
+    return pytest.mark.parametrize(("method", "flavour", "layout"), found)
 
 
 plain = cache(small_vit)
@@ -147,8 +158,7 @@ def test_adavit_refuses_slab() -> None:
         model(images(model.vit), Slab)
 
 
-@LAYOUTS
-@each(METHODS, KINDS)
+@each_with_layouts(METHODS, KINDS)
 def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: type) -> None:
     model = build(method, flavour, dtype=torch.float64).eval()
     batch = images(model.vit, dtype=torch.float64)
@@ -160,8 +170,7 @@ def test_a_batch_is_its_images_one_by_one(method: str, flavour: str, layout: typ
             assert_same_record(alone.usage, together.usage.of_images(torch.tensor([index])))
 
 
-@LAYOUTS
-@each(METHODS, ["class token", MEAN, "attention pool", "mixer"])
+@each_with_layouts(METHODS, ["class token", MEAN, "attention pool", "mixer"])
 def test_an_image_that_is_not_finite_has_no_finite_logit_and_spoils_no_other(
     method: str, flavour: str, layout: type
 ) -> None:

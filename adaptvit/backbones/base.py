@@ -13,6 +13,7 @@ from timm.layers import Attention, to_2tuple
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from adaptvit.backbones.door import ATTENTION, offer_attention
 from adaptvit.backbones.families import (
     FAMILIES,
     POOLS,
@@ -91,11 +92,6 @@ def check(vit: Any) -> None:
     if pool is not None and qualified(type(pool)) not in POOLS:
         allowed = ", ".join(one.rpartition(".")[2] for one in POOLS)
         raise TypeError(f"{name}.{family.pool} is a {type(pool).__name__}, which is not supported; allowed: {allowed}")
-    if (way := find(vit, "config._attn_implementation")) not in (None, "sdpa"):
-        raise TypeError(
-            f"{name} attends by {way!r}, but tokens are attended to by scaled_dot_product_attention: "
-            'vit.set_attn_implementation("sdpa")'
-        )
     for block in blocks_of(vit):
         attn = getattr(placed(block).core, "attn", None)
         if getattr(attn, "fused_attn", True) is False:
@@ -109,6 +105,22 @@ def check(vit: Any) -> None:
         raise TypeError(
             f"{name} has patch_drop_rate={rate:g}, which takes patches out of their slots in training and is not "
             "supported: create it with patch_drop_rate=0"
+        )
+
+
+def check_attention(vit: Any) -> None:
+    """Refuse a model of transformers that attends by another way than SDPA, and give it one that any of them takes.
+
+    Raises:
+        TypeError: naming the way, and what to call.
+    """
+    way = find(vit, "config._attn_implementation")
+    if way is not None:
+        offer_attention()
+    if way not in (None, "sdpa", ATTENTION):
+        raise TypeError(
+            f"{model_name(vit)} attends by {way!r}, but tokens are attended to by scaled_dot_product_attention: "
+            f'vit.set_attn_implementation("{ATTENTION}")'
         )
 
 

@@ -8,6 +8,7 @@ Letters: b, n the images and tokens that the caller sees (`Tokens.batch`), H hea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -199,3 +200,21 @@ def _numbers(mask: Tensor, query: Tensor) -> Tensor:
     return (
         torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
     )
+
+
+ATTENTION = "adaptvit"
+"""What transformers may call attention through the door, as in `vit.set_attn_implementation("adaptvit")`."""
+
+
+def offer_attention() -> None:
+    """Register that name: SDPA, for classes too that say they have none, and causal where a module says so itself."""
+    transformers: Any = import_module("transformers")
+    ways, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    sdpa = ways["sdpa"]
+
+    def attend(module: nn.Module, *given: Any, is_causal: bool | None = None, **options: Any) -> tuple[Tensor, None]:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        return sdpa(module, *given, is_causal=causal, **options)
+
+    ways.register(ATTENTION, attend)
+    masks.register(ATTENTION, masks["sdpa"])
