@@ -26,6 +26,7 @@ SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_class
         ("beit_base_patch16_224", {}),
         ("vit_relpos_small_patch16_224", {}),
         ("vit_base_patch16_18x2_224", {}),
+        ("vit_base_patch16_xp_224", {}),
         ("vit_base_patch16_rpn_224", {}),
     ],
 )
@@ -34,7 +35,7 @@ def test_a_model_comes_back(name: str, settings: dict[str, Any], tmp_path: Path)
     vit = timm.create_model(name, **SMALL | settings).eval()
     model = MergeConfig(thresholds=0.3).build(vit)
     adaptvit.save(model, tmp_path / "model.safetensors")
-    other = adaptvit.load(tmp_path / "model.safetensors")
+    other = adaptvit.load(tmp_path / "model.safetensors").eval()
     images = torch.randn(2, 3, *vit.patch_embed.img_size)
     assert type(other.vit) is type(vit)
     torch.testing.assert_close(other(images), model(images))

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adaptvit.backbones.base import model_name, timm_config
-from adaptvit.backbones.families import FAMILIES, qualified
+from adaptvit.backbones.families import FAMILIES, find, qualified
 from adaptvit.backbones.parts import PartsViT, RepresentationHead, ViTConfig, add_representation, set_head_dim
 from adaptvit.backbones.t2t import TokensToToken, t2t_vit
 
@@ -207,6 +207,9 @@ def transformers_class(name: str) -> Any:
 
 def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
     block = vit.blocks[0]
+    if find(block, "ls1") is None or find(block, "attn.q_norm") is None:  # no plain block, which would tell the rest
+        sizes = {"img_size": list(vit.patch_embed.img_size), "patch_size": list(vit.patch_embed.patch_size)}
+        return {key: value for key, value in _recorded_arguments(vit).items() if key in ARGUMENTS} | sizes
     arguments = {
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": list(vit.patch_embed.patch_size),
