@@ -29,6 +29,7 @@ from adaptvit import (
     DynamicViTConfig,
     EViTConfig,
     FullConfig,
+    GridConfig,
     Masked,
     MergeConfig,
     Packed,
@@ -100,6 +101,7 @@ METHODS: dict[str, MethodConfig] = {
     "DynamicViT": DynamicViTConfig(blocks=(0, 1)),
     "ToMe": ToMeConfig(r=2),
     "merging": MergeConfig(thresholds=0.3),
+    "grid": GridConfig(rate=0.8),
     "AdaViT": AdaViTConfig(policies=("patches", "sublayers"), macs_target=None, initial_bias=0.3),
     "AdaViT, heads": AdaViTConfig(policies=("heads",), macs_target=None, initial_bias=0.3),
 }
@@ -110,7 +112,8 @@ INTRODUCTION = """\
 
 Of {names} vision transformers that timm {timm} has, {runs} run: {plain} as timm creates them, {needs} towers
 of language models with one setting. So do the classes of transformers, open_clip and torchvision below. A model keeps
-its own forward; only its blocks are called here, on the tokens that are left of each image.
+its own forward; only its blocks are called here, on the tokens that are left of each image. A model of transformers
+attends by SDPA, or by `vit.set_attn_implementation("adaptvit")`, which is SDPA for any class of theirs.
 
 | tier | blocks | what methods do inside of a block |
 | --- | --- | --- |
@@ -149,8 +152,8 @@ they count, and *-* that the method refuses the model.
 """
 METHODS_REFUSED = """\
 AdaViT is in two columns: policies over patches and sub-layers, which need parts with names, and policies over heads,
-which need timm's plain blocks. A-ViT, ATS and EViT score by the attention that tokens receive where no class token is
-read.
+which need timm's plain blocks. Merging on a grid (`grid`) takes images of one shape and no videos. A-ViT, ATS and EViT
+score by the attention that tokens receive where no class token is read.
 """
 NAMES = "Names of one module that run alike are in one row, with their largest differences.\n"
 REFUSED = """\
@@ -346,14 +349,17 @@ class Agreement(NamedTuple):
 
 @torch.no_grad()
 def agreement(config: MethodConfig, vit: nn.Module) -> Agreement | None:
-    """How packed and masked tokens agree under a method, on a model in float64; None where that refuses the model."""
+    """How packed and masked tokens agree under a method, on a model in float64; None where that refuses it."""
     torch.manual_seed(0)
     try:
         model = config.build(vit).eval().double()
     except TypeError:
         return None
     images = pictures(vit, torch.float64)
-    packed, masked = (model(images, layout, detailed=True) for layout in (Packed, Masked))
+    try:
+        packed, masked = (model(images, layout, detailed=True) for layout in (Packed, Masked))
+    except NotImplementedError:  # images of different shapes
+        return None
     near = apart(packed.logits, masked.logits) if packed.usage == masked.usage else float("inf")
     return Agreement(near, bool((packed.usage.share < 1).any()))
 
