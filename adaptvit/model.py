@@ -1,10 +1,12 @@
 """What every adaptive model has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+from functools import partial
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from adaptvit.backbones.base import (
     family_of,
     input_size,
     model_name,
+    patch_grid,
     prefix_tokens,
     read_slots,
     timm_config,
@@ -26,11 +29,11 @@ from adaptvit.backbones.base import (
 from adaptvit.backbones.blocks import Body, run_block, run_body
 from adaptvit.backbones.door import Acts, Attend, Between, Look
 from adaptvit.backbones.families import FAMILIES, find
-from adaptvit.backbones.forward import Source, enter, run, scores
+from adaptvit.backbones.forward import Canvas, Source, embedded, enter, final_norm, run, scores
 from adaptvit.backbones.guess import guess
 from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.checks import In, valid
-from adaptvit.macs import Shape
+from adaptvit.macs import Shape, block_macs
 from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
 from adaptvit.usage import Output, Usage
 
@@ -105,6 +108,9 @@ class Left(NamedTuple):
     """(B,) of each image, where they differ; the model knows."""
     dropped: Sequence[tuple[Tensor, int]] = ()
     """What `Slab` left whenever it dropped tokens: where they are, and the rows there were; the model knows."""
+    holders: Callable[[], Sequence[Tensor]] | None = None
+    """Of each block (B, N) int64, the slot whose token each slot's is part of behind it; None where `Usage.groups` says
+    it, or a token is part of no other."""
 
 
 def once(decide: Callable[..., T]) -> Callable[..., T]:
@@ -144,6 +150,10 @@ class AdaptiveViT(nn.Module, ABC):
     """Fields of the config that may change in a built model, beside its knob."""
     traces: ClassVar[bool] = False
     """Whether `Masked` runs the same operations for every batch, so that `torch.jit.trace` freezes nothing."""
+    stays: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Options of `run` with which no image leaves a forward early."""
+    records_last: ClassVar[bool] = False
+    """Whether its record has the last block as it ran, all slots or those that are read; else the model corrects it."""
 
     def __init__(self, vit: nn.Module, config: Any) -> None:
         """Wrap `vit`, in the mode (training or evaluation) that it is in.
@@ -206,7 +216,8 @@ class AdaptiveViT(nn.Module, ABC):
             return compiled(self, state, name, detailed, images, options)
         return self._forward(images, layout, detailed, **options)
 
-    def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
+    def _layout(self, layout: type[Tokens] | None, options: dict[str, Any]) -> type[Tokens]:
+        """The layout of a forward that is asked for this one, which must fit."""
         if layout is not None and not (isinstance(layout, type) and issubclass(layout, Tokens)):
             raise TypeError(f"layout must be adaptvit.Packed, Dense, Slab, Masked or None, got {layout!r}")
         if torch.jit.is_tracing():
@@ -218,11 +229,13 @@ class AdaptiveViT(nn.Module, ABC):
             )
         if (self.dial is not None or self.plan is not None) and self.training and torch.is_grad_enabled():
             self.dial = self.plan = None  # they were measured on weights that are about to change
-        layout = layout or self.usual_layout(**options)
+        return layout or self.usual_layout(**options)
+
+    def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
+        layout = self._layout(layout, options)
         with nullcontext() if self.differentiable(layout) else torch.no_grad():
             logits, distilled, left, terms = self._classified(images, layout, options)
-            if left.dropped and self.plan is not None:
-                over = torch.stack([offsets[-1] > rows for offsets, rows in left.dropped]).any()
+            if (over := self._over(left)) is not None:
                 if torch.compiler.is_compiling():
                     logits = logits.masked_fill(over, torch.nan)
                 elif over:
@@ -254,16 +267,11 @@ class AdaptiveViT(nn.Module, ABC):
         self, images: Tensor, layout: type[Tokens], options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, Left, dict[str, Tensor]]:
         """The ViT's forward, with the method between its embedding and its norm: logits, what it left, and terms."""
-        if self._family is not None:
-            FAMILIES.keep(self.vit, self._family)  # which may be a copy of the one that it was guessed of
+        self._keep_family()
         left: list[Left] = []
 
         def inside(x: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
-            if self.plan is not None:
-                source.plan = self.plan.rows(x.shape[0])
-            left.append(self.run(source.laid(x, layout), **options)._replace(dropped=source.left))
-            if source.own is not None:
-                left[0] = left[0]._replace(patches=source.own[:, 0])
+            left.append(self._blocks(x, source, layout, options))
             return left[0].x, left[0].live
 
         logits, distilled = scores(run(self.vit, images, inside))
@@ -271,6 +279,227 @@ class AdaptiveViT(nn.Module, ABC):
         if sound is not None:
             logits = logits.masked_fill(~sound.view(-1, *[1] * (logits.ndim - 1)), torch.nan)
         return logits, distilled, left[0], self.terms(left[0].means) if terms is None else terms
+
+    def _keep_family(self) -> None:
+        if self._family is not None:
+            FAMILIES.keep(self.vit, self._family)  # which may be a copy of the one that it was guessed of
+
+    def _blocks(self, x: Tensor, source: Source, layout: type[Tokens], options: dict[str, Any]) -> Left:
+        """The method on what the ViT embedded."""
+        if self.plan is not None:
+            source.plan = self.plan.rows(x.shape[0])
+        left = self.run(source.laid(x, layout), **options)
+        patches = None if source.own is None else source.own[:, 0]
+        return left._replace(dropped=source.left, patches=patches)
+
+    def _over(self, left: Left) -> Tensor | None:
+        """Whether a plan had too few rows; None where there was none to be had to."""
+        if not left.dropped or self.plan is None:
+            return None
+        return torch.stack([offsets[-1] > rows for offsets, rows in left.dropped]).any()
+
+    @torch.compiler.disable
+    def features(
+        self,
+        images: Tensor,
+        layers: Sequence[int] | None = None,
+        layout: type[Tokens] | None = None,
+        with_prefix: bool = False,
+        norm: bool = True,
+        detailed: bool = False,
+        **options: Any,
+    ) -> Any:
+        """A map of features, in which every patch has a vector, whatever became of it.
+
+        A patch that was dropped or that halted has the last it had, one that was merged or fused its token's. The last
+        block updates all tokens it has, if its map is asked for: `Usage` has what that costs, without pool and head. No
+        image leaves early. While the model trains, the last map carries the loss terms, as logits do.
+
+        Args:
+            layers: the blocks behind which maps are taken, from 0, or from the end below 0; None is the last.
+            layout: as `forward` has it.
+            with_prefix: with each map the tokens before the patches, (B, p, D). Behind the last block those that the
+                classifier reads are what it reads; of A-ViT, the mean over depth.
+            norm: the ViT's last norm is on every map.
+            detailed: return what was computed too.
+            options: what the method's `run` takes beside these.
+        Returns:
+            (B, D, rows, columns), of a video (B, D, steps, rows, columns), or with the prefix a pair; for `layers` a
+            list of these, in their order; and where `detailed`, of these and `Usage` a pair.
+        Raises:
+            ValueError: `layers` names a block that the ViT lacks.
+            NotImplementedError: images of different shapes.
+            What `forward` raises.
+        """
+        blocks = self._layers([-1] if layers is None else layers)
+        given, usage = self._features(images, blocks, layout, norm, options)
+        grid = patch_grid(self.vit, images)
+        maps = [x[:, self.prefix :].mT.unflatten(2, grid) for x in given]
+        found = [(one, x[:, : self.prefix]) for one, x in zip(maps, given, strict=True)] if with_prefix else maps
+        result = found[0] if layers is None else found
+        return (result, usage()) if detailed else result
+
+    def _layers(self, layers: Sequence[int] | int | None) -> list[int]:
+        """Numbers of blocks from 0, of numbers that may be below 0; or of so many at the end; None is all."""
+        if isinstance(layers, int) and 1 <= layers <= self.depth:
+            return list(range(self.depth - layers, self.depth))
+        if layers is None:
+            return list(range(self.depth))
+        if isinstance(layers, int) or not layers or any(not -self.depth <= one < self.depth for one in layers):
+            raise ValueError(
+                f"layers must be blocks of {model_name(self.vit)}, 0..{self.depth - 1}, or -{self.depth}..-1 from the "
+                f"end, one or more, got {layers}"
+            )
+        return [one % self.depth for one in layers]
+
+    def _features(
+        self, images: Tensor, blocks: list[int], layout: type[Tokens] | None, norm: bool, options: dict[str, Any]
+    ) -> tuple[list[Tensor], Callable[[], Usage]]:
+        """(B, N, D) behind each of these blocks, by the slots of the first, and what makes the record."""
+        self._keep_family()
+        options = {**self.stays, **options}
+        layout = self._layout(layout, options)
+        canvas = Canvas(frozenset(blocks))
+
+        def inside(x: Tensor, source: Source) -> Left:
+            source.check_alike("a map of features")
+            canvas.x, source.canvas = x, canvas
+            return self._blocks(x, source, layout, options)
+
+        with nullcontext() if self.differentiable(layout) else torch.no_grad():
+            left = embedded(self.vit, images, inside)
+            if (over := self._over(left)) is not None and over:
+                return self._features(images, blocks, Packed, norm, options)
+            last, holders = self.depth - 1, self._holders(left)
+            features: list[Tensor] = []
+            for block in blocks:
+                x = canvas.after[block]
+                if holders is not None:
+                    x = x.gather(1, holders[block][..., None].expand(-1, -1, x.shape[2]))
+                if block == last and self.read is not None:
+                    x = torch.cat([left.x[:, : self.read], x[:, self.read :]], dim=1)
+                if left.sound is not None:
+                    x = x.masked_fill(~left.sound[..., None], torch.nan)
+                features.append(final_norm(self.vit, x) if norm else x)
+        if self.training and torch.is_grad_enabled():
+            terms = self.terms(left.means) if left.terms is None else left.terms
+            carried = [term for term in terms.values() if term.requires_grad]
+            if carried:
+                features[-1] = _carry(features[-1], carried, self.terms_scale)
+        return features, partial(self._record, left, last in blocks)
+
+    def _holders(self, left: Left) -> Sequence[Tensor] | None:
+        """What `Left.holders` is, wherever it is to be had from; None where every token is in its own slot."""
+        if left.holders is not None:
+            return left.holders()
+        groups = (left.usage if isinstance(left.usage, Usage) else left.usage()).groups
+        if groups is None:
+            return None
+        prefix = torch.arange(self.prefix, device=groups.device).expand(groups.shape[0], -1)
+        return [torch.cat([prefix, held], dim=1) for held in groups.unbind(1)]
+
+    def _record(self, left: Left, whole: bool) -> Usage:
+        """The record of a forward that made features and no logits.
+
+        Args:
+            whole: the last block updated all tokens it had.
+        """
+        usage = left.usage if isinstance(left.usage, Usage) else left.usage()
+        usage = replace(usage, shape=self.shape._replace(head=0, pool=0, pool_per_patch=0, pool_per_pair=0))
+        if not whole or self.read is None or self.records_last:
+            return usage
+        last = usage.attended[:, -1:]
+        updated, mlp = torch.cat([usage.updated[:, :-1], last], dim=1), torch.cat([usage.mlp[:, :-1], last > 0], dim=1)
+        whole_last = replace(usage, updated=updated, mlp=mlp, executed=None)
+        if usage.executed is None:
+            return whole_last
+        executed = torch.cat([usage.executed[:, :-1], block_macs(whole_last, self.shape)[:, -1:]], dim=1)
+        return replace(whole_last, executed=executed)
+
+    def forward_features(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """timm's: (B, N, D), what `features` has behind the last block, prefix first.
+
+        `forward_head` makes of it the logits of `forward`, where the classifier does not pool what was dropped.
+
+        Raises:
+            NotImplementedError: a mask, which methods have no place for.
+        """
+        self._check_unmasked(attn_mask, is_causal)
+        return self._features(x, [self.depth - 1], None, True, {})[0][0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's: what `features` has behind several blocks.
+
+        Args:
+            indices: blocks, from the end below 0; or so many at the end; None is all.
+            return_prefix_tokens: of every block a pair, its map and the tokens before the patches.
+            norm: the ViT's last norm is on every one.
+            stop_early: changes nothing: a method goes to the end, where its record and its terms are made.
+            output_fmt: maps or tokens, (B, D, rows, columns) or (B, P, D).
+            intermediates_only: leave out what `forward_features` gives.
+        Returns:
+            (B, N, D) of `forward_features`, and the list; or the list.
+        Raises:
+            ValueError: another format, or blocks that the ViT lacks.
+            NotImplementedError: a mask.
+        """
+        self._check_unmasked(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        blocks = self._layers(indices)
+        wanted = blocks if intermediates_only else [*blocks, self.depth - 1]
+        given, _ = self._features(x, wanted, None, False, {})
+        final = final_norm(self.vit, given[-1])
+        found = [final_norm(self.vit, one) if norm else one for one in given[: len(blocks)]]
+        prefix, patches = zip(*((one[:, : self.prefix], one[:, self.prefix :]) for one in found), strict=True)
+        if output_fmt == "NCHW":
+            grid = patch_grid(self.vit, x)
+            patches = tuple(one.mT.unflatten(2, grid).contiguous() for one in patches)
+        listed = list(zip(patches, prefix, strict=True)) if return_prefix_tokens and self.prefix else list(patches)
+        return listed if intermediates_only else (final, listed)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: None = None,
+    ) -> list[Any]:
+        """timm's and DINO's: `forward_intermediates` without what is last."""
+        found: list[Any] = self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, False, "NCHW" if reshape else "NLC", True, attn_mask
+        )
+        return found
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's: channels and pixels a patch of the map behind each block."""
+        sides = zip(input_size(self.vit)[1:], patch_grid(self.vit)[-2:], strict=True)
+        reduction = max(side // patches for side, patches in sides)
+        name = f"vit.{family_of(self.vit).blocks}"
+        return [
+            {"module": f"{name}.{number}", "num_chs": self.shape.dim, "reduction": reduction}
+            for number in range(self.depth)
+        ]
+
+    def _check_unmasked(self, attn_mask: Any, is_causal: bool) -> None:
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError(
+                f"{self.config.title} decides which tokens attend to which: it takes neither attn_mask nor is_causal"
+            )
 
     def counts(self, images: Tensor) -> Tensor:
         """Tokens of each image that are left whenever `Slab` drops some: (times, B)."""
@@ -321,22 +550,24 @@ class AdaptiveViT(nn.Module, ABC):
         attend: Attend | None = None,
         between: Between | None = None,
         every: bool = False,
+        live: Tensor | None = None,
     ) -> Tokens:
         """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
 
         Args:
             every: all slots, also of the last.
+            live: (B, N) bool, the slots whose token is still there, where the layout does not know it; None is all.
             chosen, bias, look, attend, between: what is done in the block, as `adaptvit.backbones.door.Acts` says.
                 Where gradients are checkpointed, `look` and `between` run twice: what they decide, they decide `once`.
         """
-        if chosen is None and self.reads_few(number) and not every:
+        if chosen is None and self.reads_few(number) and not (every or tokens.source.wants(number)):
             chosen = self.read
         acts = Acts(chosen, bias, look, attend, between)
-        return run_block(number, tokens, acts, self.training and self.checkpoints)
+        return _noted(number, run_block(number, tokens, acts, self.training and self.checkpoints), live)
 
     def run_body(self, number: int, tokens: Tokens, body: Body) -> Tokens:
         """Block `number` called as a module, with something in the place of its forward."""
-        return run_body(number, tokens, body, self.training and self.checkpoints)
+        return _noted(number, run_body(number, tokens, body, self.training and self.checkpoints))
 
     def reads_few(self, block: int) -> bool:
         """Whether only leading slots are read of what a block leaves: it is the last, and not all are pooled."""
@@ -353,6 +584,7 @@ class AdaptiveViT(nn.Module, ABC):
         live: Tensor | None = None,
         means: dict[str, Tensor] | None = None,
         sound: Tensor | None = None,
+        holders: Callable[[], Sequence[Tensor]] | None = None,
     ) -> "Left":
         """How a `run` ends.
 
@@ -362,8 +594,9 @@ class AdaptiveViT(nn.Module, ABC):
             live: (B, R or more) bool, the slots that hold a token; None where all of R do.
             means: what `terms` makes the loss terms of.
             sound: (B, 1) bool, False of images that could not be decided on: their logits are NaN.
+            holders: as `Left` has it, where tokens become part of others and `Usage.groups` does not say so.
         """
-        return Left(x, usage, None if live is None else live[:, : x.shape[1]], means or {}, sound)
+        return Left(x, usage, None if live is None else live[:, : x.shape[1]], means or {}, sound, holders=holders)
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """The method's loss terms, weighted, from what a forward averaged over its batch; by default these averages."""
@@ -371,12 +604,12 @@ class AdaptiveViT(nn.Module, ABC):
 
     def to_the_end(self, images: Tensor) -> Output:
         """A forward that no image leaves early, so that the depth of every token in `usage` is its own."""
-        return self(images, detailed=True)
+        return self(images, detailed=True, **self.stays)
 
     @property
     def leaves_early(self) -> bool:
         """Whether images may leave a forward early, so that only `to_the_end` has the depth of every token."""
-        return type(self).to_the_end is not AdaptiveViT.to_the_end
+        return bool(self.stays)
 
     @property
     def config(self) -> Any:
@@ -524,6 +757,13 @@ class AdaptiveViT(nn.Module, ABC):
     def learns_patches(self) -> bool:
         """Whether `forward` learns from a teacher's patches, its `teacher`, while it trains."""
         return False
+
+
+def _noted(number: int, tokens: Tokens, live: Tensor | None = None) -> Tokens:
+    """What block `number` left, written down if somebody wants it."""
+    if tokens.source.canvas is not None:
+        tokens.source.canvas.note(number, tokens, live)
+    return tokens
 
 
 def _compiled(

@@ -1,18 +1,19 @@
 """A ViT's own forward, with something else in the place of its blocks.
 
     run      images -> tokens as the first block receives them -> what is left of them -> the ViT's own norm, pool, head
+    embedded images -> tokens as the first block receives them, and whatever is made of them
     enter    the first half of it
 
 Letters: B images, N token slots (prefix tokens first, then P patches), R slots that are read, D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import signature
 from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,33 @@ from adaptvit.backbones.door import OfLive
 from adaptvit.backbones.families import Family, Table, find, get, value_of
 from adaptvit.backbones.standin import stand_in, with_parts
 from adaptvit.tokens import Tokens
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Canvas:
+    """What every slot last had: of a token that is gone, what it was when it went."""
+
+    blocks: Set[int]
+    """Those after which it is kept, in `after`."""
+    x: Tensor = field(init=False)
+    """(B, N, D); to begin with, as the first block receives tokens."""
+    after: dict[int, Tensor] = field(default_factory=dict)
+
+    def note(self, number: int, tokens: Tokens, live: Tensor | None = None) -> None:
+        """Write what block `number` left.
+
+        Args:
+            live: (B, N) bool, the slots whose token is still there, where the layout does not know it; None is all.
+        """
+        images, slots = tokens.shape
+        before = self.x if self.x.shape[1] == slots else self.x.new_zeros(images, slots, self.x.shape[2])  # merged
+        before = before.to(tokens.x.dtype)
+        x = tokens.write(before)
+        self.x = x if live is None else torch.where(live[..., None], x, before)
+        if number in self.blocks:
+            self.after[number] = self.x.clone()  # a block under gates overwrites what it reads
 
 
 @dataclass(eq=False)
@@ -54,6 +82,8 @@ class Source:
     """Rows that `Slab` leaves whenever it drops tokens."""
     left: list[tuple[Tensor, int]] = field(default_factory=list)
     """What `Slab` left: where its tokens are, and the rows there were."""
+    canvas: Canvas | None = None
+    """Where blocks write what they leave, if somebody wants it."""
     _found: dict[str, tuple[Tensor, Any, Any]] = field(default_factory=dict)
 
     def told(self, number: int) -> dict[str, Any]:
@@ -65,6 +95,10 @@ class Source:
             return given
         tables = self.family.tables.items()
         return given | {name: self._of_rows(kind, given[name]) for name, kind in tables if name in given}
+
+    def wants(self, number: int) -> bool:
+        """Whether somebody wants what block `number` leaves in every slot."""
+        return self.canvas is not None and number in self.canvas.blocks
 
     def of_images(self, rows: Tensor) -> "Source":
         """That of some images of the batch, by their numbers: what blocks are told of these."""
@@ -321,20 +355,25 @@ def scores(given: Any) -> tuple[Tensor, Tensor | None]:
 
 
 class _Enough(Exception):
-    """The first half of a forward is through."""
+    """What is wanted of a forward is there."""
+
+
+def embedded(vit: nn.Module, images: Any, inside: Callable[[Tensor, Source], T]) -> T:
+    """What `inside` makes of what the first block receives; norm, pool and head are left out. Raises as `run`."""
+    made: list[T] = []
+
+    def enough(x: Tensor, source: Source) -> NoReturn:
+        made.append(inside(x, source))
+        raise _Enough
+
+    with suppress(_Enough):
+        run(vit, images, enough)
+    return made[0]
 
 
 def enter(vit: nn.Module, images: Any, layout: type[Tokens]) -> Tokens:
     """Images -> tokens, as the first block receives them; raises as `run`."""
-    entered: list[Tokens] = []
-
-    def inside(x: Tensor, source: Source) -> NoReturn:
-        entered.append(source.laid(x, layout))
-        raise _Enough
-
-    with suppress(_Enough):
-        run(vit, images, inside)
-    return entered[0]
+    return embedded(vit, images, lambda x, source: source.laid(x, layout))
 
 
 def final_norm(vit: nn.Module, x: Tensor) -> Tensor:

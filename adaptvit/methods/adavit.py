@@ -166,6 +166,7 @@ class AdaViT(AdaptiveViT):
 
     moves: ClassVar[Set[str]] = frozenset({"temperature"})
     traces = True
+    records_last = True
 
     def __init__(self, vit: nn.Module, config: AdaViTConfig) -> None:
         super().__init__(vit, config)
@@ -211,7 +212,8 @@ class AdaViT(AdaptiveViT):
         if tokens.at_first is not None:  # what holds no token is a patch that is always off
             tokens = type(tokens).of(tokens.grid(tokens.x)).of_source(tokens.source)
         tokens, policies = self.decided(tokens)
-        usage, means = self.usage(policies, grid, tokens.source.own), self.means(policies, grid)
+        whole = tokens.source.wants(self.depth - 1)
+        usage, means = self.usage(policies, grid, tokens.source.own, whole), self.means(policies, grid, whole)
         return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
 
     def differentiable(self, layout: type[Tokens]) -> bool:
@@ -254,7 +256,7 @@ class AdaViT(AdaptiveViT):
         decided[number] = policies
         if tokens.x is not x and known is not None:
             normed = None  # somebody has changed what the block is given
-        read = self.read if self.reads_few(number) else None
+        read = self.read if self.reads_few(number) and not tokens.source.wants(number) else None
         otherwise = self.trains_otherwise(number) if self.training else {}
         return run_gated(block, number, tokens, gates, self.config.heads_take, normed, read, **otherwise)
 
@@ -326,11 +328,12 @@ class AdaViT(AdaptiveViT):
             mlp_tokens=mlp_tokens,
         )
 
-    def block_macs(self, policies: Policies, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def block_macs(self, policies: Policies, own: Tensor | None = None, whole: bool = False) -> tuple[Tensor, Tensor]:
         """MACs of the sub-layers and of deciding, (B, L) each: with the policies' gradients, or int64 of bool ones.
 
         Args:
             own: (B, 1), patches of each image; None is all there is room for.
+            whole: the last block updates all that is on, and not what is read of it alone.
         """
         exact = policies.heads.dtype == torch.bool
         patches, heads, sublayers = (
@@ -342,7 +345,7 @@ class AdaViT(AdaptiveViT):
         else:
             all_tokens = (own + self.prefix).expand_as(keys)
         through_mlp = keys if self.config.patches_skip == "attention and mlp" else all_tokens
-        if self.read is not None:  # of the last block only these are read
+        if self.read is not None and not whole:
             read = keys.new_full((len(keys), 1), self.read)
             queries, through_mlp = (torch.cat([t[:, :-1], read], dim=1) for t in (keys, through_mlp))
         else:
@@ -374,8 +377,8 @@ class AdaViT(AdaptiveViT):
         scored = scored if isinstance(slots, int) else scored * slots
         return (fixed + active * scored) * self.shape.dim
 
-    def usage(self, policies: Policies, grid: tuple[int, ...], own: Tensor | None = None) -> Usage:
-        """The record of what these decisions execute."""
+    def usage(self, policies: Policies, grid: tuple[int, ...], own: Tensor | None = None, whole: bool = False) -> Usage:
+        """The record of what these decisions execute; `own` and `whole` are as of `block_macs`."""
         on = Policies(*(t.detach() > 0 for t in (policies.patches, policies.heads, policies.sublayers)))
         attention, mlp = on.sublayers.unbind(dim=2)
         active = attention | mlp
@@ -385,20 +388,20 @@ class AdaViT(AdaptiveViT):
         updated = tokens
         if self.config.patches_skip == "attention":
             updated = torch.where(mlp, live.shape[2] if own is None else own + self.prefix, tokens)
-        if self.read is not None:
+        if self.read is not None and not whole:
             updated = torch.cat([updated[:, :-1], self.read * active[:, -1:].long()], dim=1)
-        executed, deciding = self.block_macs(on, own)
+        executed, deciding = self.block_macs(on, own, whole)
         heads = on.heads.sum(dim=2)
         return Usage(tokens * attention, updated, heads, attention, mlp, grid, self.prefix, live, executed, deciding)
 
-    def means(self, policies: Policies, grid: tuple[int, ...]) -> dict[str, Tensor]:
+    def means(self, policies: Policies, grid: tuple[int, ...], whole: bool) -> dict[str, Tensor]:
         """What the loss terms are made of: the share of the MACs, `macs`, and what is on; nothing in evaluation."""
         config = self.config
         means: dict[str, Tensor] = {}
         if not self.training:
             return means
         if config.macs_target is not None:
-            means["macs"] = self.share(policies, grid)
+            means["macs"] = self.share(policies, grid, whole)
         if config.usage_weight:
             means |= self.usage_means(policies, (config.first_patch_block, config.first_block, config.first_block))
         return means
@@ -418,9 +421,9 @@ class AdaViT(AdaptiveViT):
             terms["macs"] = config.macs_weight * (means.pop("macs") - config.macs_target) ** 2
         return terms | {name: config.usage_weight * term for name, term in self.usage_terms(means).items()}
 
-    def share(self, policies: Policies, grid: tuple[int, ...]) -> Tensor:
+    def share(self, policies: Policies, grid: tuple[int, ...], whole: bool = False) -> Tensor:
         """Executed over dense MACs, mean over the batch, with the gradients of the gates."""
-        executed, deciding = self.block_macs(policies)
+        executed, deciding = self.block_macs(policies, whole=whole)
         blocks = (executed + deciding).sum(dim=1)
         return ((blocks + self._fixed_macs(grid)) / dense_macs(self.shape, grid)).mean()
 

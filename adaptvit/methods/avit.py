@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,7 +25,7 @@ from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
 from adaptvit.tokens import Tokens
 from adaptvit.tokens.kernels import on_host
-from adaptvit.usage import Output, Usage
+from adaptvit.usage import Usage
 
 LEAST_SHARE = 1e-3
 """What a block counts at least in the target's divergence from the model, which one that no patch enters would make
@@ -165,6 +166,7 @@ class AViT(AdaptiveViT):
     """A ViT whose tokens halt."""
 
     traces = True
+    stays = MappingProxyType({"early_exit": False})
 
     _prior: Tensor
 
@@ -233,9 +235,6 @@ class AViT(AdaptiveViT):
         usage = partial(Usage.of_depth, depth, self.heads, grid, self.prefix, last_reads=self.read)
         means = {} if early_exit else self.means(scores, depth, tokens.at_first)
         return self.finish(output.to(tokens.x.dtype), usage, means=means)
-
-    def to_the_end(self, images: Tensor) -> Output:
-        return self(images, detailed=True, early_exit=False)
 
     def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""

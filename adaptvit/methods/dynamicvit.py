@@ -292,7 +292,8 @@ class DynamicViT(AdaptiveViT):
                 tokens = self.run_block(number, tokens, every=True)
             else:
                 seen = torch.cat([prefix, kept], dim=1) if policy is None else policy
-                tokens = self.run_block(number, tokens, every=True, attend=partial(_attend, seen, self.epsilon))
+                attend = partial(_attend, seen, self.epsilon)
+                tokens = self.run_block(number, tokens, every=True, attend=attend, live=seen > 0)
         alive = torch.cat([prefix, kept], dim=1) > 0
         means = self.shares_kept(decided, tokens.source.own)
         if teacher is not None:

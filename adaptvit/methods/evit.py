@@ -118,19 +118,37 @@ class EViT(AdaptiveViT):
         kept = self.kept(tokens.shape[1] - self.prefix, keep_rate) if own is None else self.kept_of_each(own, keep_rate)
         live = [tokens.live]
         fused = [torch.zeros_like(live[0])]
+        places: dict[int, Tensor] = {}
         for number in range(self.depth):
             live.append(live[-1])
             fused.append(fused[-1])
             if number in kept:
-                tokens, place = self.run_reducing(number, tokens, kept[number])
+                tokens, places[number] = self.run_reducing(number, tokens, kept[number])
                 live[-1] = tokens.live
-                fused[-1] = (fused[-1] | place) & live[-1]
+                fused[-1] = (fused[-1] | places[number]) & live[-1]
             else:
                 tokens = self.run_block(number, tokens)
                 if self.reads_few(number):
                     live[-1] = tokens.live
         usage = partial(self.usage, live, fused[:-1], kept, tokens.source.grid)
-        return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1])
+        holders = partial(self.holders, live, places) if self.config.fuse else None
+        return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1], holders=holders)
+
+    def holders(self, lives: list[Tensor], places: Mapping[int, Tensor]) -> list[Tensor]:
+        """Of each block (B, N), the slot of the fused token that each slot's token is part of behind it, or its own.
+
+        Args:
+            lives: (B, N) bool, the slots that held a token on entry to each block, and after the last.
+            places: of the blocks that dropped some, the slot of the token of these: (B, N) bool.
+        """
+        holder = torch.arange(lives[0].shape[1], device=lives[0].device).expand(lives[0].shape)
+        found = []
+        for number in range(self.depth):
+            if number in places:
+                gone = (lives[number] & ~lives[number + 1]).gather(1, holder)
+                holder = torch.where(gone, places[number].byte().argmax(dim=1, keepdim=True), holder)
+            found.append(holder)
+        return found
 
     def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Tensor]:
         """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool.

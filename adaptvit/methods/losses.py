@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_reduce
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 
 
 def over_processes(means: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,3 +33,11 @@ def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"]
         return cross_entropy(student, teacher.argmax(dim=1))
     given, wanted = (log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def divergence(output: Tensor, dense: Tensor, headless: bool) -> Tensor:
+    """How far what a model gives is from what the dense one gives, mean over images: (B, classes) or, headless, (B, D).
+
+    Of classes the divergence of the distributions, in nats; of features 1 - cosine.
+    """
+    return (1 - cosine_similarity(output, dense, dim=-1)).mean() if headless else distillation(output, dense, "soft")

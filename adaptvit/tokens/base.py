@@ -141,6 +141,10 @@ class Tokens(ABC):
         """Token features -> those of the first `count` slots, (B, count, ...), 0 where a slot is dead."""
 
     @abstractmethod
+    def write(self, canvas: Tensor) -> Tensor:
+        """A canvas (B, N, D) with the features of these tokens in their slots; dead slots keep what they have there."""
+
+    @abstractmethod
     def stamp(self, t: Tensor, value: int) -> None:
         """Write `value` into the live slots of a (B, N) tensor, in place."""
 

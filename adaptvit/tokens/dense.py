@@ -104,6 +104,11 @@ class Dense(Tokens):
     def first(self, t: Tensor, count: int) -> Tensor:
         return self.grid(t) if count == self.count else t[:, :count]
 
+    def write(self, canvas: Tensor) -> Tensor:
+        if self.slots is None:
+            return self.x
+        return canvas.scatter(1, self._slots[..., None].expand_as(self.x), self.x)
+
     def stamp(self, t: Tensor, value: int) -> None:
         t.scatter_(1, self._slots.expand(t.shape[0], -1), value)
 

@@ -89,6 +89,9 @@ class Masked(Tokens):
     def first(self, t: Tensor, count: int) -> Tensor:
         return self.grid(t)[:, :count]
 
+    def write(self, canvas: Tensor) -> Tensor:
+        return self.x if self.mask is None else torch.where(self.mask[..., None], self.x, canvas)
+
     def stamp(self, t: Tensor, value: int) -> None:
         t.masked_fill_(self.live, value)
 

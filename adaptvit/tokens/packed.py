@@ -174,6 +174,11 @@ class Packed(Tokens):
         picked = t.index_select(0, rows).view(images, count, *t.shape[1:])
         return picked.masked_fill(~self.live[:, :count].view(images, count, *[1] * (t.ndim - 1)), 0)
 
+    def write(self, canvas: Tensor) -> Tensor:
+        if self.full:
+            return self.grid(self.x)
+        return canvas.flatten(0, 1).index_copy(0, self.slots, self.x).view(*self.shape, -1)
+
     def stamp(self, t: Tensor, value: int) -> None:
         t.view(-1).index_fill_(0, self.slots, value)
 

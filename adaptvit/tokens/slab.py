@@ -157,6 +157,11 @@ class Slab(Tokens):
     def first(self, t: Tensor, count: int) -> Tensor:
         return self.grid(t)[:, :count]
 
+    def write(self, canvas: Tensor) -> Tensor:
+        flat = canvas.flatten(0, 1)
+        flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).index_copy(0, self.slots, self.x)
+        return flat[:-1].view(*self.shape, -1)
+
     def stamp(self, t: Tensor, value: int) -> None:
         total = t.numel()
         t.view(-1).copy_(torch.cat([t.view(-1), t.new_zeros(1)]).index_fill(0, self.slots, value)[:total])
