@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 from timm.models import generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 
 from adaptvit.methods import METHODS, MethodConfig, Named
 
@@ -64,7 +65,9 @@ def around(kind: type[MethodConfig], named: Named, options: dict[str, Any]) -> A
     config = kind(**{**named.fields, **{name: options[name] for name in options.keys() & own}})
     rest = {**named.arguments, **{name: options[name] for name in options.keys() - own}}
     overlay = {**(rest.pop("pretrained_cfg_overlay", None) or {}), "architecture": named.inside}
-    return config.build(timm.create_model(named.inside, pretrained_cfg_overlay=overlay, **rest))
+    maps, blocks = rest.pop("features_only", False), rest.pop("out_indices", 3)
+    model = config.build(timm.create_model(named.inside, pretrained_cfg_overlay=overlay, **rest))
+    return FeatureGetterNet(model, blocks) if maps else model
 
 
 METHODS.each(learn)
