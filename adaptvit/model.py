@@ -457,7 +457,7 @@ class AdaptiveViT(nn.Module, ABC):
         self._check_unmasked(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        blocks = self._layers(indices)
+        blocks = sorted(set(self._layers(indices)))  # in whatever order they are named, as timm's
         wanted = blocks if intermediates_only else [*blocks, self.depth - 1]
         given, _ = self._features(x, wanted, None, False, {})
         final = final_norm(self.vit, given[-1])
