@@ -16,7 +16,8 @@ from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
-from adaptvit.methods.tome import MergeConfig, ToMeConfig
+from adaptvit.methods.merge import CalibratedConfig, MergeConfig
+from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
 from adaptvit.usage import Output, Usage, join
@@ -32,6 +33,7 @@ __all__ = [
     "AViTConfig",
     "AdaViTConfig",
     "AdaptiveViT",
+    "CalibratedConfig",
     "Dense",
     "DropConfig",
     "DynamicViTConfig",

@@ -35,7 +35,7 @@ from torchvision.datasets import ImageFolder
 
 from adaptvit import GridConfig, MergeConfig, ToMeConfig, meet_target
 from adaptvit.files import as_json, replacing
-from adaptvit.methods.tome import fit_thresholds
+from adaptvit.methods.merge import fit_thresholds
 from adaptvit.model import AdaptiveViT
 
 SIDE, CLASSES, SEEDS, THREADS = 128, 10, (0, 1, 2), 1

@@ -22,7 +22,7 @@ from torch import Tensor
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
 from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
-from adaptvit.methods.tome import INFLECTIONS, fit_thresholds
+from adaptvit.methods.merge import INFLECTIONS, fit_thresholds
 from adaptvit.model import AdaptiveViT
 from adaptvit.weights.opening import start_from
 

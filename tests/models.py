@@ -11,6 +11,7 @@ from adaptvit import (
     AdaViTConfig,
     ATSConfig,
     AViTConfig,
+    CalibratedConfig,
     DynamicViTConfig,
     EViTConfig,
     FullConfig,
@@ -110,7 +111,8 @@ METHODS = {
     "dynamicvit, threshold": DynamicViTConfig(blocks=(0, 1, 3), select="threshold", threshold=0.2),
     "tome": ToMeConfig(r=3),
     "tome, to the end": ToMeConfig(r=(0, 8, 0, 8), proportional_attention=False),
-    "merge": MergeConfig(thresholds=0.45),
+    "calibrated": CalibratedConfig(r=3),
+    "merge": MergeConfig(thresholds=0.35),
     "grid": GridConfig(rate=0.8),
     "grid, to the end": GridConfig(rate=4.0),
     "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
@@ -125,6 +127,7 @@ ONE_OF_EACH = (
     "evit",
     "dynamicvit",
     "tome",
+    "calibrated",
     "merge",
     "grid",
 )
@@ -139,13 +142,14 @@ DROP_NOTHING = {
     "dynamicvit": DynamicViTConfig(keep_rate=1.0),
     "dynamicvit, threshold": DynamicViTConfig(select="threshold", threshold=0.0),
     "tome": ToMeConfig(r=0),
+    "calibrated": CalibratedConfig(r=0),
     "merge": MergeConfig(shift=2.0),
     "grid": GridConfig(rate=0.0),
     "adavit": AdaViTConfig(macs_target=None, lean=30.0),
     "adavit, heads hidden": AdaViTConfig(macs_target=None, lean=30.0, heads_take="hidden"),
     "adavit, heads identity": AdaViTConfig(macs_target=None, lean=30.0, heads_take="identity"),
 }
-MERGING = ("tome", "merge", "grid")
+MERGING = ("tome", "calibrated", "merge", "grid")
 REFUSED = {
     "sinusoidal, instance norm": ("adavit", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),
     "mixer": ("adavit", "ats", "avit, official", "evit", "unfused evit", "dynamicvit", *MERGING),

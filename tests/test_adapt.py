@@ -1,16 +1,28 @@
 """Pretrained ViTs made adaptive without training."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import images, small_vit
+from torch import nn
 
-from adaptvit import AViTConfig, EViTConfig, FullConfig, MergeConfig, ToMeConfig, adapt, load, meet_target, save
+from adaptvit import (
+    AViTConfig,
+    CalibratedConfig,
+    EViTConfig,
+    FullConfig,
+    MergeConfig,
+    MethodConfig,
+    ToMeConfig,
+    adapt,
+    load,
+    meet_target,
+    save,
+)
 from adaptvit.budget import attempt
 from adaptvit.methods import METHODS, untrained
-from adaptvit.methods.tome import INFLECTIONS, fit_thresholds
+from adaptvit.methods.merging import MergingViT
 
 
 @pytest.mark.parametrize("target", [0.55, 0.8])
@@ -35,22 +47,29 @@ def test_tome_at_a_budget_merges_as_evenly_as_it_can() -> None:
     assert max(r) - min(r) <= 1
 
 
-@pytest.mark.parametrize("target", [0.7, 0.6])
-def test_merging_rises_with_depth_as_changes_predictions_least(target: float) -> None:
-    vit = small_vit(img_size=64).eval()
-    batch = images(vit, count=24)
-    chosen, divergence = replace(adapt(vit, batch, target).config, shift=0.0), {}
+@pytest.mark.parametrize("config", [MergeConfig(), CalibratedConfig()], ids=lambda config: config.method)
+def test_merging_is_where_it_changes_predictions_least(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = small_vit(img_size=64, depth=6).eval()
+    batch, divergence = images(vit, count=24), {}
+
+    def recorded(self: MergingViT, vit: nn.Module, config: MethodConfig) -> None:
+        built(self, vit, config)
+        models.append(self)
+
+    models, built = list[MergingViT](), MergingViT.__init__
+    monkeypatch.setattr(MergingViT, "__init__", recorded)
+    chosen = config.fitted(vit, batch, 0.75)
+    monkeypatch.undo()
     with torch.inference_mode():
         dense = vit(batch).log_softmax(dim=1)
-        for inflection in INFLECTIONS:
-            like = ToMeConfig(inflection=inflection).build(vit)
-            meet_target(like, batch, target)
-            schedule = ToMeConfig(r=[max(1, r) for r in like.config.schedule(4)])
-            model = fit_thresholds(MergeConfig(), vit, batch, schedule)
-            merged = model(batch).log_softmax(dim=1)
-            divergence[model.config] = (dense.exp() * (dense - merged)).sum(dim=1).mean().item()
-    assert len({*divergence.values()}) > 1
-    assert chosen == min(divergence, key=lambda config: divergence[config])
+        for model in models:
+            if type(model) is MergingViT and type(model.config) is type(config):
+                merged = model(batch).log_softmax(dim=1)
+                divergence[model.config] = (dense.exp() * (dense - merged)).sum(dim=1).mean().item()
+    assert len({*divergence.values()}) >= 5
+    schedules = [model.schedule(6) for model in divergence]
+    assert any(schedule[0] == (1 if config.method == "merge" else 0) for schedule in schedules)  # some begin late
+    assert divergence[chosen.config] == min(divergence.values())
 
 
 def test_merging_goes_as_low_as_an_even_schedule() -> None:
@@ -74,6 +93,7 @@ def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> 
     ("method", "flavour", "target", "kind", "said"),
     [
         ("merge", "class token", 0.1, ValueError, r"no rate meets the target of 0.1 \(share\)"),
+        ("calibrated", "class token", 0.1, ValueError, r"no rate meets the target of 0.1 \(share\)"),
         ("tome", "class token", 0.1, ValueError, r"no rate meets the target of 0.1"),
         ("ats", "class token", 0.05, ValueError, "no rate meets the target"),
         (

@@ -29,7 +29,7 @@ from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.methods import untrained
 from adaptvit.methods.adavit import fit_policies
 from adaptvit.methods.avit_gate import fit_gate
-from adaptvit.methods.tome import fit_thresholds
+from adaptvit.methods.merge import fit_thresholds
 from adaptvit.model import AdaptiveViT
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 import adaptvit
 from adaptvit import GridConfig, Masked, MergeConfig, MethodConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
-from adaptvit.methods.tome import arrange, fit_thresholds, match
+from adaptvit.backbones.door import Projected
+from adaptvit.methods.merge import fit_thresholds
+from adaptvit.methods.merging import arrange, match
 
 UNEQUAL = ("tokens to token", "rotary")
 """Flavours whose patches overlap, or are turned by their places, so that there are no equal ones."""
@@ -193,7 +195,9 @@ def test_matching_has_no_gradient_and_means_do() -> None:
 
         assert torch.autograd.gradcheck(means, x)
     model = ToMeConfig(r=3).build(small_vit(dtype=torch.float64)).train()
-    assert not any(out.requires_grad for out in model.places(Packed.of(x), 0, x[..., None, :].flatten(0, 1)))
+    tokens = Packed.of(x)
+    projected = Projected(*[x[..., None, :].flatten(0, 1)] * 3)
+    assert not any(out.requires_grad for out in model.places(tokens, 0, model.see(tokens, projected)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
+from adaptvit.methods.merge import CalibratedConfig, MergeConfig
 from adaptvit.methods.released import (
     ReleasedAdaViTConfig,
     ReleasedATSConfig,
@@ -17,10 +18,11 @@ from adaptvit.methods.released import (
     ReleasedDynamicViTConfig,
     of_today,
 )
-from adaptvit.methods.tome import MergeConfig, ToMeConfig
+from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT
 
 METHODS = Methods(
+    CalibratedConfig,
     MergeConfig,
     ToMeConfig,
     GridConfig,
@@ -37,7 +39,7 @@ METHODS = Methods(
     ReleasedDynamicViTConfig,
 )
 """Config types by name."""
-DEFAULT = MergeConfig.method
+DEFAULT = CalibratedConfig.method
 """What a ViT becomes unless told."""
 
 

@@ -19,7 +19,7 @@ from adaptvit.backbones.door import Projected
 from adaptvit.budget import BATCH
 from adaptvit.checks import In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, around_deits
-from adaptvit.methods.tome import NEEDS, usage_of
+from adaptvit.methods.merging import NEEDS, usage_of
 from adaptvit.model import AdaptiveViT, Knob, Left, once
 from adaptvit.tokens import Tokens
 from adaptvit.tokens.kernels import rows_at

@@ -11,8 +11,9 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
+from adaptvit.methods.merge import MergeConfig
 from adaptvit.methods.released import ReleasedAdaViTConfig
-from adaptvit.methods.tome import MergeConfig, ToMeConfig
+from adaptvit.methods.tome import ToMeConfig
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
 

@@ -14,7 +14,7 @@ from recordings import apart, filled, images, terms_of, vit_of
 from torch import Tensor
 
 from adaptvit import Masked, Packed, ToMeConfig
-from adaptvit.methods.tome import MergingViT, arrange, match
+from adaptvit.methods.merging import MergingViT, arrange, match
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 

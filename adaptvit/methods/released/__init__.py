@@ -20,7 +20,7 @@ __all__ = [
 
 
 def of_today(method: str, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A method's name and fields as files hold them today, from those of adaptvit 0.1, where they were modes of one."""
+    """A method's name and fields as files hold them today, from those of adaptvit 0.1, where some were modes of one."""
     rest = dict(values)
     if method == "ats" and "mode" in values:
         mode, sampler = rest.pop("mode"), rest["sampler"]
@@ -32,4 +32,6 @@ def of_today(method: str, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         method += "_released" if released else ""
         for field in () if released else ("attention_mask", "mlp_gradient"):
             rest.pop(field, None)
+    elif method == "merge":
+        rest = {"compared": "mean key", "protection": 0.0, "power": 1.0} | rest
     return method, rest

@@ -1,0 +1,302 @@
+"""Alike patches merged between attention and MLP, in pairs of two sets: what ToMe and merging by similarity share.
+
+Letters: B images, N token slots (p prefix tokens first, then patches), L blocks, H heads, d channels per head, D
+channels. A and B are the two sets of tokens, after ToMe (Bolya et al., ICLR 2023).
+
+Slots are in the order in which a block has its tokens, which merging changes; `Usage.groups` says where patches are.
+"""
+
+from abc import abstractmethod
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.checks import In, check_fields
+from adaptvit.macs import sublayer_macs
+from adaptvit.methods.base import MethodConfig
+from adaptvit.model import AdaptiveViT, Left, once
+from adaptvit.tokens import Tokens
+from adaptvit.usage import Usage
+
+Position = Literal["receiver", "mean"]
+"""`receiver`: where the token was that others were merged into; `mean`: at the mean of its patches' coordinates, which
+rotary tables are computed for. A relative bias has no rows between patches, nor have blocks that are told numbers of
+patches: there it is as `receiver`. Images of different shapes have no `mean`."""
+Compared = Literal["mean key", "keys"]
+"""What is alike: by `mean key` the cosine of keys averaged over heads, as ToMe has it; by `keys` the mean over heads of
+the cosine of theirs."""
+NEEDS = frozenset({"attention", "token norms"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig(MethodConfig):
+    """What is compared, and how it is merged; a method adds how many.
+
+    The importance of a token is the attention that it receives from the tokens that the classifier reads, mean over
+    them and over heads, or, of a ViT that pools its tokens, from their mean query; as if it were one patch, and over
+    the image's mean.
+    """
+
+    needs: ClassVar[Set[str]] = NEEDS
+
+    compared: Compared = "mean key"
+    """What a block compares."""
+    protection: Annotated[float, In("[0, 1]")] = 0.0
+    """Taken off the similarity of two tokens, times the root of the product of their importances, so that what matters
+    is not averaged away. Source: the weights of SAD-TM (CVPR 2026), here as a cost."""
+    proportional_attention: bool = True
+    """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
+    power: Annotated[float, In("[0, 2]")] = 1.0
+    """Then a token of n patches is attended to as n to this power of them: 1 is ToMe's."""
+    position: Position = "receiver"
+    """Where a merged token is, of a ViT whose blocks are told positions."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def schedule(self, depth: int) -> tuple[float, ...]:
+        """One number for each of `depth` blocks.
+
+        Raises:
+            ValueError: there are fewer or more blocks.
+        """
+
+    @abstractmethod
+    def merges(self, block: int, depth: int) -> bool:
+        """Whether block number `block` of `depth` compares its tokens."""
+
+    @abstractmethod
+    def choose(self, score: Tensor, patches: int | Tensor, block: int, depth: int) -> Tensor:
+        """The tokens of A that are merged: (B, |A|) bool.
+
+        Args:
+            score: what `match` gave.
+            patches: of every image, or of each, (B, 1).
+        """
+
+    def merged(self, patches: int, block: int, depth: int) -> int | None:
+        """Tokens that a block merges in every image that has so many patches; None where images differ."""
+        return None
+
+    def build(self, vit: nn.Module) -> "MergingViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces.
+            ValueError: a schedule that does not fit the ViT's blocks.
+        """
+        return MergingViT(vit, self)
+
+
+class Seen(NamedTuple):
+    """What attention showed of the tokens of a block, as token features in float32 or wider."""
+
+    keys: Tensor
+    """(..., d or H d) of unit length."""
+    importance: Tensor | None
+    """(...,), where the method goes by it."""
+
+
+class MergingViT(AdaptiveViT):
+    """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
+
+    def __init__(self, vit: nn.Module, config: MergingConfig) -> None:
+        super().__init__(vit, config)
+        config.schedule(self.depth)  # refuses a wrong length
+
+    @property
+    def even(self) -> bool:
+        return self.config.merged(0, 0, self.depth) is not None
+
+    def run(self, tokens: Tokens) -> Left:
+        grid = tokens.source.grid
+        if self.config.position == "mean":
+            tokens = tokens.at_coordinates(tokens.source.coordinates(tokens.x.new_zeros((), dtype=_wide(tokens.x))))
+        holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
+        if tokens.at_first is not None:
+            holder = holder * tokens.at_first  # slots that never held a token go with the first
+        held, compared = [holder], []  # holder: the slot that each input token is in
+        bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
+        for number in range(self.depth):
+            compared.append(self.compares(number, tokens.shape[1] - self.prefix))
+            if compared[-1]:
+                tokens, place, size = self.run_merging(number, tokens, bias, size)
+                holder = place.gather(1, holder)
+                bias = self.config.power * size.log() if self.config.proportional_attention else None
+            else:
+                tokens = self.run_block(number, tokens, bias=bias)
+            held.append(holder)
+        x = self.read_slots(tokens, tokens.x)
+        if self.read is None:
+            x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
+        return self.finish(x, partial(self.usage, held, compared, grid))
+
+    def usage(self, held: list[Tensor], compared: list[bool], grid: tuple[int, ...]) -> Usage:
+        """The record, as `usage_of` makes it; `compared` are the blocks that looked for tokens to merge."""
+        usage = usage_of(self, held, grid)
+        patches, looked = usage.attended - self.prefix, held[0].new_tensor(compared)
+        widths = self.shape.each("key_dim" if self.config.compared == "mean key" else "attention_width", held[0])
+        deciding = patches // 2 * (patches - patches // 2) * (widths + bool(self.config.protection))
+        if self.config.protection:
+            queries = 1 if self.read is None else self.read
+            deciding = deciding + queries * usage.attended * self.shape.each("attention_width", held[0])
+        return replace(usage, deciding=deciding * looked)
+
+    def run_merging(
+        self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
+    ) -> tuple[Tokens, Tensor, Tensor]:
+        """A block that merges tokens: what it leaves, the slot where each token went, and the patches in each."""
+        slots, sizes, seen = tokens.shape[1], list[Tensor](), list[Seen]()
+        see, decided = once(partial(self.see, tokens)), once(partial(self.places, tokens, number))
+        count = self.config.merged(slots - self.prefix, number, self.depth) if tokens.at_first is None else None
+        left = None if count is None else slots - count
+
+        def look(projected: Projected) -> None:
+            seen[:] = [see(projected)]
+
+        def merge(tokens: Tokens) -> Tokens:
+            merged, total = tokens.merge(*decided(seen[0]), size, left)
+            sizes[:] = [total]
+            return merged
+
+        after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
+        return after, decided()[0], sizes[0]
+
+    def compares(self, block: int, patches: int) -> bool:
+        """Whether a block looks for tokens to merge, where it has at most so many patches."""
+        return not self.reads_few(block) and patches > 1 and self.merges(block)
+
+    def merges(self, block: int) -> bool:
+        """Whether a block is to merge anything."""
+        return self.config.merges(block, self.depth)
+
+    def choose(self, score: Tensor, patches: int | Tensor, block: int) -> Tensor:
+        """The tokens of A that are merged: (B, |A|) bool; `score` is that of `match`, `patches` may be (B, 1)."""
+        return self.config.choose(score, patches, block, self.depth)
+
+    def see(self, tokens: Tokens, projected: Projected) -> Seen:
+        """What attention shows of the tokens of a block."""
+        keys = projected.k
+        if self.config.compared == "mean key":
+            keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
+        else:
+            keys = normalize(keys.to(_wide(keys)), dim=-1).flatten(-2) / keys.shape[-2] ** 0.5
+        return Seen(keys, self.importance(tokens, projected) if self.config.protection else None)
+
+    def importance(self, tokens: Tokens, projected: Projected) -> Tensor:
+        """The importance of each token, token features (...,)."""
+        if self.read is not None:
+            received = attention_received(tokens, projected, self.read)
+        else:
+            q = tokens.grid(projected.q)
+            count = tokens.live.sum(dim=1).view(-1, 1, 1, 1)
+            received = tokens.received((q.sum(dim=1, keepdim=True) / count).to(q.dtype), projected.k)
+        received = received.mean(dim=-1)
+        patches = tokens.grid(received)[:, self.prefix :]
+        count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True)
+        return received / tokens.spread(patches.sum(dim=1, keepdim=True) / count)
+
+    def places(self, tokens: Tokens, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
+        """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
+        live, cost = tokens.live, None
+        if seen.importance is not None:
+            cost = tokens.grid((self.config.protection * seen.importance).sqrt())
+        score, target = match(tokens.grid(seen.keys), live, self.prefix, cost)
+        alike = tokens.at_first is None
+        patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
+        chosen = self.choose(score, patches, block)
+        return arrange(chosen, score, target, live, self.prefix)
+
+
+def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -> Usage:
+    """The record of a forward that merges tokens between attention and MLP, without what deciding takes.
+
+    A token is live in the slot of its first patch.
+
+    Args:
+        holders: (B, N) int64, the slots of the input tokens before each block, and after the last.
+    """
+    held = torch.stack(holders, dim=1)
+    inputs = torch.arange(held.shape[2], device=held.device).expand_as(held)
+    first = torch.full_like(held, held.shape[2]).scatter_reduce(2, held, inputs, "amin")
+    live = first.gather(2, held) == inputs
+    count = live.sum(dim=2)
+    attended = count[:, :-1]
+    updated = attended.clone()
+    if model.read is not None:
+        updated[:, -1] = model.read
+    on = torch.ones_like(attended, dtype=torch.bool)
+    heads = attended.new_tensor(model.heads).expand_as(attended)
+    merged = attended - count[:, 1:]
+    attention, mlp = sublayer_macs(model.shape, heads, attended, updated, updated - merged)
+    groups = held[:, 1:, model.prefix :]
+    return Usage(
+        attended, updated, heads, on, on, grid, model.prefix, live[:, :-1], executed=attention + mlp, groups=groups
+    )
+
+
+def match(metric: Tensor, live: Tensor, prefix: int, cost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best match of each patch token of A among those of B.
+
+    A are the tokens in even slots, B those in odd ones; prefix tokens are in neither.
+
+    Args:
+        metric: (B, N, d), of unit length.
+        live: (B, N) bool, the first so many slots of each image.
+        cost: (B, N), whose product is taken off the similarity of two tokens.
+    Returns:
+        (B, |A|) the similarity, -inf for a dead token of A, and int64 the number of the match in B.
+    """
+    even, odd = _halves(prefix)
+    a, b = metric[:, even], metric[:, odd]
+    if cost is not None:
+        a, b = torch.cat([a, -cost[:, even, None]], dim=2), torch.cat([b, cost[:, odd, None]], dim=2)
+    with torch.autocast(metric.device.type, enabled=False):
+        similarity = a @ b.mT
+    score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
+    return score.masked_fill_(~live[:, even], -torch.inf), target
+
+
+def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Where tokens go: prefix tokens stay, those of A that are not merged follow, then those of B.
+
+    The order decides what the next block compares. Without prefix tokens those of A are in falling order of `score`, as
+    in the released code; else in the order that they have.
+
+    Args:
+        chosen: (B, |A|) bool, live tokens of A that are merged.
+        score, target: what `match` gave.
+        live: (B, N) bool, the first so many slots of each image.
+    Returns:
+        (B, N) int64, the slot that each token goes to, meaningless for dead ones, and bool, those merged.
+    """
+    even, odd = _halves(prefix)
+    staying = live[:, even] & ~chosen
+    if prefix:
+        rank = staying.cumsum(dim=1) - 1
+    else:
+        rank = score.masked_fill(~staying, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+    place = torch.arange(live.shape[1], device=live.device).repeat(live.shape[0], 1)
+    moved = torch.zeros_like(live)
+    moved[:, even] = chosen
+    followers = torch.arange(place[:, odd].shape[1], device=live.device)
+    place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + followers
+    place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
+    return place, moved
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of sizes, similarities and their thresholds: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _halves(prefix: int) -> tuple[slice, slice]:
+    """The slots of the patches in A, which are even, and in B."""
+    return slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
