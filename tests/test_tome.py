@@ -57,7 +57,8 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
     batch = torch.stack([kind[mask.long()] for kind, mask in zip(kinds, which, strict=True)])
     batch = batch.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     with torch.inference_mode():
-        output = MergeConfig(thresholds=1 - 1e-9, relative=0.0).build(vit)(batch, layout, detailed=True)
+        config = MergeConfig(thresholds=1 - 1e-9, relative=0.0, protection=0.0, power=1.0)
+        output = config.build(vit)(batch, layout, detailed=True)
         torch.testing.assert_close(output.logits, vit(batch), atol=1e-10, rtol=0)
     assert (output.usage.attended[:, -1] < output.usage.attended[:, 0] // 2).all()
     for groups, mask in zip(output.usage.groups[:, -1], which.flatten(1), strict=True):
