@@ -1,4 +1,4 @@
-"""Merging off the shelf at five budgets: what each part of calibrated merging buys over ToMe.
+"""Merging off the shelf at five budgets: what schedule, similarity and counts of each image buy over ToMe.
 
     python benchmarks/off_the_shelf.py WEIGHTS IMAGES OUTPUT [BUDGET ...]
 
@@ -47,9 +47,6 @@ METHODS: dict[str, Make] = {
     "tome": published,
     "calibrated": fitted(CalibratedConfig()),
     "calibrated, by ToMe's similarity": fitted(CalibratedConfig(**AS_TOME)),
-    "calibrated, mean key": fitted(CalibratedConfig(compared="mean key")),
-    "calibrated, no protection": fitted(CalibratedConfig(protection=0.0)),
-    "calibrated, power 1": fitted(CalibratedConfig(power=1.0)),
     "merge": fitted(MergeConfig()),
     "merge, by ToMe's similarity": fitted(MergeConfig(**AS_TOME)),
 }

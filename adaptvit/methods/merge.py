@@ -27,7 +27,7 @@ from adaptvit.usage import check_finite
 
 COMPARED: Compared = "keys"
 PROTECTION = 0.1
-POWER = 0.7
+POWER = 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +128,9 @@ class CalibratedConfig(ToMeConfig):
         return MergingConfig.fit(self, vit, images, target, **search)
 
 
-RISES = (0.0, 0.5, 1.0)
-"""Of schedules that are tried: even, and rising with depth by half or from nothing."""
-DELAYS = (1 / 6, 1 / 3)
-"""Of the blocks of those that are tried, the share at the start that merges nothing."""
+SLOPES = ((0.5, 0.0), (1.0, 0.0), (0.0, 1 / 6), (0.5, 1 / 6), (0.0, 1 / 3), (0.5, 1 / 3))
+"""Schedules that are tried beside an even one: how much r rises with depth, 1 being from nothing, and what share of the
+blocks merges nothing before."""
 REACH = 0.5
 """Share of the dense MACs to which a model can be steered later, whatever block it begins to merge in."""
 
@@ -146,8 +145,8 @@ def nearest(
 ) -> MergingViT:
     """Of models that merge by ToMe's schedules at a budget the one whose predictions are nearest to the dense model's.
 
-    Nearest is by the mean KL divergence for `images`, so that no labels are needed. First schedules are tried that rise
-    with depth, then the best of these begun later.
+    Nearest is by the mean KL divergence for `images`, so that no labels are needed. Tried are an even schedule and
+    those of `SLOPES`.
 
     Args:
         config: what is compared, and how it is merged.
@@ -163,7 +162,7 @@ def nearest(
     dense, depth = _logits(plain, images), plain.depth
     check_finite(dense, "logits")
 
-    def tried(rise: float, delay: float) -> tuple[float, float, MergingViT]:
+    def tried(rise: float, delay: float) -> tuple[float, MergingViT]:
         late = round(delay * depth)
         slopes = [1 - rise + 2 * rise * block / max(1, depth - late - 1) for block in range(depth - late)]
         r = [*[0] * late, *[round(STEPS * slope) for slope in slopes]]
@@ -172,15 +171,13 @@ def nearest(
             meet_target(like, images[:1], REACH)  # or it is not tried
         merged = meet_target(like, some, target, **how).schedule(depth)
         model = merging(ToMeConfig(r=[r if block < late else max(1, r) for block, r in enumerate(merged)]))
-        return distillation(_logits(model, images), dense, "soft", 1.0).item(), rise, model
+        return distillation(_logits(model, images), dense, "soft", 1.0).item(), model
 
-    found = [tried(RISES[0], 0.0)]
-    with suppress(OutOfReach):  # the later tokens merge, the less is saved at most
-        found.extend(tried(rise, 0.0) for rise in RISES[1:])
-    rise = min(found, key=lambda trial: trial[0])[1]
-    with suppress(OutOfReach):
-        found.extend(tried(rise, delay) for delay in DELAYS)
-    return min(found, key=lambda trial: trial[0])[2]
+    found = [tried(0.0, 0.0)]
+    for rise, delay in SLOPES:
+        with suppress(OutOfReach):  # the later tokens merge, the less is saved at most
+            found.append(tried(rise, delay))
+    return min(found, key=lambda trial: trial[0])[1]
 
 
 STEPS = 100
