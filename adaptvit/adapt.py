@@ -32,9 +32,9 @@ def adapt(
     Args:
         vit: a plain ViT. A-ViT has a copy of it, turned to carry the fitted gate.
         images: calibration batch, as the model takes them; the more, the better the budget holds on others.
-        config: the method; None merges patches that are alike, at the thresholds that ToMe's schedule leads to. What it
-            finds out from the images (A-ViT's gate, merging's thresholds) replaces what these fields had, and a warning
-            says so where that was no default.
+        config: the method; None merges patches that are alike, as many in every image, in the blocks where that changes
+            predictions for `images` least. What it finds out from the images (A-ViT's gate, merging's numbers) replaces
+            what these fields had, and a warning says so where that was no default.
         target, unit, tolerance, labels, tell: as `meet_target` takes them.
     Raises:
         TypeError: the method cannot run on this ViT, `vit` is adaptive already, or `config` is no config.
