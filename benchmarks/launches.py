@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptvit import (
     ATSConfig,
     AViTConfig,
+    CalibratedConfig,
     Dense,
     DynamicViTConfig,
     EViTConfig,
@@ -46,7 +47,8 @@ METHODS: dict[str, MethodConfig] = {
     "grid": GridConfig(rate=0.5),
     "ats": ATSConfig(blocks=(1, 2), tokens=(10, 6)),
     "avit": AViTConfig(gate_scale=3.0),
-    "merge": MergeConfig(thresholds=0.4),
+    "calibrated": CalibratedConfig(r=3),
+    "merge": MergeConfig(thresholds=0.3),
     "dynamicvit, threshold": DynamicViTConfig(blocks=(1, 2), select="threshold", threshold=0.3),
 }
 NO_KERNEL = """

@@ -115,7 +115,7 @@ METHODS = {
     "merge": MergeConfig(thresholds=0.35),
     "grid": GridConfig(rate=0.8),
     "grid, to the end": GridConfig(rate=4.0),
-    "merge, by block": MergeConfig(thresholds=(0.5, 1.0, 0.3, -1.0), relative=0.0, proportional_attention=False),
+    "merge, by block": MergeConfig(thresholds=(0.4, 1.0, 0.2, -1.0), relative=0.0, proportional_attention=False),
 }
 ONE_OF_EACH = (
     "full",

@@ -223,7 +223,7 @@ def test_a_printed_config_is_one_to_start_from(
         (["digits", "--method.epsilon", ".nan"], "AViTConfig.epsilon must lie in (0, 1), got nan"),
         (["digits", "--model", "vit_of_nobody"], "Run.model must be the name of a timm ViT, got 'vit_of_nobody'"),
         (["imagenette_dense", "--fit", "true"], "Run.fit needs a budget to fit to"),
-        (["digits", "--method-name", "skip"], "method_name must be one of merge, tome"),
+        (["digits", "--method-name", "skip"], "method_name must be one of calibrated, merge, tome"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -213,7 +213,7 @@ def test_a_method_that_the_model_cannot_do_says_why(folder: Path, tmp_path: Path
     assert "in its place" in by_label(outcome)["merge 0.6"].record["refused"]
     assert all(row.record["refused"] for row in outcome.rows[1:])
     shown = methods_table(outcome.rows).text().splitlines()
-    assert "ATS needs attention, but the blocks of parts_vit have TokenMLP in its place" in shown[5]
+    assert "ATS needs attention, but the blocks of parts_vit have TokenMLP in its place" in shown[6]
 
 
 def test_a_timm_name_takes_weights_from_a_file(folder: Path, tmp_path: Path) -> None:
@@ -304,7 +304,10 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--methods=[fly]"], "methods must be some of merge, tome, grid, ats, evit, avit, random, got ('fly',)"),
+        (
+            ["--methods=[fly]"],
+            "methods must be some of calibrated, merge, tome, grid, ats, evit, avit, random, got ('fly',)",
+        ),
         (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got (0.5, 60.0); 60 % is 0.6"),
         (["--calibration=34"], "has 35 images, of which 34 are set aside for calibration: two or more must be left"),
         (["--rounds=0"], "rounds must be 1 or more, got 0"),

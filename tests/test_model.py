@@ -60,7 +60,7 @@ def test_models_and_outputs_are_printed_shortly() -> None:
     vit = small_vit(img_size=64)
     model = adapt(vit, images(vit, count=4), 0.7)
     first, second = repr(model).split("\n")
-    assert first.startswith("MergingViT: merging by similarity on test_vit, 4 blocks, shift=")
+    assert first.startswith("MergingViT: calibrated merging on test_vit, 4 blocks, rate=")
     assert first.endswith("% of the dense MACs")
     assert second == repr(model.config)
     output = METHODS["avit"].build(small_vit()).train()(images(vit.eval(), count=3)[..., :32, :32], detailed=True)

@@ -494,6 +494,7 @@ DECIDE = {
     "evit": "best",
     "dynamicvit": "kept_of",
     "tome": "places",
+    "calibrated": "places",
     "merge": "places",
     "grid": "joined",
 }

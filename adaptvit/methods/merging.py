@@ -129,7 +129,9 @@ class MergingViT(AdaptiveViT):
             if compared[-1]:
                 tokens, place, size = self.run_merging(number, tokens, bias, size)
                 holder = place.gather(1, holder)
-                bias = self.config.power * size.log() if self.config.proportional_attention else None
+                bias = size.log() if self.config.proportional_attention else None
+                if bias is not None and self.config.power != 1:
+                    bias = self.config.power * bias
             else:
                 tokens = self.run_block(number, tokens, bias=bias)
             held.append(holder)
