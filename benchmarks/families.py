@@ -171,7 +171,7 @@ mean over the models and, behind it, their standard deviation; differences are f
 are added to the features before the blocks, so that `receiver` and `mean` are the same.
 
 Between `receiver`, which is the default, and `mean` these models tell no difference; merging on the grid diverges about
-twice as far as ToMe, and `MergeConfig`, whose similarity is another and whose images keep different numbers, half as far.
+twice as far as ToMe, and `MergeConfig`, whose similarity is another and whose images keep what they need, half as far.
 
     B=benchmarks/rotary_merging.py
     python $B train --data imagenette160 --weights vit_tiny_patch16_224.safetensors --out rotary
