@@ -29,7 +29,7 @@ from adaptvit.weights.opening import start_from
 WIDTH, HEADS, DEPTH, PATCHES, BATCH = 192, 3, 12, 196, 50
 DENSE = 1.254
 """GMACs of ViT-Tiny/16 at 224 pixels."""
-LATE, EVEN = [0, 0, *[1] * 9], [1] * 11
+LATE, EVEN = (0, 0, *[1] * 9), (1,) * 11
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from adaptvit import (
 )
 from adaptvit.budget import attempt
 from adaptvit.methods import METHODS, untrained
+from adaptvit.methods.losses import divergence as apart
 from adaptvit.methods.merge import SLOPES
 from adaptvit.methods.merging import MergingViT
 
@@ -48,9 +49,11 @@ def test_tome_at_a_budget_merges_as_evenly_as_it_can() -> None:
     assert max(r) - min(r) <= 1
 
 
-@pytest.mark.parametrize("config", [MergeConfig(), CalibratedConfig()], ids=lambda config: config.method)
-def test_merging_is_where_it_changes_predictions_least(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    vit = small_vit(img_size=64, depth=12).eval()
+@pytest.mark.parametrize(("config", "classes"), [(MergeConfig(), 7), (CalibratedConfig(), 0)])
+def test_merging_is_where_it_changes_predictions_or_features_least(
+    config: MethodConfig, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = small_vit(img_size=64, depth=12, num_classes=classes).eval()
     batch, divergence = images(vit, count=24), {}
 
     def recorded(self: MergingViT, vit: nn.Module, config: MethodConfig) -> None:
@@ -62,11 +65,10 @@ def test_merging_is_where_it_changes_predictions_least(config: MethodConfig, mon
     chosen = config.fitted(vit, batch, 0.8)
     monkeypatch.undo()
     with torch.inference_mode():
-        dense = vit(batch).log_softmax(dim=1)
+        dense = vit(batch)
         for model in models:
             if type(model) is MergingViT and type(model.config) is type(config) and model.config != config:
-                merged = model(batch).log_softmax(dim=1)
-                divergence[model.config] = (dense.exp() * (dense - merged)).sum(dim=1).mean().item()
+                divergence[model.config] = apart(model(batch), dense, headless=not classes).item()
     assert len({*divergence.values()}) == 1 + len(SLOPES)
     assert any(not tried.merges(0, 12) for tried in divergence)  # some begin late
     assert divergence[chosen.config] == min(divergence.values())

@@ -19,7 +19,7 @@ from adaptvit.budget import BATCH, OutOfReach, meet_target
 from adaptvit.checks import In
 from adaptvit.methods.base import DEITS, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
-from adaptvit.methods.losses import distillation
+from adaptvit.methods.losses import divergence
 from adaptvit.methods.merging import Compared, MergingConfig, MergingViT
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
@@ -145,8 +145,8 @@ def nearest(
 ) -> MergingViT:
     """Of models that merge by ToMe's schedules at a budget the one whose predictions are nearest to the dense model's.
 
-    Nearest is by the mean KL divergence for `images`, so that no labels are needed. Tried are an even schedule and
-    those of `SLOPES`.
+    Nearest is by the mean KL divergence for `images`, or by the cosine of what a ViT without classes gives, so that no
+    labels are needed. Tried are an even schedule and those of `SLOPES`.
 
     Args:
         config: what is compared, and how it is merged.
@@ -171,7 +171,7 @@ def nearest(
             meet_target(like, images[:1], REACH)  # or it is not tried
         merged = meet_target(like, some, target, **how).schedule(depth)
         model = merging(ToMeConfig(r=[r if block < late else max(1, r) for block, r in enumerate(merged)]))
-        return distillation(_logits(model, images), dense, "soft", 1.0).item(), model
+        return divergence(_logits(model, images), dense, headless=plain.num_classes == 0).item(), model
 
     found = [tried(0.0, 0.0)]
     for rise, delay in SLOPES:
