@@ -9,7 +9,7 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dis import opmap
 from importlib import import_module
 from pathlib import Path
@@ -17,27 +17,12 @@ from typing import Any
 
 import torch.distributed
 import yaml
+from adaptvit_cli import ALIASES, answer
 
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.files import check_is_file
 from adaptvit.process import as_found
-from adaptvit.terminal import leave, say, word_after
-
-COMMANDS = {
-    "train": "train a recipe, on your own images or the digits",
-    "compare": "train variants, or methods on one model: one report",
-    "evaluate": "accuracy, GMACs, depth and speed on a data set",
-    "predict": "classes, GMACs and tokens left, image by image",
-    "draw": "images beside the depth of their tokens, as PNG files",
-    "budget": "make a model meet a MACs or speed budget, untrained",
-    "demo": "train, adapt, measure and draw, on data already here",
-    "playground": "a local page: your pictures, dense and adaptive",
-    "bench": "time dense, masked and packed runs beside their MACs",
-    "export": "a model as ONNX or torch.export, run and compared",
-    "convert": "turn published weights into an adaptvit file",
-}
-"""What `adaptvit.commands` has a module of each for, with its `options` and its `execute`; only the one that is asked
-for is imported."""
+from adaptvit.terminal import leave, quiet, say, word_after
 
 TRACEBACK = "ADAPTVIT_TRACEBACK"
 """Variable of the environment that shows where an error came from, before the sentence that says it."""
@@ -76,20 +61,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> int:
+    told = answer(words)
+    if told is not None:
+        for line in told.split("\n"):
+            say(line)
+        return 0
     with needed("the command line"):
         from jsonargparse import ArgumentParser, set_parsing_settings
+    from adaptvit.commands.parsing import in_other_words, made_plain, written_out
+
+    if words[0] in ALIASES:
+        name, words = words[0], [ALIASES[words[0]], *words[1:]]
+        say(f"adaptvit: {name} is called {words[0]} now, and by its old name until the next version", sys.stderr)
     _check_files(words)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
-    commands = parser.add_subcommands(dest="command")
     words = [_underscored(word) for word in words]
-    asked = next((word for word in words if word in COMMANDS), None)
-    module: Any = asked and import_module(f"adaptvit.commands.{asked}")
-    for name, sentence in COMMANDS.items():
-        commands.add_subcommand(name, module.options(words) if name == asked else ArgumentParser(), help=sentence)
-    arguments = parser.parse_args(words)
+    module: Any = import_module(f"adaptvit.commands.{words[0]}")
+    own = module.options(words)
+    own.add_argument("--quiet", action="store_true", help="Tell warnings and errors alone: no figures, no progress.")
+    parser.add_subcommands(dest="command").add_subcommand(words[0], own)
+    made_plain(own, " ".join(words[:2]) if words[:2] == ["compare", "methods"] else words[0])
+    try:
+        arguments = parser.parse_args(written_out(words, own))[words[0]]
+    except ArgumentError as error:
+        raise in_other_words(error, own) from error
     of_the_caller = torch.distributed.is_initialized()
-    code: int = module.execute(arguments[arguments.command]) or 0
+    silent = arguments.pop("quiet") or arguments.get("json") == "-"
+    with quiet() if silent else nullcontext():
+        code: int = module.execute(arguments) or 0
     if torch.distributed.is_initialized() and not of_the_caller:
         torch.distributed.destroy_process_group()  # of torchrun, which has served
     return code

@@ -12,7 +12,7 @@ from PIL import Image
 
 from adaptvit import AdaViTConfig, AViTConfig, FullConfig, MergeConfig, load, save
 from adaptvit.budget import Trial
-from adaptvit.commands.budget import set_budget
+from adaptvit.commands.adapt import set_budget
 from adaptvit.data import DataConfig
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.recipes import RECIPES

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from adaptvit.backbones.forward import scores
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.commands.console import config_of
+from adaptvit.commands.console import add_json, check_json, config_of, tell_json
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, photographs, preparation
 from adaptvit.files import as_json, check_output, write_atomically
 from adaptvit.macs import dense_macs, macs
@@ -338,15 +338,14 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Move a method's knob to a MACs target, then time dense, masked and packed runs.",
     )
     parser.add_class_arguments(BenchConfig, as_positional=True)
-    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> None:
     """Print the figures as a table and write them where asked."""
     config = config_of(BenchConfig, arguments)
-    if arguments.json:
-        check_output(arguments.json)
+    check_json(arguments.json)
     figures = bench(config)
     for name in [name for name in figures if name.endswith("_images_per_s")]:
         say(f"{name:>22} {figures[name]:10.2f}")
@@ -360,5 +359,4 @@ def execute(arguments: Namespace) -> None:
         say(f"{'tokens ' + name:>22} {' '.join(f'{count:6.1f}' for count in tokens[name])}")
     loads = " to ".join(f"{load:.1f}" for load in figures["load_average"])
     say(f"{figures['rounds']} rounds, {figures['threads']} threads, {figures['dtype']}, load average {loads}")
-    if arguments.json:
-        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
+    tell_json(arguments.json, figures)

@@ -21,11 +21,10 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
-from tqdm import tqdm
 
 from adaptvit.adapt import adapt
 from adaptvit.checks import In, OneOf, check_device, check_fields
-from adaptvit.commands.console import config_of, say_table, say_unused
+from adaptvit.commands.console import add_json, check_json, config_of, say_table, say_unused, tell_json
 from adaptvit.commands.draw import last_groups
 from adaptvit.commands.evaluate import check_classes
 from adaptvit.data import (
@@ -49,7 +48,7 @@ from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.records import contents, known, same, stable, version, write_record
 from adaptvit.show.pictures import Figure, data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
-from adaptvit.terminal import say, warn
+from adaptvit.terminal import progress_bar, say, warn
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import open_model, start_from
 
@@ -177,7 +176,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
     untrained = [Entry(name, share) for name in dict.fromkeys(config.methods) for share in budgets]
     entries = [DENSE, *untrained, *map(Entry, what.files)]
     (config.output / "records").mkdir(parents=True, exist_ok=True)
-    records = {entry: what.record(entry) for entry in tqdm(entries, "methods", position=1)}
+    records = {entry: what.record(entry) for entry in progress_bar(entries, "methods", outer=True, stays=True)}
     models = {entry: what.rebuild(entry, record) for entry, record in records.items() if not record["refused"]}
     timed = what.speeds(models)
     rows = [
@@ -603,17 +602,20 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Every method that needs no training, at several budgets, and models that were fine-tuned: "
         "accuracy against MACs and measured speed. What is finished is never run again.",
     )
-    parser.add_argument("name", choices=["methods"], help="methods.")
+    parser.add_argument("name", choices=["methods"], help="The word `methods`.")
     parser.add_class_arguments(MethodsConfig, as_positional=True, skip={"files"})
     parser.add_argument(
         "files", nargs="*", default=[], help="Fine-tuned models of the same classes, named as MODEL is."
     )
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> int:
     """Run what is not finished, and print the table; 1 where images could not be read."""
+    check_json(arguments.json)
     arguments.files = tuple(arguments.files)
     outcome = compare_methods(config_of(MethodsConfig, arguments), lambda rows: say_table(methods_table(rows)))
     say(f"{outcome.report}: the report")
+    tell_json(arguments.json, [_line(row) for row in outcome.rows])
     return say_unused(outcome.unreadable, outcome.left_out)

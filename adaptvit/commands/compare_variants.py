@@ -13,7 +13,6 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import torch
-from tqdm import tqdm
 
 from adaptvit.checks import In, check_fields, checked
 from adaptvit.data import open_data, preparation, spread_over
@@ -24,7 +23,7 @@ from adaptvit.process import as_found, best_device
 from adaptvit.records import contents, known, plain, same, version, write_record
 from adaptvit.show.pictures import Figure, data_uri, error_bars, write_png
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
-from adaptvit.terminal import warn
+from adaptvit.terminal import progress_bar, warn
 from adaptvit.training.run import Run, train_run
 from adaptvit.weights.checkpoints import load
 from adaptvit.weights.places import is_stored, weights_file
@@ -89,7 +88,7 @@ def compare(
     Finished runs of the same version are read back; one that was interrupted goes on after its last epoch.
 
     Args:
-        seeds: seeds 0, 1, ... of each variant, two or more.
+        seeds: how many seeds of each variant, 0, 1, and so on.
         processes: runs at a time, each in a process of its own with its share of the CPU threads; 1 trains here.
         tell: called with what was found, before any of it is written; where a run cannot be, as the disk is full, with
             what was found so far.
@@ -113,7 +112,9 @@ def compare(
     everything = [job for runs in jobs.values() for job in runs]
     waiting = [job for job in everything if _finished(job, settings[job.output]) is None]
     output.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(everything), initial=len(everything) - len(waiting), desc="runs", position=1) as bar:
+    with progress_bar(
+        words="runs", total=len(everything), initial=len(everything) - len(waiting), outer=True, stays=True
+    ) as bar:
         try:
             for _ in _trained(waiting, settings, processes):
                 bar.update()
@@ -132,7 +133,7 @@ def compare(
         for seed, one in enumerate(results)
     ]
     write_csv(output / "runs.csv", lines)
-    write_csv(output / "summary.csv", [_summary(row) for row in rows])
+    write_csv(output / "summary.csv", [summary(row) for row in rows])
     plots = _plots(rows)
     for name, (figure, _) in plots.items():
         write_png(figure, output / f"{name}.png")
@@ -295,7 +296,7 @@ def _paired_by_seed(results: Sequence[dict[str, Any]], first: Sequence[dict[str,
     return (mean(gaps), stdev(gaps) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
 
 
-def _summary(row: VariantRow) -> dict[str, Any]:
+def summary(row: VariantRow) -> dict[str, Any]:
     """A line of `summary.csv`."""
     line: dict[str, Any] = {"variant": row.name, "runs": len(row.runs), "diverged": row.diverged}
     for figure in dict.fromkeys(name for one in row.runs for name in one if name != "seed"):

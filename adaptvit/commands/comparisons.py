@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from adaptvit.commands.compare_variants import Comparison, VariantRow, compare, variants_table
-from adaptvit.commands.console import say_table
+from adaptvit.commands.compare_variants import Comparison, VariantRow, compare, summary, variants_table
+from adaptvit.commands.console import add_json, check_json, say_table, tell_json
 from adaptvit.data import DataConfig
 from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.full import FullConfig
-from adaptvit.terminal import say
+from adaptvit.terminal import meant, say
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.recipes import digits
 from adaptvit.training.run import Run
@@ -127,13 +127,18 @@ def options(_: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--epochs", type=int, default=None, help="Other than the comparison's.")
     parser.add_argument("--output", type=Path, default=None, help="Folder of the results; runs/NAME by default.")
     parser.add_function_arguments(compare, skip={"comparison", "output", "tell"})
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> int:
     """Train what is not finished, and print the table."""
     if arguments.name not in COMPARISONS:
-        raise ValueError(f"comparison must be one of {', '.join(COMPARISONS)} or methods, got {arguments.name!r}")
+        raise ValueError(
+            f"comparison must be one of {', '.join(COMPARISONS)} or methods, got {arguments.name!r}"
+            f"{meant(arguments.name, [*COMPARISONS, 'methods'])}"
+        )
+    check_json(arguments.json)
     comparison = COMPARISONS[arguments.name]()
     variants = comparison.variants
     if arguments.root is not None:
@@ -149,6 +154,7 @@ def execute(arguments: Namespace) -> int:
         say("")
         say_table(variants_table(rows))
 
-    compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes, tell)
+    rows = compare(replace(comparison, variants=variants), output, arguments.seeds, arguments.processes, tell)
     say(f"{output / 'report.html'}: the report")
+    tell_json(arguments.json, [summary(row) for row in rows])
     return 0

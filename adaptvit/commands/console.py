@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.data import LeftOut, Unreadable
+from adaptvit.files import as_json, check_output, write_atomically
 from adaptvit.show.report import Table
 from adaptvit.terminal import say
 
@@ -25,6 +27,27 @@ def say_listed(figures: dict[str, Any]) -> None:
     shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in figures.items()}
     for name, value in shown.items():
         say(f"{name:>{width}}  {'-' if value is None else value}")
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """The option that `tell_json` takes."""
+    sentence = "Write the figures as JSON to this file, or with - or nothing to the standard output and nothing else there."
+    parser.add_argument("--json", type=str, default=None, help=sentence)
+
+
+def check_json(where: str | None) -> None:
+    """Refuse a file that cannot be written, before there are figures."""
+    if where not in (None, "-"):
+        check_output(Path(where))
+
+
+def tell_json(where: str | None, figures: Any) -> None:
+    """Write figures where the option says, if it does."""
+    if where == "-":
+        for line in as_json(figures, indent=2).split("\n"):
+            say(line, sys.stdout)
+    elif where is not None:
+        write_atomically(Path(where), as_json(figures, indent=2) + "\n")
 
 
 def say_table(cells: Table) -> None:

@@ -16,7 +16,6 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import config_of, say_unused
@@ -40,7 +39,7 @@ from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
-from adaptvit.terminal import say
+from adaptvit.terminal import progress_bar, say
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model
 
@@ -172,9 +171,7 @@ def _draw(config: DrawConfig) -> Drawing:
     singles = [slice(number, number + 1) for number in range(len(seen))]
     config.output.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, part in tqdm(
-        [*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing", leave=False
-    ):
+    for name, part in progress_bar([*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing"):
         columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
         groups = [one.groups for one in seen[part] if one.groups is not None]
         merged = mean_colours(images[part], torch.stack(groups)) if groups else None
@@ -223,7 +220,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
     }
     config.output.mkdir(parents=True, exist_ok=True)
     files = [config.output / f"{name}.png" for name in figures]
-    for file, figure in zip(files, tqdm(figures.values(), "drawing", leave=False), strict=True):
+    for file, figure in zip(files, progress_bar(figures.values(), "drawing"), strict=True):
         write_png(figure(), file)
     beyond = len(samples) - len(gmacs) - len(record.unreadable)
     finding = _finding(gmacs, record.difficulty, labelled)
@@ -254,7 +251,7 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
     count, like = min(config.most, len(samples)), next(model.parameters())
     indices = [place * len(samples) // count for place in range(count)]
     readable, usages, classes, difficulty, unreadable = [], [], [], [], []
-    for start in tqdm(range(0, count, config.batch_size), "looking", leave=False):
+    for start in progress_bar(range(0, count, config.batch_size), "looking"):
         part = indices[start : start + config.batch_size]
         items = [samples[index] for index in part]
         batch = collate(items)
@@ -371,7 +368,7 @@ def _most_varied(
 def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[Seen | Unreadable]:
     """Each image as it comes through the model, in order; what is not asked for is not decoded, but for its batch."""
     like = next(model.parameters())
-    for start in tqdm(range(0, len(indices), batch_size), "looking", leave=False):
+    for start in progress_bar(range(0, len(indices), batch_size), "looking"):
         part = indices[start : start + batch_size]
         items: list[Any] = [samples[index] for index in part]
         good = [item[0] for item in items if not isinstance(item, Unreadable)]

@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch.utils.data import DataLoader, Dataset
 
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.commands.console import config_of, say_listed, say_unused
+from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
 from adaptvit.data import ClassFolders, DataConfig, Samples, class_names, collate, open_split, preparation
-from adaptvit.files import append_csv, as_json, check_output, read_csv, write_atomically
+from adaptvit.files import append_csv, check_output, read_csv
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.measure.speed import measure_speed
 from adaptvit.model import AdaptiveViT
@@ -109,7 +109,7 @@ def options(_: Sequence[str]) -> ArgumentParser:
         allow_abbrev=False, description="Accuracy, GMACs, depth of tokens and speed of a model on a data set."
     )
     parser.add_class_arguments(EvaluateConfig, as_positional=True)
-    parser.add_argument("--json", type=Path, default=None, help="Also write the figures to this file.")
+    add_json(parser)
     parser.add_argument("--csv", type=Path, default=None, help="Also append them, a line a model, to this file.")
     return parser
 
@@ -117,15 +117,13 @@ def options(_: Sequence[str]) -> ArgumentParser:
 def execute(arguments: Namespace) -> int:
     """Print the figures, write them where asked; 1 where images could not be read."""
     config = config_of(EvaluateConfig, arguments)
-    for path in (arguments.json, arguments.csv):
-        if path:
-            check_output(path)
+    check_json(arguments.json)
     if arguments.csv:
+        check_output(arguments.csv)
         read_csv(arguments.csv, KNOWN_BY)
     result, figures = evaluate_model(config)
     say_listed(figures)
-    if arguments.json:
-        write_atomically(arguments.json, as_json(figures, indent=2) + "\n")
+    tell_json(arguments.json, figures)
     if arguments.csv:
         append_csv(arguments.csv, figures, KNOWN_BY)
     return say_unused(result.unreadable, result.left_out)

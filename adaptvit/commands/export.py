@@ -67,7 +67,7 @@ def export_model(
     check_exportable(opened, output, format, dtype, Masked if layout == "masked" else Dense, classes)
     if target is not None:
         if not opened.even:  # what they cost depends on the images
-            raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit budget")
+            raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit adapt")
         meet_target(opened, torch.zeros(1, *input_size(opened.vit)).to(next(opened.parameters())), target)
     looked_at = None
     if data is not None:

@@ -23,7 +23,6 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import config_of, say_unused
@@ -45,7 +44,7 @@ from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64, serve
 from adaptvit.records import VERSION, read_record, version, write_record
-from adaptvit.terminal import say
+from adaptvit.terminal import progress_bar, say
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import open_model
 
@@ -158,7 +157,7 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
             loader = DataLoader(
                 images, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=serve
             )
-            for batch in tqdm(loader, desc="predicting", unit="batch", disable=not state.is_main_process):
+            for batch in progress_bar(loader, "predicting", unit="batch", stays=True, shown=state.is_main_process):
                 unreadable += batch.unreadable
                 rows = list(
                     zip(batch.labels.tolist(), _image_rows(model, batch.images, classes, config.top), strict=True)

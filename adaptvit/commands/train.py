@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.commands.console import config_of, say_listed, say_unused
 from adaptvit.methods import METHODS
-from adaptvit.terminal import say, word_after
+from adaptvit.terminal import meant, say, word_after
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run, is_main, train_run
 
@@ -22,7 +22,7 @@ def options(words: Sequence[str]) -> ArgumentParser:
     )
     named = words[1] if len(words) > 1 and words[0] == "train" and not words[1].startswith("-") else "digits"
     if named not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {named!r}")
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {named!r}{meant(named, RECIPES)}")
     recipe = _recipe(named, word_after(words, "--method_name"))
 
     def same(name: str) -> str:
@@ -61,7 +61,7 @@ def _recipe(name: str, method: str | None) -> Run:
     if method in (None, recipe.method.method):
         return recipe
     if method not in METHODS:
-        raise ValueError(f"method_name must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method_name must be one of {', '.join(METHODS)}, got {method!r}{meant(method, METHODS)}")
     return replace(recipe, method=METHODS[method]())
 
 

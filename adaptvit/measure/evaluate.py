@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from tqdm import tqdm
 
 from adaptvit.backbones.base import model_name, patch_grid
 from adaptvit.backbones.forward import scores
@@ -30,6 +29,7 @@ from adaptvit.data import (
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, from_all, in_float64, pins, place, serve
+from adaptvit.terminal import progress_bar
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights.tensorfiles import check_finite
@@ -177,7 +177,7 @@ def outputs(
         data, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=serve, pin_memory=pins(like.device)
     )
     seen = 0
-    for batch in tqdm(loader, desc="evaluating", leave=False):
+    for batch in progress_bar(loader, "evaluating"):
         batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
         output = _forward(model, batch.images.to(like, non_blocking=True), layout) if len(batch.labels) else None
         if output is not None:

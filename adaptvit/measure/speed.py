@@ -14,11 +14,11 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adaptvit.macs import Shape, dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import in_float64
+from adaptvit.terminal import progress_bar
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import Usage
 
@@ -44,7 +44,7 @@ def interleaved(
         call()
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in tqdm(range(rounds), bar, leave=False, disable=bar is None):
+    for turn in progress_bar(range(rounds), bar, shown=bar is not None):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             seconds[name].append(_seconds(calls[name], device))

@@ -23,7 +23,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from adaptvit.backbones.base import check_images, class_count, prefix_tokens
 from adaptvit.backbones.families import FAMILIES
@@ -37,7 +36,7 @@ from adaptvit.methods.losses import distillation, over_processes
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, fault, from_all, pins, stopped_later
 from adaptvit.seeds import begin_stream, stream
-from adaptvit.terminal import shown, warn
+from adaptvit.terminal import progress_bar, shown, warn
 from adaptvit.tokens import Dense, Masked, Tokens
 from adaptvit.training.loader import end, training_loader
 from adaptvit.training.recipe import Epoch, Recipe
@@ -251,7 +250,7 @@ class _Training:
         title, quiet = f"{self.name} {number}/{recipe.epochs}", not accelerator.is_local_main_process
         alone = accelerator.num_processes == 1
         with (
-            tqdm(total=self.steps, desc=title, disable=quiet) as bar,
+            progress_bar(words=title, total=self.steps, stays=True, shown=not quiet) as bar,
             nullcontext() if alone else stopped_later() as stop,
         ):
             for step in range((number - 1) * self.steps, number * self.steps):

@@ -56,7 +56,7 @@ from adaptvit.weights.tensorfiles import (
 
 WRAPPED = ("state_dict_ema", "state_dict", "model", "model_ema")
 """Where training checkpoints have their weights, in the order in which the trainings' own evaluation reads them."""
-NOT_FITTED = "what it drops says nothing of an image; train it, or let adaptvit budget fit a plain model"
+NOT_FITTED = "what it drops says nothing of an image; train it, or let adaptvit adapt fit a plain model"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def convert(
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
-        gate_scale, gate_center: of A-ViT, where neither the file's name nor its training arguments are to say.
+        gate_scale: of A-ViT, where neither the file's name nor its training arguments are to say.
+        gate_center: likewise.
         keep_rate: of EViT or DynamicViT, in (0, 1], a number or one for each block or stage that drops patches; None is
             the released default, 0.7.
         fuse: whether EViT fuses what it drops; None is the released default, that it does.

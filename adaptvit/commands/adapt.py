@@ -1,6 +1,7 @@
-"""`adaptvit budget`: a model that meets a budget, untrained."""
+"""`adaptvit adapt`: a model that meets a budget, untrained."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from adaptvit.adapt import adapt
 from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, OneOf, check_device, checked
+from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import DataConfig, Samples, class_names, first_of, open_split, preparation, spread_over
 from adaptvit.files import check_output
 from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
@@ -87,23 +89,34 @@ def set_budget(
 
 
 def options(_: Sequence[str]) -> ArgumentParser:
-    """`adaptvit budget MODEL FOLDER OUTPUT`."""
+    """`adaptvit adapt MODEL FOLDER OUTPUT`."""
     parser = ArgumentParser(
         allow_abbrev=False,
         description="Make a model meet a budget without training: a plain ViT becomes adaptive, else the knob moves.",
     )
     parser.add_function_arguments(set_budget, as_positional=True, skip={"tell"})
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> None:
     """Print each trial, and what was written."""
 
+    told = arguments.as_dict()
+    where = told.pop("json")
+    check_json(where)
+    trials: list[Trial] = []
+
     def tell(trial: Trial) -> None:
+        trials.append(trial)
         top1 = "" if trial.top1 is None else f", top-1 {trial.top1:.1%}"
         cost = f"{trial.share:.1%} of the MACs, {trial.gmacs:.3f} GMACs, {trial.images_per_s:.0f} images/s"
         say(f"{trial.knob:10.4g}: {cost}{top1}")
 
-    config = set_budget(**arguments.as_dict(), tell=tell)
+    config = set_budget(**told, tell=tell)
     assert config.knob is not None  # or there would have been nothing to move
-    say(f"{arguments.output}: {config.knob.field} {getattr(config, config.knob.field):g}")
+    value = getattr(config, config.knob.field)
+    say(f"{arguments.output}: {config.knob.field} {value:g}")
+    met = next((asdict(trial) for trial in reversed(trials) if trial.knob == value), {})
+    named = {"file": str(arguments.output), "method": config.method, "field": config.knob.field, "knob": value}
+    tell_json(where, {**met, **named})
