@@ -51,7 +51,9 @@ def answer(words: Sequence[str]) -> str | None:
     if first.startswith("-"):
         raise ValueError(f"{first!r} before a command; the command comes first: adaptvit COMMAND {ascii(first)[1:-1]}")
     close = get_close_matches(first, [*COMMANDS, *ALIASES], 1)
-    raise ValueError(f"no command {first!r}; {f'did you mean {close[0]!r}?' if close else 'adaptvit --help lists them'}")
+    raise ValueError(
+        f"no command {first!r}; {f'did you mean {close[0]!r}?' if close else 'adaptvit --help lists them'}"
+    )
 
 
 def overview() -> str:

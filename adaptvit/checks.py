@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptvit.terminal import meant
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -104,11 +106,15 @@ class OneOf:
     def __repr__(self) -> str:
         return f"one of {self.words}"
 
-    def check(self, value: Any) -> None:
+    def others(self, value: Any) -> list[str]:
+        """What is none of the names, in a value as it was given."""
         names = self.names() if callable(self.names) else self.names
-        for name in leaves(value):
-            if name is not None and name not in names:
-                raise Wrong(f"must be {'some' if isinstance(value, tuple) else 'one'} of {self.words}")
+        several = value if isinstance(value, list | tuple) else (value,)
+        return [str(name) for name in several if name is not None and name not in names]
+
+    def check(self, value: Any) -> None:
+        if self.others(value):
+            raise Wrong(f"must be {'some' if isinstance(value, tuple) else 'one'} of {self.words}")
 
 
 class Ascending:
@@ -180,7 +186,11 @@ def valid(name: str, value: Any, kind: Any) -> Any:
         words = str(wrong)
     except Unfit:
         words = f"must be {_words(kind)}"
-    hints = [one.hint for one in get_args(kind)[1:] if isinstance(one, In)] if get_origin(kind) is Annotated else []
+    beside = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    hints = [one.hint for one in beside if isinstance(one, In)]
+    for one in beside:
+        if isinstance(one, OneOf):
+            hints += [meant(name, one.words.split(", ")) for name in one.others(value)[:1]]
     raise ValueError(f"{name} {words}, got {quoted(value)}{''.join(hints)}")
 
 

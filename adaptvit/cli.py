@@ -17,12 +17,12 @@ from typing import Any
 
 import torch.distributed
 import yaml
-from adaptvit_cli import ALIASES, answer
 
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.files import check_is_file
 from adaptvit.process import as_found
 from adaptvit.terminal import leave, quiet, say, word_after
+from adaptvit_cli import ALIASES, answer
 
 TRACEBACK = "ADAPTVIT_TRACEBACK"
 """Variable of the environment that shows where an error came from, before the sentence that says it."""

@@ -1,10 +1,15 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+import tomllib
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +21,18 @@ import yaml
 from models import METHODS, small_vit
 from PIL import Image
 
+import adaptvit_cli
 from adaptvit import cli, load, save
-from adaptvit.commands import demo, train
+from adaptvit.commands import adapt, bench, demo, evaluate, train
+from adaptvit.commands.parsing import made_plain, written_out
+from adaptvit.extras import EXTRAS
+from adaptvit.methods import METHODS as KINDS
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run
+from adaptvit.weights.names import all_names
+from adaptvit_cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
 
 
 def said(capsys: pytest.CaptureFixture) -> str:
@@ -29,13 +42,12 @@ def said(capsys: pytest.CaptureFixture) -> str:
 @pytest.mark.parametrize(
     "command",
     [
-        "",
         "train",
         "train digits",
         "compare",
         "compare methods",
         "evaluate",
-        "budget",
+        "adapt",
         "demo",
         "bench",
         "export",
@@ -255,7 +267,7 @@ def test_a_wrong_word_is_refused_in_one_sentence(
         "evaluate model {}",
         "predict model . --class-names {}",
         "draw model {}",
-        "budget model {} new.safetensors",
+        "adapt model {} new.safetensors",
         "compare methods model . --class_map={}",
         "compare methods model . {}",
         "bench deit_tiny_patch16_224 --settings {}",
@@ -335,11 +347,11 @@ def test_train_says_where_the_model_is(images: Path, tmp_path: Path, capsys: pyt
     assert f"top1  {float(shown.split('top1')[1].split()[0]):.4f}" in capsys.readouterr().out
 
 
-def test_budget_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_adapt_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = tmp_path / "vit.safetensors"
     save(METHODS["full"].build(small_vit()), model)
     output = tmp_path / "avit.safetensors"
-    assert cli.main(["budget", str(model), str(tmp_path / "absent"), str(output)]) == 2
+    assert cli.main(["adapt", str(model), str(tmp_path / "absent"), str(output)]) == 2
     assert "absent' does not exist" in said(capsys)
     assert not output.exists()
 
@@ -407,7 +419,7 @@ def test_a_type_error_that_python_finds_in_our_lines_is_said_to_be_ours(
 def test_a_variable_shows_where_an_error_comes_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ["budget", "a\x1b[31m", "folder", "no/where/out.safetensors"]
+    words = ["adapt", "a\x1b[31m", "folder", "no/where/out.safetensors"]
     assert cli.main(words) == 2
     (sentence,) = said(capsys).splitlines()
     monkeypatch.setenv("ADAPTVIT_TRACEBACK", "1")
@@ -421,7 +433,7 @@ def test_a_variable_shows_where_an_error_comes_from(
 @pytest.mark.parametrize(
     "words",
     [
-        ["evaluate", "no\x1b[31m\u202e.pth", "nowhere"],
+        ["evaluate", "no.pth", "no\x1b[31m\u202ewhere"],
         ["fly\x1b[31m"],
         ["bench", "vit\x1b[31m"],
         ["train", "digits", "--recipe.epochs", "\x1b[31m"],
@@ -484,7 +496,7 @@ def test_figures_are_told_where_the_disk_is_full(
         "ratio": ["bench", *TINY_BENCH, "--json", str(target)],
         "top1": ["evaluate", *evaluate, "--json", str(target)],
         "gmacs": ["evaluate", *evaluate, "--csv", str(target)],
-        "of the MACs": ["budget", str(model), str(images), str(target), "--target", "0.9", "--method", "ats"],
+        "of the MACs": ["adapt", str(model), str(images), str(target), "--target", "0.9", "--method", "ats"],
     }
     for figure, words in commands.items():
         assert cli.main(words) == 2
@@ -525,8 +537,146 @@ def test_what_is_no_image_size_is_refused(size: str, capsys: pytest.CaptureFixtu
     assert "img_size" in line
 
 
-def test_no_words_are_told_what_there_is(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith('adaptvit: expected "command" to be one of {train,compare,')
-    assert error.count("\n") == 1
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_no_words_are_told_what_there_is(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(words) == adaptvit_cli.main(words) == 0
+    told, again = capsys.readouterr().out.split("usage: ")[1:]
+    assert told == again
+    assert {line.split()[0] for line in told.splitlines() if line.startswith("  ")} == set(COMMANDS)
+
+
+def test_every_command_has_a_file() -> None:
+    folder = Path(cli.__file__).parent / "commands"
+    assert all((folder / f"{name}.py").exists() for name in {*COMMANDS, *adaptvit_cli.ALIASES.values()})
+
+
+def test_help_imports_nothing_of_weight() -> None:
+    program = (
+        "import sys, adaptvit_cli\n"
+        "codes = [adaptvit_cli.main(words) for words in ([], ['--help'], ['--version'], ['fly'])]\n"
+        "print(codes, *sorted({name.split('.')[0] for name in sys.modules}), sep='\\n', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    refusal, codes, *modules = done.stderr.splitlines()
+    assert refusal.startswith("adaptvit: no command 'fly'")
+    assert codes == "[0, 0, 0, 2]"
+    assert "adaptvit_cli" in modules
+    assert not {"adaptvit", "torch", "timm", "torchvision", "numpy", "jsonargparse", "yaml"} & {*modules}
+
+
+def test_the_program_is_what_answers_first() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {
+        "adaptvit": "adaptvit_cli:main"
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("trian", "train"),
+        ("evaluate model images --batch-sise 3", "--batch-size"),
+        ("train digits --recipe.epoch 3", "--recipe.epochs"),
+        ("train digts", "digits"),
+        ("train digits --method-name tomee", "tome"),
+        ("compare prior", "priors"),
+        ("adapt model images out --method mergee", "merge"),
+        ("compare methods model images --methods [tome,evitt]", "evit"),
+        ("bench deit_tny_patch16_224", "deit_tiny_patch16_224"),
+        ("list modles", "models"),
+        ("train digits --model vit_tny_patch16_224", "vit_tiny_patch16_224"),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(words: str, name: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(words.split()) == 2
+    (line,) = said(capsys).splitlines()
+    assert line.endswith(f"did you mean {name!r}?")
+
+
+PYTHON = re.compile(r"<class|<function|\b0x\w|\(required|type:|Optional\[|Annotated|\bNone\b|--[\w.-]*_|locals")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "compare methods"])
+def test_help_has_no_python_in_it_and_a_sentence_of_every_option(command: str) -> None:
+    words = command.split()
+    parser = import_module(f"adaptvit.commands.{words[0]}").options(words)
+    made_plain(parser, command)
+    told = parser.format_help().replace("--print_config", "")
+    assert not PYTHON.findall(told)
+    assert told.startswith(f"usage: adaptvit {command} ")
+    assert "\n" in told
+    for action in parser._actions:
+        assert re.search(r"\w\w.*[.?)]$", action.help), action.dest
+
+
+def test_an_option_is_one_thing_in_every_spelling() -> None:
+    parser = evaluate.options([])
+    for name in ("--class-names", "--class_names", "--class_map", "--class-map"):
+        words = written_out([cli._underscored(word) for word in ("model", ".", name, "names.txt", "--json")], parser)
+        arguments = parser.parse_args(words)
+        assert (arguments.class_map, arguments.json) == (Path("names.txt"), "-")
+    parser = bench.options([])
+    for words, expected in (("--train vit", True), ("vit --train", True), ("--train=false vit", False)):
+        arguments = parser.parse_args(written_out(words.split(), parser))
+        assert (arguments.model, arguments.train) == ("vit", expected)
+
+
+@pytest.mark.parametrize("option", [["--json", "-"], ["--json"]], ids=str)
+def test_figures_alone_come_to_the_standard_output(option: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["bench", *TINY_BENCH, *option]) == 0
+    assert json.loads(capsys.readouterr().out)["rounds"] == 1
+
+
+def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, output = tmp_path / "vit.safetensors", tmp_path / "fast.safetensors"
+    save(METHODS["full"].build(small_vit(num_classes=2)), model)
+    words = [str(model), str(images), str(output), "--target", "0.9", "--method", "ats"]
+    assert cli.main(["budget", *words, "--quiet"]) == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (
+        "",
+        "adaptvit: budget is called adapt now, and by its old name until the next version\n",
+    )
+    assert cli.main(["adapt", *words, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["share"] == pytest.approx(0.9, abs=0.1)  # of few tokens
+    assert (figures["method"], figures["knob"]) == ("ats", load(output).config.rate)
+
+
+@pytest.mark.parametrize(
+    "words", ["evaluate vit_tiny_patch16_224 absent", "adapt vit_tiny_patch16_224 absent out.safetensors"]
+)
+def test_a_folder_is_looked_for_before_a_model(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for module in (evaluate, adapt):
+        monkeypatch.setattr(module, "open_model", None)
+    assert cli.main(words.split()) == 2
+    assert said(capsys) == "adaptvit: data folder 'absent' does not exist\n"
+
+
+@pytest.mark.parametrize("what", ["methods", "models", "recipes"])
+def test_a_list_has_a_sentence_of_each(what: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["list", what]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    known = {"methods": KINDS, "models": all_names(), "recipes": RECIPES}[what]
+    assert set(lines) - {"Any"} == set(known)
+    assert all(sentence.endswith(".") for sentence in lines.values())
+
+
+def test_info_says_what_is_here(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert {name.removeprefix("extra ") for name in found if name.startswith("extra ")} == set(EXTRAS.values())
+
+
+def test_a_shell_completes_commands_and_options(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["list", "completion"]) == 0
+    script = capsys.readouterr().out
+    asked = {1: ("ev", ["evaluate"]), 2: ("--class", ["--class-names"])}
+    for place, (word, expected) in asked.items():
+        given = f"COMP_WORDS=(adaptvit evaluate {word}); COMP_CWORD={place}; _adaptvit adaptvit {word}"
+        done = subprocess.run(
+            ["bash", "-c", f'{script}\n{given}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True
+        )
+        assert done.stdout.split() == expected

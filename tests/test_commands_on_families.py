@@ -81,7 +81,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def fast(stored: str, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same at 60 % of its MACs."""
     file = tmp_path_factory.mktemp("fast") / "fast.safetensors"
-    assert main(["budget", stored, str(root), str(file), "--target", "0.6"]) == 0
+    assert main(["adapt", stored, str(root), str(file), "--target", "0.6"]) == 0
     return file
 
 

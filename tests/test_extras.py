@@ -79,7 +79,7 @@ SENTENCES = {
     "adaptvit demo": "2 adaptvit: drawing needs matplotlib: pip install 'adaptvit[pictures]'\n",
     "adaptvit --help": "0 ",
     "adaptvit evaluate --help": "0 ",
-    "adaptvit budget --help": "0 ",
+    "adaptvit adapt --help": "0 ",
     "adaptvit bench --help": "0 ",
     "adaptvit convert --help": "0 ",
     "adaptvit export --help": "0 ",

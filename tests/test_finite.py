@@ -18,8 +18,8 @@ from adaptvit import AdaViTConfig, FullConfig, MergeConfig, ToMeConfig, adapt, c
 from adaptvit.budget import attempt
 from adaptvit.commands import draw
 from adaptvit.commands import predict as predicting
-from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.adapt import set_budget
+from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.predict import PredictConfig, predict
 from adaptvit.commands.sessions import DIGITS, Playground, PlaygroundConfig, Session
 from adaptvit.data import Images, Unreadable

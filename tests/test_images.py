@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adaptvit import FullConfig, load, save
-from adaptvit.commands.bench import BenchConfig, bench_images
 from adaptvit.commands.adapt import set_budget
+from adaptvit.commands.bench import BenchConfig, bench_images
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
 from adaptvit.commands.draw import DrawConfig, draw
 from adaptvit.commands.evaluate import EvaluateConfig, evaluate_model

@@ -77,7 +77,7 @@ def test_a_plain_vit_becomes_one_and_is_measured_drawn_and_compared(
         (images / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         picture(number).save(images / "ab"[number % 2] / f"{number}.png")
     save(FullConfig().build(vit), dense)
-    assert cli.main(["budget", str(dense), str(images), str(fast), "--target", "0.85", "--method", known]) == 0
+    assert cli.main(["adapt", str(dense), str(images), str(fast), "--target", "0.85", "--method", known]) == 0
     assert isinstance(load(fast).config, example)
     assert cli.main(["draw", str(fast), str(images / "a"), "--output", str(tmp_path / "drawn")]) == 0
     assert cli.main(["evaluate", str(fast), str(images), "--workers", "0"]) == 0

@@ -33,8 +33,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 import adaptvit.commands.demo
 from adaptvit import AdaptiveViT, AViTConfig, FullConfig, cli, save
-from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.adapt import set_budget
+from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
 from adaptvit.commands.compare_variants import Comparison, compare
 from adaptvit.commands.draw import DrawConfig, draw

@@ -104,7 +104,7 @@ def words(command: str, model: str, folder: Path, output: Path) -> list[str]:
         "predict": ["predict", model, str(folder), "--output", f"{output}.csv", "--workers", "0"],
         "evaluate": ["evaluate", model, str(folder), "--workers", "0", "--rounds", "0"],
         "draw": ["draw", model, str(folder / "val" / "a"), "--output", str(output)],
-        "budget": ["budget", model, str(folder), f"{output}.safetensors", "--target", "0.8", "--method", "tome"],
+        "adapt": ["adapt", model, str(folder), f"{output}.safetensors", "--target", "0.8", "--method", "tome"],
         "bench": ["bench", model, "--images", "2", "--batch-size", "2", "--threads", "1", "--target", "0.8", *few],
         "compare": [
             *["compare", "methods", model, str(folder), "--output", str(output), "--methods", "[tome]", *few],
@@ -118,7 +118,7 @@ def words(command: str, model: str, folder: Path, output: Path) -> list[str]:
     }[command]
 
 
-COMMANDS = ["predict", "evaluate", "draw", "budget", "bench", "compare", "train"]
+COMMANDS = ["predict", "evaluate", "draw", "adapt", "bench", "compare", "train"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

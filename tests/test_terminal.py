@@ -1,9 +1,12 @@
 import io
 import os
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from adaptvit import terminal
 from adaptvit.show.report import Illustration, Report, Section, Table, write_report
 from adaptvit.terminal import say, shown, warn
 
@@ -43,6 +46,32 @@ def test_where_nobody_reads_any_more_the_work_goes_on() -> None:
     with os.fdopen(writes, "w") as file:
         say("one", file)
         say("two", file)
+
+
+def test_progress_in_a_pipe_is_a_line_every_thirty_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(terminal, "LINES", terminal.Lines())
+    outer = terminal.progress_bar(words="runs", total=2, outer=True)
+    for _ in range(2):
+        inner = terminal.progress_bar(words="steps", total=33, stays=True)
+        for _ in range(33):
+            now[0] += 1
+            inner.update()
+            inner.refresh()
+        inner.close()
+        outer.update()
+    outer.close()
+    told = capsys.readouterr().err
+    assert [line.split(":")[0] for line in told.splitlines()] == ["steps", "steps"]
+    assert "\r" not in told
+    with terminal.quiet():
+        assert terminal.progress_bar(range(3)).disable
+        say("figures")
+        say("an error", sys.stderr)
+    assert capsys.readouterr() == ("", "an error\n")
 
 
 def test_a_table_shows_names_and_a_report_quotes_them(tmp_path: pytest.TempPathFactory) -> None:

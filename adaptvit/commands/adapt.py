@@ -11,7 +11,16 @@ from adaptvit.adapt import adapt
 from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, OneOf, check_device, checked
 from adaptvit.commands.console import add_json, check_json, tell_json
-from adaptvit.data import DataConfig, Samples, class_names, first_of, open_split, preparation, spread_over
+from adaptvit.data import (
+    DataConfig,
+    Samples,
+    check_sources,
+    class_names,
+    first_of,
+    open_split,
+    preparation,
+    spread_over,
+)
 from adaptvit.files import check_output
 from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
 from adaptvit.process import as_found, best_device
@@ -36,7 +45,7 @@ def set_budget(
     """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
 
     Args:
-        model: a file, folder, repository or timm name of a ViT, as `open_model` takes it.
+        model: a file, folder, repository or timm name of a ViT.
         folder: images of the kind it will see, in folders or not.
         output: the file to write.
         target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
@@ -60,8 +69,10 @@ def set_budget(
     check_output(output)
     device = best_device() if device is None else device
     check_device("device", device)
+    source = DataConfig(root=folder)
+    check_sources(source)
     opened = open_model(model).to(device)
-    split = open_split(DataConfig(root=folder), preparation(opened, model), "train")
+    split = open_split(source, preparation(opened, model), "train")
     config: MethodConfig = opened.config
     plain = is_dense(opened)
     if not plain and method not in (None, config.method):

@@ -20,13 +20,12 @@ from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, tell_json
 from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, photographs, preparation
-from adaptvit.files import as_json, check_output, write_atomically
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import Speed, interleaved
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
-from adaptvit.terminal import say, warn
+from adaptvit.terminal import meant, say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
 from adaptvit.weights.names import method_of
@@ -44,8 +43,7 @@ class BenchConfig:
     """Name of a timm ViT or of a method's model, whose weights are random, which its speed does not depend on; or a
     file, folder or repository of a model, as other commands take it, with its own."""
     method: Annotated[str | None, OneOf(METHODS)] = None
-    """Adaptive method: a key of `adaptvit.methods.METHODS`; None is the model's own, `DEFAULT` where it is a
-    plain ViT."""
+    """Adaptive method; None is the model's own, and merging by similarity where it is a plain ViT."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config that are not to have their defaults."""
     target: Annotated[float | None, In("(0, 1]", "the share of the dense MACs")] = 0.5
@@ -89,11 +87,8 @@ class BenchConfig:
             raise ValueError("BenchConfig.compile is of evaluation: leave out train")
         check_device("BenchConfig.device", self.device)
         if not stored and not timm.is_model(self.model):
-            near = sorted(
-                timm.list_models(f"*{self.model.split('_')[0]}*"), key=lambda name: not name.startswith(self.model)
-            )[:3]
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"BenchConfig.model: timm {timm.__version__} has no model named {self.model!r}{hint}")
+            near = meant(self.model, timm.list_models())
+            raise ValueError(f"BenchConfig.model: timm {timm.__version__} has no model named {self.model!r}{near}")
 
     def of(self, method: MethodConfig) -> MethodConfig:
         """A method's config with `settings`.

@@ -32,6 +32,7 @@ from adaptvit.data import (
     LeftOut,
     Samples,
     Unreadable,
+    check_sources,
     first_of,
     open_split,
     pixels,
@@ -58,7 +59,7 @@ class MethodsConfig:
     """What to compare, on what."""
 
     model: str
-    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a plain ViT, as `open_model` takes it."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a plain ViT."""
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
     dataset: str = ""
@@ -171,6 +172,7 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
         ValueError: the model is no plain ViT, a file or the data has other classes, or there are too few images.
     """
     check_output_folder(config.output)
+    check_sources(DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map))
     what = _Compared(config)
     budgets = tuple(dict.fromkeys(config.budgets))
     untrained = [Entry(name, share) for name in dict.fromkeys(config.methods) for share in budgets]

@@ -95,7 +95,7 @@ def compare(
     Raises:
         OSError: what cannot be written is named, and with it the figures that it would have held.
         ValueError: fewer than two seeds or one process, or a folder holds a run of other settings or images.
-        And what `adaptvit.training.run.train_run` raises, but for a loss that does not stay finite, which is counted.
+        Exception: what `adaptvit.training.run.train_run` raises; a loss that does not stay finite is counted instead.
     """
     jobs = {
         name: [

@@ -31,8 +31,10 @@ def say_listed(figures: dict[str, Any]) -> None:
 
 def add_json(parser: ArgumentParser) -> None:
     """The option that `tell_json` takes."""
-    sentence = "Write the figures as JSON to this file, or with - or nothing to the standard output and nothing else there."
-    parser.add_argument("--json", type=str, default=None, help=sentence)
+    sentence = (
+        "Write the figures as JSON to this file; with `-`, or no file, to the standard output, and nothing else there."
+    )
+    parser.add_argument("--json", metavar="[FILE]", type=str, default=None, help=sentence)
 
 
 def check_json(where: str | None) -> None:

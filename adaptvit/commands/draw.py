@@ -54,7 +54,7 @@ class DrawConfig:
     """What to draw, and where to."""
 
     model: str
-    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT."""
     folder: Path
     """Pictures, not those in its subfolders; with `per_class`, a folder for each class, or train and val folders of
     these, of which val is read; with `summary`, the one or the other."""

@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
-from adaptvit.data import ClassFolders, DataConfig, Samples, class_names, collate, open_split, preparation
+from adaptvit.data import (
+    ClassFolders,
+    DataConfig,
+    Samples,
+    check_sources,
+    class_names,
+    collate,
+    open_split,
+    preparation,
+)
 from adaptvit.files import append_csv, check_output, read_csv
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.measure.speed import measure_speed
@@ -28,7 +37,7 @@ class EvaluateConfig:
     """What to evaluate, on what."""
 
     model: str
-    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT."""
     root: Path
     """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
     dataset: str = ""
@@ -59,9 +68,10 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         FileNotFoundError: no such model or folder.
         ValueError: the model's classes are not those of the images, or no image can be read.
     """
+    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
+    check_sources(source)
     model = open_model(config.model).to(config.device)
     settings = preparation(model, config.model)
-    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
     data = open_split(source, settings, config.split)
     check_classes(data, model, config.root, config.class_map)
     result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)

@@ -36,7 +36,7 @@ def export_model(
     """Write a model as a file that runs without this library; it is run, and compared with the model.
 
     Args:
-        model: a file, folder, repository or timm name of a ViT, as `open_model` takes it.
+        model: a file, folder, repository or timm name of a ViT.
         output: the file to write, which ends in .onnx or .pt2, as its format does.
         format: onnx, or torch for `torch.export.load`.
         target: share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it.

@@ -52,12 +52,16 @@ def _devices() -> list[str]:
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return ["cpu", *(f"{kind.type}:{number} {name}" for number, name in enumerate(names))] if names else ["cpu", kind.type]
+    return (
+        ["cpu", *(f"{kind.type}:{number} {name}" for number, name in enumerate(names))] if names else ["cpu", kind.type]
+    )
 
 
 def options(_: Sequence[str]) -> ArgumentParser:
     """`adaptvit info`."""
-    parser = ArgumentParser(allow_abbrev=False, description="Versions, devices, threads, and what is installed of the extras.")
+    parser = ArgumentParser(
+        allow_abbrev=False, description="Versions, devices, threads, and what is installed of the extras."
+    )
     add_json(parser)
     return parser
 

@@ -1,22 +1,37 @@
 """`adaptvit list`: what there is by name, a line each."""
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import timm
 from jsonargparse import ArgumentParser, Namespace
 
+from adaptvit.commands.parsing import dashed
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say
 from adaptvit.training.recipes import RECIPES
+from adaptvit_cli import COMMANDS
 
-WHAT = ("methods", "models", "recipes")
+WHAT = ("methods", "models", "recipes", "completion")
+COMPLETION = """\
+_adaptvit() {{
+    local options=""
+    case "${{COMP_WORDS[1]}} " in
+{cases}
+    esac
+    [ "$COMP_CWORD" = 1 ] && options="{commands}"
+    COMPREPLY=($(compgen -W "$options" -- "$2"))
+    [ "$COMP_CWORD" = 1 ] || case "$2" in -*) ;; *) COMPREPLY+=($(compgen -f -- "$2")) ;; esac
+}}
+complete -o filenames -F _adaptvit adaptvit"""
+"""Of bash, and of zsh by its `bashcompinit`: commands, their options, and files."""
 
 
 def listed(what: str, pattern: str = "") -> dict[str, str]:
     """A sentence by name, of what a word asks for.
 
     Args:
-        pattern: of names of models, such as `vit_small*`, among timm's too; without one only those of methods are listed.
+        pattern: of names of models, such as `vit_small*`, timm's among them; without one, the methods' own.
     Raises:
         ValueError: there is nothing of that name.
     """
@@ -25,26 +40,38 @@ def listed(what: str, pattern: str = "") -> dict[str, str]:
     if pattern and what != "models":
         raise ValueError(f"pattern {pattern!r} is of names of models; all {what} are listed")
     if what == "recipes":
-        return {name: _first_line(recipe) for name, recipe in RECIPES.items()}
+        return {name: _sentence(recipe) for name, recipe in RECIPES.items()}
     if what == "methods":
-        return {name: f"{kind.title}: {_first_line(kind)}" for name, kind in METHODS.items()}
+        return {name: f"{kind.title}: {_sentence(kind)}" for name, kind in METHODS.items()}
     own = {name: named.about for kind in METHODS.values() for name, named in kind.published.names.items()}
     if not pattern:
         return own
     found = timm.list_models(pattern)
     if not found:
         raise ValueError(f"no model is named {pattern!r}{meant(pattern, timm.list_models())}")
-    return {name: own.get(name, "timm's") for name in found}
+    return {name: own.get(name, "one of timm's") for name in found}
 
 
-def _first_line(what: object) -> str:
-    return (what.__doc__ or "").strip().split("\n")[0]
+def completion() -> str:
+    """A script by which a shell completes commands and their options."""
+    cases = []
+    for command in COMMANDS:
+        parser = import_module(f"adaptvit.commands.{command}").options([command])
+        options = sorted(dashed(option) for option in parser._option_string_actions if option.startswith("--"))
+        cases.append(f'        {command}\\ ) options="{" ".join([*options, "--quiet"])}" ;;')
+    return COMPLETION.format(cases="\n".join(cases), commands=" ".join(COMMANDS))
+
+
+def _sentence(what: object) -> str:
+    return " ".join((what.__doc__ or "").split()).split(". ")[0].removesuffix(".") + "."
 
 
 def options(_: Sequence[str]) -> ArgumentParser:
     """`adaptvit list WHAT [PATTERN]`."""
-    parser = ArgumentParser(allow_abbrev=False, description="The methods, models or recipes that there are, a line each.")
-    parser.add_argument("what", type=str, help=f"One of {', '.join(WHAT)}.")
+    parser = ArgumentParser(
+        allow_abbrev=False, description="The methods, models or recipes that there are, a line each."
+    )
+    parser.add_argument("what", type=str, help="One of methods, models, recipes; completion is a script for a shell.")
     parser.add_argument(
         "pattern", nargs="?", type=str, default="", help="Of models: names as vit_small*, timm's other models included."
     )
@@ -52,7 +79,11 @@ def options(_: Sequence[str]) -> ArgumentParser:
 
 
 def execute(arguments: Namespace) -> None:
-    """Print the list."""
+    """Print the list, or the script."""
+    if arguments.what == "completion":
+        for line in completion().split("\n"):
+            say(line)
+        return
     found = listed(arguments.what, arguments.pattern)
     width = max(map(len, found))
     for name, sentence in found.items():

@@ -2,7 +2,7 @@
 
 import re
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -17,33 +17,38 @@ SAME = {"class_map": "class_names", "class_names": "class_map"}
 
 
 class PlainHelp(DefaultHelpFormatter):
-    """Help without Python in it."""
+    """Help in the words that `made_plain` found."""
 
     def _expand_help(self, action: Action) -> str:
-        words = plain(action.help or "")
-        facts = [fact for fact in (_allowed(action, words), _default(action, words)) if fact]
-        return f"{words} ({'; '.join(facts)})" if facts else words
+        return action.help or ""
 
     def _format_action_invocation(self, action: Action) -> str:
-        if not action.option_strings or isinstance(action.nargs, int):  # as --help and --quiet
+        if not action.option_strings or action.nargs == 0:  # as --help and --quiet
             return super()._format_action_invocation(action)
-        values = "" if is_flag(action) else f" {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        metavar = self._get_default_metavar_for_optional(action)
+        values = "" if is_flag(action) else f" {self._format_args(action, metavar)}"
         return dashed(action.option_strings[-1]) + values
 
     def _get_default_metavar_for_optional(self, action: Action) -> str:
-        return _kind(action)
+        kind, _ = _parts(getattr(action, "_typehint", None) or action.type)
+        return {int: "N", float: "X", Path: "PATH"}.get(kind, _capitals(action))
 
     def _get_default_metavar_for_positional(self, action: Action) -> str:
-        return action.dest.upper()
+        return _capitals(action)
 
 
 def made_plain(parser: ArgumentParser, command: str) -> None:
-    """Give a command's parser plain help, and a usage of one line."""
+    """Say a command's help without Python in it, and its usage on one line."""
     parser.formatter_class = PlainHelp
-    places = [action for action in parser._actions if not action.option_strings and action.dest != SUPPRESS]
-    words = [{"?": f"[{one.dest.upper()}]", "*": f"[{one.dest.upper()} ...]"}.get(str(one.nargs), "") for one in places]
-    named = [word or one.dest.upper() for word, one in zip(words, places, strict=True)]
-    parser.usage = " ".join(["adaptvit", command, *named, "[options]"])
+    options = {action.dest.rpartition(".")[2] for action in parser._actions if action.option_strings}
+    for action in parser._actions:
+        words = plain(action, options)
+        facts = [fact for fact in (_allowed(action, words), _default(action, words)) if fact]
+        action.help = f"{words} ({'; '.join(facts)})" if facts else words
+    places = [action for action in parser._actions if not action.option_strings and not action.choices]
+    around = {"?": "[{}]", "*": "[{} ...]"}
+    words = " ".join(around.get(str(action.nargs), "{}").format(_capitals(action)) for action in places)
+    parser.usage = " ".join(f"adaptvit {command} {words} [options]".split())
 
 
 def written_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
@@ -82,17 +87,27 @@ def is_flag(action: Action) -> bool:
 
 
 def dashed(option: str) -> str:
-    """An option with dashes, as the command line has it everywhere."""
-    return option.replace("_", "-")
+    """An option with dashes, as the command line has it everywhere; the file of class names has one name."""
+    return re.sub(r"\bclass_map$", "class_names", option).replace("_", "-")
 
 
-def plain(words: str) -> str:
-    """A docstring's words of an argument as a sentence of the command line."""
-    words = " ".join(words.split())
-    words = re.sub(r"\bNone\b", "null", words)
-    words = re.sub(r"`(\w+)`", lambda found: f"`{found[1]}`".replace("_", "-"), words)
-    words = words[:1].upper() + words[1:]
+def plain(action: Action, options: Collection[str]) -> str:
+    """What a docstring says of an argument, as a sentence of the command line.
+
+    Args:
+        options: names of the command's, which are spelled as such.
+    """
+    words = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))
+    words = re.sub(r"`(\w+)`", lambda found: f"`{dashed(f'--{found[1]}')}`" if found[1] in options else found[0], words)
+    kind, beside = _parts(getattr(action, "_typehint", None))
+    values = [*get_args(kind), *(name for one in beside if isinstance(one, OneOf) for name in one.words.split(", "))]
+    if re.split(r"[ ,;:]", words)[0] not in (*values, "null"):
+        words = words[:1].upper() + words[1:]
     return words if words.endswith((".", "?")) or not words else f"{words}."
+
+
+def _capitals(action: Action) -> str:
+    return action.dest.rpartition(".")[2].upper().replace("_", "-")
 
 
 def _parts(kind: Any) -> tuple[Any, list[Any]]:
@@ -102,18 +117,11 @@ def _parts(kind: Any) -> tuple[Any, list[Any]]:
         if get_origin(kind) is Annotated:
             kind, *more = get_args(kind)
             beside += more
-        elif get_origin(kind) in (Union, UnionType) and len(left := [k for k in get_args(kind) if k is not type(None)]) == 1:
-            kind = left[0]
-        else:
+            continue
+        left = [one for one in get_args(kind) if one is not type(None)]
+        if get_origin(kind) not in (Union, UnionType) or len(left) != 1:
             return kind, beside
-
-
-def _kind(action: Action) -> str:
-    """What an option takes, in capitals."""
-    kind, _ = _parts(getattr(action, "_typehint", None) or action.type)
-    if kind is Path:
-        return "PATH"
-    return {int: "N", float: "X"}.get(kind, action.dest.rsplit(".")[-1].upper())
+        kind = left[0]
 
 
 def _allowed(action: Action, words: str) -> str:
@@ -121,7 +129,7 @@ def _allowed(action: Action, words: str) -> str:
     kind, beside = _parts(getattr(action, "_typehint", None))
     for one in beside:
         if isinstance(one, In) and one.interval not in words:
-            return one.words(kind is int).replace("whole", "").replace("finite", "")
+            return "" if one.interval == "(-inf, inf)" else one.words(kind is int)
         if isinstance(one, OneOf) and one.words not in words:
             return f"one of {one.words}"
     return ""
@@ -130,7 +138,8 @@ def _allowed(action: Action, words: str) -> str:
 def _default(action: Action, words: str) -> str:
     """What is taken unless told; nothing where that is nothing."""
     value = action.default
-    if value in (None, SUPPRESS, "", False) or value in ((), [], {}) or "default" in words or not action.option_strings:
+    nothing = value is None or value is False or value == SUPPRESS or (isinstance(value, Sized) and not value)
+    if nothing or "default" in words or not action.option_strings:
         return ""
     return f"default: {_shown(value)}"
 

@@ -61,7 +61,7 @@ class PredictConfig:
     """Which images, through which model, to which file."""
 
     model: str
-    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT, as `open_model` takes it."""
+    """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT."""
     folder: Path
     """Folder whose images, at any depth, are classified."""
     output: Path = Path("predictions.csv")
@@ -122,6 +122,8 @@ def predict(config: PredictConfig) -> Prediction:
     listing = list_folder(config.folder, "PredictConfig.folder")
     if not config.output.parent.is_dir():
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
+    if config.class_names is not None and not config.class_names.exists():
+        read_names(config.class_names, "PredictConfig.class_names")
     device = torch.device(config.device)
     check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)

@@ -88,7 +88,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images are and how they are prepared; what is None comes with the model's weights."""
+    """Where images are and how they are prepared; what is left out comes with the model's weights."""
 
     root: Path | None = None
     """Folder with a folder for each split, and in it one for each class; or a tar file or folder of tars; or the cache
@@ -474,6 +474,18 @@ def _root(config: DataConfig) -> Path:
         root = f": root {str(config.root)!r}" if config.dataset else ""
         raise FileNotFoundError(f"{_where(config)}{root} does not exist")
     return config.root
+
+
+def check_sources(config: DataConfig) -> None:
+    """Refuse a folder, or a file of class names, that is not there, before any model is opened.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if not config.dataset:
+        _root(config)
+    if config.class_map is not None and not config.class_map.exists():
+        read_class_map(config.class_map)
 
 
 def _has_split(config: DataConfig, split: str) -> bool:

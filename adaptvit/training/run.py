@@ -19,7 +19,7 @@ from adaptvit.methods import MethodConfig, is_dense, turned
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
 from adaptvit.seeds import begin_stream
-from adaptvit.terminal import say
+from adaptvit.terminal import meant, say
 from adaptvit.training.loop import check_shape, fingerprint, train
 from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import digest, save
@@ -72,6 +72,7 @@ class Run:
         if not stored and not timm.is_model(self.model):
             raise ValueError(
                 f"Run.model must be the name of a timm ViT, got {self.model!r}, which is no file or folder either"
+                f"{meant(self.model, timm.list_models())}"
             )
         if not stored and (kind := method_of(self.model)) is not None:
             inside = kind.published.names[self.model.partition(".")[0]].inside

@@ -17,7 +17,7 @@ from adaptvit.backbones.base import model_name
 from adaptvit.backbones.record import describe, rebuild
 from adaptvit.methods import dense
 from adaptvit.model import AdaptiveViT
-from adaptvit.terminal import warn
+from adaptvit.terminal import meant, warn
 from adaptvit.weights.names import method_of
 from adaptvit.weights.places import is_stored, weights_file
 from adaptvit.weights.published import (
@@ -54,7 +54,8 @@ def open_model(name: Path | str) -> AdaptiveViT:
         return opened.eval()
     kind = method_of(word)  # which makes the names of packages outside known
     if not timm.is_model(word):
-        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model")
+        near = meant(word, timm.list_models())
+        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model{near}")
     try:
         model = timm.create_model(word, pretrained=True)
     except Exception as error:  # timm and the Hub's client raise a dozen kinds

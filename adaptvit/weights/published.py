@@ -204,8 +204,7 @@ def convert(
     Args:
         source: a released A-ViT, AdaViT, EViT, DynamicViT, DeiT or T2T-ViT file, a training checkpoint with weights
             under `state_dict_ema`, `state_dict`, `model` or `model_ema`, the first that is there, or a bare state dict,
-            as `.pth` or `.safetensors`; or a folder or repository with one, as `open_model` takes it. Nothing in it is
-            executed.
+            as `.pth` or `.safetensors`; or a folder or repository with one. Nothing in it is executed.
         target: the file to write; replaced where it exists.
         model_name: a name that adaptvit registers with timm, such as `avit_tiny_patch16_224` or
             `ada_step_deit_small_patch16_224`, or a timm ViT's own.
