@@ -1,3 +1,4 @@
+import csv
 import errno
 import json
 import os
@@ -335,7 +336,7 @@ def test_what_cannot_be_trained_on_leaves_no_files(
     assert not output.exists()
 
 
-def test_train_says_where_the_model_is(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_train_says_where_the_model_is_and_the_model_names_its_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "run"
     more = ["--recipe.warmup_epochs", "0", "--recipe.optimizer", "adamw", "--recipe.target", "null"]
     assert cli.main([*TINY, *more, "--data.root", str(images), "--output", str(output)]) == 0
@@ -345,6 +346,11 @@ def test_train_says_where_the_model_is(images: Path, tmp_path: Path, capsys: pyt
     evaluated = ["evaluate", str(output / "model.safetensors"), str(images), "--workers", "0", "--rounds", "0"]
     assert cli.main(evaluated) == 0
     assert f"top1  {float(shown.split('top1')[1].split()[0]):.4f}" in capsys.readouterr().out
+    lines = tmp_path / "lines.csv"
+    words = ["predict", evaluated[1], str(images), "--top", "1", "--workers", "0", "--output", str(lines)]
+    assert cli.main(words) == 0
+    with lines.open(newline="") as file:
+        assert {row["class_1"] for row in csv.DictReader(file)} <= {"ant", "bee"}
 
 
 def test_adapt_refuses_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -215,8 +215,12 @@ def timm_config(vit: nn.Module) -> dict[str, Any]:
 
 
 def class_names(vit: nn.Module) -> tuple[str, ...]:
-    """Names of the classes, where the model itself has them."""
-    names = find(vit, "config.id2label") if class_count(vit) else None
+    """Names of the classes, where the model itself has them: by timm's record, or Hugging Face's config."""
+    count = class_count(vit)
+    recorded = (getattr(vit, "pretrained_cfg", None) or {}).get("label_names")
+    if isinstance(recorded, list | tuple) and len(recorded) == count > 0:
+        return tuple(recorded)
+    names = find(vit, "config.id2label") if count else None
     if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
         return ()
     return tuple(names[number] for number in sorted(names))

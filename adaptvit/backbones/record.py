@@ -66,8 +66,9 @@ PREPROCESSING: dict[str, Rule] = {
     "crop_mode": _one_of("center", "squash", "border"),
     "test_input_size": _several(SIDE, 3, 3),
     "test_crop_pct": _number(0.05, 20),
+    "label_names": _several(WORD, 1, 2**20),
 }
-"""What timm's `pretrained_cfg` says about the images."""
+"""What timm's `pretrained_cfg` says about the images and their classes."""
 TRANSFORMERS = "transformers.models."
 """What the qualified names of Hugging Face's models begin with."""
 PASSING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map")
@@ -118,6 +119,8 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
         if isinstance(vit.head, RepresentationHead):
             arguments["representation_size"] = vit.head.fc.in_features
     data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
+    if not isinstance(data.get("label_names"), list | tuple):
+        data.pop("label_names", None)  # timm takes tables too
     description = {"architecture": name, "arguments": arguments, "data": data}
     with torch.device("meta"):
         twin = rebuild(description)

@@ -163,6 +163,7 @@ def train_run(
         **vit.pretrained_cfg,
         "mean": data.mean,
         "std": data.std,
+        "label_names": tuple(data.classes),
         **{name: getattr(config.data, name) or settings[name] for name in ("interpolation", "crop_pct")},
     }
     if config.weights is not None:
