@@ -336,7 +336,9 @@ def test_what_cannot_be_trained_on_leaves_no_files(
     assert not output.exists()
 
 
-def test_train_says_where_the_model_is_and_the_model_names_its_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_trained_model_is_said_where_it_is_and_names_its_classes(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     output = tmp_path / "run"
     more = ["--recipe.warmup_epochs", "0", "--recipe.optimizer", "adamw", "--recipe.target", "null"]
     assert cli.main([*TINY, *more, "--data.root", str(images), "--output", str(output)]) == 0
