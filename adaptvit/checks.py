@@ -106,15 +106,17 @@ class OneOf:
     def __repr__(self) -> str:
         return f"one of {self.words}"
 
-    def others(self, value: Any) -> list[str]:
-        """What is none of the names, in a value as it was given."""
-        names = self.names() if callable(self.names) else self.names
-        several = value if isinstance(value, list | tuple) else (value,)
-        return [str(name) for name in several if name is not None and name not in names]
+    def hint(self, value: Any) -> str:
+        """The name that a wrong one may have been meant for, as a message ends; nothing where none is near."""
+        names = [*(self.names() if callable(self.names) else self.names)]
+        words = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
+        return next((meant(word, names) for word in words if word not in names), "")
 
     def check(self, value: Any) -> None:
-        if self.others(value):
-            raise Wrong(f"must be {'some' if isinstance(value, tuple) else 'one'} of {self.words}")
+        names = self.names() if callable(self.names) else self.names
+        for name in leaves(value):
+            if name is not None and name not in names:
+                raise Wrong(f"must be {'some' if isinstance(value, tuple) else 'one'} of {self.words}")
 
 
 class Ascending:
@@ -188,9 +190,7 @@ def valid(name: str, value: Any, kind: Any) -> Any:
         words = f"must be {_words(kind)}"
     beside = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     hints = [one.hint for one in beside if isinstance(one, In)]
-    for one in beside:
-        if isinstance(one, OneOf):
-            hints += [meant(name, one.words.split(", ")) for name in one.others(value)[:1]]
+    hints += [one.hint(value) for one in beside if isinstance(one, OneOf)]
     raise ValueError(f"{name} {words}, got {quoted(value)}{''.join(hints)}")
 
 
