@@ -117,7 +117,9 @@ def progress_bar(
 
 def meant(word: str, names: Iterable[str]) -> str:
     """The end of a sentence about a wrong name, with the one most like it; nothing where none is."""
-    close = get_close_matches(word, [*names], 1)
+    names = [*names]
+    begun = [name for name in names if word and name.startswith(word)]
+    close = [min(begun, key=len)] if begun else get_close_matches(word, names, 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

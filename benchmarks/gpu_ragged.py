@@ -19,7 +19,6 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from adaptvit import (
     AdaptiveViT,
@@ -36,7 +35,7 @@ from adaptvit import (
 )
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.avit import AViT
-from adaptvit.methods.tome import MergingViT, arrange, match
+from adaptvit.methods.merging import MergingViT, Seen, arrange, match
 
 COUNTS, KNOBS = (Path(__file__).with_name(name) for name in ("gpu_counts.npz", "gpu_knobs.json"))
 SHARES = (0.5, 0.7)
@@ -71,10 +70,9 @@ class RaggedAViT(AViT):
 class RaggedMerge(MergingViT):
     """Merges of what is most alike as many as were recorded."""
 
-    def places(self, tokens: Tokens, block: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def places(self, tokens: Tokens, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         live = tokens.live
-        metric = tokens.grid(keys.mean(dim=-2, dtype=torch.float32))
-        score, target = match(normalize(metric, dim=-1), live, self.prefix)
+        score, target = match(tokens.grid(seen.keys), live, self.prefix, None)
         merged = (marks(tokens) == block + 1).sum(dim=1, keepdim=True)
         least = score.sort(dim=1, descending=True).values.gather(1, merged.clamp(1, score.shape[1]) - 1)
         chosen = (score >= least) & (score > -torch.inf) & (merged > 0)

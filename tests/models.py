@@ -72,8 +72,8 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 """A model of each structure whose blocks are not timm's plain ones."""
 ON_HOSTS = ("full", "ats", "dynamicvit", "tome")
-"""Methods of which every fact is held on those: one that drops what each image can spare, one that drops as many in each,
-one that merges. `test_families.py` has the layouts of the others."""
+"""Methods of which every fact is held on those: that drops nothing, what each image can spare, as many in each, or merges.
+`test_families.py` has the layouts of the others."""
 
 KINDS = (
     "class token",
@@ -200,23 +200,25 @@ def vary(model: AdaptiveViT) -> AdaptiveViT:
     if not isinstance(model, AdaViT):
         return model
     generator, training = torch.Generator().manual_seed(0), model.training
-    batch = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype)
-    read: dict[nn.Module, Tensor] = {}
-
-    def note(part: nn.Module, given: tuple[Tensor, ...]) -> None:
-        read[part] = given[0]
-
-    for number in range(model.depth):  # one after the other: what a block reads depends on those before
-        policies = (model.head_policy, model.sublayer_policy, model.patch_policy)
-        maps = [policy[str(number)] for policy in policies if str(number) in policy]
-        hooks = [part.register_forward_pre_hook(note) for part in maps]
+    batch, seen = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype), {}
+    for number, block in enumerate(model.vit.blocks):  # one after the other: what a block reads depends on those before
+        hook = block.norm1.register_forward_hook(lambda norm, given, out: seen.update(x=given[0], normed=out))
         with torch.no_grad():
             model.eval()(batch, Masked)
-        for hook, part in zip(hooks, maps, strict=True):
-            hook.remove()
-            _calibrate(part, read[part].detach().flatten(0, -2).double(), generator)
-        if str(number) in model.patch_policy and number == 2:
-            model.patch_policy[str(number)].bias.data -= 4.0
+        hook.remove()
+        key = str(number)
+        state = model.state(Masked.of(seen["x"]))
+        if key in model.policy_norm:
+            state = model.policy_norm[key](state)
+        for maps, read in (
+            (model.head_policy, state),
+            (model.sublayer_policy, state),
+            (model.patch_policy, seen["normed"][:, model.prefix :].flatten(0, 1)),
+        ):
+            if key in maps:
+                _calibrate(maps[key], read.detach().double(), generator)
+        if key in model.patch_policy and number == 2:
+            model.patch_policy[key].bias.data -= 4.0
     return model.train(training)
 
 

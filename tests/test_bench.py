@@ -82,7 +82,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("resnet18", "resnet18 is a ResNet, of no family that is known, and has no convolution"),
         ("samvit_base_patch16_224", "is not supported: its attention goes by windows of the grid"),
-        ("deit_tiny", "no model named 'deit_tiny'; did you mean deit"),
+        ("deit_tiny", "no model named 'deit_tiny'; did you mean 'deit_tiny_patch16_224'?"),
         (
             "deit_tiny_patch16_224 --method turbo",
             "method must be one of calibrated, merge, tome, grid, ats, evit, avit, adavit, dynamicvit, random, full",

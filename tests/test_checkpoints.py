@@ -153,7 +153,7 @@ def test_a_method_kept_outside_brings_its_config_type(path: Path) -> None:
     loaded = adaptvit.load(path, ScaledConfig)
     assert loaded.config == model.config
     assert torch.equal(loaded.get_parameter("scale"), model.scale)
-    with pytest.raises(ValueError, match="method 'scaled' is none of merge, tome") as error:
+    with pytest.raises(ValueError, match="method 'scaled' is none of calibrated, merge, tome") as error:
         adaptvit.load(path)
     assert "config_type" in message(error)
 
@@ -239,7 +239,7 @@ def test_somebody_elses_safetensors_are_sent_to_convert(metadata: dict[str, str]
     ("changes", "fault"),
     [
         ({"version": 2}, "has format version 2, and this adaptvit reads version 1"),
-        ({"method": "magic"}, "method 'magic' is none of merge, tome"),
+        ({"method": "magic"}, "method 'magic' is none of calibrated, merge, tome"),
         ({"config": {"epsilon": 0.1, "gamma": 1}}, "AViTConfig has no field gamma"),
         ({"config": {"epsilon": 3}}, r"AViTConfig.epsilon must lie in \(0, 1\), got 3"),
         ({"vit": {"arguments": {}}}, "lacks 'architecture'"),

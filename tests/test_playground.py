@@ -646,7 +646,7 @@ def test_the_page_shows_what_is_asked_for(page: Any, tmp_path: Path) -> None:
     budget.press("Tab")
     kept = changed(page, "#kept", kept)
     assert source(page, "#seen") == seen
-    assert re.search(r"shift = .*: 6\d% of the dense MACs", page.inner_text("#said"))
+    assert re.search(r"rate = .*: 6\d% of the dense MACs", page.inner_text("#said"))
 
     block = page.locator("#block input[type=number]")
     block.fill("1")

@@ -143,7 +143,7 @@ def test_recipes_of_methods_with_fixed_counts_meet_their_target(name: str, folde
     assert again.config == outcome.model.config
 
 
-@pytest.mark.parametrize("method", ["merge", "tome", "ats", "avit", "evit"])
+@pytest.mark.parametrize("method", ["calibrated", "merge", "ats", "avit", "evit"])
 def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SMALL)
@@ -163,7 +163,7 @@ def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: P
         set_budget(str(at_70), folder, at_50, 0.5, method="avit" if method == "ats" else "ats")
     with pytest.raises(ValueError, match="unit 'gmacs' needs a target"):
         set_budget(str(at_70), folder, at_50, unit="gmacs")
-    if method == "merge":
+    if method == "calibrated":
         assert set_budget(str(dense), folder, at_50, 0.7) == config
     steered = set_budget(str(at_70), folder, at_50)
     moved = getattr(steered, config.knob.field) - getattr(config, config.knob.field)
