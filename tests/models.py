@@ -72,7 +72,7 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 """A model of each structure whose blocks are not timm's plain ones."""
 ON_HOSTS = ("full", "ats", "dynamicvit", "tome")
-"""Methods of which every fact is held on those: that drops nothing, what each image can spare, as many in each, or merges.
+"""Methods of which every fact is held on those: they drop nothing, what each can spare, as many in each, or merge.
 `test_families.py` has the layouts of the others."""
 
 KINDS = (
