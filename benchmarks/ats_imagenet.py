@@ -16,17 +16,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from imagenet_samples import prepared
 from torch import Tensor
 
 from adaptvit import ATSConfig, FullConfig, Output, dense_macs, join, macs, meet_target
-from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
 from adaptvit.measure.speed import interleaved
 from adaptvit.methods import ats
 from adaptvit.methods.released import ReleasedATSConfig
 from adaptvit.model import AdaptiveViT
-from adaptvit.weights.opening import start_from
 
 BATCH, TIMED, ROUNDS, THREADS = 50, 32, 5, 1
 BUDGETS = (0.8, 0.65, 0.55, 0.45)
@@ -66,11 +64,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
     """Measure, and write table, plot and conditions."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224").eval()
-    start_from(vit, weights)
-    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
-    split = open_split(DataConfig(root=folder), settings, "validation")
-    images, labels, _ = spread_over(split, len(split))
+    vit, images, labels = prepared(weights, folder)
     calibration, timed = images[::8], images[:: len(images) // TIMED][:TIMED]
     patches = 196
     schedules: dict[str, tuple[ATSConfig, str]] = {

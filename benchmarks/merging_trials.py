@@ -17,14 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from imagenet_samples import prepared
+from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
-
-from adaptvit.data import DataConfig, open_split, spread_over
-from adaptvit.weights.opening import start_from
 
 WIDTH, HEADS, DEPTH, PATCHES, BATCH = 192, 3, 12, 196, 50
 DENSE = 1.254
@@ -188,11 +184,7 @@ def merge(x: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor, count: int, 
 def main(weights: Path, folder: Path, output: Path, step: str = "5", *offsets: str) -> None:
     """Run every trial, and write the table row by row."""
     torch.set_num_threads(1)
-    vit: nn.Module = timm.create_model("vit_tiny_patch16_224").eval()
-    start_from(vit, weights)
-    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
-    split = open_split(DataConfig(root=folder), settings, "validation")
-    images, _, _ = spread_over(split, len(split))
+    vit, images, _ = prepared(weights, folder)
     images = torch.cat([images[int(offset) :: int(step)] for offset in offsets or ("0",)])
     dense = torch.cat([vit(batch) for batch in images.split(BATCH)]).log_softmax(dim=1)
     with output.open("w", newline="") as file:

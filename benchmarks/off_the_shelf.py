@@ -15,14 +15,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from imagenet_samples import paired, prepared
 from torch import Tensor, nn
 
 from adaptvit import CalibratedConfig, FullConfig, MergeConfig, ToMeConfig, dense_macs, join, macs, meet_target
-from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
 from adaptvit.model import AdaptiveViT
-from adaptvit.weights.opening import start_from
 
 BATCH = 50
 BUDGETS = (0.85, 0.75, 0.65, 0.55, 0.5)
@@ -62,19 +60,10 @@ def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, float]:
     return torch.cat([output.logits for output in outputs]).log_softmax(dim=1), share
 
 
-def paired(difference: Tensor) -> tuple[float, float]:
-    """Mean and standard error."""
-    return round(difference.mean().item(), 4), round((difference.std() / len(difference) ** 0.5).item(), 4)
-
-
 def main(weights: Path, folder: Path, output: Path, *budgets: str) -> None:
     """Measure, and write table and conditions."""
     torch.set_num_threads(1)
-    vit = timm.create_model("vit_tiny_patch16_224").eval()
-    start_from(vit, weights)
-    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
-    split = open_split(DataConfig(root=folder), settings, "validation")
-    images, labels, _ = spread_over(split, len(split))
+    vit, images, labels = prepared(weights, folder)
     fitting = torch.arange(len(images)) % 8 == 0
     calibration, images, labels = images[fitting], images[~fitting], labels[~fitting]
     conditions = {"torch": torch.__version__, "timm": timm.__version__}

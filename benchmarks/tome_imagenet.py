@@ -11,24 +11,26 @@ fifteen minutes on one core.
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from imagenet_samples import paired, prepared
 from torch import Tensor
 
 from adaptvit import FullConfig, MergeConfig, ToMeConfig, join, macs, meet_target
-from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
-from adaptvit.methods.merge import INFLECTIONS, fit_thresholds
+from adaptvit.methods.merge import fit_thresholds
 from adaptvit.model import AdaptiveViT
-from adaptvit.weights.opening import start_from
 
 BATCH, THREADS = 50, 1
 SCHEDULES = (8, 12, 16)
 RELATIVE = (0.25, 0.0, 0.5)
+INFLECTIONS = (0.0, 0.5, 1.0)
+MERGE = MergeConfig(compared="mean key", protection=0.0, power=1.0)
+"""By ToMe's similarity."""
 SHARE = 0.75
 """Of the dense MACs, where schedules that rise with depth are compared."""
 
@@ -42,19 +44,10 @@ def run(model: AdaptiveViT, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.log_softmax(dim=1), macs(usage, model.shape).double() / 1e9, usage.attended.double().mean(dim=0)
 
 
-def paired(difference: Tensor) -> tuple[float, float]:
-    """Mean and standard error."""
-    return round(difference.mean().item(), 4), round((difference.std() / len(difference) ** 0.5).item(), 4)
-
-
 def main(weights: Path, folder: Path, output: Path) -> None:
     """Measure, and write table and conditions."""
     torch.set_num_threads(THREADS)
-    vit = timm.create_model("vit_tiny_patch16_224").eval()
-    start_from(vit, weights)
-    settings = resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
-    split = open_split(DataConfig(root=folder), settings, "validation")
-    images, labels, _ = spread_over(split, len(split))
+    vit, images, labels = prepared(weights, folder)
     fitting = torch.arange(len(images)) % 5 == 0
     calibration, images, labels = images[fitting], images[~fitting], labels[~fitting]
     conditions = {"threads": THREADS, "torch": torch.__version__, "timm": timm.__version__}
@@ -90,7 +83,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         schedule = ToMeConfig(r=r)
         tome = measure(f"tome r={r}", schedule.build(vit), None)
         for relative in RELATIVE:
-            model = fit_thresholds(MergeConfig(relative=relative), vit, calibration, schedule)
+            model = fit_thresholds(replace(MERGE, relative=relative), vit, calibration, schedule)
             measure(f"merge r={r} relative={relative}", model, tome)
     even = None
     for inflection in INFLECTIONS:
@@ -99,7 +92,7 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         found = measure(f"tome {SHARE:.0%} inflection={inflection}", like, even)
         even = even or found
         schedule = ToMeConfig(r=[max(1, r) for r in met.schedule(like.depth)])
-        model = fit_thresholds(MergeConfig(), vit, calibration, schedule)
+        model = fit_thresholds(MERGE, vit, calibration, schedule)
         meet_target(model, calibration, SHARE)
         measure(f"merge {SHARE:.0%} inflection={inflection}", model, even)
 
