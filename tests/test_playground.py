@@ -591,6 +591,12 @@ def test_visitors_at_once_are_served_in_turn_and_nothing_is_left_behind() -> Non
     assert found["left_behind"] == []
 
 
+NOTE_WHAT_IS_SAID = """() => {
+    window.said = [];
+    new MutationObserver(() => document.querySelectorAll(".toast-body").forEach(told => said.push(told.innerText)))
+        .observe(document.body, {childList: true, subtree: true});
+}"""
+"""In a page, what it says is gone again after some seconds."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -620,9 +626,16 @@ def page(files: dict[str, str]) -> Iterator[Any]:
             opened.on("request", lambda request: opened.asked.append(request.url))
             opened.goto(f"http://127.0.0.1:{port}")
             opened.wait_for_selector("#answers .best")
+            opened.evaluate(NOTE_WHAT_IS_SAID)
             yield opened
         finally:
             server.terminate()
+
+
+def wait_until_said(page: Any, told: str) -> None:
+    """Wait for a sentence to have been said since the last time."""
+    page.wait_for_function("told => said.some(sentence => sentence.match(told))", arg=told)
+    page.evaluate("() => { said.length = 0; }")
 
 
 def changed(page: Any, selector: str, before: str) -> str:
@@ -661,11 +674,11 @@ def test_the_page_shows_what_is_asked_for(page: Any, tmp_path: Path) -> None:
 def test_the_page_says_what_it_cannot_do(page: Any, tmp_path: Path) -> None:
     (tmp_path / "own.png").write_text("not an image")
     page.set_input_files("#file input[type=file]", tmp_path / "own.png")
-    page.get_by_text("This picture cannot be used: not an image").wait_for()
+    wait_until_said(page, "This picture cannot be used: not an image")
     budget = page.locator("#share input[type=number]")
     budget.fill("5")
     budget.press("Tab")
-    page.locator(".toast-body").get_by_text(re.compile(r"A budget of 5% is out of reach: .* reaches")).wait_for()
+    wait_until_said(page, "A budget of 5% is out of reach: .* reaches")
     assert page.locator("#answers .best").count() == 2
 
 
@@ -692,7 +705,7 @@ def test_visitors_at_once_each_see_what_they_asked_for(page: Any, tmp_path: Path
         )
         assert visitor.locator("#answers .best").count() == 2
         visitor.close()
-    page.get_by_text("This picture cannot be used: not an image").first.wait_for()
+    wait_until_said(page, "This picture cannot be used: not an image")
 
 
 def test_the_page_asks_this_machine_only(page: Any) -> None:

@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -626,42 +624,3 @@ def test_tensorboard_gets_every_epoch(data: Data, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     train(model(), data, replace(RECIPE, tensorboard=True), tmp_path)
     assert list(tmp_path.rglob("events.out.tfevents.*"))
-
-
-TWO_PROCESSES = """
-import sys, json, torch
-from dataclasses import asdict, replace
-from pathlib import Path
-from models import small_vit
-from adaptvit import AViTConfig
-from adaptvit.data import Images, open_digits
-from adaptvit.training.loop import train
-from adaptvit.training.recipe import Recipe
-
-torch.set_num_threads(1)
-whole = open_digits(size=16, margin=2)
-small = Images(whole.train.images[:48].double(), whole.train.labels[:48])
-data = replace(whole, train=small, test=small)
-vit = small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)
-model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=0.5, ponder_weight=0.1).build(vit)
-recipe = Recipe(epochs=3, batch_size=int(sys.argv[2]), evaluate_every=0)
-history = train(model, data, recipe, Path(sys.argv[1]))
-Path(sys.argv[1], "losses.json").write_text(json.dumps([[epoch.loss, *epoch.terms.values()] for epoch in history]))
-"""
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    runs = {
-        "one": [sys.executable, str(script), str(tmp_path / "one"), "16"],
-        "two": [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(script), str(tmp_path / "two"), "8"),
-        ],
-    }
-    for command in runs.values():
-        subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
-    one, two = (torch.tensor(json.loads((tmp_path / name / "losses.json").read_text())) for name in runs)
-    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
