@@ -21,6 +21,7 @@ from adaptvit.backbones.base import (
     family_of,
     input_size,
     model_name,
+    name_classes,
     patch_grid,
     prefix_tokens,
     read_slots,
@@ -672,8 +673,16 @@ class AdaptiveViT(nn.Module, ABC):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, where the ViT itself has them."""
+        """Names of the classes, where the ViT itself has them; files keep them.
+
+        Raises:
+            ValueError: they are set, and are not as many as the classes.
+        """
         return class_names(self.vit)
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str]) -> None:
+        name_classes(self.vit, names)
 
     @property
     def default_cfg(self) -> dict[str, Any]:

@@ -729,6 +729,18 @@ def test_classes_have_the_names_that_the_model_has() -> None:
     assert FullConfig().build(model("ViTModel")).class_names == ()
 
 
+@pytest.mark.parametrize("host", ["timm", "transformers"])
+def test_classes_are_named_and_files_keep_the_names(host: str, tmp_path: Path) -> None:
+    vit = model("ViTForImageClassification") if host == "transformers" else small_vit(num_classes=2)
+    named = FullConfig().build(vit)
+    for wrong in (("cat",), ("cat", 1), "ab"):
+        with pytest.raises(ValueError, match="class_names must be as many texts as the model has classes, 2, got"):
+            named.class_names = wrong
+    named.class_names = ("cat", "dog")
+    save(named, tmp_path / "named.safetensors")
+    assert load(tmp_path / "named.safetensors").class_names == ("cat", "dog")
+
+
 def test_hooks_on_blocks_that_give_tuples_are_given_them() -> None:
     name = "VJEPA2ForVideoClassification"
     vit: Any = model(name)

@@ -4,7 +4,7 @@ No module reads a ViT's parts but those of this folder, `adaptvit.flax.convert`,
 gradients no block of timm's has.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from math import prod
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from adaptvit.backbones.families import (
 )
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.backbones.processors import prepared_by
+from adaptvit.checks import quoted
 
 SIDE = 12
 """Patches in a row and column of images, where neither a model nor its record says how large these are."""
@@ -224,6 +225,22 @@ def class_names(vit: nn.Module) -> tuple[str, ...]:
     if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
         return ()
     return tuple(names[number] for number in sorted(names))
+
+
+def name_classes(vit: Any, names: Sequence[str]) -> None:
+    """Give the classes names, where `class_names` finds them.
+
+    Raises:
+        ValueError: they are not as many as the classes, or not text.
+    """
+    count = class_count(vit)
+    if isinstance(names, str) or len(names) != count or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names must be as many texts as the model has classes, {count}, got {quoted(names)}")
+    if find(vit, "config.id2label") is not None:
+        vit.config.id2label = dict(enumerate(names))
+        vit.config.label2id = {name: number for number, name in enumerate(names)}
+    else:
+        vit.pretrained_cfg = {**(getattr(vit, "pretrained_cfg", None) or {}), "label_names": tuple(names)}
 
 
 def input_size(vit: nn.Module) -> tuple[int, int, int]:
