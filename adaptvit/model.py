@@ -16,6 +16,7 @@ from adaptvit.backbones.base import (
     check,
     check_attention,
     check_offers,
+    checkpoint_gradients,
     class_count,
     class_names,
     family_of,
@@ -736,16 +737,7 @@ class AdaptiveViT(nn.Module, ABC):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training keep of each block its input alone, and run it again for the gradients; what it decided stays."""
-        vit: Any = self.vit
-        does = "enable" if enable else "disable"
-        for theirs in (f"activation_checkpointing_{does}", f"gradient_checkpointing_{does}"):  # transformers', old too
-            if hasattr(vit, theirs):
-                getattr(vit, theirs)()
-                return
-        if hasattr(vit, "set_grad_checkpointing"):
-            vit.set_grad_checkpointing(enable)
-        else:
-            vit.grad_checkpointing = enable
+        checkpoint_gradients(self.vit, enable)
 
     @property
     def checkpoints(self) -> bool:

@@ -152,7 +152,7 @@ they count, and *-* that the method refuses the model.
 """
 METHODS_REFUSED = """\
 AdaViT is in two columns: policies over patches and sub-layers, which need parts with names, and policies over heads,
-which need timm's plain blocks. Merging on a grid (`grid`) takes images of one shape and no videos. A-ViT, ATS and EViT
+which need timm's plain blocks. Merging on a grid (`grid`) takes images of one shape. A-ViT, ATS and EViT
 score by the attention that tokens receive where no class token is read.
 """
 NAMES = "Names of one module that run alike are in one row, with their largest differences.\n"

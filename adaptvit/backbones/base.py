@@ -165,8 +165,10 @@ def _unnamed_parts(vit: nn.Module) -> str | None:
     return f"{model_name(vit)} has {kinds.pop()}, which is called whole" if kinds else None
 
 
-def _takes_videos(vit: nn.Module) -> str | None:
-    return f"{model_name(vit)} takes videos" if find(vit, family_of(vit).frames) is not None else None
+def _takes_images(vit: nn.Module) -> str | None:
+    if find(vit, family_of(vit).frames) is not None:
+        return None
+    return f"{model_name(vit)} takes images; adaptvit.video.inflate makes one that takes clips of it"
 
 
 OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
@@ -176,7 +178,7 @@ OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     "equal heads": _unequal_heads,
     "named parts": _unnamed_parts,
     "timm's plain blocks": _other_blocks,
-    "rows and columns": _takes_videos,
+    "steps in time": _takes_images,
 }
 """What a method may need of a ViT, and what a ViT that does not offer it has instead; None where it does.
 
@@ -186,7 +188,7 @@ OFFERS: dict[str, Callable[[nn.Module], str | None]] = {
     equal heads             as many in every block
     named parts             attention and MLP, of which one can run without the other
     timm's plain blocks     whose maps can be run in part
-    rows and columns        of patches, and no third axis
+    steps in time           of patches, in clips
 """
 
 
@@ -301,6 +303,11 @@ def check_images(vit: nn.Module, images: Any) -> None:
     wanted: tuple[int | str, ...] = (channels, "height", "width")
     if (frames := find(vit, family_of(vit).frames)) is not None:
         wanted = (frames, *wanted)
+        if images.ndim == 5 and tuple(images.shape[1:3]) == (channels, frames) and channels != frames:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, channels before frames, but {name} takes (batch, {frames}, "
+                f"{channels}, height, width): give it clips.transpose(1, 2)"
+            )
     known = [(side, length) for side, length in zip(wanted, images.shape[1:], strict=False) if isinstance(side, int)]
     if images.ndim != len(wanted) + 1 or any(side != length for side, length in known):
         raise ValueError(
@@ -354,11 +361,31 @@ def patch_grid(vit: nn.Module, images: Any = None) -> tuple[int, ...]:
     if images is not None and (pieces := pieces_of(vit, images)) is not None:
         return (images[pieces.patches].shape[1],)
     size = input_size(vit)[1:] if images is None else tuple(images.shape[-2:])
-    stem: Any = find(vit, family_of(vit).stem)
-    if hasattr(stem, "dynamic_feat_size"):
-        return tuple(stem.dynamic_feat_size(size))
     family = family_of(vit)
-    grid = tuple(side // patch for side, patch in zip(size, to_2tuple(get(vit, family.patch)), strict=True))
+    stem: Any = find(vit, family.stem)
+    if hasattr(stem, "dynamic_feat_size"):
+        grid = tuple(stem.dynamic_feat_size(size))
+    else:
+        grid = tuple(side // patch for side, patch in zip(size, to_2tuple(get(vit, family.patch)), strict=True))
     if family.frames is None or family.tubelet is None:
         return grid
     return get(vit, family.frames) // get(vit, family.tubelet), *grid
+
+
+def sample_shape(vit: nn.Module) -> tuple[int, ...]:
+    """Of one image of the model's own size, channels first; of a video frames before them."""
+    frames = find(vit, family_of(vit).frames)
+    return input_size(vit) if frames is None else (frames, *input_size(vit))
+
+
+def checkpoint_gradients(vit: Any, enable: bool) -> None:
+    """Have a ViT keep of each block its input alone in training, or not, by its own way."""
+    does = "enable" if enable else "disable"
+    for theirs in (f"activation_checkpointing_{does}", f"gradient_checkpointing_{does}"):  # transformers', old too
+        if hasattr(vit, theirs):
+            getattr(vit, theirs)()
+            return
+    if hasattr(vit, "set_grad_checkpointing"):
+        vit.set_grad_checkpointing(enable)
+    else:
+        vit.grad_checkpointing = enable

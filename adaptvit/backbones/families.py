@@ -182,7 +182,9 @@ class Families:
         return iter({id(family): family for family in self._families.values()}.values())
 
     def of(self, vit: nn.Module) -> Family | None:
-        """The family of a model, by its class or one that it derives from, or as it was guessed."""
+        """The family of a model: its own `family`, or by its class or one that it derives from, or as it was guessed."""
+        if isinstance(own := vars(vit).get("family"), Family):
+            return own
         for kind in type(vit).__mro__:
             if family := self._families.get(qualified(kind)):
                 return family
@@ -264,6 +266,26 @@ _PATHS = (
     "frames",
     "tubelet",
 )
+
+
+def inside(root: str, family: Family, **others: Any) -> Family:
+    """The row of a module that has a model of a family as its `root`, whose attributes all names lead to then."""
+
+    def led(value: Any) -> Any:
+        if isinstance(value, Reads):
+            cases = {case: led(read) for case, read in value.cases.items()}
+            return Reads(f"{root}.{value.name}", cases, led(value.other))
+        return f"{root}.{value}" if isinstance(value, str) else value
+
+    names = (*_PATHS, "bias", "pools_prefix", "reads", "any_size", "classes")
+    return replace(
+        family,
+        models=(),
+        prefix=tuple(led(part) for part in family.prefix),
+        heads=tuple(led(head) for head in family.heads),
+        refused=tuple(one._replace(name=led(one.name)) for one in family.refused),
+        **{name: led(getattr(family, name)) for name in names} | others,
+    )
 
 
 def _with_head(root: str, family: Family, *models: str, **others: Any) -> Family:

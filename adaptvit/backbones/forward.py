@@ -7,7 +7,7 @@
 Letters: B images, N token slots (prefix tokens first, then P patches), R slots that are read, D channels.
 """
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -239,10 +239,13 @@ Inside = Callable[[Tensor, Source], tuple[Tensor, Tensor | None]]
 of these slots hold a token, (B, R) bool; None is all."""
 
 
+GoOn = Callable[[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]], Any]
+
+
 class _Blocks(nn.Module):
     """Stands for every block: notes what they are called with, and goes on from the last one."""
 
-    def __init__(self, count: int, go_on: Callable[[Tensor, list[Any]], Any], tuples: bool) -> None:
+    def __init__(self, count: int, go_on: GoOn, tuples: bool) -> None:
         super().__init__()
         self.count, self.go_on, self.tuples = count, go_on, tuples
         self.calls: list[Any] = []
@@ -289,17 +292,25 @@ def run(vit: nn.Module, images: Any, inside: Inside) -> Any:
                 x = _fill(x, live, _pooled_from(vit))
         return x
 
-    stand = _Blocks(len(blocks), go_on, family.tuples)
-    parts: dict[str, Any] = {family.blocks: stand_in(blocks, _modules=dict.fromkeys(blocks._modules, stand))}
-    if reads is None:
-        parts |= _pooling(vit, family, held)
-    inside_blocks = family.checkpointing.startswith(f"{family.blocks}.")
-    if not inside_blocks and find(vit, family.checkpointing) is True:  # which blocks are by themselves
-        parts[family.checkpointing] = False
-    stood = with_parts(vit, parts)
+    stood = with_blocks(vit, family, go_on, {} if reads is not None else _pooling(vit, family, held))
     if pieces is None:
         return stood(images, **family.told)
     return stood(**images, **family.told) if pieces.alone else stood(dict(images), **family.told)
+
+
+def with_blocks(vit: nn.Module, family: Family, go_on: GoOn, parts: Mapping[str, Any] | None = None) -> Any:
+    """A stand-in of a ViT, with something else in the place of its blocks, and of other parts by their names.
+
+    Args:
+        go_on: what the first block receives, and the arguments of each after it -> what the last leaves.
+    """
+    blocks = get(vit, family.blocks)
+    stand = _Blocks(len(blocks), go_on, family.tuples)
+    others = {family.blocks: stand_in(blocks, _modules=dict.fromkeys(blocks._modules, stand)), **(parts or {})}
+    inside_blocks = family.checkpointing.startswith(f"{family.blocks}.")
+    if not inside_blocks and find(vit, family.checkpointing) is True:  # which blocks are by themselves
+        others[family.checkpointing] = False
+    return with_parts(vit, others)
 
 
 def _without(mask: str, blocks: Any, calls: list[Any]) -> list[Any]:

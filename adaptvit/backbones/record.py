@@ -24,6 +24,7 @@ from adaptvit.backbones.base import model_name, timm_config
 from adaptvit.backbones.families import FAMILIES, find, qualified
 from adaptvit.backbones.parts import PartsViT, RepresentationHead, ViTConfig, add_representation, set_head_dim
 from adaptvit.backbones.t2t import TokensToToken, t2t_vit
+from adaptvit.backbones.video import SpaceTimeViT
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What is allowed, in words and as a question."""
@@ -102,12 +103,28 @@ ARGUMENTS: dict[str, Rule] = {
 """Arguments of a ViT that a file may name; whatever else timm's `create_model` takes could read another file."""
 
 
-def describe(vit: VisionTransformer) -> dict[str, Any]:
+VIDEO: dict[str, Rule] = {"frames": SIDE, "tubelet": SIDE}
+"""What a file says of an image ViT that was made to take clips."""
+
+
+def describe(vit: nn.Module) -> dict[str, Any]:
     """What `rebuild` needs to make the same architecture and to prepare its images: JSON-able, weights not included.
 
     Raises:
         ValueError: the ViT differs from what timm's name and arguments give, so that it could not be rebuilt.
     """
+    description = _described(vit)
+    with torch.device("meta"):
+        twin = rebuild(description)
+    if _anatomy(twin) != _anatomy(vit):
+        name = description["architecture"]
+        raise ValueError(f"this {name} has parts that its name and arguments do not give, so it cannot be saved")
+    return description
+
+
+def _described(vit: Any) -> dict[str, Any]:
+    if isinstance(vit, SpaceTimeViT):
+        return _described(vit.vit) | {"video": {"frames": vit.frames, "tubelet": vit.tubelet}}
     name, recorded = model_name(vit), timm_config(vit)
     arguments: dict[str, Any]
     if qualified(type(vit)).startswith(TRANSFORMERS):
@@ -121,12 +138,7 @@ def describe(vit: VisionTransformer) -> dict[str, Any]:
     data = {key: recorded[key] for key in PREPROCESSING if key in recorded}
     if not isinstance(data.get("label_names"), list | tuple):
         data.pop("label_names", None)  # timm takes tables too
-    description = {"architecture": name, "arguments": arguments, "data": data}
-    with torch.device("meta"):
-        twin = rebuild(description)
-    if _anatomy(twin) != _anatomy(vit):
-        raise ValueError(f"this {name} has parts that its name and arguments do not give, so it cannot be saved")
-    return description
+    return {"architecture": name, "arguments": arguments, "data": data}
 
 
 def _parts_arguments(vit: PartsViT) -> dict[str, Any]:
@@ -244,7 +256,7 @@ def _timm_arguments(vit: VisionTransformer) -> dict[str, Any]:
     return arguments
 
 
-def rebuild(description: dict[str, Any], **others: Any) -> VisionTransformer:
+def rebuild(description: dict[str, Any], **others: Any) -> Any:
     """The ViT of `describe`, with fresh weights.
 
     Args:
@@ -254,6 +266,10 @@ def rebuild(description: dict[str, Any], **others: Any) -> VisionTransformer:
         ValueError: timm does not know the architecture, or the description has something that none of ours has.
     """
     name = description["architecture"]
+    if "video" in description:
+        image = {key: value for key, value in description.items() if key != "video"}
+        video = check_described("its clips'", description["video"], VIDEO)
+        return SpaceTimeViT(rebuild(image, **others), video["frames"], video["tubelet"])
     if isinstance(name, str) and name.startswith(TRANSFORMERS):
         vit = _of_transformers(name, description["arguments"].get("config"), **others)
         vit.pretrained_cfg = timm_config(vit) | check_described("its images'", description["data"], PREPROCESSING)

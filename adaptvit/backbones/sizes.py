@@ -12,7 +12,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptvit.backbones.base import blocks_of, cores, family_of, input_size, model_name, patch_grid, prefix_tokens
+from adaptvit.backbones.base import (
+    blocks_of,
+    cores,
+    family_of,
+    input_size,
+    model_name,
+    patch_grid,
+    prefix_tokens,
+    sample_shape,
+)
 from adaptvit.backbones.blocks import called_with
 from adaptvit.backbones.families import FAMILIES, Parts, find, get, value_of
 from adaptvit.backbones.fast import is_fast
@@ -35,7 +44,8 @@ def shape_of(vit: nn.Module) -> Shape:
         stem_fixed, stem_per_patch, stem_per_pair = _t2t_macs(stem)
     else:
         before = stem.forward if stem is not None else lambda images: enter(vit, images, Packed)
-        stem_per_patch = _counted(before, vit, 1, *input_size(vit)) // math.prod(patch_grid(vit))
+        size, grid = (sample_shape(vit), patch_grid(vit)) if stem is None else (input_size(vit), patch_grid(vit)[-2:])
+        stem_per_patch = _counted(before, vit, 1, *size) // math.prod(grid)
     if (table := find(vit, family_of(vit).weighed)) is not None:
         stem_per_patch += table.numel()
     dim = get(vit, family_of(vit).width)
@@ -82,7 +92,7 @@ def _block_shapes(vit: nn.Module, dim: int) -> tuple[BlockShape, ...]:
             continue
         if tokens is None:
             weight = next(vit.parameters())
-            images = torch.zeros(1, *input_size(vit), device=weight.device, dtype=weight.dtype)
+            images = torch.zeros(1, *sample_shape(vit), device=weight.device, dtype=weight.dtype)
             with torch.no_grad():
                 tokens = enter(vit, images, Packed)
         shape = _measured_shape(vit, number, tokens)

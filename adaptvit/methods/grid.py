@@ -37,13 +37,15 @@ class GridConfig(MethodConfig):
     stretched over the image: of n rows in the place of H, row i is at (i + 1/2) H/n - 1/2, counted in patches. A
     relative bias, which has no rows between patches, is that of the nearest.
 
+    Of a clip every step in time gives up as many of its rows and columns, and none is merged with another step.
+
     Differs: the paper gives the numbers of a few blocks; here all of them merge, evenly. A classifier that pools, pools
     for each patch the token that it is part of.
     """
 
     method: ClassVar[str] = "grid"
     title: ClassVar[str] = "merging on the grid"
-    needs: ClassVar[Set[str]] = NEEDS | {"rows and columns"}
+    needs: ClassVar[Set[str]] = NEEDS
     knob: ClassVar[Knob | None] = Knob("rate", sign=-1, lowest=0.0, highest=64.0, step=0.05)
     published: ClassVar[Published] = Published(
         names=around_deits("grid", dict.fromkeys(DEITS, " whose blocks merge neighbours, so that a grid is left."))
@@ -56,22 +58,22 @@ class GridConfig(MethodConfig):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def sides(self, grid: tuple[int, ...], depth: int) -> list[tuple[int, int]]:
-        """Rows and columns that each of `depth` blocks leaves of a grid."""
-        rows, columns = grid
-        left = []
+    def sides(self, grid: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
+        """What each of `depth` blocks leaves of a grid: its steps in time, if it has these, rows and columns."""
+        *steps, rows, columns = grid
+        sides, left = (rows, columns), list[tuple[int, ...]]()
         for block in range(1, depth + 1):
             share = self.rate * block / depth
-            gone = math.floor(grid[0] * share), math.floor(grid[1] * share + 0.5)
-            rows, columns = max(grid[0] - gone[0], (rows + 1) // 2), max(grid[1] - gone[1], (columns + 1) // 2)
-            left.append((rows, columns))
+            gone = math.floor(sides[0] * share), math.floor(sides[1] * share + 0.5)
+            rows, columns = max(sides[0] - gone[0], (rows + 1) // 2), max(sides[1] - gone[1], (columns + 1) // 2)
+            left.append((*steps, rows, columns))
         return left
 
     def build(self, vit: nn.Module) -> "GridViT":
         """Wrap `vit`, sharing its weights; no parameter is added.
 
         Raises:
-            TypeError: the ViT is not one that this library reproduces, or takes videos.
+            TypeError: the ViT is not one that this library reproduces.
         """
         return GridViT(vit, self)
 
@@ -107,7 +109,7 @@ class GridViT(AdaptiveViT):
         return self.finish(x, partial(usage_of, self, held, grid))
 
     def run_merging(
-        self, number: int, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int]
+        self, number: int, tokens: Tokens, before: tuple[int, ...], sides: tuple[int, ...]
     ) -> tuple[Tokens, Tensor]:
         """A block that leaves a grid of such sides: its tokens, and the slot where each of those before went."""
         decided = once(partial(self.joined, tokens, before, sides))
@@ -120,31 +122,37 @@ class GridViT(AdaptiveViT):
 
         after = self.run_block(number, tokens, look=look, between=merge)
         rows, columns = decided()
-        row = columns.place.transpose(1, 2).gather(2, rows.place)
-        place = self.prefix + (row * sides[1] + rows.place).flatten(1)
+        row = columns.place.mT.gather(-1, rows.place)
+        place = row * sides[-1] + rows.place
+        if len(sides) > 2:
+            place = place + sides[-2] * sides[-1] * torch.arange(sides[0], device=place.device)[:, None, None]
+        place = self.prefix + place.flatten(1)
         prefix = torch.arange(self.prefix, device=place.device).expand(place.shape[0], -1)
         return after, torch.cat([prefix, place], dim=1)
 
     def joined(
-        self, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int], keys: Tensor
+        self, tokens: Tokens, before: tuple[int, ...], sides: tuple[int, ...], keys: Tensor
     ) -> tuple["Joined", "Joined"]:
         """Who joins whom along rows, and then along columns, so that a grid of such sides is left."""
         metric = tokens.grid(keys.mean(dim=-2, dtype=torch.promote_types(keys.dtype, torch.float32)))
         metric = metric[:, self.prefix :].unflatten(1, before)
-        rows = neighbours(metric, before[1] - sides[1])
-        return rows, neighbours(join(metric, rows).transpose(1, 2), before[0] - sides[0])
+        rows = neighbours(metric, before[-1] - sides[-1])
+        return rows, neighbours(join(metric, rows).transpose(-3, -2), before[-2] - sides[-2])
 
     def merge(
-        self, tokens: Tokens, before: tuple[int, int], sides: tuple[int, int], rows: "Joined", columns: "Joined"
+        self, tokens: Tokens, before: tuple[int, ...], sides: tuple[int, ...], rows: "Joined", columns: "Joined"
     ) -> Tokens:
         """What is left of tokens of one grid: those of one of such sides, stretched over the image."""
         x, source = tokens.grid(tokens.x), tokens.source
         patches = x[:, self.prefix :].unflatten(1, before)
-        patches = join(join(patches, rows).transpose(1, 2), columns).transpose(1, 2)
-        merged = type(tokens).of(torch.cat([x[:, : self.prefix], patches.flatten(1, 2)], dim=1)).of_source(source)
+        patches = join(join(patches, rows).transpose(-3, -2), columns).transpose(-3, -2)
+        merged = type(tokens).of(torch.cat([x[:, : self.prefix], patches.flatten(1, -2)], dim=1)).of_source(source)
         at = source.coordinates(x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32)), sides)
         nearest = at.round().long()
-        slots = nearest[:, 0] * source.grid[1] + nearest[:, 1] + self.prefix
+        slots = nearest[:, 0]
+        for axis, side in enumerate(source.grid[1:], 1):
+            slots = slots * side + nearest[:, axis]
+        slots = slots + self.prefix
         slots[: self.prefix] = torch.arange(self.prefix, device=x.device)
         return merged.at_coordinates(at, slots)
 

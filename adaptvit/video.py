@@ -1,0 +1,5 @@
+"""Clips: an image ViT that takes them."""
+
+from adaptvit.backbones.video import SpaceTimeViT, inflate
+
+__all__ = ["SpaceTimeViT", "inflate"]

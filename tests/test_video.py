@@ -1,0 +1,191 @@
+"""Clips: image ViTs that take them, and every method on these."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models import DROP_NOTHING, METHODS, ONE_OF_EACH, small_vit, vary
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import adaptvit
+from adaptvit import Dense, FullConfig, Masked, Packed, Slab, dense_macs, macs
+from adaptvit.backbones.forward import scores
+from adaptvit.model import AdaptiveViT
+from adaptvit.video import SpaceTimeViT, inflate
+
+MEAN = "average pool, no class token"
+TUBELETS = {
+    "class token": 2,
+    "distilled": 2,
+    "registers": 2,
+    MEAN: 2,
+    "attention pool": 4,
+    "rectangular": 2,
+    "tokens to token": 1,
+    "Eva, DINOv3": 2,
+    "Eva, learned rotations": 1,
+    "transformers, ViT": 2,
+    "transformers, rotary": 2,
+    "transformers, attention pool": 2,
+}
+"""Of ViTs that differ in what a clip has to do with: the frames that a patch gets."""
+
+
+@cache
+def clip_vit(flavour: str) -> SpaceTimeViT:
+    made = inflate(small_vit(flavour, torch.float64).eval(), frames=4, tubelet=TUBELETS[flavour])
+    torch.nn.init.normal_(made.time_embed, std=0.3)
+    return made
+
+
+@cache
+def build(method: str, flavour: str = "class token") -> AdaptiveViT:
+    return vary(METHODS[method].build(clip_vit(flavour))).eval() if "adavit" not in method else adavit(method, flavour)
+
+
+def adavit(method: str, flavour: str) -> AdaptiveViT:
+    model = METHODS[method].build(clip_vit(flavour)).eval()
+    for name, parameter in model.named_parameters():
+        if "policy" in name and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.0, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def clips(vit: Any, count: int = 3) -> Tensor:
+    """Noise, of contrasts that differ from clip to clip."""
+    generator = torch.Generator().manual_seed(0)
+    size = adaptvit.backbones.base.sample_shape(vit)
+    noise = torch.randn(count, *size, generator=generator, dtype=torch.float64)
+    return noise * 3 * torch.rand(count, 1, 1, 1, 1, generator=generator)
+
+
+@pytest.mark.parametrize("flavour", TUBELETS)
+def test_methods_that_drop_nothing_are_the_space_time_vit(flavour: str) -> None:
+    vit = clip_vit(flavour)
+    batch = clips(vit)
+    with torch.no_grad():
+        wanted = scores(vit(batch))[0]
+        for method in ("full", "evit", "merge"):
+            for layout in (Masked, Packed):
+                given = DROP_NOTHING[method].build(vit)(batch, layout)
+                torch.testing.assert_close(given, wanted, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "flavour"),
+    [*((method, flavour) for method in ONE_OF_EACH for flavour in ("class token", MEAN)), ("merge", "Eva, DINOv3")],
+)
+def test_layouts_agree_and_clips_are_alone(method: str, flavour: str) -> None:
+    model = build(method, flavour)
+    batch = clips(model.vit)
+    with torch.inference_mode():
+        packed, masked = (model(batch, layout, detailed=True) for layout in (Packed, Masked))
+        alone = model(batch[1:2], detailed=True)
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(alone.logits, packed.logits[1:2], atol=1e-12, rtol=1e-10)
+    assert packed.usage == masked.usage
+    assert packed.usage.grid == (2, 4, 4)
+    assert alone.usage == packed.usage.of_images(torch.tensor([1]))
+    if method in ("full", "evit", "tome", "grid"):
+        with torch.inference_mode():
+            torch.testing.assert_close(model(batch, Dense), packed.logits, atol=1e-12, rtol=1e-10)
+    elif method in ("ats", "merge"):
+        assert len(set(packed.usage.macs.tolist())) > 1
+        with torch.inference_mode():
+            torch.testing.assert_close(model(batch, Slab), packed.logits, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("flavour", TUBELETS)
+def test_macs_are_what_torch_counts(flavour: str) -> None:
+    model = build("ats", flavour).requires_grad_(False)
+    batch = clips(model.vit, count=1)
+    with FlopCounterMode(display=False) as counter:
+        usage = model(batch, detailed=True).usage
+    assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model.vit(batch)
+    assert 2 * dense_macs(model.shape, usage.grid) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("start", ["mean", "centre"])
+def test_a_still_clip_is_its_image_to_a_vit_without_tokens_before_the_patches(start: Any) -> None:
+    vit = small_vit(MEAN, torch.float64).eval()
+    image = clips(clip_vit(MEAN), count=2)[:, :1]
+    with torch.no_grad():
+        made = inflate(vit, frames=6, tubelet=3, start=start)
+        torch.testing.assert_close(made(image.expand(-1, 6, -1, -1, -1)), vit(image[:, 0]), atol=1e-12, rtol=1e-10)
+    moving = torch.cat([image, 2 * image, 9 * image], dim=1)
+    instead = {"mean": 4 * image, "centre": 2 * image}[start]
+    stem = vit.patch_embed
+    with torch.no_grad():
+        torch.testing.assert_close(made.vit.patch_embed(moving.flatten(1, 2)), stem(instead[:, 0]))
+
+
+def test_steps_in_time_are_told_apart_by_their_positions_alone() -> None:
+    made = inflate(small_vit(MEAN, torch.float64).eval(), frames=4)
+    batch = clips(made, count=1)
+    with torch.no_grad():
+        turned = batch.unflatten(1, (2, 2)).flip(1).flatten(1, 2)
+        torch.testing.assert_close(made(turned), made(batch), atol=1e-12, rtol=1e-10)
+        nn.init.normal_(made.time_embed)
+        assert (made(turned) - made(batch)).abs().max() > 1e-3
+
+
+def test_an_image_vit_is_left_as_it_is_and_maps_have_steps() -> None:
+    vit = small_vit()
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    model = FullConfig().build(inflate(vit, frames=4)).eval()
+    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+    assert model.features(torch.randn(2, 4, 3, 32, 32)).shape == (2, vit.embed_dim, 2, 4, 4)
+
+
+def test_gradients_are_the_same_where_they_are_checkpointed() -> None:
+    found = []
+    for enable in (False, True):
+        made = inflate(small_vit(dtype=torch.float64), frames=4).train()
+        made.set_grad_checkpointing(enable)
+        made(clips(made)).square().sum().backward()
+        found.append([parameter.grad for parameter in made.parameters()])
+        assert made.time_embed.grad is not None
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("flavour", ["class token", "transformers, ViT"])
+def test_files_keep_the_frames(flavour: str, tmp_path: Path) -> None:
+    vit = inflate(small_vit(flavour), frames=4)
+    nn.init.normal_(vit.time_embed)
+    model = METHODS["evit"].build(vit).eval()
+    adaptvit.save(model, tmp_path / "clips.safetensors")
+    again = adaptvit.load(tmp_path / "clips.safetensors").eval()
+    batch = clips(vit).float()
+    with torch.no_grad():
+        assert torch.equal(again(batch), model(batch))
+
+
+def test_what_cannot_be_inflated_is_refused_in_one_sentence() -> None:
+    with pytest.raises(TypeError, match=r"beit_base_patch16_224 cannot be inflated: its blocks go by the grid"):
+        inflate(small_vit("BEiT"))
+    with pytest.raises(TypeError, match=r"does not cut patches by one convolution.*: inflate it with tubelet=1"):
+        inflate(small_vit("tokens to token"))
+    with pytest.raises(ValueError, match=r"frames is 5, which is no whole number of tubelets of 2 frames"):
+        inflate(small_vit(), frames=5)
+    with pytest.raises(TypeError, match="takes videos already"):
+        inflate(clip_vit("class token"))
+    with pytest.raises(TypeError, match=r"ResNet .* no list of two or more blocks|ResNet"):
+        inflate(timm.create_model("resnet10t"))
+
+
+def test_clips_of_another_shape_are_refused_in_one_sentence() -> None:
+    vit = clip_vit("class token")
+    for called in (vit, FullConfig().build(vit)):
+        with pytest.raises(ValueError, match=r"channels before frames, but .*: give it clips\.transpose\(1, 2\)"):
+            called(clips(vit).transpose(1, 2))
+        with pytest.raises(ValueError, match=r"takes \(batch, 4, 3, height, width\)"):
+            called(clips(vit)[:, :2])
+        with pytest.raises(ValueError, match=r"takes \(batch, 4, 3, height, width\)"):
+            called(clips(vit)[:, 0])
