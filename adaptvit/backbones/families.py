@@ -182,7 +182,7 @@ class Families:
         return iter({id(family): family for family in self._families.values()}.values())
 
     def of(self, vit: nn.Module) -> Family | None:
-        """The family of a model: its own `family`, or by its class or one that it derives from, or as it was guessed."""
+        """The family of a model: its own `family`, or by a class that it has or derives from, or as guessed."""
         if isinstance(own := vars(vit).get("family"), Family):
             return own
         for kind in type(vit).__mro__:
