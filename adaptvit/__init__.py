@@ -17,6 +17,7 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
+from adaptvit.methods.run_length import RunLengthConfig
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
@@ -49,6 +50,7 @@ __all__ = [
     "Packed",
     "Parts",
     "Plan",
+    "RunLengthConfig",
     "Shape",
     "Slab",
     "ToMeConfig",

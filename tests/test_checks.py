@@ -35,6 +35,7 @@ from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
+from adaptvit.video import inflate
 
 RUN = Run(method=FullConfig(), data=DataConfig(), recipe=Recipe(epochs=2))
 NEEDED: dict[type, dict[str, Any]] = {
@@ -195,8 +196,10 @@ def vit() -> torch.nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*halts every token")
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
-def test_a_config_of_a_method_is_refused_or_works(kind: type, vit: Any) -> None:
+def test_a_config_of_a_method_is_refused_or_works(kind: Any, vit: Any) -> None:
     pictures = images(vit, 2)
+    if kind.role == "clips":
+        vit, pictures = inflate(vit, frames=4), pictures[:, None].repeat(1, 4, 1, 1, 1)
 
     @settings(max_examples=60, **COMMON)
     @given(changes(kind) if dataclasses.fields(kind) else st.just({}))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
+from models import small_vit
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg

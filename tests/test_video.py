@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptvit
-from adaptvit import Dense, FullConfig, Masked, Packed, Slab, dense_macs, macs
+from adaptvit import Dense, FullConfig, Masked, Packed, RunLengthConfig, Slab, dense_macs, macs
 from adaptvit.backbones.forward import scores
 from adaptvit.model import AdaptiveViT
 from adaptvit.video import SpaceTimeViT, inflate
@@ -20,10 +20,10 @@ from adaptvit.video import SpaceTimeViT, inflate
 MEAN = "average pool, no class token"
 TUBELETS = {
     "class token": 2,
-    "distilled": 2,
+    "distilled": 4,
     "registers": 2,
     MEAN: 2,
-    "attention pool": 4,
+    "attention pool": 2,
     "rectangular": 2,
     "tokens to token": 1,
     "Eva, DINOv3": 2,
@@ -189,3 +189,96 @@ def test_clips_of_another_shape_are_refused_in_one_sentence() -> None:
             called(clips(vit)[:, :2])
         with pytest.raises(ValueError, match=r"takes \(batch, 4, 3, height, width\)"):
             called(clips(vit)[:, 0])
+
+
+def moving(vit: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Clips whose patches change at the places and steps of `CHANGES`, and are the same otherwise."""
+    first = clips(vit, count=2)[:, :1].expand(-1, 4, -1, -1, -1).clone()
+    first[1, 2:, :, 8:16, 16:24] += 1.0  # a patch of the second step
+    first[1, 3:, :, 0, 0] += 0.5  # of 64 pixels and two frames one: 0.0039 in the mean
+    return first.to(dtype)
+
+
+@pytest.mark.parametrize("flavour", ["class token", MEAN, "attention pool", "Eva, DINOv3", "transformers, ViT"])
+def test_runs_of_patches_are_computed_once(flavour: str) -> None:
+    vit = clip_vit(flavour)
+    model = RunLengthConfig(threshold=0.003).build(vit).eval()
+    batch = moving(vit)
+    with torch.inference_mode():
+        packed, masked = (model(batch, layout, detailed=True) for layout in (Packed, Masked))
+        alone = model(batch[1:], detailed=True)
+    assert packed.usage.patch_depth[0, 1:].eq(0).all()
+    assert packed.usage.patch_depth[1, 1:].nonzero().tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert packed.usage.patch_depth[:, 0].eq(model.depth).all()
+    torch.testing.assert_close(packed.logits, masked.logits, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(alone.logits, packed.logits[1:], atol=1e-12, rtol=1e-10)
+    assert packed.usage == masked.usage
+    assert alone.usage == packed.usage.of_images(torch.tensor([1]))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        usage = model(batch[1:], detailed=True).usage
+    assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
+    with torch.inference_mode():
+        wanted = scores(vit(batch))[0]
+        torch.testing.assert_close(
+            RunLengthConfig(threshold=0).build(vit).eval()(batch), wanted, atol=1e-12, rtol=1e-10
+        )
+
+
+@pytest.mark.parametrize("flavour", ["class token", MEAN, "attention pool"])
+def test_what_repeats_but_for_its_position_in_time_is_not_lost(flavour: str) -> None:
+    vit = inflate(small_vit(flavour, torch.float64).eval(), frames=8)  # positions in time are zeros yet
+    batch = clips(vit, count=2)[:, :2].repeat(1, 4, 1, 1, 1)
+    batch[1, 4:, :, 8:16, 16:24] += 1.0
+    model, unweighted = (
+        RunLengthConfig(threshold=1e-6, proportional_attention=how).build(vit).eval() for how in (True, False)
+    )
+    with torch.inference_mode():
+        wanted, output = vit(batch), model(batch, detailed=True)
+        assert output.usage.attended[:, 0].tolist() == [model.prefix + 16, model.prefix + 17]
+        torch.testing.assert_close(output.logits, wanted, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(
+            model.features(batch), FullConfig().build(vit).features(batch), atol=1e-12, rtol=1e-9
+        )
+        if model.prefix:
+            assert (unweighted(batch) - wanted).abs().max() > 1e-4
+
+
+def test_lengths_of_runs_are_told_once_they_are_learned(tmp_path: Path) -> None:
+    vit = clip_vit("class token")
+    batch = moving(vit)
+    plain, told = (RunLengthConfig(threshold=0.003, lengths=how).build(vit).eval() for how in (False, True))
+    with torch.no_grad():
+        assert torch.equal(told(batch), plain(batch))
+        nn.init.normal_(told.length_embed[1])  # of runs of two steps
+        whole = (told(batch) - plain(batch)).abs().amax(dim=1)
+        still = plain(batch[:, [0, 1, 0, 1]] * torch.tensor([1.0, 1, 2, 2]).view(4, 1, 1, 1))
+        assert torch.equal(still, told(batch[:, [0, 1, 0, 1]] * torch.tensor([1.0, 1, 2, 2]).view(4, 1, 1, 1)))
+    assert whole.min() > 1e-3
+    told.train()(batch).square().sum().backward()
+    assert told.length_embed.grad[0].abs().max() > 0
+    adaptvit.save(told, tmp_path / "told.safetensors")
+    again = adaptvit.load(tmp_path / "told.safetensors")
+    assert torch.equal(again.length_embed, told.length_embed)
+    vit.zero_grad()
+
+
+def test_the_threshold_meets_a_budget_and_still_clips_get_less() -> None:
+    vit = inflate(small_vit(), frames=8)
+    strength = torch.tensor([0.0, 0.1, 0.3, 1.0]).view(4, 1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(4, 1, 3, 32, 32, generator=generator) + strength * torch.randn(
+        4, 8, 3, 32, 32, generator=generator
+    )
+    model = adaptvit.adapt(vit, batch, 0.6, RunLengthConfig())
+    with torch.inference_mode():
+        share = model(batch, detailed=True).usage.share
+    assert share.mean().item() == pytest.approx(0.6, abs=0.15)  # patches of one clip go nearly together
+    assert (share.diff() >= 0).all()
+    assert share[0] < share[-1]
+
+
+def test_run_lengths_need_clips() -> None:
+    with pytest.raises(TypeError, match=r"run-length tokens needs steps in time, but test_vit takes images"):
+        RunLengthConfig().build(small_vit())
+    with pytest.raises(ValueError, match=r"RunLengthConfig\.threshold"):
+        RunLengthConfig(threshold=-1)

@@ -184,6 +184,10 @@ class SpaceTimeViT(nn.Module):
         """The image ViT's record."""
         return timm_config(self.vit)
 
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, record: dict[str, Any]) -> None:
+        self.vit.pretrained_cfg = record
+
     @property
     def num_classes(self) -> int:
         """Classes of the head."""

@@ -18,6 +18,7 @@ from adaptvit.methods.released import (
     ReleasedDynamicViTConfig,
     of_today,
 )
+from adaptvit.methods.run_length import RunLengthConfig
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT
 
@@ -31,6 +32,7 @@ METHODS = Methods(
     AViTConfig,
     AdaViTConfig,
     DynamicViTConfig,
+    RunLengthConfig,
     RandomConfig,
     FullConfig,
     ReleasedAViTConfig,
@@ -44,8 +46,8 @@ DEFAULT = CalibratedConfig.method
 
 
 def untrained() -> tuple[str, ...]:
-    """Names of the methods that need images alone, the control included."""
-    left = ("dense", "released")
+    """Names of the methods that need images alone, and no clips, the control included."""
+    left = ("dense", "released", "clips")
     return tuple(name for name, config in METHODS.items() if not config.trained and config.role not in left)
 
 
