@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 EXTRAS = {
     "accelerate": "train",
+    "av": "video",
     "datasets": "data",
     "gradio": "playground",
     "jinja2": "pictures",

@@ -1,5 +1,6 @@
 """Clips: image ViTs that take them, and every method on these."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ import pytest
 import timm
 import torch
 from models import DROP_NOTHING, METHODS, ONE_OF_EACH, small_vit, vary
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptvit
 from adaptvit import Dense, FullConfig, Masked, Packed, RunLengthConfig, Slab, dense_macs, macs
 from adaptvit.backbones.forward import scores
+from adaptvit.data import Unreadable, collate
 from adaptvit.model import AdaptiveViT
-from adaptvit.video import SpaceTimeViT, inflate
+from adaptvit.video import Clips, SpaceTimeViT, inflate
 
 MEAN = "average pool, no class token"
 TUBELETS = {
@@ -282,3 +285,123 @@ def test_run_lengths_need_clips() -> None:
         RunLengthConfig().build(small_vit())
     with pytest.raises(ValueError, match=r"RunLengthConfig\.threshold"):
         RunLengthConfig(threshold=-1)
+
+
+SETTINGS = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def frame(at: int, side: int = 32) -> Image.Image:
+    """Grey that tells its place in the clip."""
+    return Image.new("RGB", (side, side), (10 * at,) * 3)
+
+
+def grey(item: Any) -> list[int]:
+    """The places of frames that `frame` made, of a prepared clip."""
+    return ((item[0].mean(dim=(1, 2, 3)) * 0.5 + 0.5) * 255 / 10).round().int().tolist()
+
+
+def write_strip(path: Path, count: int = 16, height: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (32, height or 32 * count))
+    for at in range(count):
+        image.paste(frame(at), (0, 32 * at))
+    image.save(path)
+
+
+def write_frames(folder: Path, sides: list[int]) -> None:
+    folder.mkdir(parents=True)
+    for at, side in enumerate(sides):
+        frame(at, side).save(folder / f"{at}.png")
+
+
+def write_video(path: Path, count: int, codec: str) -> None:
+    av = pytest.importorskip("av", reason="videos are read by PyAV, the extra video")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for at in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_image(frame(at)).reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode())
+
+
+def test_strips_in_folders_of_classes_are_read_and_bad_ones_are_named(tmp_path: Path) -> None:
+    write_strip(tmp_path / "val" / "a" / "2.png")
+    write_strip(tmp_path / "val" / "b" / "10.png")
+    write_strip(tmp_path / "val" / "b" / "3.png", height=500)
+    write_strip(tmp_path / "val" / "b" / "4.png")
+    whole = (tmp_path / "val" / "b" / "4.png").read_bytes()
+    (tmp_path / "val" / "b" / "4.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "val" / "b" / "5.png").write_bytes(b"")
+    (tmp_path / "val" / "b" / "notes.txt").write_text("none")
+    data = Clips(tmp_path, SETTINGS, frames=4, split="val", strip=16)
+    batch = collate([data[index] for index in range(len(data))])
+    assert data.classes == ("a", "b")
+    assert batch.images.shape == (2, 4, 3, 32, 32)
+    assert batch.labels.tolist() == [0, 1]
+    assert grey(data[0]) == [2, 6, 10, 14]
+    said = {Path(one.name).name: one.reason for one in batch.unreadable}
+    assert said.keys() == {"3.png", "4.png", "5.png"}
+    assert said["3.png"] == "its height of 500 pixels is no whole number of pixels for each of 16 frames"
+    assert "truncated" in said["4.png"]
+    assert [str(one) for one in data.left_out] == ["1 without the suffix of an image: 'b/notes.txt'"]
+    few = Clips(tmp_path, SETTINGS, frames=32, split="val", strip=16)[0]
+    assert str(few) == "cannot read a/2.png: it has 16 frames, but 32 are asked for"
+
+
+def test_folders_of_frames_are_read_and_bad_ones_are_named(tmp_path: Path) -> None:
+    write_frames(tmp_path / "clips" / "good", [32] * 11)
+    write_frames(tmp_path / "clips" / "uneven", [32, 32, 16, 32])
+    write_frames(tmp_path / "clips" / "short", [32] * 3)
+    (tmp_path / "clips" / "empty").mkdir()
+    write_frames(tmp_path / "clips" / "damaged", [32] * 4)
+    (tmp_path / "clips" / "damaged" / "2.png").write_bytes(b"none")
+    data = Clips(tmp_path / "clips", SETTINGS, frames=4)
+    items = {data.name(index): data[index] for index in range(len(data))}
+    assert data.classes == ()
+    assert grey(items["good"]) == [1, 4, 6, 9]
+    assert items["good"][1] == -1
+    assert str(items["short"]) == "cannot read short: it has 3 frames, but 4 are asked for"
+    assert str(items["empty"]) == "cannot read empty: it has no frames, but 4 are asked for"
+    assert items["uneven"].reason == "its frames are of different sizes: 0.png has 32 x 32 pixels, 2.png has 16 x 16"
+    assert items["damaged"].reason.startswith("its frame 2.png: not an image")
+    with pytest.raises(ValueError, match=r"has no clips: neither a video \(\.avi"):
+        Clips(tmp_path / "clips" / "empty", SETTINGS, frames=4)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "mpeg4"), ("avi", "mpeg4"), ("gif", "gif")])
+def test_videos_are_read_and_bad_ones_are_named(suffix: str, codec: str, tmp_path: Path) -> None:
+    write_video(tmp_path / "one" / f"good.{suffix}", 12, codec)
+    write_video(tmp_path / "one" / f"short.{suffix}", 2, codec)
+    whole = (tmp_path / "one" / f"good.{suffix}").read_bytes()
+    (tmp_path / "one" / f"truncated.{suffix}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "one" / f"zero.{suffix}").write_bytes(b"")
+    data = Clips(tmp_path, SETTINGS, frames=6)
+    items = {Path(data.name(index)).stem: data[index] for index in range(len(data))}
+    assert data.classes == ("one",)
+    tolerance = 3 if suffix == "gif" else 1  # of whose colours there are few
+    assert all(abs(found - at) <= tolerance for found, at in zip(grey(items["good"]), range(1, 12, 2), strict=True))
+    assert items["short"].reason == "it has 2 frames, but 6 are asked for"
+    assert isinstance(items["zero"], Unreadable)
+    if suffix != "gif":  # which does not say how many frames it has
+        assert isinstance(items["truncated"], Unreadable)
+
+
+def test_strips_of_real_clips_are_read_from_a_tar() -> None:
+    folder = Path(os.environ.get("ADAPTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "pocus-clips16.tar").is_file():
+        pytest.skip(f"no pocus-clips16.tar in {folder}: set ADAPTVIT_DATA")
+    data = Clips(folder / "pocus-clips16.tar", SETTINGS, frames=16, split="val", strip=16)
+    assert (len(data), data.classes) == (28, ("covid", "pneumonia", "regular"))
+    clip, label = data[0]
+    assert (clip.shape, label) == ((16, 3, 32, 32), 0)
+    assert clip.std() > 0.1
+    assert (clip.diff(dim=0).abs().mean(dim=(1, 2, 3)) > 0).all()

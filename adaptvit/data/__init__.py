@@ -8,6 +8,7 @@ folders  which files of a folder or a tar are images, and of which class
 shards   samples in webdataset's tars
 libraries  data sets of the Hub and of torchvision
 sets     data sets: all of these, and scikit-learn's digits
+video    clips: of video files, folders of frames, strips
 """
 
 from adaptvit.data.classes import read_class_map, read_names
