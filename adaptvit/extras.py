@@ -14,6 +14,8 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "pyarrow": "ray",
+    "ray": "ray",
     "sklearn": "data",
     "tensorboard": "track",
 }

@@ -44,7 +44,7 @@ from adaptvit.macs import macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64, serve
 from adaptvit.records import VERSION, read_record, version, write_record
-from adaptvit.terminal import progress_bar, say
+from adaptvit.terminal import progress_bar, say, word_after
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import open_model
 
@@ -428,15 +428,32 @@ def _decimals(values: Sequence[float]) -> list[str]:
     return [f"{value:.6f}" for value in values]
 
 
-def options(_: Sequence[str]) -> ArgumentParser:
-    """`adaptvit predict MODEL FOLDER`."""
+def options(words: Sequence[str]) -> ArgumentParser:
+    """`adaptvit predict MODEL FOLDER`, or, with `--engine ray`, `adaptvit predict MODEL SOURCE OUT`."""
+    engine = word_after(words, "--engine") or "embedded"
+    if engine == "ray":
+        from adaptvit.commands import predict_ray  # which needs what the other engine does not
+
+        return predict_ray.options(words)
+    if engine != "embedded":
+        raise ValueError(f"--engine must be embedded or ray, got {engine!r}")
     parser = ArgumentParser(description="Classes, GMACs and tokens left per block of every image in a folder.")
     parser.add_class_arguments(PredictConfig, as_positional=True)
+    parser.add_argument(
+        "--engine",
+        type=str,
+        default="embedded",
+        help="Where it runs: embedded, in this process or torchrun's; ray, which has options of its own.",
+    )
     return parser
 
 
 def execute(arguments: Namespace) -> int:
     """Write the file; 1 where images could not be read. Under torchrun the main process speaks for all."""
+    if arguments.engine == "ray":
+        from adaptvit.commands import predict_ray
+
+        return predict_ray.execute(arguments)
     result = predict(config_of(PredictConfig, arguments))
     if not PartialState().is_main_process:
         return 0

@@ -79,7 +79,7 @@ def find_shards(root: Path, split: str, where: str, classes: int | None = None) 
             raise ValueError(
                 f"{where} has the split {split!r}: after | comes the number of its samples, got {number!r}"
             )
-        shards = tuple(name for part in names.split("::") for name in _expanded(part))
+        shards = tuple(name for part in names.split("::") for name in expanded(part))
         known = {name: length for _, lengths, _ in splits.values() for name, length in lengths.items()}
         count = int(number) if bar else sum(known[name] for name in shards) if known.keys() >= {*shards} else None
         label_field = next((field for own, _, field in splits.values() if {*shards} <= {*own}), "")
@@ -112,7 +112,7 @@ def _told_splits(root: Path, where: str) -> dict[str, tuple[tuple[str, ...], dic
         ) from None
 
 
-def _expanded(pattern: str) -> Iterator[str]:
+def expanded(pattern: str) -> Iterator[str]:
     """`{0..9}`, `{000..127}` and `{a,b}` written out."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if braces is None:
@@ -127,7 +127,7 @@ def _expanded(pattern: str) -> Iterator[str]:
     else:
         parts = listed.split(",")
     for part in parts:
-        yield from _expanded(pattern[: braces.start()] + part + pattern[braces.end() :])
+        yield from expanded(pattern[: braces.start()] + part + pattern[braces.end() :])
 
 
 def scan_shard(split: Split, shard: str) -> tuple[list[Sample], dict[str, list[str]]]:

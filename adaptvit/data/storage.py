@@ -1,0 +1,63 @@
+"""Any filesystem that pyarrow or fsspec reaches, by an address: a path, s3://, gs://, hf://, memory:// and so on."""
+
+import os
+import posixpath
+from pathlib import Path
+from typing import Any
+
+from adaptvit.extras import needed
+from adaptvit.files import replacing
+
+with needed("reading from any filesystem"):
+    from pyarrow import ArrowException, fs
+
+NATIVE = ("file", "gs", "gcs", "hdfs", "hf", "s3", "viewfs")
+"""What pyarrow itself knows; others are fsspec's."""
+
+
+def open_place(address: str) -> tuple[Any, str]:
+    """A filesystem of pyarrow's, and the path in it.
+
+    Raises:
+        ModuleNotFoundError: the filesystem is of a package that is not here.
+        OSError: it cannot be reached.
+        ValueError: there is no such filesystem.
+    """
+    scheme, there, _ = address.partition("://")
+    if not there:
+        return fs.LocalFileSystem(), os.path.abspath(address)
+    try:
+        return fs.FileSystem.from_uri(address if scheme in NATIVE else f"fsspec+{address}")
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{address!r} needs a package that is not here: {error}") from None
+    except (ArrowException, ValueError) as error:
+        raise ValueError(f"{address!r} is on no filesystem that pyarrow or fsspec knows: {error}") from None
+
+
+def is_local(filesystem: Any) -> bool:
+    """Whether its paths are those of this machine."""
+    return isinstance(filesystem, fs.LocalFileSystem)
+
+
+def found(filesystem: Any, folder: str) -> dict[str, int]:
+    """Files at any depth in a folder and their sizes, by their paths from there; nothing where there is no folder."""
+    selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+    infos = [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+    return {posixpath.relpath(info.path, folder): info.size for info in infos}
+
+
+def write_whole(filesystem: Any, path: str, content: bytes) -> None:
+    """Write a file that is whole or not there, and make its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    filesystem.create_dir(posixpath.dirname(path), recursive=True)
+    if is_local(filesystem):
+        with replacing(Path(path)) as partial:
+            partial.write_bytes(content)
+        return
+    beside = f"{path}.{os.urandom(4).hex()}.partial"  # others may be at the same, with the same content
+    with filesystem.open_output_stream(beside) as file:
+        file.write(content)
+    filesystem.move(beside, path)
