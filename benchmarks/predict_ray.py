@@ -72,9 +72,9 @@ def kills(model: str, source: Path, images: int, times: int, seed: int, place: P
     """Kill the driver, or a worker, at random moments; start again; compare."""
     draws = random.Random(seed)
     whole, broken = place / "whole", place / "broken"
-    command = [sys.executable, "-m", "adaptvit_cli", "predict", model, str(source)]
     more = ["--engine", "ray", "--shard", "256", "--device", "cpu"]
-    main = [sys.executable, "-c", "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())", *command[3:]]
+    program = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"
+    main = [sys.executable, "-c", program, "predict", model, str(source)]
     start = time.time()
     code = subprocess.run([*main, str(whole), *more], check=False).returncode
     took = time.time() - start

@@ -68,6 +68,7 @@ SENTENCES = {
     "training.tally": "training needs accelerate: pip install 'adaptvit[train]'",
     "training.run": "training needs accelerate: pip install 'adaptvit[train]'",
     "commands.train": "a command needs jsonargparse: pip install 'adaptvit[cli]'",
+    "data.storage": "reading from any filesystem needs pyarrow: pip install 'adaptvit[ray]'",
     "open_digits": "reading the digits needs scikit-learn: pip install 'adaptvit[data]'",
     "photographs": "reading the sample photographs needs scikit-learn: pip install 'adaptvit[data]'",
     "export": "exporting to ONNX needs onnx: pip install 'adaptvit[onnx]'",
@@ -115,5 +116,5 @@ def test_an_extra_brings_the_library_that_it_is_named_for(library: str) -> None:
 def test_all_is_every_extra_but_what_is_for_others() -> None:
     extras = PROJECT["optional-dependencies"]
     assert extras["all"] == [
-        f"adaptvit[{','.join(name for name in extras if name not in ('all', 'transformers', 'flax', 'dev'))}]"
+        f"adaptvit[{','.join(name for name in extras if name not in ('all', 'ray', 'transformers', 'flax', 'dev'))}]"
     ]

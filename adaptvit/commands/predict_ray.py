@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -234,12 +235,12 @@ class RayEngine:
         context = data.DataContext.get_current()
         context.enable_progress_bars, context.max_errored_blocks = False, -1
         items = [{"number": number, "unit": pickle.dumps(unit)} for number, unit in units]
-        written = (
-            data.from_items(items, override_num_blocks=len(items))
-            .map_batches(
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how often a task is tried, which goes by another name from Ray 2.64 on
+            decoded = data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _decode, batch_size=1, fn_kwargs={"job": job}, num_cpus=1, max_retries=job.tries - 1
             )  # other arguments than the actors', with which Ray would run it in them
-            .map_batches(
+            written = decoded.map_batches(
                 _Model,
                 batch_size=1,
                 batch_format="pyarrow",
@@ -248,7 +249,6 @@ class RayEngine:
                 max_task_retries=job.tries - 1,
                 **self.resources,
             )
-        )
         for row in written.iter_rows():
             yield Record(**json.loads(row["record"]))
 
@@ -295,8 +295,9 @@ def run(job: Job, config: ScaleConfig, engine: InProcess | RayEngine) -> Scaled:
     if earlier is None:
         earlier = settings | _set_up(job, config, engine, units)
         job.store.write(SETTINGS, as_json(earlier, indent=2).encode())
-    costs = earlier["costs"]
-    job = replace(job, predictor=replace(job.predictor, budget=earlier["share"], costs=costs and tuple(costs)))
+    kept = {"budget": earlier["share"], "costs": earlier["costs"] and tuple(earlier["costs"])}
+    if kept != {name: getattr(job.predictor, name) for name in kept}:
+        job = replace(job, predictor=replace(job.predictor, **kept))
     dense, faults = job.predictor.dense_macs, {}
     before = manifest.images
     with progress_bar(
