@@ -70,7 +70,7 @@ class RaggedAViT(AViT):
 class RaggedMerge(MergingViT):
     """Merges of what is most alike as many as were recorded."""
 
-    def places(self, tokens: Tokens, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
+    def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         live = tokens.live
         score, target = match(tokens.grid(seen.keys), live, self.prefix, None)
         merged = (marks(tokens) == block + 1).sum(dim=1, keepdim=True)

@@ -7,8 +7,20 @@ from models import flavours, images, small_vit
 from torch import Tensor
 
 import adaptvit
-from adaptvit import GridConfig, Masked, MergeConfig, MethodConfig, Packed, ToMeConfig, dense_macs, macs, meet_target
+from adaptvit import (
+    CalibratedConfig,
+    GridConfig,
+    Masked,
+    MergeConfig,
+    MethodConfig,
+    Packed,
+    ToMeConfig,
+    dense_macs,
+    macs,
+    meet_target,
+)
 from adaptvit.backbones.door import Projected
+from adaptvit.methods import METHODS, of_today
 from adaptvit.methods.merge import fit_thresholds
 from adaptvit.methods.merging import arrange, match
 
@@ -57,7 +69,7 @@ def test_merging_equal_tokens_changes_nothing(flavour: str, layout: type) -> Non
     batch = torch.stack([kind[mask.long()] for kind, mask in zip(kinds, which, strict=True)])
     batch = batch.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     with torch.inference_mode():
-        config = MergeConfig(thresholds=1 - 1e-9, relative=0.0, protection=0.0, power=1.0)
+        config = MergeConfig(thresholds=1 - 1e-9, relative=0.0, protection=0.0, power=1.0, size_cost=0.0)
         output = config.build(vit)(batch, layout, detailed=True)
         torch.testing.assert_close(output.logits, vit(batch), atol=1e-10, rtol=0)
     assert (output.usage.attended[:, -1] < output.usage.attended[:, 0] // 2).all()
@@ -160,6 +172,53 @@ def test_fitted_thresholds_merge_what_the_schedule_does_on_average() -> None:
     assert len({*attended[:, 1].tolist()}) > 2
 
 
+def test_sums_and_products_are_taken_off_the_similarity() -> None:
+    generator = torch.Generator().manual_seed(0)
+    metric = torch.nn.functional.normalize(torch.randn(2, 9, 4, generator=generator, dtype=torch.float64), dim=-1)
+    product, total = torch.rand(2, 2, 9, generator=generator, dtype=torch.float64)
+    live = torch.arange(9) < torch.tensor([[9], [6]])
+    score, target = match(metric, live, 1, product, total)
+    for image, count in enumerate((9, 6)):
+        odd = range(1, count, 2)
+        for place, even in enumerate(range(2, count, 2)):
+            scores = [
+                metric[image, even] @ metric[image, n]
+                - product[image, even] * product[image, n]
+                - total[image, even]
+                - total[image, n]
+                for n in odd
+            ]
+            torch.testing.assert_close(score[image, place], max(scores))
+            assert target[image, place] == scores.index(max(scores))
+    assert (score[1, 2:] == -torch.inf).all()
+
+
+@LAYOUTS
+def test_a_merged_token_is_as_long_as_its_parts_and_counts_them_by_importance(layout: type) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
+    importance, size = torch.rand(2, 5, generator=generator, dtype=torch.float64), torch.tensor([[1.0, 2, 1, 3, 1]] * 2)
+    place = torch.tensor([[0, 1, 2, 1, 1], [0, 0, 1, 2, 2]])
+    moved = torch.tensor([[False, True, False, True, False], [False, True, False, False, True]])
+    model, tokens = CalibratedConfig().build(small_vit(dtype=torch.float64)), layout.of(x)
+    merged, patches = model.join(tokens, place, moved, tokens.spread(size), tokens.spread(importance), 3)
+    found, patches = merged.grid(merged.x), merged.grid(patches)
+    for image, slot in itertools.product(range(2), range(3)):
+        parts = place[image] == slot
+        weight = (size * importance)[image, parts] / (size * importance)[image, parts].sum()
+        mean = weight @ x[image, parts]
+        length = weight @ x[image, parts].norm(dim=1)
+        torch.testing.assert_close(found[image, slot], mean * length / mean.norm())
+        assert patches[image, slot] == size[image, parts].sum()
+
+
+@pytest.mark.parametrize("method", ["merge", "calibrated"])
+def test_files_of_before_merge_as_they_did(method: str) -> None:
+    _, values = of_today(method, {"power": 0.85})
+    config = METHODS[method](**values)
+    assert (config.power, config.size_cost, config.weighing, config.keeps_length) == (0.85, 0.0, "patches", False)
+
+
 def test_a_budget_is_met_and_travels_with_the_model(tmp_path: Path) -> None:
     vit = small_vit()
     batch = images(vit, count=16)
@@ -197,8 +256,8 @@ def test_matching_has_no_gradient_and_means_do() -> None:
         assert torch.autograd.gradcheck(means, x)
     model = ToMeConfig(r=3).build(small_vit(dtype=torch.float64)).train()
     tokens = Packed.of(x)
-    projected = Projected(*[x[..., None, :].flatten(0, 1)] * 3)
-    assert not any(out.requires_grad for out in model.places(tokens, 0, model.see(tokens, projected)))
+    projected, size = Projected(*[x[..., None, :].flatten(0, 1)] * 3), torch.ones(10)
+    assert not any(out.requires_grad for out in model.places(tokens, size, 0, model.see(tokens, projected)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ model's: `docs/lab/off_the_shelf.md` has what was tried.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -20,7 +20,7 @@ from adaptvit.checks import In
 from adaptvit.methods.base import DEITS, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.losses import divergence
-from adaptvit.methods.merging import Compared, MergingConfig, MergingViT
+from adaptvit.methods.merging import Compared, MergingConfig, MergingViT, Weighing
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.usage import check_finite
@@ -28,6 +28,8 @@ from adaptvit.usage import check_finite
 COMPARED: Compared = "keys"
 PROTECTION = 0.1
 POWER = 0.85
+SIZE_COST = 0.03
+WEIGHING: Weighing = "importance"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,9 @@ class MergeConfig(MergingConfig):
     compared: Compared = COMPARED
     protection: Annotated[float, In("[0, 1]")] = PROTECTION
     power: Annotated[float, In("[0, 2]")] = POWER
+    size_cost: Annotated[float, In("[0, 1]")] = SIZE_COST
+    weighing: Weighing = WEIGHING
+    keeps_length: bool = True
 
     def schedule(self, depth: int) -> tuple[float, ...]:
         """The threshold of each of `depth` blocks, shifted.
@@ -110,6 +115,9 @@ class CalibratedConfig(ToMeConfig):
     compared: Compared = COMPARED
     protection: Annotated[float, In("[0, 1]")] = PROTECTION
     power: Annotated[float, In("[0, 2]")] = POWER
+    size_cost: Annotated[float, In("[0, 1]")] = SIZE_COST
+    weighing: Weighing = WEIGHING
+    keeps_length: bool = True
 
     def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
         """The model with the numbers r at which `nearest` finds predictions nearest to the dense model's.
@@ -128,9 +136,12 @@ class CalibratedConfig(ToMeConfig):
         return MergingConfig.fit(self, vit, images, target, **search)
 
 
-SLOPES = ((0.5, 0.0), (1.0, 0.0), (0.0, 1 / 6), (0.5, 1 / 6), (0.0, 1 / 3), (0.5, 1 / 3))
-"""Schedules that are tried beside an even one: how much r rises with depth, 1 being from nothing, and what share of the
-blocks merges nothing before."""
+SLOPES = (
+    *((0.5, 0.0), (0.0, 1 / 6), (0.5, 1 / 6), (-0.5, 1 / 6)),
+    *((0.0, 1 / 4), (-0.5, 1 / 4), (0.0, 1 / 3), (0.5, 1 / 3)),
+)
+"""Schedules that are tried beside an even one: how much r rises with depth, 1 being from nothing, or falls, and what
+share of the blocks merges nothing before."""
 REACH = 0.5
 """Share of the dense MACs to which a model can be steered later, whatever block it begins to merge in."""
 
@@ -160,13 +171,14 @@ def nearest(
     some = images if how.get("unit") == "images_per_s" else images[:1]  # all cost the same
     plain = FullConfig().build(vit).eval()
     dense, depth = _logits(plain, images), plain.depth
+    shared: dict[str, Any] = {one.name: getattr(config, one.name) for one in fields(MergingConfig)}
     check_finite(dense, "logits")
 
     def tried(rise: float, delay: float) -> tuple[float, MergingViT]:
         late = round(delay * depth)
         slopes = [1 - rise + 2 * rise * block / max(1, depth - late - 1) for block in range(depth - late)]
         r = [*[0] * late, *[round(STEPS * slope) for slope in slopes]]
-        like = ToMeConfig(r=r, rate=8 / STEPS, compared=config.compared, protection=config.protection).build(vit).eval()
+        like = ToMeConfig(r=r, rate=8 / STEPS, **shared).build(vit).eval()
         if late:
             meet_target(like, images[:1], REACH)  # or it is not tried
         merged = meet_target(like, some, target, **how).schedule(depth)

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from adaptvit.backbones.door import Projected, attention_received
 from adaptvit.checks import In, check_fields
@@ -31,7 +31,12 @@ patches: there it is as `receiver`. Images of different shapes have no `mean`.""
 Compared = Literal["mean key", "keys"]
 """What is alike: by `mean key` the cosine of keys averaged over heads, as ToMe has it; by `keys` the mean over heads of
 the cosine of theirs."""
+Weighing = Literal["patches", "importance"]
+"""What a token counts by in the mean that it is merged into: its `patches`, as ToMe has it, or their number times its
+`importance` (the weights of SAD-TM, CVPR 2026, here times the patches)."""
 NEEDS = frozenset({"attention", "token norms"})
+LEAST = 1e-6
+"""Importance that a token counts by at least, so that no mean is without weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +59,24 @@ class MergingConfig(MethodConfig):
     """A token is attended to as the patches it holds would be together. Off, as released, for MAE weights."""
     power: Annotated[float, In("[0, 2]")] = 1.0
     """Then a token of n patches is attended to as n to this power of them: 1 is ToMe's."""
+    size_cost: Annotated[float, In("[0, 1]")] = 0.0
+    """Taken off the similarity of two tokens of n and m patches, times log n + log m: the more a token stands for, the
+    more is lost with it. After ATM (arXiv 2505.15160), which matches small ones first in its late blocks."""
+    weighing: Weighing = "patches"
+    """What a token counts by in the mean."""
+    keeps_length: bool = False
+    """A merged token x is as long as its parts are in their mean, x * mean(|x_i|) / |x|. The mean of vectors is shorter
+    than they are, so that what later blocks add to it would count for more."""
     position: Position = "receiver"
     """Where a merged token is, of a ViT whose blocks are told positions."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def by_importance(self) -> bool:
+        """Whether it goes by the importance of tokens."""
+        return bool(self.protection) or self.weighing == "importance"
 
     @abstractmethod
     def schedule(self, depth: int) -> tuple[float, ...]:
@@ -145,8 +163,13 @@ class MergingViT(AdaptiveViT):
         usage = usage_of(self, held, grid)
         patches, looked = usage.attended - self.prefix, held[0].new_tensor(compared)
         widths = self.shape.each("key_dim" if self.config.compared == "mean key" else "attention_width", held[0])
-        deciding = patches // 2 * (patches - patches // 2) * (widths + bool(self.config.protection))
-        if self.config.protection:
+        deciding = (
+            patches
+            // 2
+            * (patches - patches // 2)
+            * (widths + bool(self.config.protection) + bool(self.config.size_cost))
+        )
+        if self.config.by_importance:
             queries = 1 if self.read is None else self.read
             deciding = deciding + queries * usage.attended * self.shape.each("attention_width", held[0])
         return replace(usage, deciding=deciding * looked)
@@ -156,7 +179,7 @@ class MergingViT(AdaptiveViT):
     ) -> tuple[Tokens, Tensor, Tensor]:
         """A block that merges tokens: what it leaves, the slot where each token went, and the patches in each."""
         slots, sizes, seen = tokens.shape[1], list[Tensor](), list[Seen]()
-        see, decided = once(partial(self.see, tokens)), once(partial(self.places, tokens, number))
+        see, decided = once(partial(self.see, tokens)), once(partial(self.places, tokens, size, number))
         count = self.config.merged(slots - self.prefix, number, self.depth) if tokens.at_first is None else None
         left = None if count is None else slots - count
 
@@ -164,12 +187,31 @@ class MergingViT(AdaptiveViT):
             seen[:] = [see(projected)]
 
         def merge(tokens: Tokens) -> Tokens:
-            merged, total = tokens.merge(*decided(seen[0]), size, left)
+            merged, total = self.join(tokens, *decided(seen[0]), size, seen[0].importance, left)
             sizes[:] = [total]
             return merged
 
         after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
         return after, decided()[0], sizes[0]
+
+    def join(
+        self, tokens: Tokens, place: Tensor, moved: Tensor, size: Tensor, importance: Tensor | None, left: int | None
+    ) -> tuple[Tokens, Tensor]:
+        """Tokens merged into those that they were matched with, `left` of each image, and the patches in each."""
+        weight, grid = size, None
+        if self.config.weighing == "importance":
+            assert importance is not None
+            weight, grid = size * importance.detach().clamp(min=LEAST), tokens.grid(size)
+        if self.config.keeps_length:
+            tokens = tokens.with_x(torch.cat([tokens.x, _length(tokens.x).to(tokens.x.dtype)], dim=-1))
+        merged, total = tokens.merge(place, moved, weight, left)
+        if self.config.keeps_length:
+            x, length = merged.x[..., :-1], merged.x[..., -1:]
+            merged = merged.with_x((normalize(x.to(_wide(x)), dim=-1) * length).to(x.dtype))
+        if grid is not None:
+            sizes = torch.zeros_like(grid).scatter_add(1, place, grid)
+            total = merged.spread(sizes[:, : merged.shape[1]])
+        return merged, total
 
     def compares(self, block: int, patches: int) -> bool:
         """Whether a block looks for tokens to merge, where it has at most so many patches."""
@@ -190,7 +232,7 @@ class MergingViT(AdaptiveViT):
             keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
         else:
             keys = normalize(keys.to(_wide(keys)), dim=-1).flatten(-2) / keys.shape[-2] ** 0.5
-        return Seen(keys, self.importance(tokens, projected) if self.config.protection else None)
+        return Seen(keys, self.importance(tokens, projected) if self.config.by_importance else None)
 
     def importance(self, tokens: Tokens, projected: Projected) -> Tensor:
         """The importance of each token, token features (...,)."""
@@ -205,12 +247,15 @@ class MergingViT(AdaptiveViT):
         count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True)
         return received / tokens.spread(patches.sum(dim=1, keepdim=True) / count)
 
-    def places(self, tokens: Tokens, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
+    def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
-        live, cost = tokens.live, None
-        if seen.importance is not None:
-            cost = tokens.grid((self.config.protection * seen.importance).sqrt())
-        score, target = match(tokens.grid(seen.keys), live, self.prefix, cost)
+        live, product, total = tokens.live, None, None
+        if self.config.protection:
+            assert seen.importance is not None
+            product = tokens.grid((self.config.protection * seen.importance).sqrt())
+        if self.config.size_cost:
+            total = self.config.size_cost * tokens.grid(size).clamp(min=1).log()
+        score, target = match(tokens.grid(seen.keys), live, self.prefix, product, total)
         alike = tokens.at_first is None
         patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
         chosen = self.choose(score, patches, block)
@@ -244,7 +289,9 @@ def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -
     )
 
 
-def match(metric: Tensor, live: Tensor, prefix: int, cost: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def match(
+    metric: Tensor, live: Tensor, prefix: int, product: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best match of each patch token of A among those of B.
 
     A are the tokens in even slots, B those in odd ones; prefix tokens are in neither.
@@ -252,18 +299,23 @@ def match(metric: Tensor, live: Tensor, prefix: int, cost: Tensor | None = None)
     Args:
         metric: (B, N, d), of unit length.
         live: (B, N) bool, the first so many slots of each image.
-        cost: (B, N), whose product is taken off the similarity of two tokens.
+        product: (B, N), whose product is taken off the similarity of two tokens.
+        total: (B, N), whose sum is.
     Returns:
         (B, |A|) the similarity, -inf for a dead token of A, and int64 the number of the match in B.
     """
     even, odd = _halves(prefix)
     a, b = metric[:, even], metric[:, odd]
-    if cost is not None:
-        a, b = torch.cat([a, -cost[:, even, None]], dim=2), torch.cat([b, cost[:, odd, None]], dim=2)
+    if product is not None:
+        a, b = torch.cat([a, -product[:, even, None]], dim=2), torch.cat([b, product[:, odd, None]], dim=2)
+    if total is not None:
+        a, b = pad(a, (0, 1), value=-1.0), torch.cat([b, total[:, odd, None]], dim=2)
     with torch.autocast(metric.device.type, enabled=False):
         similarity = a @ b.mT
     score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
-    return score.masked_fill_(~live[:, even], -torch.inf), target
+    if total is not None:
+        score = score - total[:, even]
+    return score.masked_fill(~live[:, even], -torch.inf), target
 
 
 def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -297,6 +349,11 @@ def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix:
 def _wide(x: Tensor) -> torch.dtype:
     """Of sizes, similarities and their thresholds: float32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _length(x: Tensor) -> Tensor:
+    """(..., 1), of token features, in float32 or wider."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
 
 
 def _halves(prefix: int) -> tuple[slice, slice]:

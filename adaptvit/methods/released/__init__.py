@@ -32,6 +32,8 @@ def of_today(method: str, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         method += "_released" if released else ""
         for field in () if released else ("attention_mask", "mlp_gradient"):
             rest.pop(field, None)
-    elif method == "merge":
+    elif method in ("merge", "calibrated"):
+        rest = {"size_cost": 0.0, "weighing": "patches", "keeps_length": False} | rest
+    if method == "merge":
         rest = {"compared": "mean key", "protection": 0.0, "power": 1.0} | rest
     return method, rest
