@@ -4,7 +4,7 @@
 
 WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of ImageNet's 1000 class folders, IMAGENETTE one of some
 of them, whose images are classified among all 1000; OUTPUT a path without ending: the script writes .csv, row by row,
-and .json (the conditions), and leaves out budgets that are there. Every eighth of IMAGES is for calibration; the others,
+and .json (the conditions), and leaves out budgets that are there. Every eighth of IMAGES is for calibration; the rest,
 and every third of IMAGENETTE, are measured. It takes an hour on one core.
 """
 
