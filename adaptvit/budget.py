@@ -45,6 +45,9 @@ class Trial:
     """Measured here and now, in batches of 32."""
     top1: float | None
     """Share of the images that were classified rightly; None without labels."""
+    share_error: float | None = None
+    """Standard error of `share`, by the spread over images: how far off it is to be expected on others like them. 0
+    where all images cost the same, None of a single one."""
 
 
 def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) -> Trial:
@@ -65,10 +68,12 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
         check_finite(logits, "logits")
         top1 = None if labels is None else in_float64(logits.argmax(dim=1) == labels).mean().item()
         usage = join([output.usage for output in outputs])
-        executed = in_float64(macs(usage, model.shape)).mean().item()  # an accelerator is waited for here
+        executed = in_float64(macs(usage, model.shape))  # an accelerator is waited for here
         seconds = time.perf_counter() - start
     knob = None if config.knob is None else getattr(config, config.knob.field)
-    return Trial(knob, executed / dense_macs(model.shape, usage.grid), executed / 1e9, len(images) / seconds, top1)
+    mean, dense = executed.mean().item(), dense_macs(model.shape, usage.grid)
+    error = (executed.std() / len(images) ** 0.5).item() / dense if len(images) > 1 else None
+    return Trial(knob, mean / dense, mean / 1e9, len(images) / seconds, top1, error)
 
 
 def check_target(target: float, unit: Unit) -> None:

@@ -15,6 +15,7 @@ from adaptvit import (
     ToMeConfig,
     budget,
     load,
+    macs,
     measure_plan,
     meet_target,
     save,
@@ -122,6 +123,19 @@ def test_a_budget_in_gmacs_is_met_and_each_trial_told() -> None:
     assert told[-1].gmacs == pytest.approx(0.7 * dense.gmacs, rel=0.02)
     assert told[-1].knob == config.rate
     assert all(0 <= trial.top1 <= 1 for trial in told)
+
+
+def test_a_trial_tells_how_far_off_its_share_is_to_be_expected() -> None:
+    vit = small_vit().eval()
+    batch = images(vit, count=24)
+    model = ATSConfig().build(vit)
+    with torch.inference_mode():
+        shares = macs(model(batch, detailed=True).usage, model.shape).double() / (attempt(model, batch).gmacs * 1e9)
+    trial = attempt(model, batch)
+    assert trial.share_error == pytest.approx(trial.share * shares.std().item() / 24**0.5)
+    assert trial.share_error > 0
+    assert attempt(ToMeConfig(r=2).build(vit), batch).share_error == 0
+    assert attempt(model, batch[:1]).share_error is None
 
 
 def test_a_budget_in_images_per_second_is_met_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

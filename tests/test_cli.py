@@ -648,6 +648,7 @@ def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, c
     figures = json.loads(capsys.readouterr().out)
     assert figures["share"] == pytest.approx(0.9, abs=0.1)  # of few tokens
     assert (figures["method"], figures["knob"]) == ("ats", load(output).config.rate)
+    assert 0 <= figures["share_error"] < 0.1
 
 
 @pytest.mark.parametrize(

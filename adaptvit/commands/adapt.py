@@ -121,13 +121,20 @@ def execute(arguments: Namespace) -> None:
     def tell(trial: Trial) -> None:
         trials.append(trial)
         top1 = "" if trial.top1 is None else f", top-1 {trial.top1:.1%}"
-        cost = f"{trial.share:.1%} of the MACs, {trial.gmacs:.3f} GMACs, {trial.images_per_s:.0f} images/s"
+        cost = f"{_with_error(trial)} of the MACs, {trial.gmacs:.3f} GMACs, {trial.images_per_s:.0f} images/s"
         say(f"{trial.knob:10.4g}: {cost}{top1}")
 
     config = set_budget(**told, tell=tell)
     assert config.knob is not None  # or there would have been nothing to move
     value = getattr(config, config.knob.field)
-    say(f"{arguments.output}: {config.knob.field} {value:g}")
-    met = next((asdict(trial) for trial in reversed(trials) if trial.knob == value), {})
+    found = next((trial for trial in reversed(trials) if trial.knob == value), None)
+    cost = "" if found is None else f", {_with_error(found)} of the MACs"
+    say(f"{arguments.output}: {config.knob.field} {value:g}{cost}")
+    met = {} if found is None else asdict(found)
     named = {"file": str(arguments.output), "method": config.method, "field": config.knob.field, "knob": value}
     tell_json(where, {**met, **named})
+
+
+def _with_error(trial: Trial) -> str:
+    """The share of the MACs, and how far off it is to be expected on other images."""
+    return f"{trial.share:.1%}" + (f" ± {trial.share_error:.1%}" if trial.share_error else "")

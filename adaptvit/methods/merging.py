@@ -201,7 +201,8 @@ class MergingViT(AdaptiveViT):
         weight, grid = size, None
         if self.config.weighing == "importance":
             assert importance is not None
-            weight, grid = size * importance.detach().clamp(min=LEAST), tokens.grid(size)
+            counted = importance.detach()
+            weight, grid = size * counted.where(counted > LEAST, LEAST), tokens.grid(size)  # also where it is nan
         if self.config.keeps_length:
             tokens = tokens.with_x(torch.cat([tokens.x, _length(tokens.x).to(tokens.x.dtype)], dim=-1))
         merged, total = tokens.merge(place, moved, weight, left)
