@@ -54,7 +54,7 @@ def test_merging_is_where_it_changes_predictions_or_features_least(
     config: MethodConfig, classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vit = small_vit(img_size=64, depth=12, num_classes=classes).eval()
-    batch, divergence = images(vit, count=24), {}
+    batch, divergence = images(vit, count=8), {}
 
     def recorded(self: MergingViT, vit: nn.Module, config: MethodConfig) -> None:
         built(self, vit, config)
