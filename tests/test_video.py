@@ -1,6 +1,7 @@
 """Clips: image ViTs that take them, and every method on these."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from adaptvit import Dense, FullConfig, Masked, Packed, RunLengthConfig, Slab, d
 from adaptvit.backbones.forward import scores
 from adaptvit.data import Unreadable, collate
 from adaptvit.model import AdaptiveViT
+from adaptvit.show.pictures import clip_strip
 from adaptvit.video import Clips, SpaceTimeViT, inflate
 
 MEAN = "average pool, no class token"
@@ -405,3 +407,28 @@ def test_strips_of_real_clips_are_read_from_a_tar() -> None:
     assert (clip.shape, label) == ((16, 3, 32, 32), 0)
     assert clip.std() > 0.1
     assert (clip.diff(dim=0).abs().mean(dim=(1, 2, 3)) > 0).all()
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for label in ("a", "b"):
+        write_strip(tmp_path / "clips" / "val" / label / "1.png")
+    (tmp_path / "clips" / "val" / "b" / "2.png").write_bytes(b"none")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    page = (Path(__file__).parents[1] / "docs" / "video.md").read_text()
+    told: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, told)
+    said = capsys.readouterr().out
+    assert "Usage(2 images, 4 blocks, 4 x 4 x 4 patches)" in said
+    assert "tensor([17, 65])" in said
+    assert len(told["batch"].unreadable) == 1
+    assert (tmp_path / "strip.png").stat().st_size > 1000
+
+
+def test_a_strip_of_a_clip_has_a_frame_for_each_step() -> None:
+    figure = clip_strip(torch.rand(6, 3, 32, 32), torch.tensor([4, 0, 1]).view(3, 1, 1).expand(3, 4, 4), 4)
+    told = [axes.get_xlabel() for axes in figure.axes if axes.images]
+    assert told[:6] == ["frame 1", "frame 3", "frame 5", "100% of patches", "0% of patches", "100% of patches"]
+    with pytest.raises(ValueError, match="5 frames are no whole number of frames for each of 3 steps"):
+        clip_strip(torch.rand(5, 3, 32, 32), torch.ones(3, 4, 4), 4)

@@ -110,6 +110,26 @@ def one_below_another(rows: Sequence[tuple[str, Tensor, Sequence[str]]], blocks:
     return figure
 
 
+def clip_strip(clip: Tensor, depth: Tensor, blocks: int) -> Figure:
+    """A clip, the middle frame of each step in time beside the next, and below each what was computed of it.
+
+    Args:
+        clip: (frames, channels, height, width), one channel or three, values in [0, 1].
+        depth: (steps, rows, columns) blocks each patch entered, a clip's of `Usage.patch_depth`.
+        blocks: where the scale of depth ends.
+    Raises:
+        ValueError: the frames are no whole number of frames for each step, or as `depth_maps`.
+    """
+    each, rest = divmod(len(clip), len(depth))
+    if rest:
+        raise ValueError(f"{len(clip)} frames are no whole number of frames for each of {len(depth)} steps")
+    frames = clip[each // 2 :: each]
+    numbers = [f"frame {at}" for at in range(each // 2, len(clip), each)]
+    shares = [f"{share:.0%} of patches" for share in (depth > 0).double().mean(dim=(1, 2)).tolist()]
+    rows = [("clip", frames, numbers), ("computed", laid_over(frames, depth, blocks), shares)]
+    return one_below_another(rows, blocks, below=bool((depth < 1).any()))
+
+
 def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) -> Tensor:
     """The depth maps' colours over the images turned grey: (B, 3, height, width), values in [0, 1], on the CPU.
 
