@@ -72,7 +72,7 @@ def kills(model: str, source: Path, images: int, times: int, seed: int, place: P
     """Kill the driver, or a worker, at random moments; start again; compare."""
     draws = random.Random(seed)
     whole, broken = place / "whole", place / "broken"
-    more = ["--engine", "ray", "--shard", "256", "--device", "cpu"]
+    more = ["--engine", "ray", "--shard", str(max(16, images // 80)), "--device", "cpu"]
     program = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"
     main = [sys.executable, "-c", program, "predict", model, str(source)]
     start = time.time()

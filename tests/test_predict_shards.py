@@ -20,7 +20,7 @@ from samples import encoded, picture
 
 from adaptvit import AViTConfig, save
 from adaptvit.commands import predict_ray
-from adaptvit.commands.predict import PredictConfig, predict
+from adaptvit.commands.predict import PredictConfig, options, predict
 from adaptvit.commands.predict_ray import InProcess, ScaleConfig, Scaled, run
 from adaptvit.commands.predict_shards import (
     Job,
@@ -392,6 +392,15 @@ def test_two_budgets_and_a_cluster_that_does_not_answer_are_refused() -> None:
         ScaleConfig("m", "s", "o", budget=0.5, hours=1)
     with pytest.raises(ConnectionError, match=r"no Ray cluster answers at '127\.0\.0\.1:9'"):
         predict_ray._check_reached("127.0.0.1:9")
+
+
+def test_the_engine_chooses_the_options() -> None:
+    words = ["predict", "m", "s", "o", "--engine", "ray", "--hours", "2"]
+    told = options(words).parse_args(words[1:])
+    assert (told.source, told.output, told.engine, told.hours) == ("s", "o", "ray", 2.0)
+    assert options(["predict", "m", "s"]).parse_args(["m", "s"]).engine == "embedded"
+    with pytest.raises(ValueError, match="--engine must be embedded or ray, got 'spark'"):
+        options(["predict", "m", "s", "o", "--engine", "spark"])
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import posixpath
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
@@ -41,6 +42,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk says that takes no more."""
 LOT = 192 * 2**20
 """Bytes of decoded images at most that are handed from one process to another at a time."""
+READERS = 32
+"""Threads that read the manifest, each entry of which is a round trip to where it lies."""
 PAUSE = 0.5
 """Seconds before a second try; each further one waits twice as long."""
 
@@ -152,9 +155,10 @@ class Store:
     def manifest(self) -> Manifest:
         """What is finished."""
         manifest = Manifest()
-        for name in self.names(MANIFEST):
-            if name.endswith(".json") and not name.startswith("."):
-                manifest.add(Record(**self.read(f"{MANIFEST}/{name}")))
+        names = [f"{MANIFEST}/{name}" for name in self.names(MANIFEST) if name.endswith(".json")]
+        with ThreadPoolExecutor(READERS) as pool:
+            for record in pool.map(self.read, names):
+                manifest.add(Record(**record))
         return manifest
 
     def is_finished(self, shard: str) -> bool:

@@ -57,7 +57,8 @@ def write_whole(filesystem: Any, path: str, content: bytes) -> None:
         with replacing(Path(path)) as partial:
             partial.write_bytes(content)
         return
-    beside = f"{path}.{os.urandom(4).hex()}.partial"  # others may be at the same, with the same content
+    folder, name = posixpath.split(path)
+    beside = f"{folder}/.{name}.{os.urandom(4).hex()}.partial"  # others may be at the same, with the same content
     with filesystem.open_output_stream(beside) as file:
         file.write(content)
     filesystem.move(beside, path)
