@@ -4,10 +4,12 @@ import errno
 import io
 import json
 import pickle
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -401,6 +403,19 @@ def test_the_engine_chooses_the_options() -> None:
     assert options(["predict", "m", "s"]).parse_args(["m", "s"]).engine == "embedded"
     with pytest.raises(ValueError, match="--engine must be embedded or ray, got 'spark'"):
         options(["predict", "m", "s", "o", "--engine", "spark"])
+
+
+def test_ray_that_does_not_start_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out\nduring startup.")
+
+    ray, data = ModuleType("ray"), ModuleType("ray.data")
+    vars(ray).update(data=data, is_initialized=lambda: False, init=late)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with pytest.raises(ConnectionError, match=r"Ray did not start on this machine: The current node timed out during"):
+        predict_ray.RayEngine(ScaleConfig("m", "s", "o")).start()
 
 
 @pytest.fixture(scope="module")

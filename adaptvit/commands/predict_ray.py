@@ -183,7 +183,7 @@ class RayEngine:
         """Connect, and count what there is.
 
         Raises:
-            ConnectionError: there is no cluster at the address.
+            ConnectionError: there is no cluster at the address, or none starts here.
             ValueError: it has fewer GPUs than actors are asked for.
         """
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of its C++ side, whose lines are no sentences
@@ -194,11 +194,13 @@ class RayEngine:
         address = self.config.address
         if self.own:
             _check_reached(address)
-            told = {"log_to_driver": False, "logging_level": logging.ERROR}
-            if address is None:
-                ray.init(address="local", include_dashboard=False, **told)
-            else:
-                ray.init(address=address, **told)
+            told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+            told |= {"address": "local", "include_dashboard": False} if address is None else {"address": address}
+            try:
+                ray.init(**told)
+            except Exception as error:  # of which it has a dozen kinds, the plain one among them
+                where = "on this machine" if address is None else f"at {address!r}"
+                raise ConnectionError(f"Ray did not start {where}: {' '.join(str(error).split())}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is in the records
         there = ray.cluster_resources()
