@@ -47,6 +47,14 @@ class Trial:
     """In the mean a token counts by its patches times this power of its attention."""
     keeps_length: bool = False
     """A merged token is as long as its parts on average."""
+    directions: bool = False
+    """The mean is that of parts of equal length."""
+    share_of_features: float = 0.0
+    """Of the similarity, by features in the place of keys."""
+    dropped: int = 12
+    """From this block on tokens are dropped, those least attended to, in the place of being merged."""
+    order: str = "rows"
+    """Of the patches, which alternate between the two sets: or `checkers`, `random`."""
     sources: str = "alternate"
     """Or `unimportant`, the half of least attention; `least`, exactly those that go."""
     late: Sequence[float] = LATE
@@ -54,6 +62,8 @@ class Trial:
 
 
 BEST = {"compared": "keys", "protection": 0.1}
+KEPT = {**BEST, "power": 0.85, "sizes": 0.03, "weights": 1.0, "keeps_length": True}
+FALLING = (0, 0, *[1.5 - n / 8 for n in range(9)])
 TRIALS = (
     Trial("ToMe, all blocks", late=EVEN),
     Trial("ToMe"),
@@ -79,6 +89,21 @@ TRIALS = (
     Trial("the least important into the rest", **BEST, power=0.85, sources="least"),
     Trial("every second block", **BEST, power=0.85, late=[0, 0, 2, 0] + [2, 0] * 3 + [2], even=[2, 0] * 5 + [2]),
     Trial("from the fourth block", **BEST, power=0.85, late=[0] * 3 + [1] * 8, even=[0] + [1] * 10),
+    Trial("sizes and means by attention", **BEST, power=0.85, sizes=0.03, weights=1.0),
+    Trial("length kept, means by attention", **BEST, power=0.85, keeps_length=True, weights=1.0),
+    Trial("length kept, sizes", **BEST, power=0.85, keeps_length=True, sizes=0.03),
+    Trial("KEPT", **KEPT),
+    Trial("KEPT, of directions", **KEPT, directions=True),
+    Trial("KEPT, sizes 0.06", **KEPT | {"sizes": 0.06}),
+    Trial("KEPT, half the weights", **KEPT | {"weights": 0.5}),
+    Trial("KEPT, power 0.7", **KEPT | {"power": 0.7}),
+    Trial("KEPT, protection 0.2", **KEPT | {"protection": 0.2}),
+    Trial("KEPT, 0.3 by features", **KEPT, share_of_features=0.3),
+    Trial("KEPT, dropped from the tenth block", **KEPT, dropped=9),
+    Trial("KEPT, dropped from the ninth block", **KEPT, dropped=8),
+    Trial("KEPT, checkers", **KEPT, order="checkers"),
+    Trial("KEPT, random", **KEPT, order="random"),
+    Trial("KEPT, falling from the third block", **KEPT, late=FALLING, even=FALLING),
     Trial("rising", **BEST, power=0.85, late=[0.5 + n / 10 for n in range(11)], even=[0.5 + n / 10 for n in range(11)]),
 )
 
@@ -113,16 +138,38 @@ def schedule(shape: Sequence[float], target: float) -> list[int]:
 def forward(vit: Any, images: Tensor, removed: Sequence[int], trial: Trial) -> Tensor:
     """Logits."""
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    if trial.order != "rows":
+        sets = torch.rand(PATCHES, generator=torch.Generator().manual_seed(0))
+        if trial.order == "checkers":
+            sets = (torch.arange(PATCHES) // 14 + torch.arange(PATCHES)) % 2
+        first, second = sets.argsort(stable=True).chunk(2)
+        x = torch.cat([x[:, :1], x[:, 1:][:, torch.stack([first, second], 1).flatten()]], 1)
     size = torch.ones(x.shape[:2])
-    for block, merged in zip(vit.blocks, [*removed, 0], strict=True):
+    for number, (block, merged) in enumerate(zip(vit.blocks, [*removed, 0], strict=True)):
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         bias = trial.power * size.log()[:, None, None]
-        attended = scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
-        x = x + block.attn.proj(attended)
-        if merged:
+        out = scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+        x = x + block.attn.proj(out)
+        if merged and number >= trial.dropped:
+            x, size = drop(x, q, k, size, min(merged, (x.shape[1] - 1) // 2))
+        elif merged:
             x, size = merge(x, q, k, v, size, min(merged, (x.shape[1] - 1) // 2), trial)
         x = x + block.mlp(block.norm2(x))
     return vit.forward_head(vit.norm(x))
+
+
+def attended(q: Tensor, k: Tensor) -> Tensor:
+    """Attention of the class token to patches, mean over heads, mean 1."""
+    logits = (q[:, :, :1] @ k.mT)[:, :, 0] * q.shape[-1] ** -0.5
+    attention = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
+    return attention / attention.mean(dim=1, keepdim=True)
+
+
+def drop(x: Tensor, q: Tensor, k: Tensor, size: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens and their sizes without those least attended to, as the patches that they are."""
+    kept = (attended(q, k) * size[:, 1:]).topk(x.shape[1] - 1 - count, dim=1).indices.sort(dim=1).values + 1
+    kept = torch.cat([torch.zeros_like(kept[:, :1]), kept], dim=1)
+    return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), size.gather(1, kept)
 
 
 def merge(x: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor, count: int, trial: Trial) -> tuple[Tensor, Tensor]:
@@ -138,9 +185,10 @@ def merge(x: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor, count: int, 
         "features": lambda: normalize(x, dim=-1),
         "keys and features": lambda: torch.cat([heads(k), normalize(x, dim=-1)], dim=2) * 0.5**0.5,
     }[trial.compared]()[:, 1:]
-    logits = (q[:, :, :1] @ k.mT)[:, :, 0] * q.shape[-1] ** -0.5
-    attention = logits.softmax(dim=-1).mean(dim=1)[:, 1:]
-    attention = attention / attention.mean(dim=1, keepdim=True)
+    attention = attended(q, k)
+    if trial.share_of_features:
+        share = trial.share_of_features
+        metric = torch.cat([metric * (1 - share) ** 0.5, normalize(x[:, 1:], dim=-1) * share**0.5], dim=2)
     patches = torch.arange(metric.shape[1]).expand(len(x), -1)
     if trial.sources == "alternate":
         a, b = patches[:, ::2], patches[:, 1::2]
@@ -172,7 +220,7 @@ def merge(x: Tensor, q: Tensor, k: Tensor, v: Tensor, size: Tensor, count: int, 
         return at(t, b).scatter_add(1, index, joined)
 
     features, summed = x[:, 1:], total(weights)[..., None]
-    mean = total(features * weights[..., None]) / summed
+    mean = total((normalize(features, dim=2) if trial.directions else features) * weights[..., None]) / summed
     if trial.keeps_length:
         length = total(features.norm(dim=2) * weights)[..., None] / summed
         mean = mean * length / mean.norm(dim=2, keepdim=True)
