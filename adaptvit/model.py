@@ -29,7 +29,7 @@ from adaptvit.backbones.base import (
     timm_config,
 )
 from adaptvit.backbones.blocks import Body, run_block, run_body
-from adaptvit.backbones.door import Acts, Attend, Between, Look
+from adaptvit.backbones.door import Acts, Attend, Between, Look, Summed
 from adaptvit.backbones.families import FAMILIES, find
 from adaptvit.backbones.forward import Canvas, Source, embedded, enter, final_norm, run, scores
 from adaptvit.backbones.guess import guess
@@ -178,8 +178,8 @@ class AdaptiveViT(nn.Module, ABC):
         self._config = config
         self.dial: Dial | None = None
         self.plan: Plan | None = None
-        self.terms_scale = 1.0
-        self._turns = 0  # how often the config was set, by which a compiled graph knows it anew
+        self._terms_scale = 1.0
+        self._turns = 0  # how often the config or `terms_scale` was set, by which a compiled graph knows them anew
         self.prefix = prefix_tokens(vit)
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
@@ -553,18 +553,19 @@ class AdaptiveViT(nn.Module, ABC):
         between: Between | None = None,
         every: bool = False,
         live: Tensor | None = None,
+        summed: Summed | None = None,
     ) -> Tokens:
         """Block `number`, from 0, on tokens; of the last one only the slots that the classifier reads, if it does so.
 
         Args:
             every: all slots, also of the last.
             live: (B, N) bool, the slots whose token is still there, where the layout does not know it; None is all.
-            chosen, bias, look, attend, between: what is done in the block, as `adaptvit.backbones.door.Acts` says.
+            chosen, bias, look, attend, between, summed: what is done in it, as `adaptvit.backbones.door.Acts` says.
                 Where gradients are checkpointed, `look` and `between` run twice: what they decide, they decide `once`.
         """
         if chosen is None and self.reads_few(number) and not (every or tokens.source.wants(number)):
             chosen = self.read
-        acts = Acts(chosen, bias, look, attend, between)
+        acts = Acts(chosen, bias, look, attend, between, summed)
         return _noted(number, run_block(number, tokens, acts, self.training and self.checkpoints), live)
 
     def run_body(self, number: int, tokens: Tokens, body: Body) -> Tokens:
@@ -637,6 +638,16 @@ class AdaptiveViT(nn.Module, ABC):
         if changed:
             self._turns += 1
             self.plan = None
+
+    @property
+    def terms_scale(self) -> float:
+        """What the loss terms that logits carry are multiplied by."""
+        return self._terms_scale
+
+    @terms_scale.setter
+    def terms_scale(self, scale: float) -> None:
+        self._turns += scale != self._terms_scale
+        self._terms_scale = scale
 
     @property
     def compute(self) -> float | None:

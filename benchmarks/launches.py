@@ -52,11 +52,15 @@ METHODS: dict[str, MethodConfig] = {
     "dynamicvit, threshold": DynamicViTConfig(blocks=(1, 2), select="threshold", threshold=0.3),
 }
 NO_KERNEL = """
-    view reshape expand expand_as slice select unsqueeze squeeze transpose permute t mT alias detach unbind split
-    split_with_sizes chunk narrow as_strided unfold _unsafe_view promote_types empty empty_like new_empty empty_strided
-    lift_fresh diagonal movedim _local_scalar_dense dropout
+    view expand expand_as slice select unsqueeze squeeze transpose permute t mT alias detach unbind split
+    split_with_sizes chunk narrow as_strided unfold unflatten _unsafe_view promote_types empty empty_like new_empty
+    empty_strided lift_fresh diagonal movedim _local_scalar_dense dropout
 """
 """Views, allocations, and dropout, which does nothing in evaluation."""
+SEVERAL = {"compact": 2, "merge": 2}
+"""Kernels of operators of `adaptvit.tokens.fused`; of others it is one."""
+MAYBE_A_VIEW = frozenset({"reshape", "flatten", "to", "contiguous"})
+"""A kernel where they copy."""
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "item")
 """Operators whose result the host reads, or whose size it has to know."""
 ON_THE_HOST = (Tensor.tolist, Tensor.cpu, Tensor.numpy, torch.tensor, Tensor.new_tensor)
@@ -73,13 +77,18 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.kernels += name not in self.no_kernel
+        out = func(*args, **(kwargs or {}))
+        is_view = name in MAYBE_A_VIEW and out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        if func.namespace == "adaptvit":
+            self.kernels += SEVERAL.get(name, 1)
+        elif name not in self.no_kernel and not is_view:
+            self.kernels += 1
         by_mask = name.startswith("index") and any(
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)
             for one in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
         )
         self.waits += name in WAITS or by_mask
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 class _Copies(TorchFunctionMode):

@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from timm.layers import Attention
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from adaptvit import AViTConfig, Masked, Packed, dense_macs, load, macs, save
-from adaptvit.methods.avit import LEAST_SHARE, halt, kl_divergence
+from adaptvit import AViTConfig, Masked, Packed, Slab, dense_macs, load, macs, save
+from adaptvit.methods.avit import LEAST_SHARE, AViT, halt, kl_divergence
 from adaptvit.methods.priors import PRIORS, halting_prior
 from adaptvit.methods.released import ReleasedAViTConfig
 
@@ -296,3 +297,29 @@ def test_released_losses_train_gated_attention_and_its_dropout() -> None:
     model.train()
     one, other = (model(batch) for _ in range(2))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", [Masked, Packed, Slab])
+def test_in_half_precision_the_gate_reads_channel_0_as_in_float32(layout: type) -> None:
+    vit = small_vit(depth=4)
+    with torch.no_grad():
+        vit.pos_embed[..., 0] += 3.0  # where steps of bfloat16 are 1/64
+    half = copy.deepcopy(vit).bfloat16()
+    batch = images(vit, count=6).bfloat16()
+    seen: dict[str, list[Tensor]] = {}
+
+    def noted(name: str) -> Callable[..., Tensor]:
+        def score(self: AViT, x: Tensor, dtype: torch.dtype, lost: Tensor | None = None) -> Tensor:
+            seen.setdefault(name, []).append(x[..., 0].float() + (0 if lost is None else lost))
+            if lost is not None:
+                seen.setdefault("rounded", []).append(x[..., 0].float())
+            return torch.zeros_like(seen[name][-1])
+
+        return score
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        for name, model, given in (("wide", vit, batch.float()), ("half", half, batch)):
+            patch.setattr(AViT, "halting_score", noted(name))
+            AViTConfig().build(model).eval()(given, layout)
+    for wide, kept, rounded in zip(seen["wide"], seen["half"], seen["rounded"], strict=True):
+        assert (kept - wide).abs().mean() < 0.7 * (rounded - wide).abs().mean()

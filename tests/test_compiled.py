@@ -95,3 +95,20 @@ def test_gradients_are_those_of_the_eager_model() -> None:
         found[name] = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, gradient in found["eager"].items():
         torch.testing.assert_close(found["compiled"][name], gradient, atol=1e-12, rtol=1e-9)
+
+
+def test_a_model_whose_terms_scale_is_set_is_compiled_anew() -> None:
+    model = METHODS["avit"].build(small_vit(depth=2)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = images(model.vit)
+    found: dict[float, list[torch.Tensor]] = {}
+    for scale in (1.0, 0.25, 1.0):
+        model.terms_scale = scale
+        for call in (model, compiled):
+            model.zero_grad()
+            (0 * call(batch, layout=Masked).sum()).backward()  # so that the terms alone have gradients
+            found.setdefault(scale, []).append(model.vit.blocks[0].mlp.fc2.bias.grad.clone())
+    assert found[1.0][0].any()
+    for scale, gradients in found.items():
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, scale * found[1.0][0], atol=1e-9, rtol=1e-4)

@@ -83,7 +83,8 @@ def test_the_fused_token_is_the_sum_of_the_dropped_patches_by_their_scores(
     reduce = EViT.reduce
 
     def checked(self: EViT, tokens: Tokens, score: torch.Tensor, best: torch.Tensor) -> tuple[Tokens, torch.Tensor]:
-        (after, slot), count = reduce(self, tokens, score, best), best.shape[1] - 1
+        (after, last), count = reduce(self, tokens, score, best), best.shape[1] - 1
+        slot = self.place(tokens.bare, last)
         features, left = tokens.grid(tokens.x), after.grid(after.x)
         scores = tokens.grid(tokens.of_rows(torch.cat([torch.full_like(score[:, :1], torch.inf), score], dim=1)))
         for image in range(len(score)):
@@ -95,7 +96,7 @@ def test_the_fused_token_is_the_sum_of_the_dropped_patches_by_their_scores(
             torch.testing.assert_close(left[image, dropped[0]], wanted)
             for slot_ in ranked[: count + 1]:
                 assert torch.equal(left[image, slot_], features[image, slot_])
-        return after, slot
+        return after, last
 
     monkeypatch.setattr(EViT, "reduce", checked)
     with torch.inference_mode():

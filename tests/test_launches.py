@@ -5,6 +5,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
+
+from adaptvit import Dense, Masked, Packed, Slab, measure_plan
 
 SPEC = spec_from_file_location("benchmarks_launches", Path(__file__).parents[1] / "benchmarks" / "launches.py")
 assert SPEC is not None
@@ -35,3 +38,21 @@ def test_dense_never_waits_and_packed_at_most_for_what_it_drops(counted: dict) -
     assert counted["full"]["packed"]["waits"] == [0] * (launches.DEPTH + 1)
     assert max(max(counted[method]["packed"]["waits"]) for method in ("avit", "ats", "merge")) == 1
     assert not any(counted["tome"]["packed"]["waits"])
+
+
+@pytest.mark.parametrize("method", launches.METHODS)
+def test_as_on_a_device_it_computes_what_a_host_does(method: str) -> None:
+    model = launches.METHODS[method].build(launches.small_vit()).eval()
+    batch = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    layouts = [Dense, Packed] if model.even else [Slab, Packed]
+    with torch.inference_mode():
+        wanted = model(batch, Masked, detailed=True)
+        if not model.even:
+            model.plan = measure_plan(model, batch)
+        for layout in layouts:
+            with launches.as_on_a_device():
+                found = model(batch, layout, detailed=True)
+            torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-4)
+            assert torch.equal(found.usage.attended, wanted.usage.attended)
+            assert torch.equal(found.usage.updated, wanted.usage.updated)
+            assert torch.equal(found.usage.live, wanted.usage.live)

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptvit.backbones import fast
 from adaptvit.backbones.base import Placed, blocks_of
-from adaptvit.backbones.door import Acts, Door
+from adaptvit.backbones.door import Acts, Door, Summed
 from adaptvit.backbones.families import Parts, get
-from adaptvit.backbones.fast import MLP_ROWS, drops_paths, is_fast
+from adaptvit.backbones.fast import MLP_ROWS, drops_paths, is_fast, residual
 from adaptvit.backbones.maps import is_hooked
 from adaptvit.backbones.parts import TokenPart
 from adaptvit.backbones.split import attention, chain, first
@@ -78,7 +78,7 @@ def _fast(block: Any, tokens: Tokens, acts: Acts) -> Tokens:
     tokens, normed = fast.add_attention(block, tokens, acts)
     if acts.between is not None:
         tokens, normed = acts.between(tokens), None
-    return _add_mlp(block, PLAIN, tokens, normed)
+    return _add_mlp(block, PLAIN, tokens, acts.summed, normed)
 
 
 def _split(block: nn.Module, parts: Parts, tokens: Tokens, acts: Acts, number: int) -> Tokens:
@@ -86,13 +86,13 @@ def _split(block: nn.Module, parts: Parts, tokens: Tokens, acts: Acts, number: i
     rows = tokens
     if chosen is not None:
         rows, (branch,) = tokens.select(chosen, branch)
-    rows = rows.with_x(rows.x + chain(block, parts.out_of_attention, branch, rows))
+    rows = residual(rows, chain(block, parts.out_of_attention, branch, rows), acts.summed)
     if acts.between is not None:
         rows = acts.between(rows)
-    return _add_mlp(block, parts, rows)
+    return _add_mlp(block, parts, rows, acts.summed)
 
 
-def _add_mlp(block: Any, parts: Parts, tokens: Tokens, normed: Tensor | None = None) -> Tokens:
+def _add_mlp(block: Any, parts: Parts, tokens: Tokens, summed: Summed | None, normed: Tensor | None = None) -> Tokens:
     """The MLP sub-layer with its residual; in evaluation on the CPU a part of the tokens at a time.
 
     Args:
@@ -103,8 +103,9 @@ def _add_mlp(block: Any, parts: Parts, tokens: Tokens, normed: Tensor | None = N
     if into and isinstance(get(block, into[0]), TokenPart):
         normed, into = chain(block, into, x, tokens), ()
     read, names = x if normed is None else normed, (*into, *parts.mlp, *parts.out_of_mlp)
-    if torch.compiler.is_compiling() or x.shape[:-1].numel() <= MLP_ROWS or not _in_parts(block, names, x):
-        return tokens.with_x(x + chain(block, names, read, tokens))
+    whole = torch.compiler.is_compiling() or x.shape[:-1].numel() <= MLP_ROWS or summed is not None
+    if whole or not _in_parts(block, names, x):
+        return residual(tokens, chain(block, names, read, tokens), summed)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     streams = (out.view(-1, x.shape[-1]), x.flatten(0, -2), read.flatten(0, -2))
     for place, rows, some in zip(*(stream.split(MLP_ROWS) for stream in streams), strict=True):

@@ -45,6 +45,8 @@ Attend = Callable[[Projected, float], Tensor]
 """Attention in the place of the softmax's, of what it attends with on the grid and the dropout: (B, N, H, d)."""
 Between = Callable[[Tokens], Tokens]
 """What is done with tokens between attention and MLP."""
+Summed = Callable[[Tensor, Tensor, Tensor], None]
+"""Is shown a residual sum: features, what a sub-layer adds to them, and their sum as it is rounded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,8 @@ class Acts:
     """Attends on the grid in the place of softmax attention; only in `Masked`."""
     between: Between | None = None
     """Stands between attention and MLP; behind both where a block is called whole."""
+    summed: Summed | None = None
+    """Is shown both residual sums; none where a block is called whole."""
 
 
 class Door(TorchFunctionMode):

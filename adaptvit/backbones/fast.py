@@ -9,7 +9,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from adaptvit.backbones.door import Acts, Projected
+from adaptvit.backbones.door import Acts, Projected, Summed
 from adaptvit.backbones.maps import is_hooked, is_plain, some_outputs
 from adaptvit.backbones.parts import Mixer, TokenPart
 from adaptvit.tokens import AttentionOptions, Tokens
@@ -56,7 +56,7 @@ def add_attention(block: Block, tokens: Tokens, acts: Acts) -> tuple[Tokens, Ten
     """The attention sub-layer with its residual, and the second norm of it where that was over all tokens."""
     attn, chosen, look = block.attn, acts.chosen, acts.look
     if isinstance(attn, Mixer):
-        return _add_mixed(block, tokens, chosen)
+        return _add_mixed(block, tokens, chosen, acts.summed)
     rows = tokens
     if look is not None or chosen is None or not is_plain(attn.qkv) or isinstance(block.norm2, TokenPart):
         q, k, v = project(block, tokens)
@@ -78,7 +78,7 @@ def add_attention(block: Block, tokens: Tokens, acts: Acts) -> tuple[Tokens, Ten
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(block.norm1(rows.x)).sigmoid()
-    rows = add_branch(rows, through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1)
+    rows = add_branch(rows, through(block.ls1, attn.proj_drop(attn.proj(out))), block.drop_path1, acts.summed)
     return _norm_all(block, rows, chosen)
 
 
@@ -91,12 +91,14 @@ def _norm_all(block: Block, tokens: Tokens, chosen: Tensor | int | None) -> tupl
     return rows, normed
 
 
-def _add_mixed(block: Block, tokens: Tokens, chosen: Tensor | int | None) -> tuple[Tokens, Tensor | None]:
+def _add_mixed(
+    block: Block, tokens: Tokens, chosen: Tensor | int | None, summed: Summed | None
+) -> tuple[Tokens, Tensor | None]:
     """`add_attention` where something else stands in its place, which runs over all slots at once."""
     mixed = through(block.ls1, block.attn.on(on_tokens(block.norm1, tokens.x, tokens), tokens))
     if chosen is not None and not isinstance(block.norm2, TokenPart):
         tokens, (mixed,) = tokens.select(chosen, mixed)
-    return _norm_all(block, add_branch(tokens, mixed, block.drop_path1), chosen)
+    return _norm_all(block, add_branch(tokens, mixed, block.drop_path1, summed), chosen)
 
 
 def project(block: Block, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +144,14 @@ def drops_paths(part: nn.Module) -> bool:
     return type(part).__name__.endswith("DropPath") and bool(getattr(part, "drop_prob", 0))
 
 
-def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module) -> Tokens:
-    """The residual sum; `drop_path` drops whole images' branches."""
-    return tokens.with_x(tokens.x + on_tokens(drop_path, branch, tokens))
+def add_branch(tokens: Tokens, branch: Tensor, drop_path: nn.Module, summed: Summed | None) -> Tokens:
+    """The residual sum, which `summed` is shown; `drop_path` drops whole images' branches."""
+    return residual(tokens, on_tokens(drop_path, branch, tokens), summed)
+
+
+def residual(tokens: Tokens, branch: Tensor, summed: Summed | None) -> Tokens:
+    """Tokens and what is added to them, which `summed` is shown."""
+    out = tokens.x + branch
+    if summed is not None:
+        summed(tokens.x, branch, out)
+    return tokens.with_x(out)

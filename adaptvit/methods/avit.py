@@ -23,7 +23,7 @@ from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.priors import PRIORS, halting_prior, mixture
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import Slab, Tokens, fused
 from adaptvit.tokens.kernels import on_host
 from adaptvit.usage import Usage
 
@@ -205,14 +205,21 @@ class AViT(AdaptiveViT):
         grid = tokens.source.grid
         slots = torch.arange(tokens.shape[1], device=tokens.x.device)
         reading = (slots < (self.read or len(slots)))[None]
-        depth = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.x.device)
         remainder = torch.ones_like(tokens.x[..., 0], dtype=torch.promote_types(tokens.x.dtype, torch.float32))
         output = remainder.new_zeros(())
-        scores = []
+        entered, scores = list[Tokens](), list[Tensor]()
+        kept = None if tokens.x.dtype == remainder.dtype else _Rounding(torch.zeros_like(remainder))
         for number in range(1, self.depth):
-            tokens.stamp(depth, number)
-            tokens = self.run_block(number - 1, tokens)
-            score = self.halting_score(tokens.x, remainder.dtype)
+            entered.append(tokens.bare)
+            tokens = self.run_block(number - 1, tokens, summed=kept)
+            lost = None if kept is None else kept.lost
+            if early_exit and self.read and isinstance(tokens, Slab) and fused.fuses(tokens.x):
+                output, going, remainder = self.fused_halt(tokens, remainder, output, lost)
+                tokens, (remainder, *rest) = tokens.filter(going, remainder, *([] if kept is None else [kept.lost]))
+                if kept is not None:
+                    (kept.lost,) = rest
+                continue
+            score = self.halting_score(tokens.x, remainder.dtype, lost)
             if self.config.class_token == "stays":
                 score = score.masked_fill(tokens.spread(reading.expand(tokens.shape)), 0)
             weight, going, remainder = halt(score, remainder, self.config.epsilon)
@@ -223,22 +230,50 @@ class AViT(AdaptiveViT):
                 going = going & tokens.spread(self.read_slots(tokens, going).any(dim=1, keepdim=True))
             else:
                 scores.append(tokens.grid(score))
-            tokens, (remainder,) = tokens.filter(going, remainder)
+            if kept is None:
+                tokens, (remainder,) = tokens.filter(going, remainder)
+            else:
+                tokens, (remainder, kept.lost) = tokens.filter(going, remainder, kept.lost)
             if early_exit and tokens.x.shape[0] == 0:
                 break
         else:
-            tokens.stamp(depth, self.depth)
+            entered.append(tokens.bare)
             weight = self.read_slots(tokens, remainder)
             tokens = self.run_block(self.depth - 1, tokens)
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
-        usage = partial(Usage.of_depth, depth, self.heads, grid, self.prefix, last_reads=self.read)
-        means = {} if early_exit else self.means(scores, depth, tokens.at_first)
-        return self.finish(output.to(tokens.x.dtype), usage, means=means)
+        means = {} if early_exit else self.means(scores, _depth(entered), tokens.at_first)
+        return self.finish(output.to(tokens.x.dtype), partial(self.usage, entered, grid), means=means)
 
-    def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block."""
-        return torch.sigmoid(self.config.gate_scale * x[..., 0].to(dtype) - self.config.gate_center)
+    def fused_halt(
+        self, tokens: Slab, remainder: Tensor, output: Tensor, lost: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A halting step where images leave early, in a kernel: the output so far, who goes on, and R for these."""
+        assert self.read is not None
+        state, config = tokens.x[..., 0].to(remainder.dtype), self.config
+        if not output.ndim:
+            output = remainder.new_zeros(tokens.shape[0], self.read, tokens.x.shape[1])
+        numbers = (config.class_token == "stays", config.gate_scale, config.gate_center, config.epsilon)
+        slots, offsets, count = tokens.slots, tokens.offsets, tokens.shape[1]
+        state = state if lost is None else state + lost
+        found: tuple[Tensor, Tensor, Tensor] = fused.halt(
+            tokens.x, state, remainder, output, slots, offsets, count, *numbers
+        )
+        return found
+
+    def usage(self, entered: list[Tokens], grid: tuple[int, ...]) -> Usage:
+        """The record, from the tokens that entered each block."""
+        return Usage.of_depth(_depth(entered), self.heads, grid, self.prefix, last_reads=self.read)
+
+    def halting_score(self, x: Tensor, dtype: torch.dtype, lost: Tensor | None = None) -> Tensor:
+        """h = sigmoid(gamma t + beta), t being channel 0 of (..., D) tokens after the block.
+
+        Args:
+            dtype: of the score.
+            lost: what rounding took of t; None is nothing.
+        """
+        t = x[..., 0].to(dtype)
+        return torch.sigmoid(self.config.gate_scale * (t if lost is None else t + lost) - self.config.gate_center)
 
     def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
         """This block's share in the mean-field output: (B, R, D) from weights, token features."""
@@ -277,6 +312,29 @@ class AViT(AdaptiveViT):
         divergence = kl_divergence(model, self.prior.to(model.dtype), self.config.divergence)
         ponder, prior = self.config.ponder_weight * means["ponder"], self.config.prior_weight * divergence
         return {"ponder": ponder, "prior": prior}
+
+
+class _Rounding:
+    """What the residual sums of half precision lose of channel 0, where gates read steps of 1/64 between 2 and 4."""
+
+    def __init__(self, lost: Tensor) -> None:
+        """
+        Args:
+            lost: token features (...,), in float32.
+        """
+        self.lost = lost
+
+    def __call__(self, x: Tensor, branch: Tensor, out: Tensor) -> None:
+        x, branch, out = (t[..., 0].float() for t in (x, branch, out))
+        self.lost = self.lost + (x + branch - out)
+
+
+def _depth(entered: list[Tokens]) -> Tensor:
+    """(B, N) int64, the last block, 1-based, that each slot's token entered."""
+    depth = torch.zeros(entered[0].shape, dtype=torch.long, device=entered[0].x.device)
+    for number, tokens in enumerate(entered, 1):
+        tokens.stamp(depth, number)
+    return depth
 
 
 def halt(score: Tensor, remainder: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob, Left
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Dense, Masked, Packed, Tokens, fused
 from adaptvit.usage import Usage
 
 ABOUT = " with predictors: published with weights."
@@ -129,11 +129,13 @@ class Predictor(nn.Module):
         """
         local, shared = self.in_conv(tokens.x).chunk(2, dim=-1)
         patches = tokens.rows(shared)[:, prefix:]
-        if kept is None:
-            total, count = patches.sum(dim=1), tokens.live[:, prefix:].sum(dim=1, keepdim=True)
+        if kept is not None:
+            mean = (patches * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+        elif isinstance(tokens, Dense):  # whose rows all hold a token
+            mean = patches.sum(dim=1) / patches.shape[1]
         else:
-            total, count = (patches * kept[..., None]).sum(dim=1), kept.sum(dim=1, keepdim=True)
-        seen = torch.cat([local, tokens.spread((total / count)[:, None]).expand_as(local)], dim=-1).to(local.dtype)
+            mean = patches.sum(dim=1) / tokens.live[:, prefix:].sum(dim=1, keepdim=True)
+        seen = torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype)
         keep, drop = self.out_conv(seen).unbind(dim=-1)
         return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
 
@@ -204,19 +206,27 @@ class DynamicViT(AdaptiveViT):
         if teacher is not None:
             raise ValueError("DynamicViT takes a teacher's patches in training only: call train() first")
         grid = tokens.source.grid
-        depth = self.deepest(tokens)
-        sound = torch.ones(tokens.shape[0], 1, dtype=torch.bool, device=tokens.x.device)
+        stages, sums = {0: tokens.bare}, list[Tensor]()
         for number in range(self.depth):
             if number in self.stages:
                 stage = self.stages.index(number)
                 score = self.score_predictor[stage](tokens, self.prefix)
-                sound = sound & tokens.rows(score).isfinite().all(dim=1, keepdim=True)
-                before, tokens = tokens.live, self.drop(tokens, score, stage)
-                depth = depth.masked_fill(before & ~tokens.live, number)
+                sums.append(tokens.rows(score).sum(dim=1))
+                tokens = self.drop(tokens, score, stage)
+                stages[number] = tokens.bare
             tokens = self.run_block(number, tokens)
         # the patches of an image may not be finite, and so not to be told apart
-        usage = partial(self.usage, depth, grid, tokens.source.own)
-        return self.finish(self.read_slots(tokens, tokens.x), usage, tokens.live, sound=sound)
+        sound = torch.stack(sums, dim=1).isfinite().all(dim=1, keepdim=True)
+        usage = partial(self.usage_of, stages, grid, tokens.source.own)
+        live = None if isinstance(tokens, Dense) and self.read is not None else tokens.live
+        return self.finish(self.read_slots(tokens, tokens.x), usage, live, sound=sound)
+
+    def usage_of(self, stages: dict[int, Tokens], grid: tuple[int, ...], own: Tensor | None) -> Usage:
+        """The record, from the tokens that entered the first block and those before which some were dropped."""
+        depth = torch.zeros(stages[0].shape, dtype=torch.long, device=stages[0].x.device)
+        for tokens, until in zip(stages.values(), [*list(stages)[1:], self.depth], strict=True):
+            tokens.stamp(depth, until)
+        return self.usage(depth, grid, own)
 
     def drop(self, tokens: Tokens, score: Tensor, stage: int) -> Tokens:
         """What a stage keeps in evaluation, by the log-odds of its predictor, token features."""
@@ -224,10 +234,14 @@ class DynamicViT(AdaptiveViT):
         if config.select == "top-k":
             if tokens.source.own is not None:
                 return self.drop_of_each(tokens, score, tokens.source.own, stage)
-            rows = tokens.rows(score).masked_fill(~tokens.rows(tokens.spread(tokens.live)), -torch.inf)[:, prefix:]
-            count = self.count(stage, tokens.shape[1] - prefix)
+            rows = tokens.rows(score)
+            if not isinstance(tokens, Dense):  # whose rows all hold a token
+                rows = rows.masked_fill(~tokens.rows(tokens.spread(tokens.live)), -torch.inf)
+            rows, count = rows[:, prefix:], self.count(stage, tokens.shape[1] - prefix)
             if count >= rows.shape[1]:
                 return tokens
+            if isinstance(tokens, Dense) and fused.fuses(tokens.x, rows):
+                return tokens.take(fused.best(rows, count, prefix)[0])
             best = rows.topk(count, dim=1).indices.sort(dim=1).values + prefix
             first = torch.arange(prefix, device=score.device).expand(best.shape[0], -1)
             return tokens.take(torch.cat([first, best], dim=1))

@@ -8,7 +8,7 @@ Symbols of the paper: kappa keep rate, k patches kept.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -23,7 +23,7 @@ from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig, Published, around_deits
 from adaptvit.model import AdaptiveViT, Knob, Left, once
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import Dense, Tokens, fused
 from adaptvit.usage import Usage
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
@@ -116,47 +116,51 @@ class EViT(AdaptiveViT):
         """
         own = tokens.source.own
         kept = self.kept(tokens.shape[1] - self.prefix, keep_rate) if own is None else self.kept_of_each(own, keep_rate)
-        live = [tokens.live]
-        fused = [torch.zeros_like(live[0])]
-        places: dict[int, Tensor] = {}
+        seen = [tokens.bare]
+        places: dict[int, Callable[[], Tensor]] = {}
         for number in range(self.depth):
-            live.append(live[-1])
-            fused.append(fused[-1])
             if number in kept:
                 tokens, places[number] = self.run_reducing(number, tokens, kept[number])
-                live[-1] = tokens.live
-                fused[-1] = (fused[-1] | places[number]) & live[-1]
             else:
                 tokens = self.run_block(number, tokens)
-                if self.reads_few(number):
-                    live[-1] = tokens.live
-        usage = partial(self.usage, live, fused[:-1], kept, tokens.source.grid)
-        holders = partial(self.holders, live, places) if self.config.fuse else None
-        return self.finish(self.read_slots(tokens, tokens.x), usage, live[-1], holders=holders)
+            seen.append(tokens.bare)
+        usage = partial(self.usage, seen, places, kept, tokens.source.grid)
+        holders = partial(self.holders, seen, places) if self.config.fuse else None
+        live = None if self.even and tokens.at_first is None and self.read is not None else tokens.live
+        return self.finish(self.read_slots(tokens, tokens.x), usage, live, holders=holders)
 
-    def holders(self, lives: list[Tensor], places: Mapping[int, Tensor]) -> list[Tensor]:
+    def holders(self, seen: list[Tokens], places: Mapping[int, Callable[[], Tensor]]) -> list[Tensor]:
         """Of each block (B, N), the slot of the fused token that each slot's token is part of behind it, or its own.
 
         Args:
-            lives: (B, N) bool, the slots that held a token on entry to each block, and after the last.
+            seen: the tokens on entry to each block, and after the last.
             places: of the blocks that dropped some, the slot of the token of these: (B, N) bool.
         """
+        lives = [tokens.live for tokens in seen]
         holder = torch.arange(lives[0].shape[1], device=lives[0].device).expand(lives[0].shape)
         found = []
         for number in range(self.depth):
             if number in places:
                 gone = (lives[number] & ~lives[number + 1]).gather(1, holder)
-                holder = torch.where(gone, places[number].byte().argmax(dim=1, keepdim=True), holder)
+                holder = torch.where(gone, places[number]().byte().argmax(dim=1, keepdim=True), holder)
             found.append(holder)
         return found
 
-    def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Tensor]:
+    def fused_reduce(self, tokens: Dense, score: Tensor, count: int) -> tuple[Tokens, Tensor | None]:
+        """`reduce` of the best, in two kernels."""
+        index, last = fused.best(score, count + self.config.fuse, self.prefix)
+        if not self.config.fuse:
+            return tokens.take(index), None
+        x = fused.take_fused(tokens.x, score, index, last)
+        return tokens.bare.take(index).with_x(x), last
+
+    def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Callable[[], Tensor]]:
         """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool.
 
         Args:
             count: (B, 1) where images have different numbers of them.
         """
-        scores, places = list[Tensor](), list[Tensor]()
+        scores, places = list[Tensor](), list[Callable[[], Tensor]]()
         best = once(partial(self.best, tokens, count))
 
         def look(projected: Projected) -> None:
@@ -164,10 +168,14 @@ class EViT(AdaptiveViT):
 
         def reduce(tokens: Tokens) -> Tokens:
             if isinstance(count, Tensor):
-                reduced, place = self.reduce_each(tokens, scores[0], best(scores[0]), count)
+                reduced, slot = self.reduce_each(tokens, scores[0], best(scores[0]), count)
+                places[:] = [lambda: slot]
             else:
-                reduced, place = self.reduce(tokens, scores[0], best(scores[0]))
-            places[:] = [place]
+                if isinstance(tokens, Dense) and fused.fuses(tokens.x, scores[0]):
+                    reduced, last = self.fused_reduce(tokens, scores[0], count)
+                else:
+                    reduced, last = self.reduce(tokens, scores[0], best(scores[0]))
+                places[:] = [partial(self.place, tokens.bare, last)]
             return reduced
 
         after = self.run_block(number, tokens, look=look, between=reduce)  # `look` reads `tokens` again on the way back
@@ -226,25 +234,30 @@ class EViT(AdaptiveViT):
 
         Where images have different counts all their patches, in falling order of score.
         """
-        alive = tokens.rows(tokens.spread(tokens.live))[:, self.prefix :]
+        if not isinstance(tokens, Dense):  # whose rows all hold a token
+            score = score.masked_fill(~tokens.rows(tokens.spread(tokens.live))[:, self.prefix :], -torch.inf)
         if isinstance(count, Tensor):
-            return score.masked_fill(~alive, -torch.inf).argsort(dim=1, descending=True)
-        return score.masked_fill(~alive, -torch.inf).topk(count + self.config.fuse, dim=1).indices
+            return score.argsort(dim=1, descending=True)
+        return score.topk(count + self.config.fuse, dim=1).indices
 
-    def reduce(self, tokens: Tokens, score: Tensor, best: Tensor) -> tuple[Tokens, Tensor]:
-        """The prefix, the `best` patches and the fused token, and the slot of that: (B, N) bool.
+    def reduce(self, tokens: Tokens, score: Tensor, best: Tensor) -> tuple[Tokens, Tensor | None]:
+        """The prefix, the `best` patches and the fused token, and the place of that among the rows: (B, 1).
 
         It takes the slot of the first patch to be dropped, the one of the next highest score.
         """
         prefix = torch.arange(self.prefix, device=score.device).expand(score.shape[0], -1)
         kept = torch.cat([prefix, best.sort(dim=1).values + self.prefix], dim=1)
-        fused = torch.zeros(tokens.rows(tokens.x).shape[:2], dtype=torch.bool, device=score.device)
-        if self.config.fuse:
-            x = tokens.rows(tokens.x)
-            token = fuse(x[:, self.prefix :], score, best[:, :-1])
-            fused.scatter_(1, best[:, -1:] + self.prefix, True)
-            tokens = tokens.with_x(tokens.of_rows(torch.where(fused[..., None], token[:, None], x)))
-        return tokens.take(kept), tokens.grid(tokens.of_rows(fused))
+        if not self.config.fuse:
+            return tokens.take(kept), None
+        x, last = tokens.rows(tokens.x), best[:, -1:] + self.prefix
+        token = fuse(x[:, self.prefix :], score, best[:, :-1])
+        x = x.scatter(1, last[..., None].expand(-1, -1, x.shape[2]), token[:, None].to(x.dtype))
+        return tokens.with_x(tokens.of_rows(x)).take(kept), last
+
+    def place(self, tokens: Tokens, last: Tensor | None) -> Tensor:
+        """The slot of a fused token: (B, N) bool, from its place among the rows, if there is one."""
+        fused = tokens.rows(torch.zeros(tokens.x.shape[:-1], dtype=torch.bool, device=tokens.x.device))
+        return tokens.grid(tokens.of_rows(fused if last is None else fused.scatter(1, last, True)))
 
     def reduce_each(self, tokens: Tokens, score: Tensor, order: Tensor, count: Tensor) -> tuple[Tokens, Tensor]:
         """The same where an image keeps `count` of its patches, (B, 1), `order` being all of them as `best` has it."""
@@ -258,16 +271,24 @@ class EViT(AdaptiveViT):
         return tokens.keep(torch.cat([live[:, : self.prefix], kept], dim=1) | fused), fused
 
     def usage(
-        self, lives: list[Tensor], fuseds: list[Tensor], kept: Mapping[int, int | Tensor], grid: tuple[int, ...]
+        self,
+        seen: list[Tokens],
+        places: Mapping[int, Callable[[], Tensor]],
+        kept: Mapping[int, int | Tensor],
+        grid: tuple[int, ...],
     ) -> Usage:
         """The record.
 
         Args:
-            lives: (B, N) bool, the slots that held a token on entry to each block, and after the last.
-            fuseds: (B, N) bool, those that held a fused one on entry to each block.
+            seen: the tokens on entry to each block, and after the last.
+            places: of the blocks that dropped some, the slot of the token of these: (B, N) bool.
             kept: of the blocks that dropped some, whose attention updates all tokens so that they can be fused.
         """
-        shape = self.shape
+        shape, lives = self.shape, [tokens.live for tokens in seen]
+        fuseds = [torch.zeros_like(lives[0])]
+        for number in range(self.depth - 1):
+            held = fuseds[-1] | places[number]() if number in places else fuseds[-1]
+            fuseds.append(held & lives[number + 1])
         live, fused = torch.stack(lives, dim=1), torch.stack(fuseds, dim=1)
         held = live.sum(dim=2)
         before, after = held[:, :-1], held[:, 1:]

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from adaptvit.checks import In, check_fields
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Left, once
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import Dense, Slab, Tokens, fused
 from adaptvit.usage import Usage
 
 Position = Literal["receiver", "mean"]
@@ -250,6 +250,8 @@ class MergingViT(AdaptiveViT):
 
     def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
+        if self._is_fused(tokens, seen.keys):
+            return self._fused_places(tokens, block, seen)
         live, product, total = tokens.live, None, None
         if self.config.protection:
             assert seen.importance is not None
@@ -261,6 +263,22 @@ class MergingViT(AdaptiveViT):
         patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
         chosen = self.choose(score, patches, block)
         return arrange(chosen, score, target, live, self.prefix)
+
+    def _is_fused(self, tokens: Tokens, keys: Tensor) -> TypeGuard[Dense | Slab]:
+        """Whether a device matches these in a kernel."""
+        fits = isinstance(tokens, Slab) or (isinstance(tokens, Dense) and tokens.slots is None)
+        plain = tokens.at_first is None and not self.config.size_cost
+        return fits and plain and fused.fuses(keys)
+
+    def _fused_places(self, tokens: Dense | Slab, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
+        keys, slots, offsets = seen.keys.reshape(-1, seen.keys.shape[-1]), tokens.shape[1], tokens.offsets
+        cost = keys.new_zeros(len(keys))
+        if self.config.protection:
+            assert seen.importance is not None
+            cost = (self.config.protection * seen.importance).sqrt().flatten()
+        score, target = fused.match(keys, cost, offsets, slots, self.prefix)
+        chosen = self.choose(score, slots - self.prefix, block)
+        return fused.arrange(chosen, score, target, offsets, slots, self.prefix)
 
 
 def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -> Usage:

@@ -88,6 +88,11 @@ class Tokens(ABC):
     def with_x(self, x: Tensor) -> Self:
         """The same tokens with other features."""
 
+    @property
+    def bare(self) -> Self:
+        """The same tokens without features, for who asks later which they were."""
+        return self.with_x(self.x.new_empty(*self.x.shape[:-1], 0))
+
     def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
         """Drop every token whose slot is not in `chosen`, and take `others`, token features, along.
 

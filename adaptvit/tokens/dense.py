@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from adaptvit.tokens import fused
 from adaptvit.tokens.base import Tokens
 from adaptvit.tokens.kernels import PLAIN, AttentionOptions, by_place, mean_received, rows_at, slots_of
 
@@ -115,6 +116,8 @@ class Dense(Tokens):
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         if count is None:
             raise NotImplementedError("Dense merges as many tokens in every image, but these merge what is alike")
+        if self.slots is None and fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
+            return self._fused_merge(place, moved, weight, count)
         goes, moved = self.spread(place), self.spread(moved)
         stays, going = _held(goes, ~moved, count), _held(moved.cumsum(dim=1) - 1, moved, goes.shape[1] - count)
         goes = goes.gather(1, going)
@@ -136,6 +139,21 @@ class Dense(Tokens):
             where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
         return type(self)(mean(self.x), count, None, where, self.source), total
 
+    @property
+    def offsets(self) -> Tensor:
+        """(B + 1,) int32, the row that each image begins at."""
+        images, each = self.x.shape[:2]
+        return torch.arange(0, images * each + 1, each, device=self.x.device, dtype=torch.int32)
+
+    def _fused_merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int) -> tuple[Self, Tensor]:
+        images, rows = self.x.shape[0], self.x.shape[0] * count
+        at = self.at.expand(self.x.shape[:2]).flatten()
+        x, where, sums, *_ = fused.merge(
+            self.x.flatten(0, 1), at, weight.flatten(), place, moved, self.offsets, rows, count
+        )
+        x, where, sums = (t.view(images, count, *t.shape[1:]) for t in (x, where, sums))
+        return type(self)(x, count, None, where, self.source), sums
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         pairs, mask = how.pairs, None if how.bias is None else how.bias[:, None, None].to(q.dtype)
         if pairs is not None:
@@ -151,6 +169,9 @@ class Dense(Tokens):
         return (centred * (centred.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
+        if pairs is None and q.shape[1] <= fused.QUERIES and fused.fuses(q, k):
+            asks = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+            return fused.received(q, k.flatten(0, 1), asks, self.offsets, k.shape[1]).view(k.shape[:3])
         at = self.at
         return mean_received(q, k, None, None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at))
 

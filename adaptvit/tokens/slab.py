@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from adaptvit.tokens import fused
 from adaptvit.tokens.base import Tokens, merge_to_grid
 from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_ragged, by_place, mean_received, slots_of
 
@@ -103,6 +104,8 @@ class Slab(Tokens):
 
     def _some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
         """Those that are `chosen`, in so many rows."""
+        if fused.fuses(self.x, *others):
+            return self._fused_some(chosen, count, *others)
         end = chosen.cumsum(0, dtype=torch.int32)
         offsets = torch.cat([end.new_zeros(1), end]).index_select(0, self.offsets.long())
         rows = torch.nonzero_static(chosen, size=count, fill_value=0).squeeze(1)
@@ -110,6 +113,14 @@ class Slab(Tokens):
         slots = self.slots.index_select(0, rows).masked_fill(~held, self.shape[0] * self.shape[1])
         where = None if self.where is None else self.where.index_select(0, rows)
         x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
+        return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept
+
+    def _fused_some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        other, *more = others or (self.slots,)
+        total = self.shape[0] * self.shape[1]
+        offsets, slots, rows, x, other = fused.compact(chosen, self.slots, self.offsets, self.x, other, count, total)
+        where = None if self.where is None else self.where.index_select(0, rows)
+        kept = [other, *(t.index_select(0, rows) for t in more)] if others else []
         return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept
 
     def _planned(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
@@ -129,7 +140,9 @@ class Slab(Tokens):
         return self._some(leading, min(self.shape[0] * chosen, self.x.shape[0]), *others)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        return self._planned(chosen & self.real, *others)
+        if not fused.fuses(self.x, *others):
+            chosen = chosen & self.real
+        return self._planned(chosen, *others)
 
     def put(self, some: Self, t: Tensor) -> Tensor:
         rows = self.x.shape[0]
@@ -168,11 +181,29 @@ class Slab(Tokens):
 
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         images, slots = self.shape[0], self.shape[1] if count is None else count
+        if fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
+            return self._fused_merge(place, moved, weight, count, slots)
         x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
         every = type(self).of(x.view(images, slots, -1))
         every = replace(every, calls=self.calls, where=where, source=self.source)
         merged, (sums,) = every._planned(sums > 0, sums) if count is None else (every, [sums])
         return merged, sums.where(merged.real, 1)
+
+    def _fused_merge(
+        self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None, slots: int
+    ) -> tuple[Self, Tensor]:
+        images, rows, calls = self.shape[0], self.x.shape[0], self.calls
+        plan = None if self.source is None else self.source.plan
+        if count is not None:
+            rows = images * count
+        elif plan is not None:
+            rows = min(plan[calls], rows)
+        x, where, sums, places, left = fused.merge(self.x, self.at, weight, place, moved, self.offsets, rows, slots)
+        offsets = left
+        if count is None and self.source is not None:
+            self.source.left.append((left, rows))
+            offsets, calls = left.clamp(max=rows), calls + 1
+        return type(self)(x, (images, slots), places, offsets, calls, where, self.source), sums
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         return attend_ragged(q, k, v, self, queries, how, counted=False)
@@ -185,6 +216,9 @@ class Slab(Tokens):
         return self.spread(centred * (variance + eps).rsqrt()).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-        at = self.grid(self.at)
-        added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
+        if pairs is None and q.shape[1] <= fused.QUERIES and fused.fuses(q, k):
+            asks = self.live[:, : q.shape[1]]
+            return fused.received(q, k, asks, self.offsets, self.shape[1])
+        at = self.grid(self.at) if pairs is not None else None
+        added = None if pairs is None or at is None else by_place(pairs, at[:, : q.shape[1]], at)
         return self.spread(mean_received(q, self.grid(k), self.live, added))

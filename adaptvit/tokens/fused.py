@@ -1,0 +1,301 @@
+"""Steps of decisions that a CUDA device takes in a kernel or two, `adaptvit.tokens.triton_kernels`, and others in many.
+
+Each is a function of plain tensors and an operator of torch, which `torch.compile` takes as it is. `fuses` says where
+they are used: on a device, without gradients. Where Triton is not there, or on another device, they are torch's.
+
+Letters: B images, N token slots, T rows, of which those of image b are offsets[b] to offsets[b + 1] in slot order, C
+rows that are left, R slots that are read, D channels, H heads, d channels per head, A and P patches.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptvit.tokens import kernels
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether these go through one kernel: on a device, without gradients, and not in float64."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not (learns or kernels.on_host(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors))
+
+
+QUERIES = 4
+"""So many are asked for the attention that tokens receive in one kernel, at most."""
+
+
+@cache
+def _triton() -> Any:
+    return import_module("adaptvit.tokens.triton_kernels") if find_spec("triton") else None
+
+
+def _fused(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """An operator of torch with this code, and on CUDA Triton's of its name; `like` has the shapes of its results."""
+
+    def make(plain: Callable[..., Any]) -> Any:
+        name = plain.__name__
+        op = torch.library.custom_op(f"adaptvit::{name}", plain, mutates_args=())
+        op.register_fake(like)
+        op.register_kernel("cuda")(lambda *given: getattr(_triton() or PLAIN, name)(*given))
+        setattr(PLAIN, name, plain)
+        return op
+
+    return make
+
+
+class PLAIN:
+    """The steps by torch's arithmetic."""
+
+
+def _places(offsets: Tensor, rows: int, n: int) -> Tensor:
+    """(T,) of each row, its place in a grid of B times n; B n of rows behind the last image's."""
+    row, images = torch.arange(rows, device=offsets.device), len(offsets) - 1
+    image = torch.searchsorted(offsets[1:], row, right=True)
+    start = offsets.index_select(0, image.clamp(max=images - 1))
+    return torch.where(image < images, image * n + row - start, images * n)
+
+
+def _grid(t: Tensor, places: Tensor, images: int, n: int) -> Tensor:
+    """(T, ...) -> (B, n, ...), 0 where there is no row."""
+    return t.new_zeros(images * n + 1, *t.shape[1:]).index_copy_(0, places, t)[:-1].view(images, n, *t.shape[1:])
+
+
+def _of_compact(
+    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    left, other_left = x.new_empty(count, *x.shape[1:]), other.new_empty(count, *other.shape[1:])
+    rows = slots.new_empty(count)
+    return torch.empty_like(offsets), rows, torch.empty_like(rows), left, other_left
+
+
+@_fused(_of_compact)
+def compact(
+    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rows that are chosen, moved to the front.
+
+    Args:
+        chosen: (T,) bool; of rows of no image it does not matter.
+        slots: (T,) int64, each row's place in a grid of `total` places.
+        offsets: (B + 1,) int32.
+        x, other: (T, ...), which are taken along.
+        count: C; rows behind the last image's hold nothing that matters, and their place is `total`.
+    Returns:
+        offsets, not bounded by C, slots, the rows that were taken, `x` and `other`.
+    """
+    end = (chosen & (slots < total)).cumsum(0, dtype=torch.int32)
+    left = torch.cat([end.new_zeros(1), end]).index_select(0, offsets)
+    rows = torch.nonzero_static(chosen & (slots < total), size=count, fill_value=0).squeeze(1)
+    empty = torch.arange(count, device=rows.device) >= left[-1]
+    places = slots.index_select(0, rows).masked_fill(empty, total)
+    return left, places, rows, x.index_select(0, rows), other.index_select(0, rows)
+
+
+def _of_halt(x: Tensor, state: Tensor, remainder: Tensor, output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(output), torch.empty_like(state, dtype=torch.bool), torch.empty_like(remainder)
+
+
+@_fused(_of_halt)
+def halt(
+    x: Tensor,
+    state: Tensor,
+    remainder: Tensor,
+    output: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    n: int,
+    stays: bool,
+    scale: float,
+    center: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A-ViT's step behind a block, where an image leaves once its tokens that are read have halted.
+
+    Args:
+        x: (T, D).
+        state, remainder: (T,) what the gate reads, and R, in float32.
+        output: (B, R, D) the mean field so far, in float32.
+        slots: (T,) int64; B N of rows that hold nothing.
+        offsets: (B + 1,) int32.
+        stays: tokens that are read do not halt.
+    Returns:
+        the output with this block's share, (T,) bool of those that go on, and R for the block after.
+    """
+    images, read = output.shape[:2]
+    real = slots < images * n
+    reading = real & (slots % n < read)
+    score = torch.sigmoid(scale * state - center)
+    if stays:
+        score = score.masked_fill(reading, 0)
+    left = remainder - score
+    going = ~(left <= epsilon) & real
+    weight = torch.where(going, score, remainder)
+    into = torch.where(reading, slots // n * read + slots % n, images * read)
+    share = output.new_zeros(images * read + 1, x.shape[1]).index_copy_(0, into, weight[:, None] * x)[:-1]
+    goes = going.new_zeros(images * read + 1).index_copy_(0, into, going)[:-1]
+    on = goes.view(images, read).any(dim=1).index_select(0, slots.clamp(max=images * n - 1) // n)
+    return output + share.view_as(output), going & on, left
+
+
+def _of_received(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+
+
+@_fused(_of_received)
+def received(q: Tensor, k: Tensor, asks: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """Attention that each token receives, mean over the queries that ask: (T, H) in float32.
+
+    Args:
+        q, k: (B, R, H, d) and (T, H, d).
+        asks: (B, R) bool.
+        offsets: (B + 1,) int32.
+    """
+    images, places = q.shape[0], _places(offsets, len(k), n)
+    live = torch.arange(n, device=k.device) < offsets.diff()[:, None]
+    logits = torch.einsum("brhd,bnhd->brhn", q.float(), _grid(k, places, images, n).float()) * q.shape[-1] ** -0.5
+    weights = logits.masked_fill(~live[:, None, None], torch.finfo(torch.float32).min).softmax(dim=-1)
+    mean = (weights * asks[:, :, None, None]).sum(dim=1) / asks.sum(dim=1).clamp(min=1)[:, None, None]
+    return mean.mT.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
+
+
+def _of_match(keys: Tensor, cost: Tensor, offsets: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    score = keys.new_empty(len(offsets) - 1, (n - prefix + (prefix + 1) % 2) // 2)
+    return score, torch.empty_like(score, dtype=torch.int64)
+
+
+@_fused(_of_match)
+def match(keys: Tensor, cost: Tensor, offsets: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """`adaptvit.methods.merging.match`, of rows.
+
+    Args:
+        keys: (T, d) float32.
+        cost: (T,) float32, whose product is taken off the similarity of two tokens.
+        offsets: (B + 1,) int32.
+    """
+    images, places = len(offsets) - 1, _places(offsets, len(keys), n)
+    grid, costs = (_grid(t, places, images, n) for t in (keys, cost))
+    live = torch.arange(n, device=keys.device) < offsets.diff()[:, None]
+    even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
+    similarity = grid[:, even] @ grid[:, odd].mT - costs[:, even, None] * costs[:, None, odd]
+    score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
+    return score.masked_fill_(~live[:, even], -torch.inf), target
+
+
+def _of_arrange(
+    chosen: Tensor, score: Tensor, target: Tensor, offsets: Tensor, n: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    place = target.new_empty(len(offsets) - 1, n)
+    return place, torch.empty_like(place, dtype=torch.bool)
+
+
+@_fused(_of_arrange)
+def arrange(
+    chosen: Tensor, score: Tensor, target: Tensor, offsets: Tensor, n: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """`adaptvit.methods.merging.arrange`, of images whose tokens are in their first slots.
+
+    Args:
+        chosen, score, target: (B, A).
+        offsets: (B + 1,) int32.
+    """
+    images = len(offsets) - 1
+    live = torch.arange(n, device=chosen.device) < offsets.diff()[:, None]
+    even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
+    staying = live[:, even] & ~chosen
+    if prefix:
+        rank = staying.cumsum(dim=1) - 1
+    else:
+        order = score.masked_fill(~staying, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+    place = torch.arange(n, device=chosen.device).repeat(images, 1)
+    moved = torch.zeros_like(live)
+    moved[:, even] = chosen
+    place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + torch.arange(live[:, odd].shape[1], device=live.device)
+    place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
+    return place, moved
+
+
+def _of_merge(
+    x: Tensor, at: Tensor, weight: Tensor, place: Tensor, moved: Tensor, offsets: Tensor, count: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = at.new_empty(count)
+    sums = weight.new_empty(count)
+    return x.new_empty(count, x.shape[1]), rows, sums, torch.empty_like(rows), torch.empty_like(offsets)
+
+
+@_fused(_of_merge)
+def merge(
+    x: Tensor, at: Tensor, weight: Tensor, place: Tensor, moved: Tensor, offsets: Tensor, count: int, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Tokens.merge`, of images whose tokens are in their first slots.
+
+    Args:
+        x, at, weight: (T, D), (T,) int64 and (T,) float32.
+        place, moved: (B, N).
+        offsets: (B + 1,) int32.
+        count: C.
+        slots: of an image afterwards.
+    Returns:
+        `x` and `at`, the sums of the weights, 1 of rows that hold nothing, slots, and offsets, not bounded by C.
+    """
+    images, n = place.shape
+    places = _places(offsets, len(x), n)
+    inside = places.clamp(max=images * n - 1)
+    live = torch.arange(n, device=x.device) < offsets.diff()[:, None]
+    left = torch.cat([offsets.new_zeros(1), (live & ~moved).sum(dim=1).cumsum(0).int()])
+    rows = (place + left[:-1, None]).flatten().index_select(0, inside).clamp(max=count)
+    rows = rows.masked_fill(places == images * n, count)
+    sums = weight.new_zeros(count + 1).index_add(0, rows, weight)
+    share = weight / sums.index_select(0, rows)
+    mean = torch.zeros(count + 1, x.shape[1], device=x.device).index_add(0, rows, x * share[:, None])
+    stays = rows.masked_fill(moved.flatten().index_select(0, inside), count)
+    held = at.new_zeros(count + 1).index_copy(0, stays, at)[:-1]
+    empty = torch.arange(count, device=x.device) >= left[-1]
+    return (
+        mean[:-1].to(x.dtype),
+        held,
+        sums[:-1].masked_fill(empty, 1),
+        _places(left, count, slots),
+        left,
+    )
+
+
+def _of_best(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
+    index = torch.empty(score.shape[0], prefix + count, dtype=torch.int64, device=score.device)
+    return index, index.new_empty(score.shape[0], 1)
+
+
+@_fused(_of_best)
+def best(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The places of the first `prefix` rows and of the `count` patches of highest score, of (B, P): ascending.
+
+    Returns:
+        (B, prefix + count) int64, and the place of the patch of them with the lowest score, (B, 1).
+    """
+    found = score.topk(count, dim=1).indices + prefix
+    first = torch.arange(prefix, device=score.device).expand(score.shape[0], -1)
+    return torch.cat([first, found.sort(dim=1).values], dim=1), found[:, -1:].clone()
+
+
+def _of_take(x: Tensor, score: Tensor, index: Tensor, last: Tensor) -> Tensor:
+    return x.new_empty(*index.shape, x.shape[2])
+
+
+@_fused(_of_take)
+def take_fused(x: Tensor, score: Tensor, index: Tensor, last: Tensor) -> Tensor:
+    """The rows at `index`, (B, n), of `x`, (B, N, D), that at `last`, (B, 1), being the sum of what is left out.
+
+    Args:
+        score: (B, P) of the last P rows, by which the sum is weighted; that at `last` is part of it.
+    """
+    prefix = x.shape[1] - score.shape[1]
+    weight = torch.cat([score.new_zeros(score.shape[0], prefix), score], dim=1)
+    out = weight.scatter(1, index, 0).scatter(1, last, weight.gather(1, last))
+    fused = (out[:, None].to(x.dtype) @ x).to(x.dtype)
+    found = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return torch.where((index == last)[..., None], fused, found)
