@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` the checks; each builds .venv first, with Python >= 3.11 and pip only.
 PYTHON ?= python3
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: .venv/.installed
 	.venv/bin/adaptvit demo
@@ -12,6 +12,10 @@ test: .venv/.installed
 	.venv/bin/mypy
 	.venv/bin/pytest -n 2 --dist worksteal
 
+docs: .venv/.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	.venv/bin/mkdocs build --strict -f docs/mkdocs.yml
+
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv || true
@@ -20,4 +24,4 @@ test: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,0 +1,105 @@
+"""The pages of docs/: their Python runs as written, their commands are taken, and the site has all of them."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import images, small_vit
+from samples import picture
+from torch import nn
+
+from adaptvit import FullConfig, cli, save
+from adaptvit.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+HERE = ("docs/dense.md", "docs/first_steps.md", "docs/your_own_method.md")
+ELSEWHERE = {
+    "README.md": "test_readme.py",
+    "docs/export.md": "test_export.py",
+    "docs/your_own_vit.md": "test_your_own_vit.py",
+    "docs/methods/ats_flax.md": "flax/test_ats_vit.py",
+    "docs/video.md": "test_video.py",
+    "docs/scale.md": "test_predict_shards.py",
+}
+"""Pages whose Python another test runs."""
+
+
+def python_of(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL))
+
+
+def commands_of(page: str) -> list[str]:
+    """Lines that call adaptvit, those that go on in the next one joined."""
+    text = re.sub(r"\\\n\s*", "", PAGES[page])
+    called = r"^ {4}(?:torchrun .*--no-python )?(adaptvit .+)$|`(adaptvit [a-z]+ [^`]+)`"
+    return [" ".join(found) for found in re.findall(called, text, flags=re.MULTILINE)]
+
+
+def test_the_python_of_every_page_is_run() -> None:
+    assert {page for page in PAGES if python_of(page)} == {*HERE, *ELSEWHERE}
+
+
+@pytest.fixture
+def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A small ViT of three classes, its file, and folders of images, where the pages have them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(METHODS, "_known", {**METHODS._known})
+    for name in ("images/val/ant", "images/val/bee", "images/val/wasp", "photos"):
+        Path(name).mkdir(parents=True)
+        for seed in range(3):
+            picture(seed).save(Path(name, f"{seed}.png"))
+    vit = small_vit(num_classes=3, depth=9)
+    save(FullConfig().build(vit), "vit.safetensors")
+    return vit
+
+
+def test_the_first_steps_run(vit: nn.Module) -> None:
+    space: dict[str, Any] = {"vit": vit, "images": images(vit)}
+    exec(python_of("docs/your_own_method.md").split("model = ")[0], space)
+    exec(python_of("docs/first_steps.md"), space)
+    assert Path("runs/methods/methods.csv").read_text().count("\n") >= 3
+    assert {path.name for path in Path("pictures").glob("*.png.png")} == {"0.png.png", "1.png.png", "2.png.png"}
+
+
+def test_the_page_of_a_method_of_ones_own_runs(vit: nn.Module) -> None:
+    space: dict[str, Any] = {"vit": vit, "images": images(vit), "adaptvit": import_module("adaptvit")}
+    exec(python_of("docs/your_own_method.md"), space)
+    assert Path("norm.safetensors").exists()
+
+
+def test_the_page_of_dense_features_runs() -> None:
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    exec(python_of("docs/dense.md"), space)
+    assert space["embeddings"].shape == (2, 192)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
+def test_the_commands_of_a_page_are_taken(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("{}")
+    for command in commands_of(page):
+        words = shlex.split(command, comments=True)[1:]
+        if not words or "..." in command or "--help" in words or words[0].isupper():
+            continue
+        module: Any = import_module(f"adaptvit.commands.{cli.ALIASES.get(words[0], words[0])}")
+        monkeypatch.setattr(module, "execute", lambda arguments: 0)
+        assert cli.main(words) == 0, command
+
+
+def test_the_site_has_every_page() -> None:
+    def pages_in(nav: Any) -> set[str]:
+        if isinstance(nav, str):
+            return {nav}
+        return set().union(*(pages_in(one) for one in (nav.values() if isinstance(nav, dict) else nav)))
+
+    found = pages_in(yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text())["nav"])
+    written = {str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks").glob("*.md")}
+    assert found == {*PAGES} | written
