@@ -4,6 +4,7 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,19 +14,18 @@ from models import images, small_vit
 from samples import picture
 from torch import nn
 
-from adaptvit import FullConfig, cli, save
+from adaptvit import FullConfig, ToMeConfig, adapt, cli, save
 from adaptvit.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-HERE = ("docs/dense.md", "docs/first_steps.md", "docs/your_own_method.md")
+HERE = ("docs/dense.md", "docs/first_steps.md", "docs/scale.md", "docs/your_own_method.md")
 ELSEWHERE = {
     "README.md": "test_readme.py",
     "docs/export.md": "test_export.py",
     "docs/your_own_vit.md": "test_your_own_vit.py",
     "docs/methods/ats_flax.md": "flax/test_ats_vit.py",
     "docs/video.md": "test_video.py",
-    "docs/scale.md": "test_predict_shards.py",
 }
 """Pages whose Python another test runs."""
 
@@ -54,7 +54,7 @@ def vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         Path(name).mkdir(parents=True)
         for seed in range(3):
             picture(seed).save(Path(name, f"{seed}.png"))
-    vit = small_vit(num_classes=3, depth=9)
+    vit = small_vit(num_classes=3, depth=6)
     save(FullConfig().build(vit), "vit.safetensors")
     return vit
 
@@ -81,13 +81,48 @@ def test_the_page_of_dense_features_runs() -> None:
     assert space["embeddings"].shape == (2, 192)
 
 
+class Engine:
+    """Of Spark or Dask what docs/scale.md calls: hands all there is to a function, at once."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def mapInPandas(self, label: Any, schema: str) -> Any:
+        (self.found,) = label([self.given])
+        return SimpleNamespace(write=SimpleNamespace(parquet=lambda folder: None))
+
+    def map_partitions(self, label: Any) -> "Engine":
+        self.found = label(self.given)
+        return self
+
+    def to_dataframe(self) -> Any:
+        return SimpleNamespace(to_parquet=lambda folder: None)
+
+
+def test_the_page_of_scale_runs(vit: nn.Module) -> None:
+    pandas = pytest.importorskip("pandas")
+    save(adapt(vit, images(vit), 0.7, ToMeConfig()), "fast.safetensors")
+    names = ["photos/0.png", "photos/1.png"]
+    spark = Engine(pandas.DataFrame({"path": names, "content": [Path(name).read_bytes() for name in names]}))
+    dask = Engine(names)
+    bag = SimpleNamespace(from_sequence=lambda names, partition_size: dask)
+    space = {"pandas": pandas, "images": spark, "names": names, "dask": SimpleNamespace(bag=bag)}
+    exec(python_of("docs/scale.md"), space)
+    assert [*zip(spark.found["path"], spark.found["class"], strict=True)] == dask.found
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)])
 def test_the_commands_of_a_page_are_taken(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("{}")
     for command in commands_of(page):
         words = shlex.split(command, comments=True)[1:]
-        if not words or "..." in command or "--help" in words or words[0].isupper():
+        if (
+            not words
+            or "..." in command
+            or words[0].isupper()
+            or any(word in ("--help", "--version", "--print_config") for word in words)
+        ):
             continue
         module: Any = import_module(f"adaptvit.commands.{cli.ALIASES.get(words[0], words[0])}")
         monkeypatch.setattr(module, "execute", lambda arguments: 0)
