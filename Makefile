@@ -19,7 +19,7 @@ docs: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv || true
-	.venv/bin/uv pip install --python .venv/bin/python -c constraints.txt -e '.[all,dev,flax]' \
+	.venv/bin/uv pip install --compile-bytecode --python .venv/bin/python -c constraints.txt -e '.[all,dev,flax]' \
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[all,dev,flax]'
 	touch $@
 

@@ -63,7 +63,7 @@ class RaggedATS(ATS):
 class RaggedAViT(AViT):
     """Halts where channel 0, which carries the marks, says so."""
 
-    def halting_score(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def halting_score(self, x: Tensor, dtype: torch.dtype, lost: Tensor | None = None) -> Tensor:
         return 0.995 / (x[..., 0].to(dtype) - 0.5)
 
 

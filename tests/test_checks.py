@@ -29,6 +29,7 @@ from adaptvit.commands.demo import DemoConfig
 from adaptvit.commands.draw import DrawConfig
 from adaptvit.commands.evaluate import EvaluateConfig
 from adaptvit.commands.predict import PredictConfig
+from adaptvit.commands.predict_ray import ScaleConfig
 from adaptvit.commands.sessions import PlaygroundConfig
 from adaptvit.data import DataConfig
 from adaptvit.methods import METHODS
@@ -46,6 +47,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     BenchConfig: {"model": "deit_tiny_patch16_224"},
     EvaluateConfig: {"model": "deit_tiny_patch16_224", "root": Path()},
     PredictConfig: {"model": "deit_tiny_patch16_224", "folder": Path()},
+    ScaleConfig: {"model": "deit_tiny_patch16_224", "source": "photos", "output": "out"},
     DrawConfig: {"model": "deit_tiny_patch16_224", "folder": Path()},
     MethodsConfig: {"model": "deit_tiny_patch16_224", "root": Path()},
     PlaygroundConfig: {},

@@ -734,12 +734,13 @@ def test_classes_have_the_names_that_the_model_has() -> None:
 def test_classes_are_named_and_files_keep_the_names(host: str, tmp_path: Path) -> None:
     vit = model("ViTForImageClassification") if host == "transformers" else small_vit(num_classes=2)
     named = FullConfig().build(vit)
-    for wrong in (("cat",), ("cat", 1), "ab"):
-        with pytest.raises(ValueError, match="class_names must be as many texts as the model has classes, 2, got"):
+    names = tuple(f"class {number}" for number in range(named.num_classes))
+    for wrong in (names[1:], (*names[1:], 1), "a" * len(names)):
+        with pytest.raises(ValueError, match=r"class_names must be as many texts as the model has classes, \d, got"):
             named.class_names = wrong
-    named.class_names = ("cat", "dog")
+    named.class_names = names
     save(named, tmp_path / "named.safetensors")
-    assert load(tmp_path / "named.safetensors").class_names == ("cat", "dog")
+    assert load(tmp_path / "named.safetensors").class_names == names
 
 
 def test_hooks_on_blocks_that_give_tuples_are_given_them() -> None:

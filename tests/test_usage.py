@@ -54,7 +54,7 @@ def test_an_image_of_many_keeps_less_than_3_kb_and_its_figures(name: str, side: 
         assert (whole.groups if name == "tome" else whole.fused).shape[:2] == (2, depth)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, config in METHODS.items() if config.role != "clips"])
 def test_a_record_counts_its_own_macs(method: str) -> None:
     model = METHODS[method]().build(small_vit().eval())
     with torch.inference_mode():
