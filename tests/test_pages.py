@@ -37,8 +37,7 @@ def python_of(page: str) -> str:
 def commands_of(page: str) -> list[str]:
     """Lines that call adaptvit, those that go on in the next one joined."""
     text = re.sub(r"\\\n\s*", "", PAGES[page])
-    called = r"^ {4}(?:torchrun .*--no-python )?(adaptvit .+)$|`(adaptvit [a-z]+ [^`]+)`"
-    return [" ".join(found) for found in re.findall(called, text, flags=re.MULTILINE)]
+    return re.findall(r"^ {4}(?:torchrun .*--no-python )?(adaptvit [^>\n]+)", text, flags=re.MULTILINE)
 
 
 def test_the_python_of_every_page_is_run() -> None:
