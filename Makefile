@@ -14,7 +14,7 @@ test: .venv/.installed
 
 docs: .venv/.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	.venv/bin/mkdocs build --strict -f docs/mkdocs.yml
+	made=$$(mktemp -d) && .venv/bin/mkdocs build --strict -f docs/mkdocs.yml -d $$made && rm -rf site && mv $$made site
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
