@@ -4,11 +4,15 @@
 
 Operators that torch dispatches on a CPU are counted, views and allocations left out, with the branches that a device
 takes. A wait is what a host cannot go on without: a number that the device computed, or a copy from it or to it.
+Features are in float32, where tokens of different numbers are attended to in a padded grid; `half` is `Slab` in
+bfloat16, where variable-length flash attention is one kernel, of which a stand-in is counted here.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,12 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptvit import (
+    AdaViTConfig,
     ATSConfig,
     AViTConfig,
     CalibratedConfig,
@@ -50,6 +56,7 @@ METHODS: dict[str, MethodConfig] = {
     "calibrated": CalibratedConfig(r=3),
     "merge": MergeConfig(thresholds=0.3),
     "dynamicvit, threshold": DynamicViTConfig(blocks=(1, 2), select="threshold", threshold=0.3),
+    "adavit": AdaViTConfig(),
 }
 NO_KERNEL = """
     view expand expand_as slice select unsqueeze squeeze transpose permute t mT alias detach unbind split
@@ -59,6 +66,12 @@ NO_KERNEL = """
 """Views, allocations, and dropout, which does nothing in evaluation."""
 SEVERAL = {"compact": 2, "merge": 2}
 """Kernels of operators of `adaptvit.tokens.fused`; of others it is one."""
+COPIES_FIRST = dict.fromkeys(
+    ("masked_fill", "index_copy", "index_add", "index_put", "index_fill", "scatter", "scatter_add", "scatter_reduce"), 2
+)
+"""Operators of torch that copy what they then write into."""
+SORTS = {"sort": 4, "argsort": 4, "topk": 3}
+"""As many as torch was seen to take on CUDA, of a row of some hundred."""
 MAYBE_A_VIEW = frozenset({"reshape", "flatten", "to", "contiguous"})
 """A kernel where they copy."""
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "item")
@@ -82,7 +95,7 @@ class Counter(TorchDispatchMode):
         if func.namespace == "adaptvit":
             self.kernels += SEVERAL.get(name, 1)
         elif name not in self.no_kernel and not is_view:
-            self.kernels += 1
+            self.kernels += (COPIES_FIRST | SORTS).get(name, 1)
         by_mask = name.startswith("index") and any(
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8)
             for one in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
@@ -106,27 +119,50 @@ class _Copies(TorchFunctionMode):
 @contextmanager
 def as_on_a_device() -> Iterator[None]:
     """The branches that tokens take on a device."""
-    before = kernels.on_host
+    before = kernels.on_host, varlen.varlen_attn
     kernels.on_host = lambda _: False
+    varlen.varlen_attn = _flash  # type: ignore[assignment]
+    kernels.register(
+        kernels.attend_varlen, lambda facts: kernels.is_flash(facts._replace(device="cuda", capability=(9, 0)))
+    )
     try:
         yield
     finally:
-        kernels.on_host = before
+        kernels.on_host, varlen.varlen_attn = before
+        del kernels.KERNELS[0]
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, most: int, most_keys: int, scale: float | None
+) -> Tensor:
+    out: Tensor = _attend(q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
+    return out
+
+
+@torch.library.custom_op("launches::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Variable-length attention, image by image; rows of no image are 0."""
+    out = torch.zeros_like(q)
+    for ours, theirs in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
+        own, others = slice(*ours), slice(*theirs)
+        weights = torch.einsum("qhd,khd->hqk", q[own].float(), k[others].float()).mul(scale).softmax(dim=-1)
+        out[own] = torch.einsum("hqk,khd->qhd", weights, v[others].float()).to(out.dtype)
+    return out
 
 
 def count(model: AdaptiveViT, images: Tensor, layout: type) -> dict[str, list[int]]:
     """Kernels and waits before the first block, from each block to the next, and from the last one on."""
     seen: list[tuple[int, int]] = []
-    run_block = model.run_block
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def noted(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         seen.append((counter.kernels, counter.waits))
-        return run_block(*args, **kwargs)
+        return run(*args, **kwargs)
 
-    model.run_block = noted  # type: ignore[method-assign]
+    for name in ("run_block", "run_body"):  # a method calls one of them
+        setattr(model, name, partial(noted, getattr(model, name)))
     with torch.inference_mode(), as_on_a_device(), Counter() as counter, _Copies(counter):
         model(images, layout)
-    del model.run_block
+    del model.run_block, model.run_body
     ends = [(0, 0), *seen, (counter.kernels, counter.waits)]
     steps = [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(ends)]
     return {"kernels": [kernels for kernels, _ in steps], "waits": [waits for _, waits in steps]}
@@ -149,6 +185,9 @@ def table() -> dict[str, dict[str, dict[str, list[int]]]]:
         model = config.build(vit).eval()
         layouts = (Dense, Packed) if model.even else (Slab, Packed)
         found[name] = {layout.__name__.lower(): count(model, images, layout) for layout in layouts}
+        if not model.even:
+            half = deepcopy(model).bfloat16()
+            found[name]["slab, half"] = count(half, images.bfloat16(), Slab)
     return found
 
 

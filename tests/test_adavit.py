@@ -7,7 +7,7 @@ import torch
 from models import METHODS, flavours, images, small_vit, vary
 from torch import Tensor
 
-from adaptvit import AdaViTConfig, Masked, Packed, dense_macs, macs
+from adaptvit import AdaViTConfig, Masked, Packed, Slab, dense_macs, macs, measure_plan
 from adaptvit.methods.adavit import KINDS, AdaViT, Policies, usage_means, usage_terms
 from adaptvit.methods.released import ReleasedAdaViTConfig
 
@@ -89,6 +89,19 @@ def test_a_target_out_of_reach_names_what_cannot_be_left_out(policies: tuple[str
     with pytest.raises(ValueError, match=rf"macs_target is 0.001, but .* takes {least:.3g} of its MACs$"):
         replace(config, macs_target=0.001).build(small_vit())
     replace(config, macs_target=min(1.0, least + 0.002)).build(small_vit())
+
+
+def test_a_plan_counts_the_same_whether_or_not_somebody_looks_on() -> None:
+    model = vary(FREE.build(small_vit(dtype=torch.float64))).eval()
+    batch = images(model.vit, dtype=torch.float64)
+    packed, plan = model(batch, Packed), measure_plan(model, batch)
+    assert len(plan.means) == 2 * model.depth  # for attention and for the MLP
+    hook = model.vit.blocks[1].attn.register_forward_hook(lambda *_: None)
+    assert measure_plan(model, batch) == plan
+    model.plan = plan
+    torch.testing.assert_close(model(batch, Slab), packed, atol=1e-12, rtol=1e-10)
+    hook.remove()
+    torch.testing.assert_close(model(batch, Slab), packed, atol=1e-12, rtol=1e-10)
 
 
 # ---- decisions

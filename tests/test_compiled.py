@@ -13,7 +13,7 @@ from adaptvit.model import AdaptiveViT
 
 EVEN = ("full", "evit", "dynamicvit", "tome", "grid")
 ANY = ("avit", "ats", "merge")
-RAGGED = ("avit", "ats", "dynamicvit, threshold")
+RAGGED = ("avit", "ats", "dynamicvit, threshold", "adavit")
 BOTH = {"blocks": (0, 1)}
 DROPS = {"evit": BOTH, "dynamicvit": BOTH, "dynamicvit, threshold": BOTH, "ats": {**BOTH, "tokens": (12, 9)}}
 """Settings by which methods drop tokens at both of two blocks, which are enough: tracing takes its time by block."""

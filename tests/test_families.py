@@ -31,6 +31,7 @@ from adaptvit import (
     Masked,
     MergeConfig,
     Packed,
+    Slab,
     ToMeConfig,
     adapt,
     load,
@@ -42,6 +43,7 @@ from adaptvit.backbones.door import Acts
 from adaptvit.backbones.forward import Source, run, scores
 from adaptvit.data import preparation
 from adaptvit.methods import MethodConfig
+from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.ats import RandomConfig
 from adaptvit.methods.base import DropConfig
 from adaptvit.methods.released import ReleasedATSConfig
@@ -336,6 +338,10 @@ def test_layouts_agree_and_images_are_alone(name: str) -> None:
             packed, masked = (adaptive(images(name), layout, detailed=True) for layout in (Packed, Masked))
             torch.testing.assert_close(packed.logits, masked.logits, atol=atol, rtol=0)
             assert packed.usage == masked.usage
+            if method == "adavit":  # which runs blocks in a way of its own
+                slab = adaptive(images(name), Slab, detailed=True)
+                torch.testing.assert_close(slab.logits, masked.logits, atol=atol, rtol=0)
+                assert slab.usage == masked.usage
             assert packed.logits.shape[:1] == wanted.shape[:1]
             alone = adaptive(part(images(name), slice(2, None)), detailed=True)
             torch.testing.assert_close(alone.logits, packed.logits[2:, : alone.logits.shape[1]], atol=atol, rtol=0)
@@ -558,6 +564,11 @@ def test_images_of_different_shapes_are_alone(name: str) -> None:
             packed, masked = (adaptive(batch, layout, detailed=True) for layout in (Packed, Masked))
         torch.testing.assert_close(packed.logits, masked.logits, atol=1e-10, rtol=0)
         assert packed.usage == masked.usage, method
+        if isinstance(adaptive, AdaViT):
+            with torch.no_grad():
+                slab = adaptive(batch, Slab, detailed=True)
+            torch.testing.assert_close(slab.logits, masked.logits, atol=1e-10, rtol=0)
+            assert slab.usage == masked.usage, method
         assert packed.usage.grid == (18,)
         assert packed.usage.patches is not None
         assert packed.usage.patches.tolist() == [16, 10, 9, 2]

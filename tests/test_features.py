@@ -109,8 +109,6 @@ def test_layouts_have_the_same_maps_and_records(method: str, flavour: str) -> No
     model = build(method, flavour)
     batch = batch_of(model)
     layouts: list[type[Tokens]] = [Packed, Slab, Dense] if model.even else [Packed, Slab]
-    if method.startswith("adavit"):
-        layouts = [Packed]
     if method == RELEASED:
         layouts = []
     with torch.no_grad():

@@ -6,7 +6,7 @@ from models import small_vit
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
-from adaptvit import Masked, Packed
+from adaptvit import Masked, Packed, Slab
 from adaptvit.backbones.gated import Gates, Takes, check_gated, gated_macs, run_gated
 from adaptvit.backbones.sizes import shape_of
 
@@ -73,18 +73,21 @@ def test_a_gated_block_is_one_without_what_is_off(flavour: str, takes: Takes) ->
         expected = by_hand(block, x, gates, takes)
         masked = run_gated(block, 1, Masked.of(x), as_float(gates), takes)
         packed = run_gated(block, 1, Packed.of(x.clone()), gates, takes)
-        first = run_gated(block, 1, Packed.of(x.clone()), gates, takes, read=1)
+        slab = run_gated(block, 1, Slab.of(x), gates, takes)
+        first = [run_gated(block, 1, layout.of(x.clone()), gates, takes, read=1) for layout in (Packed, Slab)]
     torch.testing.assert_close(masked.x, expected, atol=1e-12, rtol=1e-10)
-    torch.testing.assert_close(packed.grid(packed.x), expected, atol=1e-12, rtol=1e-10)
-    torch.testing.assert_close(first.first(first.x, 1), expected[:, :1], atol=1e-12, rtol=1e-10)
+    for tokens in (packed, slab):
+        torch.testing.assert_close(tokens.grid(tokens.x), expected, atol=1e-12, rtol=1e-10)
+    for tokens in first:
+        torch.testing.assert_close(tokens.first(tokens.x, 1), expected[:, :1], atol=1e-12, rtol=1e-10)
     updated = (gates.attention[:, None] & gates.attention_tokens) | (gates.mlp[:, None] & gates.mlp_tokens)
     still = ~updated
     assert still.any()
-    for tokens in (masked, packed):
+    for tokens in (masked, packed, slab):
         assert torch.equal(tokens.grid(tokens.x)[still], x[still])
 
 
-@pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("layout", [Masked, Packed, Slab], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_without_gates_a_block_is_timms(flavour: str, layout: type) -> None:
     block = small_vit(flavour, torch.float64).eval().blocks[1]
@@ -104,9 +107,12 @@ def test_what_the_norm_gave_need_not_be_computed_again() -> None:
         expected = run_gated(block, 1, Masked.of(x), as_float(gates), "input").x
         block.norm1 = None
         masked = run_gated(block, 1, Masked.of(x), as_float(gates), "input", normed)
-        packed = run_gated(block, 1, Packed.of(x.clone()), gates, "input", normed.flatten(0, 1))
+        others = [
+            run_gated(block, 1, layout.of(x.clone()), gates, "input", normed.flatten(0, 1)) for layout in (Packed, Slab)
+        ]
     assert torch.equal(masked.x, expected)
-    torch.testing.assert_close(packed.grid(packed.x), expected, atol=1e-12, rtol=1e-10)
+    for tokens in others:
+        torch.testing.assert_close(tokens.grid(tokens.x), expected, atol=1e-12, rtol=1e-10)
 
 
 def test_a_patch_that_is_off_learns_what_it_would_have_gained() -> None:

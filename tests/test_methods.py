@@ -105,8 +105,7 @@ def test_layouts_agree(method: str, flavour: str) -> None:
     batch = images(model.vit, count=8, dtype=torch.float64)
     with torch.inference_mode():
         masked = model(batch, Masked, detailed=True)
-        slab = [] if method.startswith("adavit") else [Slab]
-        for layout in (Packed, *slab, *([Dense] if model.even else [])):
+        for layout in (Packed, Slab, *([Dense] if model.even else [])):
             output = model(batch, layout, detailed=True)
             torch.testing.assert_close(output.logits, masked.logits, atol=1e-12, rtol=1e-10)
             assert_same_record(output.usage, masked.usage)
@@ -122,7 +121,7 @@ def test_dense_is_for_methods_that_keep_as_many_tokens_of_every_image(method: st
             model(images(model.vit), Dense)
 
 
-@pytest.mark.parametrize("method", ["avit", "ats", "merge", "evit", "dynamicvit, threshold"])
+@pytest.mark.parametrize("method", ["avit", "ats", "merge", "evit", "dynamicvit, threshold", "adavit"])
 def test_a_batch_for_which_slab_has_too_few_rows_is_run_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
     model = copy.deepcopy(build(method, dtype=torch.float64)).eval()
@@ -150,12 +149,6 @@ def test_a_plan_keeps_three_deviations_in_reserve_and_goes_when_the_knob_is_turn
     model.plan = plan
     model.train()(images(model.vit))
     assert model.plan is None  # its weights are about to change
-
-
-def test_adavit_refuses_slab() -> None:
-    model = build("adavit").eval()
-    with pytest.raises(ValueError, match=r"choose adaptvit\.Packed or adaptvit\.Masked"):
-        model(images(model.vit), Slab)
 
 
 @each_with_layouts(METHODS, KINDS)

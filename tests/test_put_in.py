@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 from torch.utils.hooks import RemovableHandle
 
-from adaptvit import Masked, Packed, save
+from adaptvit import Masked, Packed, Slab, save
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.dynamicvit import DynamicViT
 from adaptvit.model import AdaptiveViT
@@ -396,7 +396,7 @@ def test_a_hook_is_called_once_a_forward(method: str, when: str) -> None:
 def test_a_hook_is_called_once_a_forward_that_drops_tokens(method: str, when: str) -> None:
     calls = Counter[tuple]()
     model = build(method, partial(counted, calls), when)
-    for train, layout in ((False, Masked), (False, Packed), (True, None)):
+    for train, layout in ((False, Masked), (False, Packed), (False, Slab), (True, None)):
         calls.clear()
         usage = model.train(train)(images(model.vit, dtype=torch.float64), layout, detailed=True).usage
         entered = ((usage.attention | usage.mlp) & (usage.updated > 0)).any(dim=0).tolist()

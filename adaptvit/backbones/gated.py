@@ -1,7 +1,8 @@
 """A block of which only parts run: its sub-layers, heads and tokens switched on and off by gates.
 
 `Masked` computes everything and multiplies by the gates, which is the definition and passes their gradients. `Packed`
-computes what is on and nothing else.
+computes what is on and nothing else. `Slab` computes the sub-layers and tokens that are on, in as many rows as are
+planned for attention and for the MLP, and multiplies by the gates of heads: it waits for nobody.
 
 Letters: B images, N token slots, T tokens of a part of the batch, D channels, H heads, d channels per head, F hidden
 channels of the MLP.
@@ -10,8 +11,9 @@ channels of the MLP.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
+from operator import and_
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,7 @@ from adaptvit.backbones.maps import is_plain, of_nothing, some_inputs, some_outp
 from adaptvit.backbones.split import attention, chain
 from adaptvit.backbones.standin import stand_in, with_parts
 from adaptvit.macs import Shape
-from adaptvit.tokens import AttentionOptions, Masked, Packed, Tokens
+from adaptvit.tokens import AttentionOptions, Masked, Packed, Slab, Tokens
 
 Takes = Literal["input", "hidden", "identity"]
 """What else a head that is off switches off: `input`, its channels of what the MLP reads; `hidden`, its share of the
@@ -39,7 +41,7 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """What of a block is on: 0 or 1, with gradients, where `Masked` runs; bool where `Packed` does; None is all."""
+    """What of a block is on: 0 or 1, with gradients, where `Masked` runs; bool where others do; None is all."""
 
     attention: Tensor | None = None
     """(B,) the attention sub-layer."""
@@ -111,22 +113,26 @@ def run_gated(
     """Block `number` of a ViT under gates; a token or image that is off passes unchanged.
 
     Args:
-        tokens: all live. `Packed` features are overwritten, and carry no gradients.
+        tokens: all live. `Packed` features are overwritten, and those of `Slab` carry no gradients either.
         takes: what an off head takes along.
         normed: what the block's first norm gives of `tokens`, where it is known.
-        read: `Packed`: leading slots that are all anyone will read of the result; None is every slot.
+        read: `Packed` and `Slab`: leading slots that are all anyone will read of the result; None is every slot.
         attend: `Masked`: attention under the gates; None attends to the tokens that are on.
         drop_path: stochastic depth is as the block has it.
     """
-    if isinstance(tokens, Packed):
-        if not is_watched(block):
-            return _skip(block, number, tokens, gates, takes, normed, read)
-        grid = Masked(tokens.grid(tokens.x), source=tokens.source)  # somebody is to see all of it, once
-        normed = None if normed is None else tokens.grid(normed)
-        masked = _mask(block, number, grid, gates.like(grid.x), takes, normed, None, drop_path)
-        return tokens.with_x(masked.x.flatten(0, 1))
-    assert isinstance(tokens, Masked)
-    return _mask(block, number, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
+    if isinstance(tokens, Masked):
+        return _mask(block, number, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
+    assert isinstance(tokens, Packed | Slab)
+    if not is_watched(block):
+        run = _skip if isinstance(tokens, Packed) else _compact
+        return run(block, number, tokens, gates, takes, normed, read)
+    grid = Masked(tokens.grid(tokens.x), source=tokens.source)  # somebody is to see all of it, once
+    normed = None if normed is None else tokens.grid(normed)
+    masked = _mask(block, number, grid, gates.like(grid.x), takes, normed, None, drop_path)
+    if isinstance(tokens, Slab):  # a plan counts them whoever looks on
+        tokens = tokens.with_those(_updated(tokens, gates.attention, gates.attention_tokens, None)[0])
+        tokens = tokens.with_those(_updated(tokens, gates.mlp, gates.mlp_tokens, read)[0])
+    return tokens.with_x(masked.x.flatten(0, 1))
 
 
 def _mask(
@@ -151,7 +157,7 @@ def _mask(
         out, _ = attention(block, parts, tokens, normed, acts, number)
     added = _add(block, parts.out_of_attention, tokens, out, gates.attention_tokens, gates.attention, drop_path)
     read = chain(block, parts.into_mlp, added.x, added)
-    out = _masked_mlp(block, parts, added, read, gates.heads, takes)
+    out = _masked_mlp(block, parts, added, read, None if gates.heads is None else gates.heads[:, None], takes)
     return _add(block, parts.out_of_mlp, added, out, gates.mlp_tokens, gates.mlp, drop_path)
 
 
@@ -172,11 +178,21 @@ def _by_maps(block: Block, tokens: Tokens, gates: Gates, takes: Takes, normed: T
     attn = block.attn
     assert acts.attend is not None
     mixed = acts.attend(Projected(*project_normed(block, tokens, normed)), attn.attn_drop.p if attn.training else 0.0)
+    heads = None if gates.heads is None or takes == "identity" else gates.heads[:, None]
+    return _projected(attn, mixed, normed, heads)
+
+
+def _projected(attn: Attention, mixed: Tensor, normed: Tensor, heads: Tensor | None) -> Tensor:
+    """What follows on the mixed values of all heads, token features (..., H, d), of tokens whose norm gave `normed`.
+
+    Args:
+        heads: what broadcasts against (..., H), 0 of heads that are off; None is all on.
+    """
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(normed).sigmoid()
-    if gates.heads is not None and takes != "identity":
-        out = (out.unflatten(-1, mixed.shape[-2:]) * gates.heads[:, None, :, None]).flatten(-2)
+    if heads is not None:
+        out = out * _by_channel(heads, out.shape[-1])
     return attn.proj_drop(attn.proj(out))
 
 
@@ -198,6 +214,7 @@ def _attend_under(gates: Gates, takes: Takes, attend: Attend | None, projected: 
 
 
 def _masked_mlp(block: Any, parts: Parts, tokens: Tokens, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:
+    """The MLP of x, (..., D), under what broadcasts against (..., H)."""
     if heads is None or takes == "identity":
         return chain(block, parts.mlp, x, tokens)
     if takes == "input":
@@ -211,8 +228,8 @@ def _masked_mlp(block: Any, parts: Parts, tokens: Tokens, x: Tensor, heads: Tens
 
 
 def _by_channel(heads: Tensor, channels: int) -> Tensor:
-    """(B, H) -> (B, 1, channels): each head's gate for its consecutive channels."""
-    return heads.repeat_interleave(channels // heads.shape[1], dim=1)[:, None]
+    """(..., H) -> (..., channels): each head's gate for its consecutive channels."""
+    return heads.repeat_interleave(channels // heads.shape[-1], dim=-1)
 
 
 def _add(
@@ -232,6 +249,62 @@ def _add(
     if images is not None:
         branch = branch * images[:, None, None]
     return tokens.with_x(tokens.x + branch)
+
+
+@torch.no_grad()
+def _compact(
+    block: Any, number: int, tokens: Slab, gates: Gates, takes: Takes, normed: Tensor | None, read: int | None
+) -> Slab:
+    parts = FAMILIES.parts_of(block)
+    assert parts is not None
+    if normed is None:
+        normed = chain(block, parts.into_attention, tokens.x, tokens)
+    keys, (normed,) = _updated(tokens, gates.attention, gates.attention_tokens, None, normed)
+    heads = None if gates.heads is None else gates.heads.to(tokens.x.dtype)[:, None]
+    if has_maps(block):
+        rows, out = _mixed(block, keys, normed, heads, takes, read)
+    else:
+        out, _ = attention(block, parts, keys, normed, Acts(read), number)
+        rows, (out,) = (keys, [out]) if read is None else keys.select(read, out)
+    tokens = tokens.with_those(rows.with_x(rows.x + chain(block, parts.out_of_attention, out, rows)))
+    rows, _ = _updated(tokens, gates.mlp, gates.mlp_tokens, read)
+    of_rows = None if heads is None else rows.spread(heads)
+    out = _masked_mlp(block, parts, rows, chain(block, parts.into_mlp, rows.x, rows), of_rows, takes)
+    return tokens.with_those(rows.with_x(rows.x + chain(block, parts.out_of_mlp, out, rows)))
+
+
+def _updated(
+    tokens: Slab, images: Tensor | None, chosen: Tensor | None, read: int | None, *others: Tensor
+) -> tuple[Slab, list[Tensor]]:
+    """The tokens that a sub-layer updates, and `others`, token features, of them.
+
+    Args:
+        images: (B,) bool, those whose sub-layer is on; None is all.
+        chosen: (B, N) bool, the tokens that are; None is all.
+        read: leading slots that are; None is all.
+    """
+    gates = [chosen, None if images is None else images[:, None]]
+    if read is not None:
+        gates.append(torch.arange(tokens.shape[1], device=tokens.x.device)[None] < read)
+    on = [gate for gate in gates if gate is not None]
+    if not on:
+        return tokens, list(others)
+    return tokens.filter(tokens.spread(reduce(and_, on)), *others)
+
+
+def _mixed(
+    block: Block, keys: Slab, normed: Tensor, heads: Tensor | None, takes: Takes, read: int | None
+) -> tuple[Slab, Tensor]:
+    """The tokens that attention updates, of those that it attends to, and what it gives before `out_of_attention`."""
+    q, k, v = project_normed(block, keys, normed)
+    rows, own = keys, v
+    if read is not None:
+        rows, (q, own, normed) = keys.select(read, q, v, normed)
+    mixed = keys.attend(q, k, v, rows)
+    heads = None if heads is None else rows.spread(heads)
+    if heads is not None and takes == "identity":
+        mixed = torch.where(heads[..., None] > 0, mixed, own)
+    return rows, _projected(block.attn, mixed, normed, None if takes == "identity" else heads)
 
 
 @dataclass(frozen=True, eq=False)

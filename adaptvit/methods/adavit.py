@@ -192,37 +192,32 @@ class AdaViT(AdaptiveViT):
             self._check_target(config.macs_target)
 
     def usual_layout(self, **options: Any) -> type[Tokens]:
-        """`Masked` in training, whose gates pass gradients; `Packed` in evaluation, which computes what is on alone."""
+        """`Masked` in training, whose gates pass gradients; in evaluation what computes what is on alone."""
         return Masked if self.training else Packed
 
     def run(self, tokens: Tokens) -> Left:
         """The blocks.
 
         Raises:
-            ValueError: `Packed` in training, `Slab`.
+            ValueError: another layout than `Masked` in training.
         """
-        if not isinstance(tokens, Masked | Packed):
-            raise ValueError(
-                f"{self.config.title} skips sub-layers and heads image by image: choose adaptvit.Packed or "
-                "adaptvit.Masked"
-            )
         grid = tokens.source.grid
         if self.training:
             tokens.source.check_alike(f"{self.config.title} in training")
         if tokens.at_first is not None:  # what holds no token is a patch that is always off
-            tokens = type(tokens).of(tokens.grid(tokens.x)).of_source(tokens.source)
+            tokens = tokens.refilled()
         tokens, policies = self.decided(tokens)
         whole = tokens.source.wants(self.depth - 1)
-        usage, means = self.usage(policies, grid, tokens.source.own, whole), self.means(policies, grid, whole)
-        return self.finish(self.read_slots(tokens, tokens.x), usage, means=means)
+        usage = partial(self.usage, policies, grid, tokens.source.own, whole)
+        return self.finish(self.read_slots(tokens, tokens.x), usage, means=self.means(policies, grid, whole))
 
     def differentiable(self, layout: type[Tokens]) -> bool:
-        """`Packed` skips what is off, and writes over what it reads."""
-        return layout is not Packed
+        """Only `Masked` computes what is off, by which gates learn."""
+        return layout is Masked
 
     def decided(self, tokens: Tokens) -> tuple[Tokens, Policies]:
         """The blocks: what they leave, and what they decided."""
-        if self.training and isinstance(tokens, Packed):
+        if self.training and not isinstance(tokens, Masked):
             raise ValueError("AdaViT trains with layout=Masked: its gates learn from what they leave out")
         decided: dict[int, Policies] = {}
         for number in range(self.depth):
@@ -282,7 +277,7 @@ class AdaViT(AdaptiveViT):
         if key in self.head_policy:
             head_logits = _score(self.head_policy[key], state)
             heads = self.gate(head_logits, self.config.threshold, masked)
-        if key in self.patch_policy and (masked or sublayers.any()):
+        if key in self.patch_policy and (not isinstance(tokens, Packed) or sublayers.any()):
             normed = attention_reads(block, tokens)
             logits = tokens.grid(_score(self.patch_policy[key], normed))[:, self.prefix :, 0]
             chosen = self.gate(logits, self.config.patch_threshold, masked)
@@ -367,7 +362,8 @@ class AdaViT(AdaptiveViT):
     def _deciding(self, active: Tensor, patches: int | Tensor) -> Tensor:
         """MACs of the policies' linear maps; a block that is off in both sub-layers does not score patches.
 
-        In a batch with an image that it is not off for it does, which is 0.02 % of the MACs and is not counted.
+        In a batch with an image that it is not off for it does, and `Slab` always, which is 0.02 % of the MACs and is
+        not counted.
         """
         blocks = range(self.depth)
         always = [2 * (str(b) in self.sublayer_policy) + self.heads[0] * (str(b) in self.head_policy) for b in blocks]

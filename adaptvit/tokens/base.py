@@ -79,6 +79,10 @@ class Tokens(ABC):
     def of_batch(self, t: Tensor) -> Tensor:
         """What such a module gave -> token features."""
 
+    def refilled(self) -> Self:
+        """The same tokens in their slots, and in every other one a token of 0."""
+        return type(self).of(self.grid(self.x)).of_source(self.source)
+
     @property
     @abstractmethod
     def live(self) -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from adaptvit.tokens import fused
 from adaptvit.tokens.base import Tokens, merge_to_grid
-from adaptvit.tokens.kernels import PLAIN, AttentionOptions, attend_ragged, by_place, mean_received, slots_of
+from adaptvit.tokens.kernels import (
+    PLAIN,
+    AttentionOptions,
+    attend_dense,
+    attend_ragged,
+    by_place,
+    mean_received,
+    slots_of,
+)
 
 TILE = 128
 """Rows are rounded up to so many, which matrix products take together."""
@@ -57,18 +65,23 @@ class Slab(Tokens):
     """How often tokens were filtered or merged."""
     where: Tensor | None = None
     source: Any = None
+    full: bool = False
+    """Every slot of every image is known to hold a token: they make a dense batch."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
         images, slots = x.shape[:2]
         at = torch.arange(images * slots, device=x.device)
         offsets = torch.arange(0, images * slots + 1, slots, device=x.device, dtype=torch.int32)
-        return cls(x.flatten(0, 1), (images, slots), at, offsets)
+        return cls(x.flatten(0, 1), (images, slots), at, offsets, full=True)
+
+    def refilled(self) -> Self:
+        return replace(type(self).of(self.grid(self.x)), calls=self.calls, source=self.source)
 
     @property
-    def real(self) -> Tensor:
-        """(C,) bool, the rows that hold a token."""
-        return self.slots < self.shape[0] * self.shape[1]
+    def real(self) -> Tensor | None:
+        """(C,) bool, the rows that hold a token; None is all."""
+        return None if self.full else self.slots < self.shape[0] * self.shape[1]
 
     @property
     def live(self) -> Tensor:
@@ -85,22 +98,36 @@ class Slab(Tokens):
 
     @property
     def in_place(self) -> bool:
-        return False
+        return self.where is None and self.full
 
     @property
     def batch(self) -> Tensor:
-        return self.x[None]
+        return self.x.view(*self.shape, *self.x.shape[1:]) if self.full else self.x[None]
 
     def of_batch(self, t: Tensor) -> Tensor:
-        return t[0]
+        return t.flatten(0, 1) if self.full else t[0]
 
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.shape, self.slots, self.offsets, self.calls, self.where, self.source)
+        return type(self)(x, self.shape, self.slots, self.offsets, self.calls, self.where, self.source, self.full)
+
+    def with_those(self, some: Self) -> Self:
+        """The same tokens, of which those that `filter` or `select` left have the features that they have in `some`."""
+        if some.full:
+            return some
+        x = torch.cat([self.x, self.x.new_zeros(1, *self.x.shape[1:])]).index_copy_(0, self._rows_of(some), some.x)
+        return replace(self, x=x[:-1], calls=some.calls)
 
     @property
     def _held(self) -> Tensor:
         """`slots`, where rows that hold nothing point at some slot."""
-        return self.slots.clamp(max=self.shape[0] * self.shape[1] - 1)
+        return self.slots if self.full else self.slots.clamp(max=self.shape[0] * self.shape[1] - 1)
+
+    def _rows_of(self, some: Self) -> Tensor:
+        """(C',) where the rows of what was left of these tokens stand among them; behind all, where they hold none."""
+        if self.full:
+            return some.slots
+        empty = some.slots == self.shape[0] * self.shape[1]
+        return torch.searchsorted(self.slots, some.slots).masked_fill(empty, self.x.shape[0])
 
     def _some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
         """Those that are `chosen`, in so many rows."""
@@ -136,18 +163,19 @@ class Slab(Tokens):
     def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
         if isinstance(chosen, Tensor):
             return super().select(chosen, *others)
-        leading = self.real & (self.slots % self.shape[1] < chosen)
+        leading = self.slots % self.shape[1] < chosen
+        if self.real is not None:
+            leading &= self.real
         return self._some(leading, min(self.shape[0] * chosen, self.x.shape[0]), *others)
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        if not fused.fuses(self.x, *others):
+        if self.real is not None and not fused.fuses(self.x, *others):
             chosen = chosen & self.real
         return self._planned(chosen, *others)
 
     def put(self, some: Self, t: Tensor) -> Tensor:
         rows = self.x.shape[0]
-        places = torch.searchsorted(self.slots, some.slots).masked_fill(~some.real, rows)
-        return t.new_zeros(rows + 1, *t.shape[1:]).index_copy(0, places, t)[:rows]
+        return t.new_zeros(rows + 1, *t.shape[1:]).index_copy(0, self._rows_of(some), t)[:rows]
 
     def rows(self, t: Tensor) -> Tensor:
         return self.grid(t)
@@ -160,9 +188,13 @@ class Slab(Tokens):
 
     def grid(self, t: Tensor) -> Tensor:
         total = self.shape[0] * self.shape[1]
-        return t.new_zeros(total + 1, *t.shape[1:]).index_copy(0, self.slots, t)[:total].view(*self.shape, *t.shape[1:])
+        if not self.full:
+            t = t.new_zeros(total + 1, *t.shape[1:]).index_copy_(0, self.slots, t)[:total]
+        return t.view(*self.shape, *t.shape[1:])
 
     def spread(self, t: Tensor) -> Tensor:
+        if self.full:
+            return t.expand(*self.shape, *t.shape[2:]).flatten(0, 1)
         if t.shape[1] == 1:
             return t.squeeze(1).index_select(0, self._held // self.shape[1])
         return t.flatten(0, 1).index_select(0, self._held)
@@ -171,6 +203,8 @@ class Slab(Tokens):
         return self.grid(t)[:, :count]
 
     def write(self, canvas: Tensor) -> Tensor:
+        if self.full:
+            return self.grid(self.x)
         flat = canvas.flatten(0, 1)
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).index_copy(0, self.slots, self.x)
         return flat[:-1].view(*self.shape, -1)
@@ -186,8 +220,10 @@ class Slab(Tokens):
         x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
         every = type(self).of(x.view(images, slots, -1))
         every = replace(every, calls=self.calls, where=where, source=self.source)
-        merged, (sums,) = every._planned(sums > 0, sums) if count is None else (every, [sums])
-        return merged, sums.where(merged.real, 1)
+        if count is not None:
+            return every, sums
+        merged, (sums,) = every._planned(sums > 0, sums)
+        return merged, sums if merged.real is None else sums.where(merged.real, 1)
 
     def _fused_merge(
         self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None, slots: int
@@ -203,10 +239,22 @@ class Slab(Tokens):
         if count is None and self.source is not None:
             self.source.left.append((left, rows))
             offsets, calls = left.clamp(max=rows), calls + 1
-        return type(self)(x, (images, slots), places, offsets, calls, where, self.source), sums
+        full = count is not None
+        return type(self)(x, (images, slots), places, offsets, calls, where, self.source, full), sums
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
+        if self.full and queries.full:
+            return attend_dense(q, k, v, self.shape[0], self._mask(queries, how, q.dtype), how)
         return attend_ragged(q, k, v, self, queries, how, counted=False)
+
+    def _mask(self, queries: Self, how: AttentionOptions, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the logits of a dense batch."""
+        pairs, mask = how.pairs, None if how.bias is None else self.grid(how.bias)[:, None, None].to(dtype)
+        if pairs is None:
+            return mask
+        if not (self.in_place and queries.in_place):
+            pairs = by_place(pairs, queries.grid(queries.at), self.grid(self.at))
+        return pairs.to(dtype) if mask is None else mask + pairs.to(dtype)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide, live = self.grid(t.to(torch.promote_types(t.dtype, torch.float32))), self.live[..., None]
