@@ -94,10 +94,11 @@ def test_received(interpreted: ModuleType, lengths: list[int]) -> None:
 def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
     lengths = [max(length, prefix) for length in lengths]
     rows, offsets = sum(lengths) + 3, offsets_of(lengths)
-    keys, cost = torch.nn.functional.normalize(drawn(rows, 70), dim=1), drawn(rows).abs() / 3
-    score, target = PLAIN.match(keys, cost, offsets, N, prefix)
-    found = interpreted.match(keys, cost, offsets, N, prefix)
-    torch.testing.assert_close(found[0], score)
+    keys, product, total = drawn(rows, 3, 2, 70)[:, 1], drawn(rows).abs() / 3, drawn(rows + 1)[1:].abs() / 5
+    for costs in ((product, None), (None, total), (product, total)):
+        score, target = PLAIN.match(keys, *costs, offsets, N, prefix)
+        found = interpreted.match(keys, *costs, offsets, N, prefix)
+        torch.testing.assert_close(found[0], score)
     compared = (score > -torch.inf) & (torch.tensor(lengths) > prefix + 1)[:, None]
     assert torch.equal(found[1][compared], target[compared])
     chosen = compared & (score > score.where(compared, 0).mean())
@@ -106,9 +107,12 @@ def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], pr
     live = torch.arange(N) < torch.tensor(lengths)[:, None]
     assert torch.equal(found_place[live], place[live])
     assert torch.equal(found_moved, moved)
-    given = (drawn(rows, 6), torch.arange(rows), drawn(rows).abs() + 1, place, moved, offsets)
-    for count in (4, rows):
-        found, wanted = (one.merge(*given, count, 11) for one in (interpreted, PLAIN))
+    given = (drawn(rows, 6), torch.arange(rows), drawn(rows).abs() + 1)
+    weights = drawn(rows + 1)[1:]
+    weights[1] = torch.nan
+    for count, importance, keeps in ((4, None, False), (rows, None, True), (rows, weights, False), (4, weights, True)):
+        arguments = (*given, importance, place, moved, offsets, count, 11, keeps)
+        found, wanted = (one.merge(*arguments) for one in (interpreted, PLAIN))
         held = torch.arange(count) < wanted[4][-1]
         if count == rows:
             torch.testing.assert_close(found[0][held], wanted[0][held])
@@ -121,10 +125,19 @@ def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], pr
 def test_merge_of_as_many_in_every_image(interpreted: ModuleType) -> None:
     place = torch.tensor([[0, 1, 2, 1], [0, 1, 1, 2]])
     moved = torch.tensor([[False, False, False, True], [False, True, False, False]])
-    given = (drawn(8, 6), torch.arange(8) % 4, drawn(8).abs() + 1, place, moved, offsets_of([4, 4]), 6, 3)
+    given = (drawn(8, 6), torch.arange(8) % 4, drawn(8).abs() + 1, None, place, moved, offsets_of([4, 4]), 6, 3, False)
     found, wanted = (one.merge(*given) for one in (interpreted, PLAIN))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_what_is_received_over_its_mean(interpreted: ModuleType, prefix: int) -> None:
+    lengths = [7, 13, 4]
+    received, offsets = drawn(30, 3).abs(), offsets_of(lengths)
+    found, wanted = (one.over_mean(received, offsets, N, prefix)[:24] for one in (interpreted, PLAIN))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(wanted[7 + prefix : 20].mean(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])

@@ -22,6 +22,7 @@ from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Left, once
 from adaptvit.tokens import Dense, Slab, Tokens, fused
+from adaptvit.tokens.fused import LEAST
 from adaptvit.usage import Usage
 
 Position = Literal["receiver", "mean"]
@@ -35,8 +36,6 @@ Weighing = Literal["patches", "importance"]
 """What a token counts by in the mean that it is merged into: its `patches`, as ToMe has it, or their number times its
 `importance` (the weights of SAD-TM, CVPR 2026, here times the patches)."""
 NEEDS = frozenset({"attention", "token norms"})
-LEAST = 1e-6
-"""Importance that a token counts by at least, so that no mean is without weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ class Seen(NamedTuple):
     """What attention showed of the tokens of a block, as token features in float32 or wider."""
 
     keys: Tensor
-    """(..., d or H d) of unit length."""
+    """(..., d or H d) of unit length; for a device's kernel as they are, (..., 1 or H, d)."""
     importance: Tensor | None
     """(...,), where the method goes by it."""
 
@@ -198,8 +197,12 @@ class MergingViT(AdaptiveViT):
         self, tokens: Tokens, place: Tensor, moved: Tensor, size: Tensor, importance: Tensor | None, left: int | None
     ) -> tuple[Tokens, Tensor]:
         """Tokens merged into those that they were matched with, `left` of each image, and the patches in each."""
-        weight, grid = size, None
-        if self.config.weighing == "importance":
+        by_importance, weight, grid = self.config.weighing == "importance", size, None
+        if self._is_fused(tokens, tokens.x) and self.config.position != "mean":
+            return tokens.join(
+                place, moved, size, importance if by_importance else None, self.config.keeps_length, left
+            )
+        if by_importance:
             assert importance is not None
             counted = importance.detach()
             weight, grid = size * counted.where(counted > LEAST, LEAST), tokens.grid(size)  # also where it is nan
@@ -229,7 +232,9 @@ class MergingViT(AdaptiveViT):
     def see(self, tokens: Tokens, projected: Projected) -> Seen:
         """What attention shows of the tokens of a block."""
         keys = projected.k
-        if self.config.compared == "mean key":
+        if self._is_fused(tokens, keys):
+            keys = keys.mean(dim=-2, keepdim=True) if self.config.compared == "mean key" else keys
+        elif self.config.compared == "mean key":
             keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
         else:
             keys = normalize(keys.to(_wide(keys)), dim=-1).flatten(-2) / keys.shape[-2] ** 0.5
@@ -243,6 +248,9 @@ class MergingViT(AdaptiveViT):
             q = tokens.grid(projected.q)
             count = tokens.live.sum(dim=1).view(-1, 1, 1, 1)
             received = tokens.received((q.sum(dim=1, keepdim=True) / count).to(q.dtype), projected.k)
+        if self._is_fused(tokens, received):
+            share: Tensor = fused.over_mean(received.flatten(0, -2), tokens.offsets, tokens.shape[1], self.prefix)
+            return share.view(received.shape[:-1])
         received = received.mean(dim=-1)
         patches = tokens.grid(received)[:, self.prefix :]
         count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True)
@@ -251,7 +259,7 @@ class MergingViT(AdaptiveViT):
     def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
         if self._is_fused(tokens, seen.keys):
-            return self._fused_places(tokens, block, seen)
+            return self._fused_places(tokens, size, block, seen)
         live, product, total = tokens.live, None, None
         if self.config.protection:
             assert seen.importance is not None
@@ -267,16 +275,17 @@ class MergingViT(AdaptiveViT):
     def _is_fused(self, tokens: Tokens, keys: Tensor) -> TypeGuard[Dense | Slab]:
         """Whether a device matches these in a kernel."""
         fits = isinstance(tokens, Slab) or (isinstance(tokens, Dense) and tokens.slots is None)
-        plain = tokens.at_first is None and not self.config.size_cost
-        return fits and plain and fused.fuses(keys)
+        return fits and tokens.at_first is None and fused.fuses(keys)
 
-    def _fused_places(self, tokens: Dense | Slab, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
-        keys, slots, offsets = seen.keys.reshape(-1, seen.keys.shape[-1]), tokens.shape[1], tokens.offsets
-        cost = keys.new_zeros(len(keys))
+    def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
+        keys, slots, offsets = seen.keys.flatten(0, -3), tokens.shape[1], tokens.offsets
+        product = total = None
         if self.config.protection:
             assert seen.importance is not None
-            cost = (self.config.protection * seen.importance).sqrt().flatten()
-        score, target = fused.match(keys, cost, offsets, slots, self.prefix)
+            product = (self.config.protection * seen.importance).sqrt().flatten()
+        if self.config.size_cost:
+            total = self.config.size_cost * size.log().flatten()
+        score, target = fused.match(keys, product, total, offsets, slots, self.prefix)
         chosen = self.choose(score, slots - self.prefix, block)
         return fused.arrange(chosen, score, target, offsets, slots, self.prefix)
 

@@ -117,7 +117,7 @@ class Dense(Tokens):
         if count is None:
             raise NotImplementedError("Dense merges as many tokens in every image, but these merge what is alike")
         if self.slots is None and fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
-            return self._fused_merge(place, moved, weight, count)
+            return self.join(place, moved, weight, None, False, count)
         goes, moved = self.spread(place), self.spread(moved)
         stays, going = _held(goes, ~moved, count), _held(moved.cumsum(dim=1) - 1, moved, goes.shape[1] - count)
         goes = goes.gather(1, going)
@@ -145,11 +145,31 @@ class Dense(Tokens):
         images, each = self.x.shape[:2]
         return torch.arange(0, images * each + 1, each, device=self.x.device, dtype=torch.int32)
 
-    def _fused_merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int) -> tuple[Self, Tensor]:
+    def join(
+        self,
+        place: Tensor,
+        moved: Tensor,
+        size: Tensor,
+        importance: Tensor | None,
+        keeps_length: bool,
+        count: int | None,
+    ) -> tuple[Self, Tensor]:
+        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it."""
+        assert count is not None
         images, rows = self.x.shape[0], self.x.shape[0] * count
         at = self.at.expand(self.x.shape[:2]).flatten()
+        counted = None if importance is None else importance.flatten()
         x, where, sums, *_ = fused.merge(
-            self.x.flatten(0, 1), at, weight.flatten(), place, moved, self.offsets, rows, count
+            self.x.flatten(0, 1),
+            at,
+            size.flatten(),
+            counted,
+            place,
+            moved,
+            self.offsets,
+            rows,
+            count,
+            keeps_length,
         )
         x, where, sums = (t.view(images, count, *t.shape[1:]) for t in (x, where, sums))
         return type(self)(x, count, None, where, self.source), sums

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from adaptvit.tokens import kernels
 
@@ -163,25 +164,59 @@ def received(q: Tensor, k: Tensor, asks: Tensor, offsets: Tensor, n: int) -> Ten
     return mean.mT.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
 
 
-def _of_match(keys: Tensor, cost: Tensor, offsets: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
-    score = keys.new_empty(len(offsets) - 1, (n - prefix + (prefix + 1) % 2) // 2)
+def _of_over_mean(received: Tensor, *_: Any) -> Tensor:
+    return received.new_empty(received.shape[0])
+
+
+@_fused(_of_over_mean)
+def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
+    """Mean over heads, (T,), over the mean of that over the image's patches, which follow its first `prefix` rows.
+
+    Args:
+        received: (T, H) float32.
+        offsets: (B + 1,) int32.
+    """
+    mean, rows, images = received.mean(dim=1), len(received), len(offsets) - 1
+    row = torch.arange(rows, device=received.device)
+    image = torch.searchsorted(offsets[1:], row, right=True)
+    inside = image.clamp(max=images - 1)
+    patch = (image < images) & (row >= offsets.index_select(0, inside) + prefix)
+    total = mean.new_zeros(images + 1).index_add(0, image, mean * patch)[:-1]
+    return mean / (total / (offsets.diff() - prefix)).index_select(0, inside)
+
+
+def _of_match(
+    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    images, count = len(offsets) - 1, (n - prefix + (prefix + 1) % 2) // 2
+    score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
     return score, torch.empty_like(score, dtype=torch.int64)
 
 
 @_fused(_of_match)
-def match(keys: Tensor, cost: Tensor, offsets: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """`adaptvit.methods.merging.match`, of rows.
+def match(
+    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """`adaptvit.methods.merging.match`, of rows, by the mean over heads of the cosine of their keys.
 
     Args:
-        keys: (T, d) float32.
-        cost: (T,) float32, whose product is taken off the similarity of two tokens.
+        keys: (T, H, d).
+        product: (T,) float32, whose product is taken off the similarity of two tokens.
+        total: (T,) float32, whose sum is.
         offsets: (B + 1,) int32.
     """
     images, places = len(offsets) - 1, _places(offsets, len(keys), n)
-    grid, costs = (_grid(t, places, images, n) for t in (keys, cost))
+    unit = normalize(keys.float(), dim=-1).flatten(1) / keys.shape[1] ** 0.5
+    grid = _grid(unit, places, images, n)
     live = torch.arange(n, device=keys.device) < offsets.diff()[:, None]
     even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
-    similarity = grid[:, even] @ grid[:, odd].mT - costs[:, even, None] * costs[:, None, odd]
+    similarity = grid[:, even] @ grid[:, odd].mT
+    if product is not None:
+        costs = _grid(product, places, images, n)
+        similarity -= costs[:, even, None] * costs[:, None, odd]
+    if total is not None:
+        costs = _grid(total, places, images, n)
+        similarity -= costs[:, even, None] + costs[:, None, odd]
     score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
     return score.masked_fill_(~live[:, even], -torch.inf), target
 
@@ -220,28 +255,52 @@ def arrange(
     return place, moved
 
 
+LEAST = 1e-6
+"""What a token's importance is at least, so that no mean is without weight."""
+
+
 def _of_merge(
-    x: Tensor, at: Tensor, weight: Tensor, place: Tensor, moved: Tensor, offsets: Tensor, count: int, slots: int
+    x: Tensor,
+    at: Tensor,
+    size: Tensor,
+    importance: Tensor | None,
+    place: Tensor,
+    moved: Tensor,
+    offsets: Tensor,
+    count: int,
+    slots: int,
+    keeps_length: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = at.new_empty(count)
-    sums = weight.new_empty(count)
+    sums = size.new_empty(count)
     return x.new_empty(count, x.shape[1]), rows, sums, torch.empty_like(rows), torch.empty_like(offsets)
 
 
 @_fused(_of_merge)
 def merge(
-    x: Tensor, at: Tensor, weight: Tensor, place: Tensor, moved: Tensor, offsets: Tensor, count: int, slots: int
+    x: Tensor,
+    at: Tensor,
+    size: Tensor,
+    importance: Tensor | None,
+    place: Tensor,
+    moved: Tensor,
+    offsets: Tensor,
+    count: int,
+    slots: int,
+    keeps_length: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Tokens.merge`, of images whose tokens are in their first slots.
 
     Args:
-        x, at, weight: (T, D), (T,) int64 and (T,) float32.
+        x, at, size: (T, D), (T,) int64 and (T,) float32.
+        importance: (T,) float32, by which a token counts in the mean beside its size, `LEAST` where it is less or none.
         place, moved: (B, N).
         offsets: (B + 1,) int32.
         count: C.
         slots: of an image afterwards.
+        keeps_length: a mean is made as long as its parts are in the mean.
     Returns:
-        `x` and `at`, the sums of the weights, 1 of rows that hold nothing, slots, and offsets, not bounded by C.
+        `x` and `at`, the sums of the sizes, 1 of rows that hold nothing, slots, and offsets, not bounded by C.
     """
     images, n = place.shape
     places = _places(offsets, len(x), n)
@@ -250,9 +309,14 @@ def merge(
     left = torch.cat([offsets.new_zeros(1), (live & ~moved).sum(dim=1).cumsum(0).int()])
     rows = (place + left[:-1, None]).flatten().index_select(0, inside).clamp(max=count)
     rows = rows.masked_fill(places == images * n, count)
-    sums = weight.new_zeros(count + 1).index_add(0, rows, weight)
-    share = weight / sums.index_select(0, rows)
+    sums = size.new_zeros(count + 1).index_add(0, rows, size)
+    weight = size if importance is None else size * importance.where(importance > LEAST, LEAST)
+    share = weight / weight.new_zeros(count + 1).index_add(0, rows, weight).index_select(0, rows)
     mean = torch.zeros(count + 1, x.shape[1], device=x.device).index_add(0, rows, x * share[:, None])
+    if keeps_length:
+        length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        length = length.new_zeros(count + 1).index_add(0, rows, length * share)
+        mean = normalize(mean, dim=1) * length[:, None]
     stays = rows.masked_fill(moved.flatten().index_select(0, inside), count)
     held = at.new_zeros(count + 1).index_copy(0, stays, at)[:-1]
     empty = torch.arange(count, device=x.device) >= left[-1]

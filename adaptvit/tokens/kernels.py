@@ -263,8 +263,8 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
     with FLASH_FIRST, sdpa_kernel(FLASH, set_priority=True):
         out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=scale)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
-    out = out[..., :channels]
-    return out if queries.real is None else out.where(queries.real[:, None, None], 0)  # which it does not write
+    out, real = out[..., :channels], queries.real
+    return out if real is None else out.where(real[:, None, None], 0)  # which it does not write
 
 
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,13 +273,13 @@ def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tu
     Two channels of the keys have it, as they round it and what is left, and those of all queries are 1. So it is twice
     as precise as in a mask of their type.
     """
-    own, more = q.shape[-1], width(q.shape[-1]) - q.shape[-1]
+    own, wide = q.shape[-1], width(q.shape[-1])
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) / scale
     rounded = bias.to(k.dtype)
     carried = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
-    q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], 2)], dim=-1)
-    k = torch.cat([k, carried], dim=-1)
-    return pad(q, (0, more - 2)), pad(k, (0, more - 2)), pad(v, (0, own + more - v.shape[-1]))
+    none = k.new_zeros(()).expand(*k.shape[:-1], wide - own - 2)
+    k = torch.cat([k, carried, none], dim=-1)
+    return pad(q, (0, wide - own), value=1.0), k, pad(v, (0, wide - v.shape[-1]))
 
 
 def width(head_dim: int) -> int:

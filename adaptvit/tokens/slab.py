@@ -216,7 +216,7 @@ class Slab(Tokens):
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         images, slots = self.shape[0], self.shape[1] if count is None else count
         if fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
-            return self._fused_merge(place, moved, weight, count, slots)
+            return self.join(place, moved, weight, None, False, count)
         x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
         every = type(self).of(x.view(images, slots, -1))
         every = replace(every, calls=self.calls, where=where, source=self.source)
@@ -225,16 +225,26 @@ class Slab(Tokens):
         merged, (sums,) = every._planned(sums > 0, sums)
         return merged, sums if merged.real is None else sums.where(merged.real, 1)
 
-    def _fused_merge(
-        self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None, slots: int
+    def join(
+        self,
+        place: Tensor,
+        moved: Tensor,
+        size: Tensor,
+        importance: Tensor | None,
+        keeps_length: bool,
+        count: int | None,
     ) -> tuple[Self, Tensor]:
+        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it."""
         images, rows, calls = self.shape[0], self.x.shape[0], self.calls
+        slots = self.shape[1] if count is None else count
         plan = None if self.source is None else self.source.plan
         if count is not None:
             rows = images * count
         elif plan is not None:
             rows = min(plan[calls], rows)
-        x, where, sums, places, left = fused.merge(self.x, self.at, weight, place, moved, self.offsets, rows, slots)
+        x, where, sums, places, left = fused.merge(
+            self.x, self.at, size, importance, place, moved, self.offsets, rows, slots, keeps_length
+        )
         offsets = left
         if count is None and self.source is not None:
             self.source.left.append((left, rows))

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from adaptvit.tokens.fused import LEAST
+
 ROWS = 16
 """Rows that a program copies."""
 
@@ -314,15 +316,48 @@ def received(q: Tensor, k: Tensor, asks: Tensor, offsets: Tensor, n: int) -> Ten
 
 
 @triton.jit
+def _over_mean(
+    received,
+    offsets,
+    out,
+    H: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(0)
+    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    row = start + tl.arange(0, BLOCK)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for head in range(0, H):
+        mean += tl.load(received + row.to(tl.int64) * H + head, mask=row < end, other=0.0)
+    mean = mean / H
+    patches = tl.sum(tl.where((row >= start + PREFIX) & (row < end), mean, 0.0), axis=0)
+    tl.store(out + row, mean / (patches / (end - start - PREFIX).to(tl.float32)), mask=row < end)
+
+
+def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
+    images, (rows, heads) = len(offsets) - 1, received.shape
+    out = torch.zeros(rows, dtype=received.dtype, device=received.device)
+    _over_mean[(images,)](received.contiguous(), offsets, out, H=heads, PREFIX=prefix, BLOCK=next_power_of_2(n))
+    return out
+
+
+@triton.jit
 def _match(
     keys,
-    cost,
+    product,
+    total,
     offsets,
     score,
     target,
+    row_stride,
+    head_stride,
     A: tl.constexpr,
     N: tl.constexpr,
-    W: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    TOTAL: tl.constexpr,
     EVEN: tl.constexpr,
     ODD: tl.constexpr,
     BA: tl.constexpr,
@@ -334,26 +369,42 @@ def _match(
     number = tl.program_id(1) * BA + tl.arange(0, BA)
     a = start + EVEN + 2 * number
     column = tl.arange(0, BW)
-    costs = tl.load(cost + a, mask=a < end, other=0.0)
+    products = tl.zeros((BA,), tl.float32)
+    totals = tl.zeros((BA,), tl.float32)
+    if PRODUCT:
+        products = tl.load(product + a, mask=a < end, other=0.0)
+    if TOTAL:
+        totals = tl.load(total + a, mask=a < end, other=0.0)
     highest = tl.full((BA,), -float("inf"), tl.float32)
     which = tl.zeros((BA,), tl.int32)
     for first in range(0, (N - ODD + 1) // 2, BB):
         other = first + tl.arange(0, BB)
         b = start + ODD + 2 * other
         alike = tl.zeros((BA, BB), tl.float32)
-        for at in range(0, W, BW):
-            left = tl.load(
-                keys + a.to(tl.int64)[:, None] * W + at + column[None],
-                mask=(a < end)[:, None] & (at + column < W)[None],
-                other=0.0,
-            )
-            right = tl.load(
-                keys + b.to(tl.int64)[None] * W + at + column[:, None],
-                mask=(b < end)[None] & (at + column < W)[:, None],
-                other=0.0,
-            )
-            alike += tl.dot(left, right, input_precision="ieee")
-        alike -= costs[:, None] * tl.load(cost + b, mask=b < end, other=0.0)[None]
+        for head in range(0, H):
+            dot = tl.zeros((BA, BB), tl.float32)
+            long = tl.zeros((BA,), tl.float32)
+            wide = tl.zeros((BB,), tl.float32)
+            for at in range(0, D, BW):
+                left = tl.load(
+                    keys + a.to(tl.int64)[:, None] * row_stride + head * head_stride + at + column[None],
+                    mask=(a < end)[:, None] & (at + column < D)[None],
+                    other=0.0,
+                ).to(tl.float32)
+                right = tl.load(
+                    keys + b.to(tl.int64)[None] * row_stride + head * head_stride + at + column[:, None],
+                    mask=(b < end)[None] & (at + column < D)[:, None],
+                    other=0.0,
+                ).to(tl.float32)
+                dot += tl.dot(left, right, input_precision="ieee")
+                long += tl.sum(left * left, axis=1)
+                wide += tl.sum(right * right, axis=0)
+            alike += dot / (tl.maximum(tl.sqrt(long), 1e-12)[:, None] * tl.maximum(tl.sqrt(wide), 1e-12)[None])
+        alike = alike / H
+        if PRODUCT:
+            alike -= products[:, None] * tl.load(product + b, mask=b < end, other=0.0)[None]
+        if TOTAL:
+            alike -= totals[:, None] + tl.load(total + b, mask=b < end, other=0.0)[None]
         alike = tl.where((b < end)[None], alike, -float("inf"))
         most = tl.max(alike, axis=1)
         found = first + tl.argmax(alike, axis=1)
@@ -364,20 +415,29 @@ def _match(
     tl.store(target + image * A + number, which.to(tl.int64), mask=number < A)
 
 
-def match(keys: Tensor, cost: Tensor, offsets: Tensor, n: int, prefix: int) -> tuple[Tensor, Tensor]:
+def match(
+    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+) -> tuple[Tensor, Tensor]:
     images, even, odd = len(offsets) - 1, prefix + prefix % 2, prefix + 1 - prefix % 2
     count = (n - even + 1) // 2
-    score = keys.new_empty(images, count)
+    keys = keys if keys.stride(2) == 1 else keys.contiguous()
+    score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
     target = torch.empty_like(score, dtype=torch.int64)
     _match[(images, cdiv(count, 32))](
-        keys.contiguous(),
-        cost.contiguous(),
+        keys,
+        score if product is None else product.contiguous(),
+        score if total is None else total.contiguous(),
         offsets,
         score,
         target,
+        keys.stride(0),
+        keys.stride(1),
         A=count,
         N=n,
-        W=keys.shape[1],
+        H=keys.shape[1],
+        D=keys.shape[2],
+        PRODUCT=product is not None,
+        TOTAL=total is not None,
         EVEN=even,
         ODD=odd,
         BA=32,
@@ -472,7 +532,8 @@ def _lengths(moved, offsets, counts, N: tl.constexpr, BLOCK: tl.constexpr):
 def _merge(
     x,
     at,
-    weight,
+    size,
+    importance,
     place,
     moved,
     offsets,
@@ -488,6 +549,9 @@ def _merge(
     total,
     N: tl.constexpr,
     D: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    KEEPS: tl.constexpr,
+    LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
     IMAGES: tl.constexpr,
     BD: tl.constexpr,
@@ -506,20 +570,29 @@ def _merge(
         here = (slot < length) & (tl.load(place + image * N + slot, mask=slot < length, other=-1) == goal)
         row = base + goal
         if (goal < mine) & (row < count):
-            weights = tl.load(weight + start + slot, mask=here, other=0.0)
+            weights = tl.load(size + start + slot, mask=here, other=0.0)
+            tl.store(sums + row, tl.sum(weights, axis=0))
+            if IMPORTANCE:
+                important = tl.load(importance + start + slot, mask=here, other=0.0)
+                weights = weights * tl.where(important > LEAST, important, LEAST)
             all_of_it = tl.sum(weights, axis=0)
             stays = here & (tl.load(moved + image * N + slot, mask=here, other=1) == 0)
             own = tl.sum(tl.where(stays, tl.load(at + start + slot, mask=stays, other=0), 0), axis=0)
-            tl.store(sums + row, all_of_it)
             tl.store(new_at + row, own)
             tl.store(new_slots + row, (image * slots + goal).to(tl.int64))
             mean = tl.zeros((BD,), tl.float32)
+            length = 0.0
             for _ in range(0, tl.sum(here.to(tl.int32), axis=0)):
                 one = tl.min(tl.where(here, slot, BLOCK), axis=0)
                 share = tl.sum(tl.where(slot == one, weights, 0.0), axis=0) / all_of_it
                 source = x + (start + one).to(tl.int64) * D + column
-                mean += share * tl.load(source, mask=column < D, other=0.0).to(tl.float32)
+                part = tl.load(source, mask=column < D, other=0.0).to(tl.float32)
+                mean += share * part
+                if KEEPS:
+                    length += share * tl.sqrt(tl.sum(part * part, axis=0))
                 here = here & (slot != one)
+            if KEEPS:
+                mean = mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), 1e-12) * length
             tl.store(new_x + row.to(tl.int64) * D + column, mean.to(new_x.dtype.element_ty), mask=column < D)
         if goal == 0:
             tl.store(left + image, base)
@@ -536,10 +609,19 @@ def _merge(
 
 
 def merge(
-    x: Tensor, at: Tensor, weight: Tensor, place: Tensor, moved: Tensor, offsets: Tensor, count: int, slots: int
+    x: Tensor,
+    at: Tensor,
+    size: Tensor,
+    importance: Tensor | None,
+    place: Tensor,
+    moved: Tensor,
+    offsets: Tensor,
+    count: int,
+    slots: int,
+    keeps_length: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, n = place.shape
-    new_x, new_at, sums = x.new_empty(count, x.shape[1]), at.new_empty(count), weight.new_empty(count)
+    new_x, new_at, sums = x.new_empty(count, x.shape[1]), at.new_empty(count), size.new_empty(count)
     new_slots, left, counts = torch.empty_like(new_at), torch.empty_like(offsets), offsets.new_empty(images)
     block = next_power_of_2(n)
     place, moved = place.contiguous(), moved.contiguous()
@@ -547,7 +629,8 @@ def merge(
     _merge[(images * n + count,)](
         x.contiguous(),
         at.contiguous(),
-        weight.contiguous(),
+        size.contiguous(),
+        size if importance is None else importance.contiguous(),
         place,
         moved,
         offsets,
@@ -563,6 +646,9 @@ def merge(
         images * slots,
         N=n,
         D=x.shape[1],
+        IMPORTANCE=importance is not None,
+        KEEPS=keeps_length,
+        LEAST=LEAST,
         BLOCK=block,
         IMAGES=next_power_of_2(images),
         BD=next_power_of_2(x.shape[1]),
