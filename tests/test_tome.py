@@ -201,7 +201,7 @@ def test_a_merged_token_is_as_long_as_its_parts_and_counts_them_by_importance(la
     place = torch.tensor([[0, 1, 2, 1, 1], [0, 0, 1, 2, 2]])
     moved = torch.tensor([[False, True, False, True, False], [False, True, False, False, True]])
     model, tokens = CalibratedConfig().build(small_vit(dtype=torch.float64)), layout.of(x)
-    merged, patches = model.join(tokens, place, moved, tokens.spread(size), tokens.spread(importance), 3)
+    merged, patches = model.join(tokens, (place, moved), tokens.spread(size), tokens.spread(importance), 3)
     found, patches = merged.grid(merged.x), merged.grid(patches)
     for image, slot in itertools.product(range(2), range(3)):
         parts = place[image] == slot

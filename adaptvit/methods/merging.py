@@ -7,7 +7,7 @@ Slots are in the order in which a block has its tokens, which merging changes; `
 """
 
 from abc import abstractmethod
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple, TypeGuard
@@ -121,6 +121,26 @@ class Seen(NamedTuple):
     """(...,), where the method goes by it."""
 
 
+class Pairs(NamedTuple):
+    """Which tokens of A join one of B, of images that merge as many: places in the order that tokens have."""
+
+    stay: Tensor
+    """(B, p + |A| - r) the prefix and those of A that join none, in the order that they will have, before B."""
+    go: Tensor
+    """(B, r) those that do."""
+    into: Tensor
+    """(B, r) numbers in B of what they join."""
+
+    def place(self, slots: int, prefix: int) -> Tensor:
+        """The slot that the token in each of so many slots goes to, (B, N) int64."""
+        images, before = self.stay.shape
+        place = torch.arange(slots, device=self.go.device).repeat(images, 1)
+        others = place[:, _halves(prefix)[1]]
+        after = place[:, : before + others.shape[1]]
+        place = place.scatter(1, torch.cat([self.stay, others], dim=1), after)
+        return place.scatter(1, self.go, before + self.into)
+
+
 class MergingViT(AdaptiveViT):
     """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
 
@@ -139,23 +159,23 @@ class MergingViT(AdaptiveViT):
         holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
         if tokens.at_first is not None:
             holder = holder * tokens.at_first  # slots that never held a token go with the first
-        held, compared = [holder], []  # holder: the slot that each input token is in
+        went = list[Callable[[], Tensor] | None]()
+        held = once(partial(held_after, holder, went))
         bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
         for number in range(self.depth):
-            compared.append(self.compares(number, tokens.shape[1] - self.prefix))
-            if compared[-1]:
-                tokens, place, size = self.run_merging(number, tokens, bias, size)
-                holder = place.gather(1, holder)
-                bias = size.log() if self.config.proportional_attention else None
-                if bias is not None and self.config.power != 1:
-                    bias = self.config.power * bias
-            else:
+            if not self.compares(number, tokens.shape[1] - self.prefix):
                 tokens = self.run_block(number, tokens, bias=bias)
-            held.append(holder)
+                went.append(None)
+                continue
+            tokens, place, size = self.run_merging(number, tokens, bias, size)
+            went.append(place)
+            bias = size.log() if self.config.proportional_attention else None
+            if bias is not None and self.config.power != 1:
+                bias = self.config.power * bias
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
-            x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
-        return self.finish(x, partial(self.usage, held, compared, grid))
+            x = x.gather(1, held()[-1][..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
+        return self.finish(x, lambda: self.usage(held(), [place is not None for place in went], grid))
 
     def usage(self, held: list[Tensor], compared: list[bool], grid: tuple[int, ...]) -> Usage:
         """The record, as `usage_of` makes it; `compared` are the blocks that looked for tokens to merge."""
@@ -175,10 +195,12 @@ class MergingViT(AdaptiveViT):
 
     def run_merging(
         self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
-    ) -> tuple[Tokens, Tensor, Tensor]:
-        """A block that merges tokens: what it leaves, the slot where each token went, and the patches in each."""
+    ) -> tuple[Tokens, Callable[[], Tensor], Tensor]:
+        """A block that merges tokens: what it leaves, what says where each slot's token went, the patches in each."""
         slots, sizes, seen = tokens.shape[1], list[Tensor](), list[Seen]()
-        see, decided = once(partial(self.see, tokens)), once(partial(self.places, tokens, size, number))
+        see = once(partial(self.see, tokens))
+        by_pairs = isinstance(tokens, Dense) and tokens.slots is None and not self._is_fused(tokens, tokens.x)
+        decided = once(partial(self.pairs if by_pairs else self.places, tokens, size, number))
         count = self.config.merged(slots - self.prefix, number, self.depth) if tokens.at_first is None else None
         left = None if count is None else slots - count
 
@@ -186,35 +208,51 @@ class MergingViT(AdaptiveViT):
             seen[:] = [see(projected)]
 
         def merge(tokens: Tokens) -> Tokens:
-            merged, total = self.join(tokens, *decided(seen[0]), size, seen[0].importance, left)
+            merged, total = self.join(tokens, decided(seen[0]), size, seen[0].importance, left)
             sizes[:] = [total]
             return merged
 
         after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
-        return after, decided()[0], sizes[0]
+
+        def place() -> Tensor:
+            found = decided()
+            return found.place(slots, self.prefix) if isinstance(found, Pairs) else found[0]
+
+        return after, place, sizes[0]
 
     def join(
-        self, tokens: Tokens, place: Tensor, moved: Tensor, size: Tensor, importance: Tensor | None, left: int | None
+        self,
+        tokens: Tokens,
+        decided: "Pairs | tuple[Tensor, Tensor]",
+        size: Tensor,
+        importance: Tensor | None,
+        left: int | None,
     ) -> tuple[Tokens, Tensor]:
         """Tokens merged into those that they were matched with, `left` of each image, and the patches in each."""
-        by_importance, weight, grid = self.config.weighing == "importance", size, None
-        if self._is_fused(tokens, tokens.x) and self.config.position != "mean":
-            return tokens.join(
-                place, moved, size, importance if by_importance else None, self.config.keeps_length, left
-            )
+        weight, by_importance = size, self.config.weighing == "importance"
+        if not isinstance(decided, Pairs) and self._is_fused(tokens, tokens.x) and self.config.position != "mean":
+            return tokens.join(*decided, size, importance if by_importance else None, self.config.keeps_length, left)
         if by_importance:
             assert importance is not None
             counted = importance.detach()
-            weight, grid = size * counted.where(counted > LEAST, LEAST), tokens.grid(size)  # also where it is nan
+            weight = size * counted.where(counted > LEAST, LEAST)  # also where it is nan
         if self.config.keeps_length:
             tokens = tokens.with_x(torch.cat([tokens.x, _length(tokens.x).to(tokens.x.dtype)], dim=-1))
-        merged, total = tokens.merge(place, moved, weight, left)
+        if isinstance(decided, Pairs):
+            assert isinstance(tokens, Dense)
+            others = _halves(self.prefix)[1]
+            stay, go, into = decided
+            merged, totals = tokens.join_pairs(stay, others, go, into, weight, *([size] * by_importance))
+            total = totals[-1]
+        else:
+            merged, total = tokens.merge(*decided, weight, left)
+            if by_importance:
+                grid = tokens.grid(size)
+                sizes = torch.zeros_like(grid).scatter_add(1, decided[0], grid)
+                total = merged.spread(sizes[:, : merged.shape[1]])
         if self.config.keeps_length:
             x, length = merged.x[..., :-1], merged.x[..., -1:]
             merged = merged.with_x((normalize(x.to(_wide(x)), dim=-1) * length).to(x.dtype))
-        if grid is not None:
-            sizes = torch.zeros_like(grid).scatter_add(1, place, grid)
-            total = merged.spread(sizes[:, : merged.shape[1]])
         return merged, total
 
     def compares(self, block: int, patches: int) -> bool:
@@ -260,17 +298,35 @@ class MergingViT(AdaptiveViT):
         """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
         if self._is_fused(tokens, seen.keys):
             return self._fused_places(tokens, size, block, seen)
-        live, product, total = tokens.live, None, None
+        live = tokens.live
+        score, target = match(tokens.grid(seen.keys), live, self.prefix, *self.costs(tokens, size, seen))
+        alike = tokens.at_first is None
+        patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
+        chosen = self.choose(score, patches, block)
+        return arrange(chosen, score, target, live, self.prefix)
+
+    def pairs(self, tokens: Dense, size: Tensor, block: int, seen: Seen) -> Pairs:
+        """The same of images that have as many tokens, in their first slots, and merge as many: who joins whom."""
+        score, target = match(seen.keys, None, self.prefix, *self.costs(tokens, size, seen))
+        count = self.config.merged(tokens.shape[1] - self.prefix, block, self.depth)
+        assert count is not None
+        order = score.argsort(dim=1, descending=True)
+        go, stay = order[:, :count], order[:, count:]
+        if self.prefix:
+            stay = stay.sort(dim=1).values
+        start = _halves(self.prefix)[0].start
+        first = torch.arange(self.prefix, device=stay.device).expand(stay.shape[0], -1)
+        return Pairs(torch.cat([first, 2 * stay + start], dim=1), 2 * go + start, target.gather(1, go))
+
+    def costs(self, tokens: Tokens, size: Tensor, seen: Seen) -> tuple[Tensor | None, Tensor | None]:
+        """What is taken off the similarity of two tokens: (B, N) whose product is, and whose sum is."""
+        product, total = None, None
         if self.config.protection:
             assert seen.importance is not None
             product = tokens.grid((self.config.protection * seen.importance).sqrt())
         if self.config.size_cost:
             total = self.config.size_cost * tokens.grid(size).clamp(min=1).log()
-        score, target = match(tokens.grid(seen.keys), live, self.prefix, product, total)
-        alike = tokens.at_first is None
-        patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
-        chosen = self.choose(score, patches, block)
-        return arrange(chosen, score, target, live, self.prefix)
+        return product, total
 
     def _is_fused(self, tokens: Tokens, keys: Tensor) -> TypeGuard[Dense | Slab]:
         """Whether a device matches these in a kernel."""
@@ -288,6 +344,19 @@ class MergingViT(AdaptiveViT):
         score, target = fused.match(keys, product, total, offsets, slots, self.prefix)
         chosen = self.choose(score, slots - self.prefix, block)
         return fused.arrange(chosen, score, target, offsets, slots, self.prefix)
+
+
+def held_after(holder: Tensor, went: Sequence[Callable[[], Tensor] | None]) -> list[Tensor]:
+    """(B, N) int64, the slots of the input tokens before each block, and after the last.
+
+    Args:
+        holder: those before the first.
+        went: of each block, where each slot's token went; None is nowhere else.
+    """
+    held = [holder]
+    for place in went:
+        held.append(held[-1] if place is None else place().gather(1, held[-1]))
+    return held
 
 
 def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -> Usage:
@@ -318,7 +387,7 @@ def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -
 
 
 def match(
-    metric: Tensor, live: Tensor, prefix: int, product: Tensor | None = None, total: Tensor | None = None
+    metric: Tensor, live: Tensor | None, prefix: int, product: Tensor | None = None, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The best match of each patch token of A among those of B.
 
@@ -326,7 +395,7 @@ def match(
 
     Args:
         metric: (B, N, d), of unit length.
-        live: (B, N) bool, the first so many slots of each image.
+        live: (B, N) bool, the first so many slots of each image; None is all.
         product: (B, N), whose product is taken off the similarity of two tokens.
         total: (B, N), whose sum is.
     Returns:
@@ -340,10 +409,12 @@ def match(
         a, b = pad(a, (0, 1), value=-1.0), torch.cat([b, total[:, odd, None]], dim=2)
     with torch.autocast(metric.device.type, enabled=False):
         similarity = a @ b.mT
-    score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
+    if live is not None:
+        similarity = similarity.masked_fill_(~live[:, None, odd], -torch.inf)
+    score, target = similarity.max(dim=2)
     if total is not None:
         score = score - total[:, even]
-    return score.masked_fill(~live[:, even], -torch.inf), target
+    return score if live is None else score.masked_fill(~live[:, even], -torch.inf), target
 
 
 def arrange(chosen: Tensor, score: Tensor, target: Tensor, live: Tensor, prefix: int) -> tuple[Tensor, Tensor]:

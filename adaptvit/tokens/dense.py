@@ -120,24 +120,48 @@ class Dense(Tokens):
             return self.join(place, moved, weight, None, False, count)
         goes, moved = self.spread(place), self.spread(moved)
         stays, going = _held(goes, ~moved, count), _held(moved.cumsum(dim=1) - 1, moved, goes.shape[1] - count)
-        goes = goes.gather(1, going)
-        joins = torch.arange(count, device=goes.device)[:, None] == goes[:, None]  # (B, count, n - count)
+        merged, (total,) = self.join_pairs(None, stays, going, goes.gather(1, going), weight)
+        return merged, total
 
-        def summed(stay: Tensor, go: Tensor) -> Tensor:
-            return stay + joins.to(go.dtype) @ go
+    def join_pairs(
+        self, stay: Tensor | None, others: Tensor | slice, go: Tensor, into: Tensor, weight: Tensor, *sums: Tensor
+    ) -> tuple[Self, list[Tensor]]:
+        """`merge` by who stays and who joins whom: `stay`, then `others`, in their order, and `go` is gone.
 
-        stay, go = weight.gather(1, stays), weight.gather(1, going)
-        total = summed(stay[..., None], go[..., None])[..., 0]
-        stay, go = (stay / total)[..., None], (go / total.gather(1, goes))[..., None]
+        Args:
+            stay: (B, a) places that nothing joins; None is none.
+            others: (B, o) places, or a slice of all.
+            go: (B, r) places of the tokens that join one of `others`.
+            into: (B, r) the number of that among these.
+            weight: (B, n), positive, without gradients.
+            sums: (B, n), to be summed too.
+        Returns:
+            tokens of a + o slots, and the sums of `weight` and `sums` in them.
+        """
+
+        def rest(t: Tensor) -> Tensor:
+            return t[:, others] if isinstance(others, slice) else _gather(t, others)
+
+        def staying(t: Tensor, joined: Tensor) -> Tensor:
+            return joined if stay is None else torch.cat([_gather(t, stay), joined], dim=1)
+
+        own, gone = rest(weight), _gather(weight, go)
+        joins = (torch.arange(own.shape[1], device=go.device)[:, None] == into[:, None]).to(weight.dtype)  # (B, o, r)
+        added = [rest(t) + (joins * _gather(t, go)[:, None]).sum(dim=2) for t in (weight, *sums)]
+        own, gone = (own / added[0])[..., None], (gone / added[0].gather(1, into))[..., None]
 
         def mean(t: Tensor) -> Tensor:
-            return summed(rows_at(t, stays) * stay.to(t.dtype), rows_at(t, going) * go.to(t.dtype))
+            joined = joins.to(t.dtype) @ (_gather(t, go) * gone.to(t.dtype))
+            return staying(t, rest(t) * own.to(t.dtype) + joined)
 
-        where = self.at.expand_as(moved).gather(1, stays)
+        at = self.at.expand(self.x.shape[:2])
+        where = staying(at, rest(at))
         if self.where is not None and self.where.is_floating_point():
             means = mean(self.where[..., 1:])
             where = torch.cat([where[..., None].to(means.dtype), means], dim=2)
-        return type(self)(mean(self.x), count, None, where, self.source), total
+        x = mean(self.x)
+        totals = [staying(t, total) for t, total in zip((weight, *sums), added, strict=True)]
+        return type(self)(x, x.shape[1], None, where, self.source), totals
 
     @property
     def offsets(self) -> Tensor:
