@@ -87,7 +87,7 @@ class Shape(NamedTuple):
     pool: int = 0
     """MACs of an attention pool for one image, beyond those of the next line; 0 where the ViT pools without one."""
     pool_per_patch: int = 0
-    """MACs of an attention pool for one patch."""
+    """MACs of an attention pool, or of a head on the map of patches, for one patch."""
     pool_per_pair: int = 0
     """MACs of an attention pool whose patches attend to each other, for each two, ordered, one with itself included."""
     stem: int = 0

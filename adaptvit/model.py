@@ -184,6 +184,7 @@ class AdaptiveViT(nn.Module, ABC):
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
         self.depth, self.heads = self._shape.depth, self._shape.heads
+        self._reads_map = family_of(vit).map_head is not None
         self.training = vit.training  # and no part of the ViT is asked to change its own
 
     def forward(
@@ -212,7 +213,8 @@ class AdaptiveViT(nn.Module, ABC):
             What the ViT and the method raise of images that they do not take.
         """
         if torch.compiler.is_dynamo_compiling():
-            compiled = _beside if layout is Packed or (layout is None and not self.even) else _in_graph
+            beside = layout is Packed or (layout is None and not self.even) or self._reads_map
+            compiled = _beside if beside else _in_graph
             name = None if layout is None else layout.__name__
             state = (self._turns, id(self.plan), self.training, self.vit.training)
             return compiled(self, state, name, detailed, images, options)
@@ -273,8 +275,12 @@ class AdaptiveViT(nn.Module, ABC):
         left: list[Left] = []
 
         def inside(x: Tensor, source: Source) -> tuple[Tensor, Tensor | None]:
-            left.append(self._blocks(x, source, layout, options))
-            return left[0].x, left[0].live
+            if not self._reads_map:
+                left.append(self._blocks(x, source, layout, options))
+                return left[0].x, left[0].live
+            found, (x,) = self._laid_out(x, source, [self.depth - 1], layout, {**self.stays, **options})
+            left.append(found._replace(usage=partial(self._record, found, True)))
+            return x, None
 
         logits, distilled = scores(run(self.vit, images, inside))
         sound, terms = left[0].sound, left[0].terms
@@ -361,34 +367,41 @@ class AdaptiveViT(nn.Module, ABC):
         self._keep_family()
         options = {**self.stays, **options}
         layout = self._layout(layout, options)
-        canvas = Canvas(frozenset(blocks))
 
-        def inside(x: Tensor, source: Source) -> Left:
-            source.check_alike("a map of features")
-            canvas.x, source.canvas = x, canvas
-            return self._blocks(x, source, layout, options)
+        def inside(x: Tensor, source: Source) -> tuple[Left, list[Tensor]]:
+            return self._laid_out(x, source, blocks, layout, options)
 
         with nullcontext() if self.differentiable(layout) else torch.no_grad():
-            left = embedded(self.vit, images, inside)
+            left, features = embedded(self.vit, images, inside)
             if (over := self._over(left)) is not None and over:
                 return self._features(images, blocks, Packed, norm, options)
-            last, holders = self.depth - 1, self._holders(left)
-            features: list[Tensor] = []
-            for block in blocks:
-                x = canvas.after[block]
-                if holders is not None:
-                    x = x.gather(1, holders[block][..., None].expand(-1, -1, x.shape[2]))
-                if block == last and self.read is not None:
-                    x = torch.cat([left.x[:, : self.read], x[:, self.read :]], dim=1)
-                if left.sound is not None:
-                    x = x.masked_fill(~left.sound[..., None], torch.nan)
-                features.append(final_norm(self.vit, x) if norm else x)
+            if left.sound is not None:
+                features = [x.masked_fill(~left.sound[..., None], torch.nan) for x in features]
+            features = [final_norm(self.vit, x) if norm else x for x in features]
         if self.training and torch.is_grad_enabled():
             terms = self.terms(left.means) if left.terms is None else left.terms
             carried = [term for term in terms.values() if term.requires_grad]
             if carried:
                 features[-1] = _carry(features[-1], carried, self.terms_scale)
-        return features, partial(self._record, left, last in blocks)
+        return features, partial(self._record, left, self.depth - 1 in blocks)
+
+    def _laid_out(
+        self, x: Tensor, source: Source, blocks: Sequence[int], layout: type[Tokens], options: dict[str, Any]
+    ) -> tuple[Left, list[Tensor]]:
+        """The method on what the ViT embedded, and (B, N, D) behind each of these blocks, a vector in every slot."""
+        source.check_alike("a map of features")
+        canvas = Canvas(frozenset(blocks))
+        canvas.x, source.canvas = x, canvas
+        left = self._blocks(x, source, layout, options)
+        holders, features = self._holders(left), list[Tensor]()
+        for block in blocks:
+            x = canvas.after[block]
+            if holders is not None:
+                x = x.gather(1, holders[block][..., None].expand(-1, -1, x.shape[2]))
+            if block == self.depth - 1 and self.read is not None:
+                x = torch.cat([left.x[:, : self.read], x[:, self.read :]], dim=1)
+            features.append(x)
+        return left, features
 
     def _holders(self, left: Left) -> Sequence[Tensor] | None:
         """What `Left.holders` is, wherever it is to be had from; None where every token is in its own slot."""

@@ -20,6 +20,7 @@ from adaptvit import (
     MergeConfig,
     ToMeConfig,
 )
+from adaptvit.backbones.base import blocks_of
 from adaptvit.backbones.parts import add_representation, set_head_dim
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.ats import RandomConfig
@@ -201,7 +202,8 @@ def vary(model: AdaptiveViT) -> AdaptiveViT:
         return model
     generator, training = torch.Generator().manual_seed(0), model.training
     batch, seen = images(model.vit, count=16, seed=99, dtype=next(model.parameters()).dtype), {}
-    for number, block in enumerate(model.vit.blocks):  # one after the other: what a block reads depends on those before
+    # one after the other: what a block reads depends on those before
+    for number, block in enumerate(blocks_of(model.vit)):
         hook = block.norm1.register_forward_hook(lambda norm, given, out: seen.update(x=given[0], normed=out))
         with torch.no_grad():
             model.eval()(batch, Masked)

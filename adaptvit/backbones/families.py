@@ -122,6 +122,8 @@ class Family:
     classes: str | int = "num_classes"
     heads: tuple[str, ...] = ("head", "head_dist")
     """Classifiers."""
+    map_head: str | None = None
+    """What is read in the place of a classifier's tokens: a head on the map of all patches."""
     checkpointing: str = "grad_checkpointing"
     """What says whether its blocks are to be run again for the gradients."""
     pieces: Pieces | None = None

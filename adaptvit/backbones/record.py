@@ -23,6 +23,7 @@ from torch import nn
 from adaptvit.backbones.base import model_name, timm_config
 from adaptvit.backbones.families import FAMILIES, find, qualified
 from adaptvit.backbones.parts import PartsViT, RepresentationHead, ViTConfig, add_representation, set_head_dim
+from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.backbones.t2t import TokensToToken, t2t_vit
 from adaptvit.backbones.video import SpaceTimeViT
 
@@ -105,6 +106,8 @@ ARGUMENTS: dict[str, Rule] = {
 
 VIDEO: dict[str, Rule] = {"frames": SIDE, "tubelet": SIDE}
 """What a file says of an image ViT that was made to take clips."""
+SEGMENTS: dict[str, Rule] = {"classes": SIDE, "width": SIDE}
+"""What it says of one that was made to tell the class of every pixel."""
 
 
 def describe(vit: nn.Module) -> dict[str, Any]:
@@ -125,6 +128,8 @@ def describe(vit: nn.Module) -> dict[str, Any]:
 def _described(vit: Any) -> dict[str, Any]:
     if isinstance(vit, SpaceTimeViT):
         return _described(vit.vit) | {"video": {"frames": vit.frames, "tubelet": vit.tubelet}}
+    if isinstance(vit, SegmentingViT):
+        return _described(vit.vit) | {"segments": {"classes": vit.num_classes, "width": vit.width}}
     name, recorded = model_name(vit), timm_config(vit)
     arguments: dict[str, Any]
     if qualified(type(vit)).startswith(TRANSFORMERS):
@@ -270,6 +275,11 @@ def rebuild(description: dict[str, Any], **others: Any) -> Any:
         image = {key: value for key, value in description.items() if key != "video"}
         video = check_described("its clips'", description["video"], VIDEO)
         return SpaceTimeViT(rebuild(image, **others), video["frames"], video["tubelet"])
+    if "segments" in description:
+        image = {key: value for key, value in description.items() if key != "segments"}
+        segments = check_described("its pixels'", description["segments"], SEGMENTS)
+        classes = others.pop("num_classes", segments["classes"])
+        return SegmentingViT(rebuild(image, **others), classes, segments["width"])
     if isinstance(name, str) and name.startswith(TRANSFORMERS):
         vit = _of_transformers(name, description["arguments"].get("config"), **others)
         vit.pretrained_cfg = timm_config(vit) | check_described("its images'", description["data"], PREPROCESSING)

@@ -57,7 +57,7 @@ def shape_of(vit: nn.Module) -> Shape:
         prefix=prefix_tokens(vit),
         head=head_macs(vit),
         pool=pool,
-        pool_per_patch=pool_per_patch,
+        pool_per_patch=pool_per_patch + _map_macs(find(vit, family_of(vit).map_head)),
         pool_per_pair=pool_per_pair,
         stem=stem_fixed + _bias_macs(vit, family_of(vit).bias),
         stem_per_pair=stem_per_pair,
@@ -67,6 +67,12 @@ def shape_of(vit: nn.Module) -> Shape:
 def head_macs(vit: nn.Module) -> int:
     """MACs of the classifier for one image."""
     return sum(_linear_macs(find(vit, name)) for name in family_of(vit).heads)
+
+
+def _map_macs(head: nn.Module | None) -> int:
+    """MACs for each patch of a head on the map of patches, whose convolutions keep its size."""
+    parts = () if head is None else head.modules()
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Conv2d))
 
 
 def _pool_macs(vit: nn.Module, dim: int) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ folders  which files of a folder or a tar are images, and of which class
 shards   samples in webdataset's tars
 libraries  data sets of the Hub and of torchvision
 sets     data sets: all of these, and scikit-learn's digits
+masks    images whose every pixel has a class
 video    clips: of video files, folders of frames, strips
 """
 
@@ -31,9 +32,11 @@ from adaptvit.data.images import (
     open_image,
     read_image,
 )
+from adaptvit.data.masks import Masks, MasksConfig, open_masks
 from adaptvit.data.preparation import Renormalise, pixels, preparation, preparation_of_name
 from adaptvit.data.sets import (
     HELD_OUT,
+    IGNORED,
     Batch,
     Data,
     DataConfig,
@@ -53,6 +56,7 @@ from adaptvit.data.sets import (
 
 __all__ = [
     "HELD_OUT",
+    "IGNORED",
     "IMAGE_SUFFIXES",
     "Batch",
     "ClassFolders",
@@ -62,6 +66,8 @@ __all__ = [
     "Images",
     "LeftOut",
     "Listing",
+    "Masks",
+    "MasksConfig",
     "Renormalise",
     "Samples",
     "Unreadable",
@@ -79,6 +85,7 @@ __all__ = [
     "open_data",
     "open_digits",
     "open_image",
+    "open_masks",
     "open_pictures",
     "open_split",
     "photographs",

@@ -33,6 +33,8 @@ HELD_OUT = 360
 """Digits of the test split, of 1797."""
 SOURCES = ("hfds/", "hfids/", "wds/", "torch/")
 """How `DataConfig.dataset` begins: of the Hub, of the Hub as a stream, shards of webdataset, torchvision."""
+IGNORED = -100
+"""Label of a pixel that is of no class, as torch's losses have it."""
 FOLDERS = ("torch/image_folder", "torch/folder")
 """Data sets of torchvision that are folders of classes, which are read as all of them are."""
 
@@ -43,14 +45,14 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, channels, height, width)."""
     labels: Tensor
-    """(B,) int64."""
+    """(B,) int64; of pixels (B, height, width), `IGNORED` where they are of no class."""
     unreadable: list[Unreadable]
     """What was left out."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A classification problem: two splits and how their images were normalised."""
+    """A classification problem, of images or of their pixels: two splits and how their images were normalised."""
 
     name: str
     """What it is, in words that tell it from any other: runs and reports are known by it."""
@@ -80,6 +82,8 @@ class Data:
     """Processes that decode, for each loader."""
     left_out: tuple[LeftOut, ...] = ()
     """What lies beside the images and is not used; names begin with the split's."""
+    task: Literal["classes", "pixels"] = "classes"
+    """Whether an image has a label or each of its pixels."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images as they are looked at: values in [0, 1]."""
@@ -274,15 +278,16 @@ def collate(items: Sequence[Any], fill: bool = False) -> Batch:
     images, labels = zip(*map(_pair, good), strict=True)
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise ValueError(f"images of one batch must have one shape, got {' and '.join(map(str, sorted(shapes)))}")
-    return Batch(torch.stack(images), torch.tensor(labels), unreadable)
+    made = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+    return Batch(torch.stack(images), made, unreadable)
 
 
-def _pair(item: Any) -> tuple[Tensor, int]:
-    """An item of any data set as an image and its label."""
+def _pair(item: Any) -> tuple[Tensor, int | Tensor]:
+    """An item of any data set as an image and its label, or those of its pixels."""
     try:
         image, label = item
         if not isinstance(item, Mapping) and image.is_floating_point():
-            return image, operator.index(label)
+            return image, label if isinstance(label, Tensor) and label.ndim == 2 else operator.index(label)
         told = f"({image.dtype}, {label!r})"
     except (AttributeError, TypeError, ValueError):
         parts = item if isinstance(item, tuple | list) else [item]

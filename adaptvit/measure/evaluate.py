@@ -4,9 +4,9 @@ Letters: B images, L blocks, N token slots.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from adaptvit.backbones.forward import scores
 from adaptvit.backbones.sizes import shape_of
 from adaptvit.checks import In, checked
 from adaptvit.data import (
+    IGNORED,
     Batch,
     LeftOut,
     Samples,
@@ -33,6 +34,8 @@ from adaptvit.terminal import progress_bar
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Output, Usage, join
 from adaptvit.weights.tensorfiles import check_finite
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +112,30 @@ def evaluate(
         ValueError: the data set has no image that can be read and has finite logits, or a label that the model's head
             does not have; or weights are not finite, which no image may show.
     """
+    kept, unreadable = each_batch(model, data, _kept, layout, batch_size, workers, shared)
+    losses, places = (torch.cat([getattr(one, name) for one in kept]) for name in ("losses", "places"))
+    return _result(losses, places, kept[0].classes, join([one.usage for one in kept]), model, tuple(unreadable))
+
+
+def each_batch(
+    model: AdaptiveViT | nn.Module,
+    data: Dataset,
+    keep: Callable[[Batch, Output], T],
+    layout: type[Tokens] | None,
+    batch_size: int,
+    workers: int,
+    shared: bool,
+) -> tuple[list[T], list[Unreadable]]:
+    """What is kept of every batch in evaluation mode, one or more, and what is left out; the rest as of `evaluate`."""
     check_finite(model_name(model.vit if isinstance(model, AdaptiveViT) else model), model.state_dict())
     training = model.training
     model.eval()
     shared = shared and not isinstance(data, IterableDataset)
     share = _share(data, batch_size) if shared else data
 
-    def run() -> list[tuple[list[Unreadable], _Kept | None]]:
+    def run() -> list[tuple[list[Unreadable], T | None]]:
         batches = outputs(model, share, layout, batch_size, workers)
-        return [(batch.unreadable, None if output is None else _kept(batch, output)) for batch, output in batches]
+        return [(batch.unreadable, None if output is None else keep(batch, output)) for batch, output in batches]
 
     try:
         parts = from_all(run) if shared else [run()]
@@ -128,8 +146,7 @@ def evaluate(
     if not kept:
         needed = "at least one image that can be read and has finite logits"
         raise ValueError(f"evaluate needs {needed}, and the data set has none{first_of(unreadable)}")
-    losses, places = (torch.cat([getattr(one, name) for one in kept]) for name in ("losses", "places"))
-    return _result(losses, places, kept[0].classes, join([one.usage for one in kept]), model, tuple(unreadable))
+    return kept, unreadable
 
 
 class _Kept(NamedTuple):
@@ -184,7 +201,7 @@ def outputs(
             _check_labels(batch.labels, output.logits.shape[1])
         items = range(seen, seen + len(batch.labels) + len(batch.unreadable))
         seen = items.stop
-        if output is not None and not (sound := output.logits.isfinite().all(dim=1)).all():
+        if output is not None and not (sound := output.logits.isfinite().flatten(1).all(dim=1)).all():
             batch, output = _sound(batch, output, sound, data, items)
         yield batch, output
 
@@ -217,7 +234,8 @@ def _forward(model: AdaptiveViT | nn.Module, images: Tensor, layout: type[Tokens
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
-    if not 0 <= labels.min() <= labels.max() < classes:
+    labels = labels if labels.ndim == 1 else labels[labels != IGNORED]
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         wrong = int(labels.min()) if labels.min() < 0 else int(labels.max())
         raise ValueError(f"the model has {classes} classes, 0 to {classes - 1}, but the data set has the label {wrong}")
 

@@ -24,7 +24,7 @@ def over_processes(means: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:
-    """What a teacher's (B, classes) logits ask of the student's: its distribution (soft) or its first choice (hard).
+    """What a teacher's (B, classes, ...) logits ask of the student's: its distribution (soft) or first choice (hard).
 
     Source: Touvron et al., Training data-efficient image transformers, section 4. Differs from DeiT's code: the soft
     divergence is a mean over images, not over images times classes.
@@ -32,11 +32,13 @@ def distillation(student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"]
     if kind == "hard":
         return cross_entropy(student, teacher.argmax(dim=1))
     given, wanted = (log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    return kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
+    return kl_div(given, wanted, reduction="none", log_target=True).sum(dim=1).mean() * temperature**2
 
 
 def divergence(output: Tensor, dense: Tensor, headless: bool) -> Tensor:
-    """How far what a model gives is from what the dense one gives, mean over images: (B, classes) or, headless, (B, D).
+    """How far what a model gives is from what the dense one gives: (B, classes, ...) or, headless, (B, D).
+
+    A mean over images, and over pixels where these have the classes.
 
     Of classes the divergence of the distributions, in nats; of features 1 - cosine.
     """

@@ -24,13 +24,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from adaptvit.backbones.base import check_images, class_count, prefix_tokens
-from adaptvit.backbones.families import FAMILIES
+from adaptvit.backbones.base import check_images, class_count, family_of, prefix_tokens
+from adaptvit.backbones.families import FAMILIES, find
 from adaptvit.budget import Trial, attempt, meet_target
 from adaptvit.data import Batch, Data, Renormalise
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.files import check_output_folder
-from adaptvit.measure.evaluate import evaluate
+from adaptvit.measure.segmentation import EVALUATIONS
 from adaptvit.methods.gates import annealed
 from adaptvit.methods.losses import distillation, over_processes
 from adaptvit.model import AdaptiveViT
@@ -177,6 +177,8 @@ class _Training:
                 f"Recipe.batch_size is {recipe.batch_size}, more than the training images of {data.name} allow for"
             )
         self.mixup = None
+        if (recipe.mixup or recipe.cutmix or teacher is not None) and data.task == "pixels":
+            raise ValueError(f"{data.name} has labels of pixels: no mixup, no cutmix, no teacher")
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(
                 recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=len(data.classes)
@@ -186,7 +188,9 @@ class _Training:
             recipe.optimizer,
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
-            param_group_fn=None if recipe.method_learning_rate == 1 else partial(parameter_groups, recipe=recipe),
+            param_group_fn=partial(parameter_groups, recipe=recipe)
+            if (recipe.method_learning_rate, recipe.head_learning_rate) != (1, 1)
+            else None,
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.called: Any = torch.compile(self.wrapped) if recipe.compile else self.wrapped
@@ -308,7 +312,8 @@ class _Training:
                 self.failure = error
         size, count = to_2tuple(self.data.size), self.recipe.batch_size
         images = next(self.model.parameters()).new_zeros(count, self.data.channels, *size)
-        return Batch(images, torch.zeros(count, dtype=torch.long, device=device), [])
+        shape = (count,) if self.data.task == "classes" else (count, *size)
+        return Batch(images, torch.zeros(shape, dtype=torch.long, device=device), [])
 
     def _steers(self, step: int) -> bool:
         """Whether the knob is set before a step."""
@@ -454,7 +459,8 @@ class _Training:
             model.config = self.model.config
         with self.accelerator.autocast():
             batch_size, workers = self.recipe.batch_size, self.data.workers
-            return evaluate(model, self.data.test, batch_size=batch_size, workers=workers, shared=True).figures
+            measure = EVALUATIONS[self.data.task]
+            return measure(model, self.data.test, batch_size=batch_size, workers=workers, shared=True).figures
 
     def _report_unreadable(self, batch: Batch) -> None:
         for name, why in batch.unreadable:
@@ -515,12 +521,20 @@ def _together(model: AdaptiveViT, images: Tensor, labels: Tensor | None) -> Tria
 
 
 def parameter_groups(model: AdaptiveViT, recipe: Recipe) -> list[dict[str, Any]]:
-    """timm's groups with and without weight decay, the method's own parameters apart, at a learning rate of theirs."""
-    own = {id(parameter) for name, parameter in model.named_parameters() if not name.startswith("vit.")}
+    """timm's groups with and without weight decay; the method's own parameters and the head's at rates of theirs."""
+    scales = {
+        id(parameter): recipe.method_learning_rate
+        for name, parameter in model.named_parameters()
+        if not name.startswith("vit.")
+    }
+    family = family_of(model.vit)
+    for name in (*family.heads, family.map_head):
+        if (head := find(model.vit, name)) is not None:
+            scales |= {id(parameter): recipe.head_learning_rate for parameter in head.parameters()}
     groups = []
     for group in param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()):
-        for is_own, scale in ((False, 1.0), (True, recipe.method_learning_rate)):
-            parameters = [parameter for parameter in group["params"] if (id(parameter) in own) is is_own]
+        for scale in dict.fromkeys((1.0, recipe.method_learning_rate, recipe.head_learning_rate)):
+            parameters = [one for one in group["params"] if scales.get(id(one), 1.0) == scale]
             if parameters:
                 groups.append({**group, "params": parameters, "lr_scale": scale})
     return groups

@@ -24,6 +24,8 @@ class Recipe:
     """Peak of the learning rate, after the warm-up; from there it falls along a cosine."""
     method_learning_rate: Annotated[float, In("(0, inf)")] = 1.0
     """Of the method's own parameters, over that of the ViT's."""
+    head_learning_rate: Annotated[float, In("(0, inf)")] = 1.0
+    """Of the classifier's parameters, over that of the ViT's other ones."""
     warmup_learning_rate: Annotated[float, In("[0, inf)")] = 0.0
     """Where the warm-up begins."""
     least_learning_rate: Annotated[float | None, In("[0, inf)")] = None

@@ -10,11 +10,21 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from adaptvit.backbones.base import check
+from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.checks import In, check_fields
-from adaptvit.data import DataConfig, open_data, preparation, preparation_of_name, spread_over
+from adaptvit.data import (
+    DataConfig,
+    MasksConfig,
+    open_data,
+    open_masks,
+    preparation,
+    preparation_of_name,
+    spread_over,
+)
 from adaptvit.extras import needed
 from adaptvit.files import as_json, check_output_folder, write_atomically
-from adaptvit.measure.evaluate import Result, evaluate
+from adaptvit.measure.evaluate import Result
+from adaptvit.measure.segmentation import EVALUATIONS, PixelResult
 from adaptvit.methods import MethodConfig, is_dense, turned
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
@@ -30,8 +40,12 @@ from adaptvit.weights.places import is_stored
 with needed("training"):
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-CALIBRATION = 256
-"""Training images that gate and knob are calibrated on, spread over the split."""
+CALIBRATION = {"classes": 256, "pixels": 16}
+"""Training images that gate and knob are calibrated on, spread over the split; logits of pixels take much memory."""
+SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
+"""How images with masks are prepared."""
+PREPARED = ("interpolation", "crop_pct")
+"""What the data may set of how images are prepared, beside mean and deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +73,8 @@ class Run:
     fit: bool = False
     """Fit the method to the weights before training, at `target`: what it can find out from training images alone, such
     as A-ViT's gate, AdaViT's policies over patches, merging's thresholds."""
-    data: DataConfig
-    """The images."""
+    data: DataConfig | MasksConfig
+    """The images; with masks, a head is put on the ViT that tells the class of every pixel."""
     recipe: Recipe
     """How to train."""
     output: Path = Path("runs/train")
@@ -106,7 +120,7 @@ class RunOutcome:
     """In evaluation mode, its knob set."""
     history: list[Epoch]
     """Epoch by epoch."""
-    result: Result
+    result: Result | PixelResult
     """Of the test split."""
     file: Path
     """The model."""
@@ -117,7 +131,7 @@ def train_run(
     config: Run,
     resume: bool = False,
     known_by: object = None,
-    tell: Callable[[Result], object] | None = None,
+    tell: Callable[[Any], object] | None = None,
 ) -> RunOutcome:
     """Train, and write `model.safetensors` and `result.json` beside the training's own files.
 
@@ -140,7 +154,11 @@ def train_run(
     arguments = {**config.model_args, **size}
     origin = open_model(config.model) if is_stored(config.model) else None
     settings = preparation_of_name(config.model, arguments, None if origin is None else origin.vit)
-    data = open_data(config.data, settings)
+    if isinstance(config.data, MasksConfig):
+        settings |= SQUASHED
+        data = open_masks(config.data, settings)
+    else:
+        data = open_data(config.data, settings)
     for one in data.left_out:
         _tell(f"left out: {one}")
     if isinstance(data.calibration, IterableDataset) and config.target is not None:
@@ -158,16 +176,21 @@ def train_run(
         if not is_dense(origin):
             _tell(f"the {origin.config.method} in {config.model} is left out: {config.method.method} begins anew")
     check(vit)
+    if config.weights is not None:
+        headed = start_from(vit, config.weights)
+    if data.task == "pixels" and not isinstance(vit, SegmentingViT):
+        vit, headed = SegmentingViT(vit, len(data.classes)), False
+    if (data.task == "pixels") != isinstance(vit, SegmentingViT):
+        raise ValueError(f"{config.model} tells the class of every pixel, but {data.name} has one for each image")
     check_shape(data, vit)
     vit.pretrained_cfg = {
         **vit.pretrained_cfg,
         "mean": data.mean,
         "std": data.std,
         "label_names": tuple(data.classes),
-        **{name: getattr(config.data, name) or settings[name] for name in ("interpolation", "crop_pct")},
+        **{name: getattr(config.data, name, None) or settings[name] for name in PREPARED},
+        **(SQUASHED if data.task == "pixels" else {}),
     }
-    if config.weights is not None:
-        headed = start_from(vit, config.weights)
     if not headed:
         _tell(f"the head in {source} is left out: {data.name} has {len(data.classes)} classes of its own")
     teacher: AdaptiveViT | None = None if config.teacher is None else open_model(config.teacher).float()
@@ -184,7 +207,7 @@ def train_run(
     key = fingerprint(method.build(vit), data, config.recipe, (config.fit, taught, known_by))
 
     def calibration() -> Tensor:
-        return spread_over(data.calibration, CALIBRATION).images.to(device)
+        return spread_over(data.calibration, CALIBRATION[data.task]).images.to(device)
 
     if config.fit:
         assert config.target is not None
@@ -209,7 +232,8 @@ def train_run(
     model.eval()
     if config.target is not None:
         turned(model, calibration(), config.target)
-    result = evaluate(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers, shared=True)
+    measure = EVALUATIONS[data.task]
+    result = measure(model, data.test, batch_size=config.recipe.batch_size, workers=data.workers, shared=True)
     file = config.output / "model.safetensors"
     if is_main():
         if tell is not None:

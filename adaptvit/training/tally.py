@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptvit.data import IGNORED
 from adaptvit.extras import needed
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
@@ -40,7 +41,7 @@ class Tally:
         """Count a batch, without waiting for it.
 
         Args:
-            labels: (B,), on the device.
+            labels: (B,), or of pixels, on the device.
             task: the mean loss of the task.
             loss: with the method's terms.
             unreadable: images that could not be read.
@@ -51,9 +52,11 @@ class Tally:
         self.unreadable += unreadable
         self.losses.append(loss.detach())
         self._dense = self._dense or dense_macs(shape, usage.grid)
+        counted = labels != IGNORED  # all, where images have the labels and not pixels
+        right = self._wide((output.logits.detach().argmax(dim=1) == labels) & counted)
         found = {
             "loss": images * task.detach(),
-            "accuracy": (output.logits.detach().argmax(dim=1) == labels).sum(),
+            "accuracy": right.sum() / (self._wide(counted).sum() / images).clamp(min=1),
             "macs": self._wide(macs(usage, shape)).sum() / self._dense,
         }
         found |= {f"terms.{name}": images * term.detach() for name, term in output.terms.items()}

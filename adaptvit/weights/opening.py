@@ -107,7 +107,8 @@ def remade(vit: nn.Module, **arguments: Any) -> tuple[nn.Module, bool]:
         new = rebuild(describe(vit), **arguments)
     except Exception as error:  # timm asserts, torch overflows, and each constructor has other arguments
         raise ValueError(f"{name} cannot be made with {arguments}: {reason(error)}") from error
-    source = Source(Path(name), dict(vit.state_dict()), {}, position_table(vit)[1])
+    tensors = dict(vit.state_dict())
+    source = Source(Path(name), tensors, {}, position_table(vit)[1] if "pos_embed" in tensors else None)
     return new, _started(new, source, f"{name} as it was")
 
 
