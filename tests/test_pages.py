@@ -19,7 +19,7 @@ from adaptvit.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-HERE = ("docs/dense.md", "docs/first_steps.md", "docs/scale.md", "docs/your_own_method.md")
+HERE = ("docs/dense.md", "docs/first_steps.md", "docs/scale.md", "docs/segmentation.md", "docs/your_own_method.md")
 ELSEWHERE = {
     "README.md": "test_readme.py",
     "docs/export.md": "test_export.py",
@@ -78,6 +78,14 @@ def test_the_page_of_dense_features_runs() -> None:
     space: dict[str, Any] = {}
     exec(python_of("docs/dense.md"), space)
     assert space["embeddings"].shape == (2, 192)
+
+
+def test_the_page_of_segmentation_runs() -> None:
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    exec(python_of("docs/segmentation.md"), space)
+    assert space["logits"].shape == (4, 11, 64, 96)
+    assert space["usage"].share.mean().item() == pytest.approx(0.7, abs=0.03)
 
 
 class Engine:
