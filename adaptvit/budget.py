@@ -6,7 +6,7 @@ measure_dial    what its values cost, so that `model.compute` sets other budgets
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from adaptvit.checks import In, checked, valid
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT, Dial, Knob
 from adaptvit.process import in_float64
+from adaptvit.terminal import progress_bar
 from adaptvit.tokens import Plan
 from adaptvit.usage import check_finite, join
 
@@ -63,7 +64,7 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the search passes through gates that halt everything
         start = time.perf_counter()
-        outputs = [model(batch, detailed=True) for batch in images.split(BATCH)]
+        outputs = [model(batch, detailed=True) for batch in in_batches(images, f"measuring {_set_to(config)}")]
         logits = torch.cat([output.logits for output in outputs])
         check_finite(logits, "logits")
         top1 = None if labels is None else in_float64(logits.argmax(dim=1) == labels).mean().item()
@@ -74,6 +75,20 @@ def attempt(model: AdaptiveViT, images: Tensor, labels: Tensor | None = None) ->
     mean, dense = executed.mean().item(), dense_macs(model.shape, usage.grid)
     error = (executed.std() / len(images) ** 0.5).item() / dense if len(images) > 1 else None
     return Trial(knob, mean / dense, mean / 1e9, len(images) / seconds, top1, error)
+
+
+def in_batches(images: Tensor, words: str) -> Iterable[Tensor]:
+    """Images in batches, with a bar where they take more than a second.
+
+    Args:
+        words: what is done with them.
+    """
+    return progress_bar(images.split(BATCH), words, unit="batch", delay=1)
+
+
+def _set_to(config: Any) -> str:
+    """A model in words: where its knob stands."""
+    return config.title if config.knob is None else f"{config.knob.field} {getattr(config, config.knob.field):.4g}"
 
 
 def check_target(target: float, unit: Unit) -> None:

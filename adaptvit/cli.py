@@ -68,7 +68,7 @@ def _command(words: list[str]) -> int:
         return 0
     with needed("the command line"):
         from jsonargparse import ArgumentParser, set_parsing_settings
-    from adaptvit.commands.parsing import in_other_words, made_plain, written_out
+    from adaptvit.commands.parsing import add_told_model, in_other_words, made_plain, tell_model, written_out
 
     if words[0] in ALIASES:
         name, words = words[0], [ALIASES[words[0]], *words[1:]]
@@ -80,12 +80,14 @@ def _command(words: list[str]) -> int:
     module: Any = import_module(f"adaptvit.commands.{words[0]}")
     own = module.options(words)
     own.add_argument("--quiet", action="store_true", help="Tell warnings and errors alone: no figures, no progress.")
+    add_told_model(own)
     parser.add_subcommands(dest="command").add_subcommand(words[0], own)
     made_plain(own, " ".join(words[:2]) if words[:2] == ["compare", "methods"] else words[0])
     try:
         arguments = parser.parse_args(written_out(words, own))[words[0]]
     except ArgumentError as error:
         raise in_other_words(error, own) from error
+    tell_model(arguments)
     of_the_caller = torch.distributed.is_initialized()
     silent = arguments.pop("quiet") or arguments.get("json") == "-"
     with quiet() if silent else nullcontext():

@@ -90,6 +90,7 @@ def progress_bar(
     unit: str = "it",
     outer: bool = False,
     stays: bool = False,
+    delay: float = 0,
     shown: bool = True,
 ) -> tqdm:
     """A progress bar on a terminal; in a file or a pipe a line every 30 s at most.
@@ -99,6 +100,7 @@ def progress_bar(
         words: what is done.
         outer: whether other bars move within this one.
         stays: whether the bar is left on the terminal at its end.
+        delay: seconds after which there is a bar; what is over by then had none.
     """
     watched = sys.stderr.isatty()
     return tqdm(
@@ -111,6 +113,7 @@ def progress_bar(
         disable=not shown or QUIET.get(),
         unit=unit,
         initial=initial,
+        delay=delay,
         position=int(outer) if watched else 0,
     )
 

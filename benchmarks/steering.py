@@ -6,7 +6,10 @@ Reads the .jsonl files beside it, which `imagenette.py` wrote, and draws `steeri
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from adaptvit.show.pictures import write_png
+from adaptvit.show.styles import styles
 
 HERE = Path(__file__).parent
 CURVES = {
@@ -22,8 +25,10 @@ CURVES = {
 
 def main() -> None:
     """Print and draw the difference from each dense model against MACs."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for number, (name, (file, models)) in enumerate(CURVES.items()):
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    looks = styles(("ats", "adavit", "avit"))
+    for name, (file, models) in CURVES.items():
         lines = (json.loads(line) for line in (HERE / f"{file}.jsonl").read_text().splitlines())
         rows = {row["model"].removesuffix(".safetensors"): row for row in lines if "model" in row}
         points = []
@@ -36,14 +41,19 @@ def main() -> None:
             )
             points.append(point)
             print(f"{name:32} {model:24} {point[0]:5.1f} % of the MACs {point[1]:+5.1f} ± {point[2]:.1f}")
-        colour, ordered = f"C{number // 2}", sorted(points)
+        look, ordered = looks[name.split()[0].replace("-", "").lower()], sorted(points)
         style = "-" if "65" in name else ":"
-        axes.errorbar(*zip(*ordered, strict=True), color=colour, linestyle=style, capsize=2, label=name)
-        axes.plot(*points[0][:2], "o", color=colour)
+        kind = {"color": look.colour, "marker": look.marker, "linestyle": style, "fillstyle": "none"}
+        axes.errorbar(*zip(*ordered, strict=True), capsize=2, label=name, **kind)
+        axes.plot(*points[0][:2], look.marker, color=look.colour)
     axes.set(xlabel="MACs, % of the dense ones", ylabel="top-1 against dense, points")
-    axes.legend(fontsize="small", title="dot: as trained", title_fontsize="small")
+    axes.legend(fontsize="small", title="filled: as trained", title_fontsize="small", frameon=False)
+    axes.set_title(
+        "ViT-Tiny on Imagenette, steered after training; whiskers: one standard error", fontsize=9, loc="left"
+    )
     axes.grid(alpha=0.3)
-    figure.savefig(HERE / "steering.png", dpi=110)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_png(figure, HERE / "steering.png")
 
 
 if __name__ == "__main__":

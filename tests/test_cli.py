@@ -25,7 +25,7 @@ from PIL import Image
 import adaptvit_cli
 from adaptvit import cli, load, save
 from adaptvit.commands import adapt, bench, demo, evaluate, train
-from adaptvit.commands.parsing import made_plain, written_out
+from adaptvit.commands.parsing import add_told_model, made_plain, written_out
 from adaptvit.extras import EXTRAS
 from adaptvit.methods import METHODS as KINDS
 from adaptvit.training.recipes import RECIPES
@@ -607,6 +607,7 @@ PYTHON = re.compile(r"<class|<function|\b0x\w|\(required|type:|Optional\[|Annota
 def test_help_has_no_python_in_it_and_a_sentence_of_every_option(command: str) -> None:
     words = command.split()
     parser = import_module(f"adaptvit.commands.{words[0]}").options(words)
+    add_told_model(parser)
     made_plain(parser, command)
     told = parser.format_help().replace("--print_config", "")
     assert not PYTHON.findall(told)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `depth_maps` is called with; nothing is rendered."""
     calls: list[dict[str, Any]] = []
-    names = ("images", "depth", "blocks", "columns", "captions", "combined", "panel")
+    names = ("images", "depth", "blocks", "columns", "captions", "combined", "panel", "groups")
 
-    def record(*values: Any, merged: Any = None) -> None:
-        calls.append(dict(zip(names, values, strict=True)) | {"merged": merged})
+    def record(*values: Any) -> None:
+        calls.append(dict(zip(names, values, strict=True)))
 
     monkeypatch.setattr(module, "depth_maps", record)
     monkeypatch.setattr(module, "write_png", lambda figure, path: path.write_bytes(b"drawn"))
@@ -61,18 +62,27 @@ def test_a_folder_gives_a_picture_for_each_image_and_a_grid(flavour: str, tmp_pa
         assert np.asarray(read_image(file)).std() > 10
 
 
-def test_merged_patches_are_shown_in_their_mean_colour(drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("summary", [False, True], ids=["all", "summary"])
+def test_merged_patches_are_shown_as_regions(summary: bool, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
     adaptvit.save(METHODS["tome"].build(small_vit().eval()), tmp_path / "model.safetensors")
     noise(tmp_path / "own" / "a.png", 1)
     noise(tmp_path / "own" / "b.png", 2)
-    draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out"))
-    merged, image = drawn[0]["merged"], drawn[0]["images"]
-    assert merged.shape == image.shape
-    torch.testing.assert_close(merged.mean(dim=(2, 3)), image.mean(dim=(2, 3)), atol=1e-5, rtol=0)
-    colours = merged.unfold(2, 8, 8).unfold(3, 8, 8)
-    assert (colours == colours[..., :1, :1]).all()
-    assert [len(one.flatten(1).unique(dim=1).T) for one in colours[..., 0, 0]] == [16 - 9] * 2
-    assert drawn[1]["merged"].shape[0] == 1
+    draw(DrawConfig(str(tmp_path / "model.safetensors"), tmp_path / "own", tmp_path / "out", summary=summary))
+    assert [len(one.unique()) for one in drawn[0]["groups"]] == [16 - 9] * 2
+    assert all("\n7 tokens of 16 patches, " in caption for caption in drawn[0]["captions"])
+
+
+def test_figures_are_told_as_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    noise(tmp_path / "own" / "a.png", 1)
+    (tmp_path / "own" / "b.png").write_text("no picture")
+    words = ["draw", str(model), str(tmp_path / "own"), "--output", str(tmp_path / "out"), "--json"]
+    assert main(words) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [Path(file).name for file in told["files"]] == ["grid.png", "a.png.png"]
+    (image,) = told["images"]
+    assert image["name"] == "a.png"
+    assert 0 < image["depth"] <= 4
+    assert [one["name"] for one in told["unreadable"]] == ["b.png"]
 
 
 def test_images_are_shown_as_the_model_saw_them(model: Path, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -323,7 +333,7 @@ def test_rank_correlation_is_that_of_scipy() -> None:
     [
         ([], {}, ValueError, "has no pictures: no file ends in .avif"),
         ([".a.png"], {}, ValueError, "has no pictures: 1 hidden: '.a.png'"),
-        (["kind/a.png"], {}, ValueError, "--per-class true"),
+        (["kind/a.png"], {}, ValueError, "--per-class$"),
         (["a.png"], {"folder": "nowhere"}, FileNotFoundError, "nowhere.* does not exist"),
         (["a.png"], {"per_class": True}, ValueError, "a folder for each class.*itself holds 'a.png'"),
         ([], {"per_class": True}, ValueError, "has no images"),

@@ -144,4 +144,5 @@ def test_the_site_has_every_page() -> None:
 
     found = pages_in(yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text())["nav"])
     written = {str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks").glob("*.md")}
-    assert found == {*PAGES} | written
+    notebooks = {f"docs/notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert found == {*PAGES} | written | notebooks

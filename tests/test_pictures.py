@@ -4,8 +4,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from models import METHODS, images, small_vit, vary
+from matplotlib.colors import to_rgb
+from models import METHODS as CONFIGS
+from models import images, small_vit, vary
 
+from adaptvit.methods import METHODS
 from adaptvit.show.pictures import (
     cost_histogram,
     curves,
@@ -13,19 +16,29 @@ from adaptvit.show.pictures import (
     depth_maps,
     laid_over,
     mean_colours,
+    merged_regions,
     one_below_another,
+    sizes_over,
+    token_sizes,
     tokens_per_block,
     tradeoff,
     usage_per_block,
     write_png,
 )
+from adaptvit.show.styles import styles
 from adaptvit.usage import Usage
+
+DICHROMATS = (
+    ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+)
+"""What who lacks the first or the second kind of cone sees of red, green and blue (Machado et al., 2009)."""
 
 
 @pytest.fixture(scope="module")
 def usage() -> Usage:
     vit = small_vit("rectangular")
-    return METHODS["avit"].build(vit).eval()(images(vit, count=5), detailed=True).usage
+    return CONFIGS["avit"].build(vit).eval()(images(vit, count=5), detailed=True).usage
 
 
 def test_a_depth_map_shows_the_depth_of_every_patch(usage: Usage) -> None:
@@ -61,7 +74,7 @@ def test_tokens_per_block_draws_the_means(usage: Usage) -> None:
 
 def test_usage_per_block_draws_the_means() -> None:
     vit = small_vit()
-    model = vary(METHODS["adavit"].build(vit)).eval()
+    model = vary(CONFIGS["adavit"].build(vit)).eval()
     usage = model(images(vit, count=8), detailed=True).usage
     rows = usage_per_block(usage, model.heads).axes
     drawn = {axes.get_ylabel(): torch.tensor([bar.get_height() for bar in axes.patches]) for axes in rows}
@@ -90,7 +103,7 @@ def test_usage_per_block_draws_the_means() -> None:
 )
 def test_what_no_image_left_out_is_not_drawn(name: str, rows: list[str]) -> None:
     vit = small_vit()
-    model = vary(METHODS[name].build(vit)).eval()
+    model = vary(CONFIGS[name].build(vit)).eval()
     axes = usage_per_block(model(images(vit, count=8), detailed=True).usage, model.heads).axes
     assert [one.get_ylabel() for one in axes] == rows
 
@@ -206,6 +219,40 @@ def test_groups_of_patches_are_shown_in_their_mean_colour() -> None:
     assert (shown[0, 1, 2:, 4:] == 0.5).all()
 
 
+def test_merged_regions_are_outlined_in_their_mean_colour() -> None:
+    image = torch.zeros(1, 3, 2, 4)
+    image[0, 0, :, :2] = torch.tensor([[0.2, 1.0], [0.4, 0.4]])
+    groups = torch.tensor([[[0, 0, 1, 2], [0, 3, 1, 2]]])
+    assert token_sizes(groups).tolist() == [[[3, 3, 2, 2], [3, 1, 2, 2]]]
+    shown = merged_regions(image, groups)
+    side = shown.shape[2] // 2
+    assert shown.shape == (1, 3, 2 * side, 4 * side)
+    inside = shown[0, :, 2::side, 2::side]  # a pixel of each patch, away from the lines
+    torch.testing.assert_close(inside, mean_colours(image, groups)[0])
+    edge = (shown != mean_colours(image, groups).repeat_interleave(side, 2).repeat_interleave(side, 3)).any(dim=1)[0]
+    assert edge[:, 2 * side].all()  # between 0 or 3 and 1
+    assert edge[side, side : 2 * side].all()  # between 0 and 3
+    assert not edge[:side, : 2 * side].any()  # within 0
+
+
+def test_a_map_of_merged_tokens_has_sizes_and_regions() -> None:
+    images, groups = torch.rand(2, 3, 16, 16), torch.arange(16).view(1, 4, 4).repeat(2, 1, 1) // 3
+    figure = depth_maps(images, torch.full((2, 4, 4), 6), 6, combined=True, groups=groups)
+    *panels, bar = (axes for axes in figure.axes if axes.images or axes.get_ylabel())
+    assert bar.get_ylabel() == "patches in the token"
+    assert panels[1].get_images()[0].get_array().max() == 3
+    assert sizes_over(images, groups).shape == images.shape
+
+
+def test_a_method_looks_alike_in_every_plot() -> None:
+    looks = styles([*METHODS, "tome, tuned", "mine", "yours"])
+    assert len({look.marker for name, look in looks.items() if name != "tome, tuned"}) == len(looks) - 1
+    assert looks["tome"] == looks["tome, tuned"] == styles(["mine", "tome"])["tome"]
+    for sight in DICHROMATS:  # told apart by who lacks a kind of cone, but for what has a marker of its own beside it
+        seen = torch.tensor([to_rgb(look.colour) for look in looks.values()]).double() @ torch.tensor(sight).double().T
+        assert len(seen.round(decimals=1).unique(dim=0)) >= len(looks) - 3
+
+
 def test_versions_of_images_stand_one_below_another() -> None:
     image, other = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 8)
     figure = one_below_another([("image", image, ["", ""]), ("other", other, ["1 GMACs", "2 GMACs"])], blocks=4)
@@ -218,8 +265,15 @@ def test_versions_of_images_stand_one_below_another() -> None:
 
 
 def test_a_tradeoff_has_a_line_a_name_from_left_to_right_and_a_star() -> None:
-    figure = tradeoff({"a": [(2.0, 0.5), (1.0, 0.4)], "b": [(1.5, 0.3)]}, (3.0, 0.6), "GMACs", dotted=("b",))
-    _, a, b, star = figure.axes[0].get_lines()
+    lines = {"a": [(2.0, 0.5, 0.1), (1.0, 0.4)], "b": [(1.5, 0.3)]}
+    figure = tradeoff(lines, (3.0, 0.6), "share", dotted=("b",), title="mine", dense_gmacs=2.0)
+    axes = figure.axes[0]
+    a, b, star = (line for line in axes.get_lines() if line.get_label() in ("a", "b", "dense"))
+    assert axes.get_title(loc="left") == "mine"
+    (whiskers,) = axes.collections
+    assert whiskers.get_segments()[1].tolist() == [[2.0, 0.4], [2.0, 0.6]]
+    (above,) = axes.child_axes
+    assert above.get_xlabel() == "GMACs an image"
     assert [(*line.get_xdata(),) for line in (a, b, star)] == [(1.0, 2.0), (1.5,), (3.0,)]
     assert [(*line.get_ydata(),) for line in (a, b, star)] == [(0.4, 0.5), (0.3,), (0.6,)]
     assert (a.get_linestyle(), b.get_linestyle(), star.get_marker()) == ("-", ":", "*")

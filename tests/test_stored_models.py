@@ -1,6 +1,7 @@
 """A model is named alike wherever one is named: a file, a folder, a repository of the Hub, or timm's name."""
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
@@ -126,6 +128,51 @@ def test_every_command_takes_a_repository_of_the_hub(command: str, folder: Path,
     assert main(words(command, stored(tmp_path, "hf-hub"), folder, tmp_path / "out")) == 0
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".ckpt"])
+def test_a_file_of_weights_alone_is_told_its_model(suffix: str, images: Tensor, tmp_path: Path) -> None:
+    kept = timm.create_model("test_vit2", num_classes=5, img_size=96).eval().state_dict()
+    path = tmp_path / f"mine{suffix}"
+    prefix = "model." if suffix == ".ckpt" else ""  # as Lightning has it
+    weights = {f"{prefix}{name}": value for name, value in kept.items()}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save({"state_dict": weights}, path)
+    opened = open_model(f"test_vit2={path}")
+    assert (opened.num_classes, opened.vit.patch_embed.img_size) == (5, (96, 96))
+    assert all(torch.equal(value, kept[name]) for name, value in opened.vit.state_dict().items())
+    with pytest.raises(ValueError, match="--model"):
+        open_model(path)
+    adaptvit.save(opened, tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="is an adaptvit file already, which says its model"):
+        open_model(f"test_vit2={tmp_path / 'ours.safetensors'}")
+    with pytest.raises(ValueError, match="does not fit the vit_tiny_patch16_224"):
+        open_model(f"{NAME}={path}")
+
+
+@pytest.mark.parametrize("command", ["predict", "bench", "compare"])
+def test_a_command_is_told_the_model_of_a_file(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_vit2", num_classes=5, img_size=32).state_dict(), "mine.pth")
+    assert main([*words(command, "mine.pth", folder, tmp_path / "out"), "--model", "test_vit2"]) == 0
+
+
+def test_a_timm_model_brings_the_names_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = timm.create_model("test_vit")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: made)
+    assert open_model("test_vit").class_names[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+
+
+def test_where_there_is_no_way_to_the_hub_a_sentence_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise OSError("no name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lost)
+    monkeypatch.setattr(adaptvit.weights.places, "getproxies", dict)
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(there is no way to huggingface\.co from here\)"):
+        open_model("vit_large_patch14_clip_336")
+    assert not constants.HF_HUB_OFFLINE
+
+
 def test_convert_takes_a_repository_too(tmp_path: Path) -> None:
     own = timm.create_model(NAME, num_classes=5)
     save_for_hf(own, tmp_path / "mine", safe_serialization=True)
@@ -160,7 +207,7 @@ def test_a_repository_without_weights_is_told_from_one_that_cannot_be_reached(tm
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match=r"hf-hub:me/mine has no weights: none of model\.safetensors"):
         open_model("hf-hub:me/mine")
-    with pytest.raises(ValueError, match=r"hf-hub:me/other is not here .*\(no network\)"):
+    with pytest.raises(ValueError, match=r"hf-hub:me/other is not here .*\((no network|there is no way .*)\)"):
         open_model("hf-hub:me/other")
 
 

@@ -122,7 +122,7 @@ def execute(arguments: Namespace) -> None:
         trials.append(trial)
         top1 = "" if trial.top1 is None else f", top-1 {trial.top1:.1%}"
         cost = f"{_with_error(trial)} of the MACs, {trial.gmacs:.3f} GMACs, {trial.images_per_s:.0f} images/s"
-        say(f"{trial.knob:10.4g}: {cost}{top1}")
+        say(f"knob at {trial.knob:8.4g}: {cost}{top1}")
 
     config = set_budget(**told, tell=tell)
     assert config.knob is not None  # or there would have been nothing to move

@@ -47,7 +47,16 @@ from adaptvit.methods import METHODS, dense, is_dense, named, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.records import contents, known, same, stable, version, write_record
-from adaptvit.show.pictures import Figure, data_uri, laid_over, mean_colours, one_below_another, tradeoff, write_png
+from adaptvit.show.pictures import (
+    Figure,
+    Point,
+    data_uri,
+    laid_over,
+    merged_regions,
+    one_below_another,
+    tradeoff,
+    write_png,
+)
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import progress_bar, say, warn
 from adaptvit.weights.checkpoints import digest
@@ -194,9 +203,11 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
     if tell is not None:
         tell(rows)
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
-    write_csv(config.output / "methods.csv", [_line(row) for row in rows])
+    lines = [_line(row) for row in rows]
+    write_csv(config.output / "methods.csv", lines)
     write_atomically(config.output / "conditions.json", as_json(conditions | timed["machine"], indent=2) + "\n")
-    plots = _plots(rows, {entry.name: model.config.method for entry, model in models.items() if entry.budget is None})
+    tuned = {entry.name: model.config.method for entry, model in models.items() if entry.budget is None}
+    plots = tradeoffs(lines, tuned, f"{config.model} on {config.dataset or config.root}")
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
     shown = sorted(budgets)[(len(budgets) - 1) // 2] if budgets else None
@@ -366,7 +377,7 @@ class _Compared:
             seen = pixels(images.cpu(), preparation(model))
             groups = [one for one in last_groups(usage) if one is not None]
             if groups:
-                shown = mean_colours(seen, torch.stack(groups))
+                shown = merged_regions(seen, torch.stack(groups))
             else:
                 shown = laid_over(seen, usage.patch_depth, blocks)
                 below |= bool((usage.patch_depth < 1).any())
@@ -376,8 +387,8 @@ class _Compared:
         if len(rows) == 1:
             return []
         said = (
-            "A row for each model. Where it merges, the patches of each token are shown in their mean colour; where it "
-            "drops patches, the colour over each says how many blocks worked on it."
+            "A row for each model. Where it merges, the patches of each token are one region, outlined, in their mean "
+            "colour; where it drops patches, the colour over each says how many blocks worked on it."
         )
         return [Illustration(data_uri(one_below_another(rows, blocks, below), "png"), said, wide=True)]
 
@@ -409,34 +420,33 @@ class _Compared:
 def methods_table(rows: Sequence[EntryRow]) -> Table:
     """What was found, a line an entry."""
     columns = [
-        "",
-        "top-1, %",
-        "against dense",
-        "GMACs, p10 to p90",
-        "images/s masked, packed",
-        "gain, ideal",
-        "ms, p95",
+        *("", "top-1, %", "against dense", "±", "GMACs", "p10", "p90", "of dense, %"),
+        *("masked, images/s", "packed, images/s", "gain", "ideal", "ms", "ms, p95"),
     ]
     refused = any(row.record["refused"] for row in rows)
+    dense = rows[0].record["gmacs"]
     cells = []
     for row in rows:
-        record, speed = row.record, row.speed
+        record, speed, gap = row.record, row.speed, row.against_dense
         if record["refused"]:
             cells.append([row.entry.label, *["-"] * (len(columns) - 1), record["refused"]])
             continue
-        cost = f"{record['gmacs']:.3f}, {record['gmacs_p10']:.3f} to {record['gmacs_p90']:.3f}"
-        gap = row.against_dense
-        gap_text = "" if gap is None else f"{100 * gap[0]:+.1f} ± {100 * gap[1]:.1f}"
-        own = row.entry == DENSE
-        rates = f"{speed['dense']:.1f}" if own else f"{speed['masked']:.1f}, {speed['packed']:.1f}"
-        gains = "" if own else f"{speed['realised']:.2f}, {speed['ideal']:.2f}"
-        late = f"{1e3 * speed['p50']:.1f}, {1e3 * speed['p95']:.1f}"
-        line = [row.entry.label, f"{100 * record['top1']:.1f}", gap_text, cost, rates, gains, late]
+        line = [row.entry.label, f"{100 * record['top1']:.1f}"]
+        line += ["", ""] if gap is None else [f"{100 * gap[0]:+.1f}", f"{100 * gap[1]:.1f}"]
+        line += [f"{record[name]:.3f}" for name in ("gmacs", "gmacs_p10", "gmacs_p90")]
+        line.append(f"{100 * record['gmacs'] / dense:.1f}")
+        if row.entry == DENSE:
+            line += ["", f"{speed['dense']:.1f}", "", ""]
+        else:
+            line += [f"{speed[name]:.1f}" for name in ("masked", "packed")]
+            line += [f"{speed[name]:.2f}" for name in ("realised", "ideal")]
+        line += [f"{1e3 * speed[name]:.1f}" for name in ("p50", "p95")]
         cells.append(line + [""] * refused)
     note = (
-        "Against dense: difference in top-1, image by image, and its standard error. Gain: speed of the packed batch "
-        "over that of the dense model, all models in turns; ideal: dense MACs over executed MACs. ms: one image at a "
-        "time, median and 95th percentile."
+        "Against dense: difference in top-1 in points, image by image, and ± its standard error. GMACs: executed, in "
+        "10⁹ multiply-accumulates, mean, 10th and 90th percentile over images. Gain: speed of the packed batch over "
+        "that of the dense model, which is in its column, all models in turns; ideal: dense MACs over executed MACs. "
+        "ms: one image at a time, median and 95th percentile."
     )
     return Table(columns + ["why not"] * refused, cells, note)
 
@@ -552,27 +562,36 @@ def _line(row: EntryRow) -> dict[str, Any]:
     return line | {"config": as_json(record["config"])}
 
 
-def _plots(rows: Sequence[EntryRow], methods: Mapping[str, str]) -> dict[str, tuple[Figure, str]]:
-    """Figures by file name, each with its caption; `methods` are those of the fine-tuned files, by name."""
-    done = [row for row in rows if not row.record["refused"]]
-    dense, others = done[0], done[1:]
+def tradeoffs(
+    lines: Sequence[Mapping[str, Any]], tuned: Mapping[str, str], title: str
+) -> dict[str, tuple[Figure, str]]:
+    """Plots by file name, each with its caption.
 
-    def plot(x: Callable[[EntryRow], float], label: str, better: Literal["less", "more"]) -> Figure:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in others:
-            tuned = row.entry.budget is None
-            name = f"{methods[row.entry.name]}, tuned" if tuned else row.entry.name
-            lines.setdefault(name, []).append((x(row), row.record["top1"]))
-        return tradeoff(lines, (x(dense), dense.record["top1"]), label, (named("control"),), better)
+    Args:
+        lines: of `methods.csv`, the dense model first.
+        tuned: the methods of the fine-tuned files, by the names of these.
+        title: of both.
+    """
+    dense, *others = [line for line in lines if not line["refused"]]
 
+    def plot(x: Callable[[Mapping[str, Any]], float], label: str, better: Literal["less", "more"]) -> Figure:
+        curves: dict[str, list[Point]] = {}
+        for line in others:
+            name = f"{tuned[line['name']]}, tuned" if line["name"] in tuned else line["name"]
+            curves.setdefault(name, []).append((x(line), line["top1"], line["standard_error"] or 0.0))
+        gmacs = dense["gmacs"] if better == "less" else None
+        return tradeoff(curves, (1.0, dense["top1"]), label, (named("control"),), better, title, gmacs)
+
+    whiskers = "whiskers are one standard error of the difference from it, image by image."
     return {
         "accuracy_gmacs": (
-            plot(lambda row: row.record["gmacs"], "GMACs, mean over images", "less"),
-            "Top-1 against executed MACs: further left is cheaper. The star is the dense model, the band the frontier.",
+            plot(lambda line: line["gmacs"] / dense["gmacs"], "share of the dense MACs, mean over images", "less"),
+            "Top-1 against executed MACs: further left is cheaper. The star is the dense model, the dashed line the "
+            f"frontier; {whiskers}",
         ),
         "accuracy_speed": (
-            plot(lambda row: row.speed.get("realised", 1.0), "measured speed over the dense model's", "more"),
-            "Top-1 against speed, measured in turns: further right is faster. The star and the band as above.",
+            plot(lambda line: line["realised_gain"] or 1.0, "measured speed over the dense model's", "more"),
+            "Top-1 against speed, measured in turns: further right is faster. Star, line and whiskers as above.",
         ),
     }
 
@@ -585,12 +604,23 @@ def _headline(rows: Sequence[EntryRow], budget: float | None) -> str:
     if budget is None or not able:
         return f"{sum(row.against_dense is not None for row in rows)} models beside the dense one."
     best = max(able, key=lambda row: (row.record["top1"], -row.record["gmacs"]))
+    alike = [row for row in able if row is best or _within_error(best, row)]
     assert best.against_dense is not None
     gap, error = (100 * part for part in best.against_dense)
+    against = f"{gap:+.1f} ± {error:.1f} points against dense, at {best.speed['realised']:.2f} times the speed"
+    if len(alike) == 1:
+        return f"At {budget:.0%} of the MACs {best.entry.name} keeps most of the accuracy without training: {against}."
+    names = ", ".join(row.entry.name for row in alike[:-1])
     return (
-        f"At {budget:.0%} of the MACs {best.entry.name} keeps most of the accuracy without training: {gap:+.1f} ± "
-        f"{error:.1f} points against dense, at {best.speed['realised']:.2f} times the speed."
+        f"At {budget:.0%} of the MACs, without training, {names} and {alike[-1].entry.name} are within two standard "
+        f"errors of one another; {best.entry.name} has {against}."
     )
+
+
+def _within_error(best: EntryRow, other: EntryRow) -> bool:
+    """Whether two models are not told apart by two standard errors of their difference, image by image."""
+    gap = _paired_by_image(best.record, other.record)
+    return gap is not None and gap[0] <= 2 * gap[1]
 
 
 def _said(value: object) -> str:

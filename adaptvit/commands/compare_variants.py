@@ -134,7 +134,7 @@ def compare(
     ]
     write_csv(output / "runs.csv", lines)
     write_csv(output / "summary.csv", [summary(row) for row in rows])
-    plots = _plots(rows)
+    plots = drawn(_spreads(rows))
     for name, (figure, _) in plots.items():
         write_png(figure, output / f"{name}.png")
     write_report(_report(comparison, rows, seeds, plots), output / "report.html")
@@ -308,16 +308,25 @@ def summary(row: VariantRow) -> dict[str, Any]:
     return line | row.speed
 
 
-def _plots(rows: Sequence[VariantRow]) -> dict[str, tuple[Figure, str]]:
-    """Figures by file name, each with its caption."""
+def drawn(spreads: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, tuple[Figure, str]]:
+    """Figures by file name, each with its caption.
+
+    Args:
+        spreads: of each variant, by figure, its mean over seeds and their standard deviation.
+    """
     plots = {}
     for figure, label, scale in (("top1", "top-1, %", 100.0), ("gmacs", "GMACs", 1.0), ("depth_mean", "depth", 1.0)):
-        values = {row.name: both for row in rows if (both := row.over_seeds(figure)) is not None}
-        if values:
-            points = {name: (scale * middle, scale * spread) for name, (middle, spread) in values.items()}
+        points = {name: tuple(scale * part for part in own[figure]) for name, own in spreads.items() if figure in own}
+        if points:
             caption = f"{label}: mean over seeds, the bar one standard deviation to each side."
-            plots[figure] = (error_bars(points, label), caption)
+            plots[figure] = (error_bars(points, label), caption)  # type: ignore[arg-type]
     return plots
+
+
+def _spreads(rows: Sequence[VariantRow]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Means and deviations of those that have them."""
+    names = ("top1", "gmacs", "depth_mean")
+    return {row.name: {name: both for name in names if (both := row.over_seeds(name))} for row in rows}
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,14 @@ def tell_json(where: str | None, figures: Any) -> None:
             say(line, sys.stdout)
     elif where is not None:
         write_atomically(Path(where), as_json(figures, indent=2) + "\n")
+
+
+def unused(unreadable: Sequence[Unreadable], left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """The same as `say_unused` says, as figures."""
+    return {
+        "unreadable": [{"name": one.name, "reason": one.reason} for one in unreadable],
+        "left_out": [asdict(one) for one in left_out],
+    }
 
 
 def say_table(cells: Table) -> None:

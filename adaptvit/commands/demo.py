@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, check_fields
+from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import Data, open_digits
 from adaptvit.files import check_output_folder
 from adaptvit.macs import macs
@@ -24,7 +25,7 @@ from adaptvit.methods.avit import AViT, AViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.process import as_found, in_float64
 from adaptvit.records import version
-from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps, tokens_per_block
+from adaptvit.show.pictures import cost_histogram, curves, data_uri, depth_maps, macs_unit, tokens_per_block
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import say
 from adaptvit.tokens import Masked, Packed
@@ -96,6 +97,16 @@ class DemoOutcome:
     """Dense MACs over executed MACs."""
     report: Path
     """The HTML file."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What it found, as JSON takes it."""
+        runs = {"dense": self.dense, "masked": self.masked, "packed": self.packed}
+        told: dict[str, Any] = {}
+        for name, result in runs.items():
+            speed = getattr(self.speed, name)
+            told[name] = {"top1": result.top1, "gmacs": result.gmacs, "images_per_s": speed, "images": result.images}
+        return {**told, "ideal_speedup": self.ideal, "realised_speedup": self.speed.gain, "report": str(self.report)}
 
 
 @as_found()
@@ -189,18 +200,20 @@ def _headline(outcome: DemoOutcome) -> str:
 
 
 def _table(outcome: DemoOutcome) -> Table:
+    unit, scale = macs_unit(outcome.dense.gmacs)
+
     def row(name: str, result: Result, rate: float, ideal: str, realised: str) -> list[str]:
-        return [name, f"{result.top1:.1%}", f"{result.gmacs:.4f}", f"{rate:,.0f}", ideal, realised]
+        return [name, f"{result.top1:.1%}", f"{scale * result.gmacs:.1f}", f"{rate:,.0f}", ideal, realised]
 
     timing = outcome.speed
     return Table(
-        columns=["", "accuracy", "GMACs", "images/s", "ideal gain", "realised gain"],
+        columns=["", "accuracy", unit, "images/s", "ideal gain", "realised gain"],
         rows=[
             row("dense (timm)", outcome.dense, timing.dense, "1.00", "1.00"),
             row("A-ViT, masked", outcome.masked, timing.masked, "", f"{timing.masked / timing.dense:.2f}"),
             row("A-ViT, packed", outcome.packed, timing.packed, f"{outcome.ideal:.2f}", f"{timing.gain:.2f}"),
         ],
-        note="Accuracy on held-out digits; GMACs are billions of multiply-accumulates, mean per "
+        note=f"Accuracy on held-out digits; {unit} are 10{'⁹' if scale == 1 else '⁶'} multiply-accumulates, mean per "
         "image; ideal gain is dense MACs over these; realised gain is speed over the dense speed, the three timed in "
         "turns in one run. Masked computes every token and hides the stopped ones, packed computes only what is left. "
         f"One of the {outcome.dense.images} test digits is {1 / outcome.dense.images:.1%}, and A-ViT had its "
@@ -213,6 +226,7 @@ def _report(
     outcome: DemoOutcome, model: AViT, data: Data, learned: list[Epoch], adapted: list[Epoch], config: DemoConfig
 ) -> Report:
     result, blocks = outcome.packed, model.shape.depth
+    unit, scale = macs_unit(outcome.dense.gmacs)
     rows, columns = result.usage.grid
     cost = in_float64(macs(result.usage, model.shape)) / 1e9
     order = cost.argsort()
@@ -227,7 +241,7 @@ def _report(
         whole.usage.patch_depth,
         blocks,
         captions=[
-            f"“{data.classes[label]}”, {1e3 * cost[index]:.0f} MMACs"
+            f"“{data.classes[label]}”, {scale * cost[index]:.0f} {unit}"
             for index, (_, label) in zip(chosen, items, strict=True)
         ],
     )
@@ -301,9 +315,12 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Train a small ViT on scikit-learn's digits, make it adaptive, measure both and write a report.",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="Folder of the report and the weights.")
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> None:
     """Run the demo at its default sizes; an interrupted one goes on where it stopped."""
-    run_demo(arguments.output)
+    check_json(arguments.json)
+    outcome = run_demo(arguments.output)
+    tell_json(arguments.json, outcome.figures)

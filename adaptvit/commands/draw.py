@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.commands.console import config_of, say_unused
+from adaptvit.commands.console import add_json, check_json, config_of, say_unused, tell_json, unused
 from adaptvit.data import (
     DataConfig,
     LeftOut,
+    Listing,
     Samples,
     Unreadable,
+    check_sources,
     class_names,
     collate,
     first_of,
@@ -38,7 +40,7 @@ from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
-from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, mean_colours, usage_per_block, write_png
+from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, usage_per_block, write_png
 from adaptvit.terminal import progress_bar, say
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model
@@ -104,6 +106,9 @@ class Drawing:
     """Of a summary: whether images that are harder cost more, in one line."""
     left_out: tuple[LeftOut, ...] = ()
     """What lies in the folder and is not looked at."""
+    images: tuple[dict[str, Any], ...] = ()
+    """Of each picture looked at its name and GMACs; beside them the mean depth of its patches or, in a summary, the
+    cross-entropy of its class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +125,11 @@ class Seen:
     """(rows, columns) blocks each patch entered."""
     groups: Tensor | None = None
     """(rows, columns) the token that each patch is part of in the end, where the method merges tokens."""
+
+    @property
+    def mean_depth(self) -> float:
+        """Over the patches."""
+        return self.depth.double().mean().item()
 
     @property
     def spread(self) -> float:
@@ -146,9 +156,10 @@ def _draw(config: DrawConfig) -> Drawing:
     if not config.folder.is_dir():
         raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
     check_output_folder(config.output)
+    listing = _listing(config)
     model = open_model(config.model).to(config.device)
     settings = preparation(model, f"model {config.model!r}")
-    samples = _samples(config, settings)
+    samples = _samples(config, settings, listing)
     if config.summary:
         return _summary(model, samples, settings, config)
     if config.per_class:
@@ -164,7 +175,8 @@ def _draw(config: DrawConfig) -> Drawing:
         raise _none_readable(unreadable, config.folder)
     images = pixels(torch.stack([one.image for one in seen]), settings)
     depth = torch.stack([one.depth for one in seen])
-    captions = _captions(seen, titles, _gmacs(model, seen, config.batch_size), model.depth)
+    gmacs = _gmacs(model, seen, config.batch_size)
+    captions = _captions(seen, titles, gmacs, model.depth)
 
     pages = [slice(start, start + PAGE) for start in range(0, len(seen), PAGE)]
     grids = ["grid"] if len(pages) == 1 else [f"grid-{number}" for number in range(1, len(pages) + 1)]
@@ -173,25 +185,39 @@ def _draw(config: DrawConfig) -> Drawing:
     files = []
     for name, part in progress_bar([*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing"):
         columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
-        groups = [one.groups for one in seen[part] if one.groups is not None]
-        merged = mean_colours(images[part], torch.stack(groups)) if groups else None
-        figure = depth_maps(images[part], depth[part], model.depth, columns, captions[part], True, panel, merged=merged)
+        figure = depth_maps(
+            images[part], depth[part], model.depth, columns, captions[part], True, panel, _groups(seen[part])
+        )
         files.append(config.output / f"{name}.png")
         write_png(figure, files[-1])
-    return Drawing(tuple(files), tuple(unreadable), beyond, left_out=samples.left_out)
+    told = tuple(
+        {"name": one.name, "gmacs": cost, "depth": one.mean_depth} for one, cost in zip(seen, gmacs, strict=True)
+    )
+    return Drawing(tuple(files), tuple(unreadable), beyond, left_out=samples.left_out, images=told)
 
 
-def _samples(config: DrawConfig, settings: dict[str, Any]) -> Samples:
-    """The pictures that lie in the folder; those of its folders of classes where it is told to, or has no others."""
+def _listing(config: DrawConfig) -> Listing | None:
+    """The pictures that lie in the folder; None where those of its folders of classes are drawn.
+
+    Raises:
+        ValueError: there are none.
+    """
     listing = list_images(config.folder, below=False)
     if config.per_class or (config.summary and not listing.names):
-        samples = open_split(DataConfig(root=config.folder), settings, "validation")
-        assert isinstance(samples, Samples)
-        return samples
+        check_sources(DataConfig(root=config.folder))
+        return None
     if not listing.names:
-        hint = "; for folders of classes, pass --per-class true" if "folders" in listing.skipped else ""
+        hint = "; for folders of classes, pass --per-class" if "folders" in listing.skipped else ""
         raise ValueError(f"folder {str(config.folder)!r} has no pictures: {listing.instead}{hint}")
-    return open_pictures(listing, settings)
+    return listing
+
+
+def _samples(config: DrawConfig, settings: dict[str, Any], listing: Listing | None) -> Samples:
+    if listing is not None:
+        return open_pictures(listing, settings)
+    samples = open_split(DataConfig(root=config.folder), settings, "validation")
+    assert isinstance(samples, Samples)
+    return samples
 
 
 def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], config: DrawConfig) -> Drawing:
@@ -208,7 +234,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
             captions[place] += f", {which} at {(-record.difficulty[row]).exp():.1%}"
         images = pixels(torch.stack([one.image for one in seen]), settings)
         depth = torch.stack([one.depth for one in seen])
-        return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45)
+        return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45, _groups(seen))
 
     figures: dict[str, Callable[[], Figure]] = {
         "usage": lambda: usage_per_block(record.usage, model.heads),
@@ -224,7 +250,11 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
         write_png(figure(), file)
     beyond = len(samples) - len(gmacs) - len(record.unreadable)
     finding = _finding(gmacs, record.difficulty, labelled)
-    return Drawing(tuple(files), tuple(record.unreadable), beyond, finding, samples.left_out)
+    figures_of = zip(record.indices, gmacs.tolist(), record.difficulty.tolist(), strict=True)
+    told = tuple(
+        {"name": samples.name(index), "gmacs": cost, "cross_entropy": loss} for index, cost, loss in figures_of
+    )
+    return Drawing(tuple(files), tuple(record.unreadable), beyond, finding, samples.left_out, told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +269,8 @@ class Record:
     difficulty: Tensor
     """(B,) cross-entropy of that class, in nats: minus the logarithm of its probability."""
     unreadable: list[Unreadable]
+    merged: bool
+    """Whether tokens were merged, of which `usage` does not keep the groups."""
 
 
 @torch.inference_mode()
@@ -250,7 +282,7 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
     """
     count, like = min(config.most, len(samples)), next(model.parameters())
     indices = [place * len(samples) // count for place in range(count)]
-    readable, usages, classes, difficulty, unreadable = [], [], [], [], []
+    readable, usages, classes, difficulty, unreadable, merged = [], [], [], [], [], False
     for start in progress_bar(range(0, count, config.batch_size), "looking"):
         part = indices[start : start + config.batch_size]
         items = [samples[index] for index in part]
@@ -261,6 +293,7 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
             continue
         output = model(batch.images.to(like), detailed=True)
         _check_tracked(model, output.usage)
+        merged |= output.usage.groups is not None
         logits = output.logits.double().cpu()
         sound = logits.isfinite().all(dim=1)
         for index, fine in zip(there, sound.tolist(), strict=True):
@@ -272,22 +305,24 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
         difficulty.append(cross_entropy(logits[sound], classes[-1], reduction="none"))
     if not readable:
         raise _none_readable(unreadable, config.folder)
-    return Record(readable, join(usages), torch.cat(classes), torch.cat(difficulty), unreadable)
+    return Record(readable, join(usages), torch.cat(classes), torch.cat(difficulty), unreadable, merged)
 
 
 @torch.inference_mode()
 def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -> list[Seen]:
-    """Some images of the record, decoded again, with the depths of their tokens; run again only if they left early."""
+    """Some images of the record, decoded again, with the depths of their tokens; run again only where the record lacks
+    something of them: they left early, or were merged."""
     indices = [record.indices[row] for row in rows.tolist()]
     items: list[Any] = [samples[index] for index in indices]
-    if model.leaves_early:
+    usage = record.usage.of_images(rows)
+    if model.leaves_early or record.merged:
         images = torch.stack([image for image, _ in items])
-        depth = model.to_the_end(images.to(next(model.parameters()))).usage.patch_depth
-    else:
-        depth = record.usage.of_images(rows).patch_depth
+        usage = model.to_the_end(images.to(next(model.parameters()))).usage
     return [
-        Seen(samples.name(index), label, image, own)
-        for index, (image, label), own in zip(indices, items, depth.cpu(), strict=True)
+        Seen(samples.name(index), label, image, depth, groups)
+        for index, (image, label), depth, groups in zip(
+            indices, items, usage.patch_depth.cpu(), last_groups(usage), strict=True
+        )
     ]
 
 
@@ -296,6 +331,12 @@ def last_groups(usage: Usage) -> Sequence[Tensor | None]:
     if usage.groups is None:
         return [None] * len(usage.attended)
     return usage.groups[:, -1].unflatten(1, usage.grid).cpu().unbind()
+
+
+def _groups(seen: Sequence[Seen]) -> Tensor | None:
+    """The groups of several images; None where their patches are not merged."""
+    groups = [one.groups for one in seen if one.groups is not None]
+    return torch.stack(groups) if groups else None
 
 
 def _finding(gmacs: Tensor, difficulty: Tensor, labelled: bool) -> str:
@@ -401,9 +442,11 @@ def _captions(seen: list[Seen], titles: list[str], gmacs: list[float], blocks: i
     """Two lines for each image."""
     lines = []
     for one, title, cost in zip(seen, titles, gmacs, strict=True):
-        mean = one.depth.double().mean().item()
         gmacs_text = f"{cost:#.3g}".rstrip(".")
-        lines.append(f"{shortened(title)}\ndepth {mean:.1f} ± {one.spread:.1f} of {blocks}, {gmacs_text} GMACs")
+        kept = f"depth {one.mean_depth:.1f} ± {one.spread:.1f} of {blocks}"
+        if one.groups is not None:
+            kept = f"{len(one.groups.unique())} tokens of {one.groups.numel()} patches"
+        lines.append(f"{shortened(title)}\n{kept}, {gmacs_text} GMACs")
     return lines
 
 
@@ -424,12 +467,14 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Draw images beside the depth of their tokens, or what many images use and cost."
     )
     parser.add_class_arguments(DrawConfig, as_positional=True)
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> int:
     """Say what was drawn; 1 where images could not be read."""
     config = config_of(DrawConfig, arguments)
+    check_json(arguments.json)
     drawing = draw(config)
     say(f"{len(drawing.files)} pictures in {config.output}, {drawing.files[0].name} the first to open")
     if drawing.beyond_limit:
@@ -438,4 +483,7 @@ def execute(arguments: Namespace) -> int:
         say(f"{drawing.beyond_limit} more {what} are not {done}: --limit {config.most} is the most")
     if drawing.finding:
         say(drawing.finding)
+    told = {"files": [str(file) for file in drawing.files], "images": list(drawing.images)}
+    told |= {"beyond_limit": drawing.beyond_limit, "finding": drawing.finding or None}
+    tell_json(arguments.json, told | unused(drawing.unreadable, drawing.left_out))
     return say_unused(drawing.unreadable, drawing.left_out)

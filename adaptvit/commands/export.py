@@ -10,8 +10,10 @@ from jsonargparse import ArgumentParser, Namespace
 from adaptvit.backbones.base import input_size
 from adaptvit.budget import check_target, meet_target
 from adaptvit.checks import In, OneOf, checked
+from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import first_of, list_folder, open_pictures, preparation, read_names, spread_over
 from adaptvit.export import DTYPES, Exported, Format, check_exportable, export
+from adaptvit.files import check_output
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import Dense, Masked
@@ -53,6 +55,7 @@ def export_model(
         MissingLibrary: a library of the extra `onnx` is not there.
         ValueError: what cannot be exported, a target that cannot be met, or a file that has other logits.
     """
+    check_output(output)
     opened = open_model(model)
     if target is not None:
         check_target(target, "share")
@@ -90,13 +93,19 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Write a model as ONNX or as a program of torch.export; run the file and compare.",
     )
     parser.add_function_arguments(export_model, as_positional=True, skip={"tell"})
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> None:
     """Print what is done, and how the file did."""
-    found = export_model(**arguments.as_dict(), tell=say)
+    told = arguments.as_dict()
+    where = told.pop("json")
+    check_json(where)
+    found = export_model(**told, tell=say)
     facts = found.facts
     say(f"{found.path}: {found.size / 1e6:.1f} MB, {facts['gmacs']:.3f} GMACs, {facts['share']:.1%} of the dense MACs")
     what = "images" if arguments.data else "images of noise"
     say(f"as the model on {found.equal} of {found.images} {what}, logits differ by {found.difference:.1g} at most")
+    checked = {"bytes": found.size, "images": found.images, "equal": found.equal, "difference": found.difference}
+    tell_json(where, {"file": str(found.path), **facts, **checked})

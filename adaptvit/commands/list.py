@@ -6,7 +6,7 @@ from importlib import import_module
 import timm
 from jsonargparse import ArgumentParser, Namespace
 
-from adaptvit.commands.parsing import dashed
+from adaptvit.commands.parsing import add_told_model, dashed
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say
 from adaptvit.training.recipes import RECIPES
@@ -57,6 +57,7 @@ def completion() -> str:
     cases = []
     for command in COMMANDS:
         parser = import_module(f"adaptvit.commands.{command}").options([command])
+        add_told_model(parser)
         options = sorted(dashed(option) for option in parser._option_string_actions if option.startswith("--"))
         cases.append(f'        {command}\\ ) options="{" ".join([*options, "--quiet"])}" ;;')
     return COMPLETION.format(cases="\n".join(cases), commands=" ".join(COMMANDS))

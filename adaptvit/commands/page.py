@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -23,10 +23,19 @@ from filelock import FileLock, Timeout
 from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 
-from adaptvit.commands.sessions import Answer, Playground, PlaygroundConfig, Session, Subject, View, open_picture
+from adaptvit.commands.sessions import (
+    DIGITS,
+    Answer,
+    Playground,
+    PlaygroundConfig,
+    Session,
+    Subject,
+    View,
+    open_picture,
+)
 from adaptvit.extras import needed
 from adaptvit.methods import METHODS
-from adaptvit.show.pictures import COLOURS
+from adaptvit.show.pictures import COLOURS, macs_unit
 
 with needed("the playground"):
     import gradio as gr
@@ -51,6 +60,8 @@ FOLDER = "adaptvit-playground-"
 """How the names of the temporary folders of these pictures begin."""
 KEPT_S = 3600
 """Seconds that a session or an uploaded file is kept."""
+STAYS: Literal["minimal"] = "minimal"
+"""How gradio shows that it computes: what is there stays."""
 SHARE = 50
 """Per cent of the dense MACs to begin with."""
 STYLE = """
@@ -71,11 +82,14 @@ footer {display: none !important}
 .plots {display: grid; grid-template-columns: 1fr 1fr; gap: 2rem}
 .plots figure {margin: 0}
 .plots img {width: 100%; background: white}
+.dark .plots img {filter: invert(.9) hue-rotate(180deg)}
 .plots figcaption, .said {font-size: .9rem; color: var(--body-text-color); opacity: .72}
 .legend {display: flex; gap: .5rem; align-items: center; font-size: .85rem; color: var(--body-text-color)}
 .legend div {flex: 0 0 8rem; height: .6rem; border-radius: 3px}
 @media (max-width: 640px) {
   .pictures {flex-direction: column}
+  .results {display: flex; flex-direction: column}
+  .results > :has(#answers), .results > #answers {order: -1}
   .answers, .plots {grid-template-columns: 1fr; gap: 1.2rem}
 }
 """
@@ -203,13 +217,13 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
                 method = gr.Dropdown(methods(playground, names[0]), label="Method", elem_id="method")
                 share = gr.Slider(5, 100, SHARE, step=1, label="Budget, % of dense MACs", buttons=[], elem_id="share")
                 said = gr.HTML(elem_id="said")
-            with gr.Column(scale=3):
+            with gr.Column(scale=3, elem_classes="results"):
                 with gr.Row(elem_classes="pictures"):
                     pictures = [
                         gr.Image(label=label, buttons=[], interactive=False, elem_id=name)
                         for label, name in (
                             ("As the model sees it", "seen"),
-                            ("Blocks that worked on each patch", "depth"),
+                            ("Where the compute went", "depth"),
                             ("What one block works on", "kept"),
                         )
                     ]
@@ -239,7 +253,7 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
             block = int(block) if same else view.blocks
             kept, sentence = view.block(block)
             slider = gr.skip() if same else gr.Slider(maximum=view.blocks, value=block)
-            seen = [view.image(), view.depth(), kept, legend_html(view), slider, _said(sentence)]
+            seen = [view.image(), view.shading(), kept, legend_html(view), slider, _said(sentence)]
             return [own, view, *seen, answers_html(view), _said(budget_text(view)), plots_html(view)]
 
         def take(
@@ -257,6 +271,8 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
                 Path(path).unlink(missing_ok=True)
             if picture.note:
                 gr.Info(escape(picture.note), title="Picture")
+            if name == DIGITS:
+                gr.Info("This model has seen handwritten digits alone: any picture is a digit to it.", title="Model")
             return look(own, before, block, name, way, per_cent)
 
         def choose(
@@ -299,13 +315,15 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
         def leave(request: gr.Request) -> None:
             blocks.state_holder.delete_state(request.session_hash)
 
-        blocks.load(look, asked, shown)
+        blocks.load(look, asked, shown, show_progress=STAYS)
         blocks.unload(leave)
-        file.upload(take, [file, *asked], shown).then(lambda: None, None, file)
-        examples.select(choose, asked, shown)
-        model.select(change, [session, last, number, model, share], [model, method, examples, *shown])
-        method.select(look, asked, shown)
-        share.release(look, asked, shown, trigger_mode="always_last")
+        file.upload(take, [file, *asked], shown, show_progress=STAYS).then(lambda: None, None, file)
+        examples.select(choose, asked, shown, show_progress=STAYS)
+        model.select(
+            change, [session, last, number, model, share], [model, method, examples, *shown], show_progress=STAYS
+        )
+        method.select(look, asked, shown, show_progress=STAYS)
+        share.release(look, asked, shown, trigger_mode="always_last", show_progress=STAYS)
         number.input(
             turn, [last, number], [pictures[2], block_said], show_progress="hidden", trigger_mode="always_last"
         )
@@ -453,24 +471,24 @@ def methods(playground: Playground, model: str) -> list[tuple[str, str]]:
 def answers_html(view: View) -> str:
     """Both answers side by side."""
     dense, adaptive = view.dense, view.adaptive
-    ratio = f" ({adaptive.gmacs / dense.gmacs:.0%} of the dense MACs)"
+    unit, scale = macs_unit(dense.gmacs)
+    gain = f": {adaptive.gmacs / dense.gmacs:.0%} of the dense MACs, {adaptive.times:.2f} times as fast"
     columns = [
-        _answer("Dense: the same weights, nothing left out", dense, ""),
-        _answer(f"Adaptive: {METHODS[view.method].title}", adaptive, ratio),
+        _answer("Dense: the same weights, nothing left out", dense, f"{scale * dense.gmacs:.3g} {unit}"),
+        _answer(f"Adaptive: {METHODS[view.method].title}", adaptive, f"{scale * adaptive.gmacs:.3g} {unit}", gain),
     ]
     return f'<div class="answers">{"".join(columns)}</div>'
 
 
-def _answer(title: str, answer: Answer, ratio: str) -> str:
+def _answer(title: str, answer: Answer, cost: str, gain: str = "") -> str:
     rows = "".join(
         f'<div class="class"><span>{escape(name)}</span><span>{probability:.1%}</span></div>'
         f'<div class="bar"><div style="width: {probability:.1%}"></div></div>'
         for name, probability in answer.top
     )
-    cost = f"{answer.gmacs:.3g} GMACs" if answer.gmacs >= 0.1 else f"{1e3 * answer.gmacs:.3g} MMACs"
     return (
         f'<div><h3>{escape(title)}</h3><div class="best">{escape(answer.top[0][0].split(", ")[0])}</div>'
-        f'<div class="figures"><b>{cost}</b>{ratio}, <b>{answer.milliseconds:.1f} ms</b></div>{rows}</div>'
+        f'<div class="figures"><b>{cost}</b>, <b>{answer.milliseconds:.1f} ms</b>{gain}</div>{rows}</div>'
     )
 
 
@@ -483,12 +501,12 @@ def budget_text(view: View) -> str:
 
 
 def legend_html(view: View) -> str:
-    """The colours of the depth map."""
+    """The colours over the second picture."""
     stops = ", ".join(to_hex(matplotlib.colormaps[COLOURS](place)) for place in np.linspace(0, 1, 7))
-    return (
-        f'<div class="legend">1 block <div style="background: linear-gradient(to right, {stops})"></div> '
-        f"all {view.blocks}</div>"
-    )
+    bar = f'<div style="background: linear-gradient(to right, {stops})"></div>'
+    if view.groups is not None:
+        return f'<div class="legend">patches in a token: 1 {bar} {view.largest}</div>'
+    return f'<div class="legend">blocks that worked on a patch: 1 {bar} all {view.blocks}</div>'
 
 
 def plots_html(view: View) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from adaptvit.checks import In, OneOf
 from adaptvit.terminal import meant
+from adaptvit.weights.places import of_model
 
 SAME = {"class_map": "class_names", "class_names": "class_map"}
 """Names of the file of class names: each is taken where a command has the other."""
@@ -68,6 +69,27 @@ def written_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
                 name += "=-"
         written.append(name + equals + value)
     return written
+
+
+def add_told_model(parser: ArgumentParser) -> None:
+    """The option that says which model a file is of, where a command takes files of models and has no such option."""
+    places = {action.dest for action in parser._actions if not action.option_strings}
+    if places & {"model", "models"} and "--model" not in parser._option_string_actions:
+        sentence = (
+            "timm's name of the model, where MODEL is a file with weights alone: its classes and size are found there."
+        )
+        parser.add_argument("--model", metavar="NAME", dest="told_model", type=str, default=None, help=sentence)
+
+
+def tell_model(arguments: Namespace) -> None:
+    """Put what `--model` says into the names of the command's models."""
+    told = arguments.pop("told_model", None)
+    if told is None:
+        return
+    if "models" in arguments:
+        arguments["models"] = [of_model(stored, told) for stored in arguments["models"]]
+    else:
+        arguments["model"] = of_model(arguments["model"], told)
 
 
 def in_other_words(error: ArgumentError, parser: ArgumentParser) -> ArgumentError:

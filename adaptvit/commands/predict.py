@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adaptvit.checks import In, check_device, check_fields
-from adaptvit.commands.console import config_of, say_unused
+from adaptvit.commands.console import add_json, check_json, config_of, say_unused, tell_json, unused
 from adaptvit.data import (
     FolderImages,
     LeftOut,
@@ -445,6 +445,7 @@ def options(words: Sequence[str]) -> ArgumentParser:
         default="embedded",
         help="Where it runs: embedded, in this process or torchrun's; ray, which has options of its own.",
     )
+    add_json(parser)
     return parser
 
 
@@ -454,9 +455,12 @@ def execute(arguments: Namespace) -> int:
         from adaptvit.commands import predict_ray
 
         return predict_ray.execute(arguments)
+    check_json(arguments.json)
     result = predict(config_of(PredictConfig, arguments))
     if not PartialState().is_main_process:
         return 0
     earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
     say(f"{result.output}: {result.images} images{earlier}")
+    told = {"output": str(result.output), "images": result.images, "earlier": result.earlier}
+    tell_json(arguments.json, told | unused(result.unreadable, result.left_out))
     return say_unused(result.unreadable, result.left_out)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.checks import In, check_fields
-from adaptvit.commands.console import config_of
+from adaptvit.commands.console import add_json, check_json, config_of, tell_json
 from adaptvit.commands.predict_shards import (
     ERRORS,
     MANIFEST,
@@ -350,12 +350,14 @@ def options(_: Sequence[str]) -> ArgumentParser:
     """`adaptvit predict MODEL SOURCE OUT --engine ray`."""
     parser = ArgumentParser(description="Class, MACs and tokens of every image of a source, in parquet shards, on Ray.")
     parser.add_class_arguments(ScaleConfig, as_positional=True)
+    add_json(parser)
     return parser
 
 
 def execute(arguments: Namespace) -> int:
     """Write the shards; 1 where images could not be read, or shards not be made."""
     config = config_of(ScaleConfig, arguments)
+    check_json(arguments.json)
     done = predict_at_scale(config)
     for other in done.left_out:
         say(f"adaptvit: left out: {other}", sys.stderr)
@@ -369,4 +371,9 @@ def execute(arguments: Namespace) -> int:
         say(f"adaptvit: shard {record.shard} failed {config.tries} times and is left out: {record.fault}", sys.stderr)
     if done.faults:
         say(f"adaptvit: {len(done.faults)} shards failed; the same command tries them again", sys.stderr)
+    figures = {"images": done.images, "earlier": done.earlier, "share": done.share, "macs": done.macs}
+    failed = [{"shard": record.shard, "fault": record.fault} for record in done.faults]
+    tell_json(
+        arguments.json, {"output": str(config.output), **figures, "unreadable": done.unreadable, "faults": failed}
+    )
     return 1 if done.unreadable or done.faults else 0

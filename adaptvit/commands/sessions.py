@@ -44,7 +44,16 @@ from adaptvit.measure.speed import interleaved
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import in_float64
-from adaptvit.show.pictures import cost_histogram, data_uri, kept_patches, laid_over, mean_colours, usage_per_block
+from adaptvit.show.pictures import (
+    cost_histogram,
+    data_uri,
+    kept_patches,
+    laid_over,
+    merged_regions,
+    sizes_over,
+    token_sizes,
+    usage_per_block,
+)
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model
 
@@ -351,6 +360,8 @@ class Answer:
     """What the image cost."""
     milliseconds: float
     """Median of a few runs with this image alone, the two models taking turns."""
+    times: float = 1.0
+    """How much faster than the dense model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,15 +394,27 @@ class View:
         """The picture as the models got it."""
         return enlarged(self.pixels.expand(-1, 3, -1, -1))
 
-    def depth(self) -> np.ndarray:
-        """The number of blocks that each patch entered, as colours over the picture."""
+    @property
+    def groups(self) -> Tensor | None:
+        """(1, rows, columns) the token that each patch is part of in the end; None where none are merged."""
+        return None if self.usage.groups is None else self.usage.groups[:, -1].unflatten(1, self.usage.grid)
+
+    @property
+    def largest(self) -> int:
+        """Patches in the largest token; 1 where none are merged."""
+        return 1 if self.groups is None else int(token_sizes(self.groups).max())
+
+    def shading(self) -> np.ndarray:
+        """Colours over the picture: the blocks that each patch entered or, where merged, the patches in its token."""
+        if self.groups is not None:
+            return enlarged(sizes_over(self.pixels, self.groups))
         return enlarged(laid_over(self.pixels, self.usage.patch_depth, self.blocks))
 
     def block(self, number: int) -> tuple[np.ndarray, str]:
         """What block `number`, from 1, works on: the picture, and a sentence.
 
-        Patches that are gone are faded, those whose token stands for dropped ones tinted; merged ones have their mean
-        colour.
+        Patches that are gone are faded, those whose token stands for dropped ones tinted; merged ones are a region in
+        their mean colour.
 
         Raises:
             ValueError: there is no such block, or the method does not track token slots.
@@ -406,7 +429,7 @@ class View:
         if usage.groups is not None:
             merged = self.pixels
             if number > 1:
-                merged = mean_colours(self.pixels, usage.groups[:, number - 2].unflatten(1, usage.grid))
+                merged = merged_regions(self.pixels, usage.groups[:, number - 2].unflatten(1, usage.grid))
             said = f"Block {number} of {self.blocks} works on {tokens} tokens, which hold all {count} patches."
             return enlarged(merged.expand(-1, 3, -1, -1)), said
         fused = None if usage.fused is None else usage.fused[:, number - 1, patches].unflatten(1, usage.grid)
@@ -504,13 +527,14 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
     vit, gmacs = subject.opened.vit, in_float64(macs(seen, adaptive.shape)) / 1e9
     seconds = interleaved({"dense": lambda: vit(image), "adaptive": lambda: adaptive(image)}, ROUNDS)
     dense = dense_macs(adaptive.shape, seen.grid) / 1e9
+    faster = median(slow / fast for slow, fast in zip(seconds["dense"], seconds["adaptive"], strict=True))
     return View(
         model=model,
         method=adaptive.config.method,
         pixels=pixels(image, subject.settings),
         usage=adaptive.to_the_end(image).usage,
         dense=Answer(subject.told(scores(vit(image))[0]), dense, 1e3 * median(seconds["dense"])),
-        adaptive=Answer(subject.told(adaptive(image)), gmacs[-1].item(), 1e3 * median(seconds["adaptive"])),
+        adaptive=Answer(subject.told(adaptive(image)), gmacs[-1].item(), 1e3 * median(seconds["adaptive"]), faster),
         budget=budget,
         seen=seen,
         seen_gmacs=gmacs,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from adaptvit.commands.console import config_of, say_listed, say_unused
+from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say, word_after
 from adaptvit.training.recipes import RECIPES
@@ -48,6 +48,7 @@ def options(words: Sequence[str]) -> ArgumentParser:
     for group in ("method", "data", "recipe"):
         values |= {f"{group}.{name}": value for name, value in vars(getattr(recipe, group)).items()}
     parser.set_defaults(values)
+    add_json(parser)
     return parser
 
 
@@ -67,6 +68,7 @@ def _recipe(name: str, method: str | None) -> Run:
 
 def execute(arguments: Namespace) -> None:
     """Train, and print what came of it."""
+    check_json(arguments.json)
     recipe = _recipe(arguments.recipe_name, arguments.method_name)
     parts: dict[str, Any] = {
         group: config_of(type(getattr(recipe, group)), arguments.get(group, {}))
@@ -80,3 +82,4 @@ def execute(arguments: Namespace) -> None:
     if is_main():
         say_unused(outcome.result.unreadable, ())
         say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+        tell_json(arguments.json, {"file": str(outcome.file), **outcome.result.figures})

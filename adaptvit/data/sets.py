@@ -6,6 +6,7 @@ An item is (image, label), a normalised float32 tensor (channels, height, width)
 import io
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.process import place
+from adaptvit.terminal import progress_bar
 
 HELD_OUT = 360
 """Digits of the test split, of 1797."""
@@ -307,7 +309,8 @@ def spread_over(split: Dataset, count: int) -> Batch:
         ValueError: none of them can be read.
     """
     size = len(split)  # type: ignore[arg-type]
-    batch = collate([split[index * size // min(count, size)] for index in range(min(count, size))])
+    places = progress_bar(range(min(count, size)), "reading images", unit="image", delay=1)
+    batch = collate([split[index * size // min(count, size)] for index in places])
     if not len(batch.images):
         raise ValueError(f"none of the images looked at can be read{first_of(batch.unreadable)}")
     return batch
@@ -482,13 +485,16 @@ def _root(config: DataConfig) -> Path:
 
 
 def check_sources(config: DataConfig) -> None:
-    """Refuse a folder, or a file of class names, that is not there, before any model is opened.
+    """Refuse a folder, or a file of class names, that is not there or empty, before any model is opened.
 
     Raises:
         FileNotFoundError: naming it.
+        ValueError: there is no file in the folder.
     """
     if not config.dataset:
-        _root(config)
+        root = _root(config)
+        if root.is_dir() and not any(names for _, _, names in os.walk(root, followlinks=True)):
+            raise ValueError(f"{_where(config)} has no images that can be read: there is no file in it")
     if config.class_map is not None and not config.class_map.exists():
         read_class_map(config.class_map)
 

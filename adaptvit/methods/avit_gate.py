@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import check_offers
 from adaptvit.backbones.turn import set_channel
-from adaptvit.budget import BATCH
+from adaptvit.budget import in_batches
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.regression import Regression, importance, see
 from adaptvit.process import in_float64
@@ -39,7 +39,7 @@ def fit_gate(vit: nn.Module, images: Tensor) -> tuple[float, float]:
     prefix, size = model.prefix, model.shape.dim
     regression = Regression(size, images.device)
     with torch.inference_mode():
-        for batch in images.split(BATCH):
+        for batch in in_batches(images, "fitting"):
             tokens = model.enter(batch, Masked)
             seen, features = list[Tensor](), list[Tensor]()
             for number in range(model.depth):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import patch_grid
-from adaptvit.budget import BATCH, OutOfReach, meet_target
+from adaptvit.budget import OutOfReach, in_batches, meet_target
 from adaptvit.checks import In
 from adaptvit.methods.base import DEITS, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
@@ -238,4 +238,4 @@ def fit_thresholds(config: MergeConfig, vit: nn.Module, images: Tensor, schedule
 
 @torch.inference_mode()
 def _logits(model: AdaptiveViT, images: Tensor) -> Tensor:
-    return torch.cat([model(batch).float() for batch in images.split(BATCH)])
+    return torch.cat([model(batch).float() for batch in in_batches(images, "fitting")])

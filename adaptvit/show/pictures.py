@@ -5,12 +5,13 @@ Letters: B images, L blocks, N token slots.
 
 import base64
 import io
+import math
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from adaptvit.extras import needed
 from adaptvit.files import replacing
+from adaptvit.show.styles import styles
 from adaptvit.usage import Usage
 
 with needed("drawing"):
@@ -33,6 +35,8 @@ COLOURS = "viridis"
 INK = "#1b2a41"
 ACCENT = "#2a788e"
 FUSED = "#e76f51"
+OUTLINED = 14
+"""Pixels of a patch's side, at least, where merged ones are outlined."""
 
 
 def depth_maps(
@@ -43,9 +47,11 @@ def depth_maps(
     captions: list[str] | None = None,
     combined: bool = False,
     panel: float = 1.45,
-    merged: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Figure:
     """Several images, each beside the depth of its patches, on one colour scale from block 1 to `blocks`.
+
+    Where tokens are merged, the second panel has the number of patches in the token of each, the third the regions.
 
     Args:
         images: (B, channels, height, width), one channel or three, values in [0, 1].
@@ -54,7 +60,7 @@ def depth_maps(
         captions: B texts, one above each image; they may have several lines, and are not cut to fit.
         combined: a third panel for each image, the map laid over it.
         panel: width of a panel in inches.
-        merged: what that panel shows in the map's place, as `mean_colours` gives it.
+        groups: (B, rows, columns) int64, equal where patches are of one token.
     Raises:
         ValueError: the images have neither one nor three channels, or their number differs from the maps'.
     """
@@ -68,22 +74,26 @@ def depth_maps(
     figure = Figure(figsize=((panel * panels + 0.1) * columns + 0.8, tall * rows + 0.1), layout="constrained")
     widths = [*[1.0] * panels, 0.03] * columns  # a gap after each image's panels
     axes_grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
-    palette, norm = _scale(blocks)
+    values = depth if groups is None else token_sizes(groups)
+    palette, norm = _scale(blocks) if groups is None else _scale_of_sizes(values)
     for axes in axes_grid.flat:
         axes.set_axis_off()
-    overlays = laid_over(images, depth, blocks) if merged is None else merged
+    overlays = laid_over(images, depth, blocks) if groups is None else merged_regions(images, groups)
     for i in range(len(images)):
         picture, shading, *third = axes_grid[i // columns, (panels + 1) * (i % columns) :][:panels]
         whole = (0, width, height, 0)
         _draw(picture, images[i])
-        shading.imshow(depth[i].cpu().numpy(), cmap=palette, norm=norm, interpolation="nearest", extent=whole)
+        shading.imshow(values[i].cpu().numpy(), cmap=palette, norm=norm, interpolation="nearest", extent=whole)
         for axes in third:
             _draw(axes, overlays[i])
         if captions is not None:
             picture.set_title("\n".join(" " * lines), fontsize=8.5, loc="left", pad=3)  # the room, and then the words:
             text = picture.annotate(captions[i], (0, 1), (0, 3), "axes fraction", "offset points", fontsize=8.5)
             text.set(color=INK, parse_math=False, in_layout=False)  # they may be wider than the panel
-    _depth_bar(figure, axes_grid, blocks, below=bool((depth < 1).any()))
+    if groups is None:
+        _depth_bar(figure, axes_grid, blocks, below=bool((depth < 1).any()))
+    else:
+        _bar(figure, axes_grid, palette, norm, norm.boundaries[:-1].astype(int).tolist(), "patches in the token")
     return figure
 
 
@@ -141,8 +151,22 @@ def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) 
         ValueError: as `depth_maps`.
     """
     _check(images, depth)
-    palette, norm = _scale(blocks)
-    colours = torch.from_numpy(palette(norm(depth.cpu().numpy()))[..., :3]).permute(0, 3, 1, 2).float()
+    return _coloured(images, depth, *_scale(blocks), opacity)
+
+
+def sizes_over(images: Tensor, groups: Tensor, opacity: float = 0.5) -> Tensor:
+    """The number of patches in the token of each, as colours over the images turned grey, as `laid_over` gives them.
+
+    Args:
+        groups: (B, rows, columns) int64, equal where patches are of one token.
+    """
+    _check(images, groups)
+    sizes = token_sizes(groups)
+    return _coloured(images, sizes, *_scale_of_sizes(sizes), opacity)
+
+
+def _coloured(images: Tensor, values: Tensor, palette: Colormap, norm: BoundaryNorm, opacity: float) -> Tensor:
+    colours = torch.from_numpy(palette(norm(values.cpu().numpy()))[..., :3]).permute(0, 3, 1, 2).float()
     weights = torch.tensor([1.0] if images.shape[1] == 1 else [0.299, 0.587, 0.114])  # as Pillow turns RGB to grey
     grey = (images.cpu() * weights.view(1, -1, 1, 1)).sum(dim=1, keepdim=True)
     return (1 - opacity) * grey + opacity * interpolate(colours, size=images.shape[2:], mode="nearest-exact")
@@ -185,6 +209,38 @@ def mean_colours(images: Tensor, groups: Tensor) -> Tensor:
     total, count = zeros.scatter_add(2, group, patches), zeros.scatter_add(2, group, torch.ones_like(patches))
     means = (total / count.clamp(min=1)).gather(2, group).unflatten(2, groups.shape[1:])
     return interpolate(means, size=images.shape[2:], mode="nearest-exact")
+
+
+def token_sizes(groups: Tensor) -> Tensor:
+    """The number of patches in the token of each: (B, rows, columns) int64.
+
+    Args:
+        groups: (B, rows, columns) int64, equal where patches are of one token.
+    """
+    group = groups.flatten(1)
+    count = group.new_zeros(len(group), int(group.max()) + 1).scatter_add(1, group, torch.ones_like(group))
+    return count.gather(1, group).unflatten(1, groups.shape[1:])
+
+
+def merged_regions(images: Tensor, groups: Tensor) -> Tensor:
+    """The images with the patches of each token as one region, in its mean colour and outlined.
+
+    Args:
+        images: (B, channels, height, width), one channel or three, values in [0, 1].
+        groups: (B, rows, columns) int64, equal where patches are of one token.
+    Returns:
+        (B, channels, height, width) on the CPU, enlarged a whole number of times where patches are too small for lines.
+    """
+    times = max(
+        1, *(-(-OUTLINED * some // side) for some, side in zip(groups.shape[1:], images.shape[2:], strict=True))
+    )
+    regions = mean_colours(images, groups).repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
+    group = interpolate(groups[:, None].cpu().double(), size=regions.shape[2:], mode="nearest-exact")
+    edge = torch.zeros_like(group, dtype=torch.bool)
+    edge[:, :, 1:] |= group.diff(dim=2) != 0
+    edge[..., 1:] |= group.diff(dim=3) != 0
+    dark = regions.mean(dim=1, keepdim=True) < 0.4
+    return torch.where(edge, torch.where(dark, 0.45 + 0.55 * regions, 0.45 * regions), regions)
 
 
 def tokens_per_block(usage: Usage) -> Figure:
@@ -235,8 +291,13 @@ def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
 
 
 def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
-    """How many images cost how much: (B,) GMACs of a set of images, beside the `dense` GMACs of any of them."""
-    figure, axes = _plot("GMACs of an image", "images")
+    """How many images cost how much: (B,) GMACs of a set of images, beside the `dense` GMACs of any of them.
+
+    Models of less than 0.1 GMACs are told in MMACs.
+    """
+    unit, scale = macs_unit(dense)
+    figure, axes = _plot(f"{unit} of an image", "images")
+    gmacs, dense = gmacs * scale, dense * scale
     most = max(dense, gmacs.max().item())
     axes.hist(gmacs.cpu().numpy(), bins=60, range=(0, most), color=ACCENT)
     axes.axvline(dense, color=INK, linewidth=0.9, linestyle=":")
@@ -246,12 +307,21 @@ def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
     return figure
 
 
+def macs_unit(dense_gmacs: float) -> tuple[str, float]:
+    """The unit that a model's MACs are told in, and how many of it a GMAC is."""
+    return ("GMACs", 1.0) if dense_gmacs >= 0.1 else ("MMACs", 1e3)
+
+
 def curves(runs: dict[str, list[float]], label: str, percent: bool = False) -> Figure:
     """One line per run over epochs that follow one another: `runs` in order, each beginning where the last ended."""
     figure, axes = _plot("epoch", label)
     start = 1
-    for (name, values), colour in zip(runs.items(), (INK, ACCENT, "#7ad151"), strict=False):
-        axes.plot(range(start, start + len(values)), values, color=colour, marker="o", markersize=3, label=name)
+    looks = styles(runs)
+    for name, values in runs.items():
+        look = looks[name]
+        axes.plot(
+            range(start, start + len(values)), values, color=look.colour, marker=look.marker, markersize=3, label=name
+        )
         start += len(values)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -273,37 +343,58 @@ def error_bars(points: dict[str, tuple[float, float]], label: str) -> Figure:
     return figure
 
 
+Point = tuple[float, float] | tuple[float, float, float]
+"""What it costs, or how fast it is; the accuracy in [0, 1]; the standard error of that, where it was measured."""
+
+
 def tradeoff(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[Point]],
     dense: tuple[float, float],
     label: str,
     dotted: Container[str] = (),
     better: Literal["less", "more"] = "less",
+    title: str = "",
+    dense_gmacs: float | None = None,
 ) -> Figure:
     """Accuracy against what it costs: a line for each name, a star for the dense model, behind them the frontier.
 
-    The frontier is of the points than which none is both better and more accurate.
+    Each method has its own colour and marker. The frontier is of the points than which none is both better and more
+    accurate.
 
     Args:
-        lines: by name, what it costs, or how fast it is, and the accuracy in [0, 1]; in any order.
-        dense: the same of the dense model.
+        lines: by name, points in any order.
+        dense: of the dense model.
         label: of that cost or speed.
         dotted: names whose lines are dotted.
         better: whether `less` of it is better, or `more`.
+        dense_gmacs: where the cost is a share of the dense MACs, what these are: a second scale above has GMACs.
     """
     figure, axes = _plot(label, "top-1")
-    figure.set_size_inches(6.2, 4.2)
+    figure.set_size_inches(6.4, 4.4)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
     sign = {"less": 1, "more": -1}[better]
     frontier: list[tuple[float, float]] = []
     for point in sorted([*chain(*lines.values()), dense], key=lambda point: (sign * point[0], -point[1])):
         if not frontier or point[1] > frontier[-1][1]:
-            frontier.append(point)
-    axes.plot(*zip(*frontier, strict=True), color=INK, alpha=0.12, linewidth=9, label="frontier")
-    for number, (name, points) in enumerate(lines.items()):
-        x, y = zip(*sorted(points), strict=True)
+            frontier.append(point[:2])
+    axes.plot(*zip(*frontier, strict=True), color=INK, alpha=0.35, linewidth=1, dashes=(6, 3), label="frontier")
+    looks = styles(lines)
+    for name, points in lines.items():
+        look, ordered = looks[name], sorted(points)
+        x, y = ([point[part] for point in ordered] for part in (0, 1))
         style = ":" if name in dotted else "-"
-        axes.plot(x, y, style, color=f"C{number % 10}", marker="os^vDP"[number // 10 % 6], markersize=4, label=name)
+        axes.plot(x, y, style, color=look.colour, marker=look.marker, markersize=5.5, linewidth=1.3, label=name)
+        errors = [point[2] if len(point) > 2 else 0.0 for point in ordered]
+        if any(errors):
+            axes.errorbar(x, y, errors, fmt="none", ecolor=look.colour, elinewidth=0.8, capsize=2, alpha=0.7)
     axes.plot(*dense, "*", color=INK, markersize=11, label="dense")
+    if dense_gmacs is not None:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        to_gmacs: Any = (lambda share: share * dense_gmacs, lambda gmacs: gmacs / dense_gmacs)
+        above = axes.secondary_xaxis("top", to_gmacs)
+        above.set_xlabel("GMACs an image", fontsize=8.5, color=INK)
+        above.tick_params(labelsize=8, colors=INK, length=3)
+        above.spines[:].set_visible(False)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -344,23 +435,48 @@ def _scale(blocks: int) -> tuple[Colormap, BoundaryNorm]:
     return palette, BoundaryNorm(np.arange(0.5, blocks + 1), ncolors=256)
 
 
+def _scale_of_sizes(sizes: Tensor) -> tuple[Colormap, BoundaryNorm]:
+    """One colour for tokens of 1 patch, 2, 3 or 4, 5 to 8, and so on, up to the largest."""
+    steps = max(2, math.ceil(math.log2(int(sizes.max()))) + 1)
+    ends = [1, *(2**step + 1 for step in range(steps))]
+    return matplotlib.colormaps[COLOURS], BoundaryNorm(ends, ncolors=256)
+
+
 def _depth_bar(figure: Figure, axes_grid: np.ndarray, blocks: int, below: bool = False) -> None:
     """The colours of the depths beside the pictures; `below`: some are below the first block."""
-    palette, norm = _scale(blocks)
-    high = min(5.0, figure.get_figheight())  # inches
+    most = min(12, int(min(BAR, figure.get_figheight()) / 0.2))
+    words = "blocks that worked on the patch"
+    _bar(figure, axes_grid, *_scale(blocks), _ticks(blocks, most), words, "min" if below else "neither")
+
+
+BAR = 5.0
+"""Inches of the longest bar of colours."""
+
+
+def _bar(
+    figure: Figure,
+    axes_grid: np.ndarray,
+    palette: Colormap,
+    norm: BoundaryNorm,
+    ticks: Sequence[int],
+    words: str,
+    extend: Literal["neither", "min"] = "neither",
+) -> None:
+    """Colours and what they say, beside the pictures."""
+    high = min(BAR, figure.get_figheight())
     bar = figure.colorbar(
         ScalarMappable(norm, palette),
         ax=axes_grid,
-        ticks=_ticks(blocks, most=min(12, int(high / 0.2))),
+        ticks=ticks,
         fraction=0.03,
         pad=0.01,
         shrink=high / figure.get_figheight(),
         aspect=max(20, high / 0.2),
         anchor=(0, 1),
-        extend="min" if below else "neither",
+        extend=extend,
     )
     bar.minorticks_off()
-    bar.set_label("blocks that worked on the patch", color=INK, fontsize=9)
+    bar.set_label(words, color=INK, fontsize=9)
     bar.ax.tick_params(length=0, labelsize=8.5)
     bar.outline.set_visible(False)
 

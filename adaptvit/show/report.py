@@ -49,6 +49,11 @@ class Illustration:
     wide: bool = False
     """Takes the width of the page; the others stand side by side."""
 
+    @property
+    def is_plot(self) -> bool:
+        """Whether its colours may be turned for a dark page, as those of photographs may not."""
+        return self.source.startswith("data:image/svg")
+
     def __post_init__(self) -> None:
         if not self.source.startswith("data:"):
             raise ValueError(f"Illustration.source must be a data URI, got {self.source[:40]!r}: use pictures.data_uri")

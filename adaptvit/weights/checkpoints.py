@@ -70,7 +70,10 @@ def load(path: Path | str, config_type: type[MethodConfig] | None = None) -> Ada
     path = existing(path)
     tensors, metadata = read_safetensors(path)
     if KEY not in metadata:
-        raise ValueError(f"{path} holds weights but no adaptvit configuration: make one with adaptvit.convert")
+        raise ValueError(
+            f"{path} holds weights but no adaptvit configuration: name its model by --model, or make a file that has "
+            "one with adaptvit convert"
+        )
     with rebuilding(path):
         model = _build(record_of(metadata), tensors, config_type)
     own = model.state_dict()

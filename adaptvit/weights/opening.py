@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
@@ -19,7 +20,7 @@ from adaptvit.methods import dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.terminal import meant, warn
 from adaptvit.weights.names import method_of
-from adaptvit.weights.places import is_stored, weights_file
+from adaptvit.weights.places import asked_of_the_hub, is_stored, told_model, weights_file
 from adaptvit.weights.published import (
     NOT_FITTED,
     Source,
@@ -39,37 +40,42 @@ def open_model(name: Path | str) -> AdaptiveViT:
     """The model that a command line names, in evaluation mode.
 
     An adaptvit file; a timm ViT by its name, by the Hub's (`hf-hub:OWNER/NAME`) or by a folder in that format
-    (`local-dir:FOLDER`, or the folder alone); or a training checkpoint of timm's or DeiT's, which says its model. A
-    plain ViT comes as `FullConfig().build(vit)`. What is not here is downloaded.
+    (`local-dir:FOLDER`, or the folder alone); a training checkpoint of timm's or DeiT's, which says its model; or
+    `MODEL=FILE`, weights of a timm model that do not say so, in the size and with as many classes as they have. A plain
+    ViT comes as `FullConfig().build(vit)`. What is not here is downloaded.
 
     Raises:
         FileNotFoundError: a file that is not there.
         TypeError: the timm model is not a ViT that this library reproduces.
         ValueError: none of these, weights that cannot be downloaded or do not say their model, or what `load` raises.
     """
-    word = str(name)
+    told, word = told_model(name)
     if is_stored(name):
-        file = weights_file(name)
-        opened = open_file(file) if file == Path(name) else open_in_folder(file)
+        file = weights_file(word)
+        opened = open_file(file, told) if told or file == Path(word) else open_in_folder(file)
         return opened.eval()
     kind = method_of(word)  # which makes the names of packages outside known
     if not timm.is_model(word):
         near = meant(word, timm.list_models())
         raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model{near}")
     try:
-        model = timm.create_model(word, pretrained=True)
+        with asked_of_the_hub() as unreachable:
+            model = timm.create_model(word, pretrained=True)
     except Exception as error:  # timm and the Hub's client raise a dozen kinds
         if isinstance(error, ValueError):  # ours, of models that nobody has weights of
             raise
         raise ValueError(
-            f"the weights of {word} are not here and cannot be downloaded ({reason(error)}): download them where there "
-            f"is a network, and turn them into a file with adaptvit convert FILE OUT {word}"
+            f"the weights of {word} are not here and cannot be downloaded ({unreachable or reason(error)}): download "
+            f"them where there is a network, and name the file with --model {word}"
         ) from error
-    if not isinstance(model, AdaptiveViT):
-        return dense(model).eval()
+    opened = model if isinstance(model, AdaptiveViT) else dense(model)
+    subset = infer_imagenet_subset(opened.vit)
+    if subset is not None and not opened.class_names:
+        names = ImageNetInfo(subset)
+        opened.class_names = [names.index_to_description(number) for number in range(opened.num_classes)]
     if kind is not None and (kind.trained or kind.published.fitted):  # nobody taught a DeiT what to decide by
         warn(f"{word} has {kind.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
-    return model.eval()
+    return opened.eval()
 
 
 def start_from(vit: nn.Module, source: Path | str) -> bool:

@@ -11,7 +11,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from adaptvit.backbones.base import model_name, patch_grid, position_rows, timm_config
+from adaptvit.backbones.base import input_size, model_name, patch_grid, position_rows, timm_config
 from adaptvit.backbones.families import FAMILIES
 from adaptvit.backbones.parts import add_representation, representation_names
 from adaptvit.backbones.record import ARGUMENTS, PREPROCESSING, TRANSFORMERS, check_described, transformers_class
@@ -72,11 +72,13 @@ class Source:
     """Rows and columns of patches that its positions are for; None where the file does not say."""
 
 
-def open_file(path: Path) -> AdaptiveViT:
-    """An adaptvit file, or one that says which model its weights are of."""
-    if is_safetensors(path):
+def open_file(path: Path, of: str | None = None) -> AdaptiveViT:
+    """An adaptvit file, one that says which model its weights are of, or one of which `of` does, timm's name."""
+    if of is None and is_safetensors(path):
         return load(path)
     source = read_weights(path)
+    if of is not None:
+        source = replace(source, trained_with=source.trained_with | {"model": of})
     name, settings = _told_model(source)
     own = method_of(name)
 
@@ -113,13 +115,15 @@ def _told_model(source: Source) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or not timm.is_model(name):
         of = f", but {name[:80]!r}, which timm does not have" if isinstance(name, str) else ""
         raise ValueError(
-            f"{path} does not say which timm model its weights are of{of}: make a file that does with adaptvit convert "
-            f"{path} OUT.safetensors NAME"
+            f"{path} does not say which timm model its weights are of{of}: name it by --model, or make a file "
+            f"that does with adaptvit convert {path} OUT.safetensors NAME"
         )
     settings = {**(told.get("model_kwargs") or {})} if isinstance(told.get("model_kwargs"), Mapping) else {}
     size = told.get("img_size") or told.get("input_size")
     if size is not None:
         settings["img_size"] = list(size)[-2:] if isinstance(size, (list, tuple)) else [size, size]
+    elif "img_size" not in settings and (side := _side_of_positions(name, source)):
+        settings["img_size"] = [side, side]
     for key, other in (("in_chans", "in_chans"), ("gp", "global_pool")):
         if told.get(key) is not None:
             settings[other] = told[key]
@@ -129,6 +133,25 @@ def _told_model(source: Source) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be opened: {error}") from error
     return name, settings
+
+
+def _side_of_positions(name: str, source: Source) -> int | None:
+    """Pixels of a side of the images that a file's positions are for; None where a model's own images fit them.
+
+    Raises:
+        TypeError: the model is not a ViT that this library reproduces.
+    """
+    table = source.tensors.get("pos_embed")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    vit = (model if isinstance(model, AdaptiveViT) else dense(model)).vit
+    if table is None or table.ndim != 3 or "pos_embed" not in vit.state_dict():
+        return None
+    prefix, grid = position_table(vit)
+    side = math.isqrt(max(0, table.shape[1] - prefix))
+    if math.prod(grid) == table.shape[1] - prefix or side**2 != table.shape[1] - prefix:
+        return None
+    return side * input_size(vit)[1] // grid[0]
 
 
 def _open_transformers(file: Path, architectures: list[Any]) -> AdaptiveViT:
@@ -392,7 +415,7 @@ def read_weights(path: Path, ours: bool = False) -> Source:
         if KEY not in metadata:
             return Source(path, _under_our_names(path, check_state_dict(path, tensors)), {})
         if not ours:
-            raise ValueError(f"{path} is an adaptvit file already: read it with adaptvit.load")
+            raise ValueError(f"{path} is an adaptvit file already, which says its model: read it with adaptvit.load")
         with rebuilding(path):
             _, grid = position_table(twin_of(record_of(metadata), tensors))
         return Source(path, tensors, {}, grid)
@@ -434,6 +457,9 @@ def _under_our_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor
     Raises:
         ValueError: two tensors have one name then, or parts of one tensor do not go together.
     """
+    shared = {name.partition(".")[0] for name in tensors}
+    if len(shared) == 1 and all("." in name for name in tensors):  # of a module around the model, as Lightning's
+        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
     cleaned = clean_state_dict(tensors)
     if len(cleaned) < len(tensors):
         raise ValueError(f"{path} holds a tensor twice: with and without the prefix that parallel training gives it")

@@ -1,0 +1,57 @@
+"""Every plot of these tables drawn anew, nothing measured: python benchmarks/redraw.py
+
+Not among them is `adavit_usage.png`, which `adaptvit draw --summary` drew of a trained model.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import ats_imagenet
+import steering
+
+from adaptvit.commands.compare_methods import tradeoffs
+from adaptvit.commands.compare_variants import drawn
+from adaptvit.show.pictures import write_png
+
+HERE = Path(__file__).parent
+TABLES = {
+    "methods": ("methods_imagenet", "ViT-Tiny, ImageNet images, nothing trained"),
+    "imagenette": ("imagenette_methods", "ViT-Tiny fine-tuned on Imagenette, 128 px"),
+}
+"""What the names of the plots begin with: the table, and what it is of."""
+
+
+def number(cell: str) -> Any:
+    """A cell as it was before it was text; None where it is empty."""
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .csv file."""
+    with path.open(newline="") as file:
+        return [{name: number(cell) for name, cell in line.items()} for line in csv.DictReader(file)]
+
+
+def main() -> None:
+    """Draw them, each beside its table."""
+    for begin, (name, title) in TABLES.items():
+        lines = table(HERE / f"{name}.csv")
+        tuned = {line["name"]: line["name"].partition("_")[0] for line in lines if line["name"].endswith("safetensors")}
+        for end, (figure, _) in tradeoffs(lines, tuned, title).items():
+            write_png(figure, HERE / f"{begin}_{end}.png")
+    for summary in sorted((HERE / "compare").glob("*/summary.csv")):
+        spreads = {
+            line["variant"]: {"top1": (line["top1"], line["top1 spread"])} for line in table(summary) if line["top1"]
+        }
+        figure, _ = drawn(spreads)["top1"]
+        write_png(figure, summary.with_name("top1.png"))
+    ats_imagenet.plot(table(HERE / "ats_imagenet.csv"), HERE / "ats_imagenet.png")
+    steering.main()
+
+
+if __name__ == "__main__":
+    main()
