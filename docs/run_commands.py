@@ -1,8 +1,8 @@
 """Run the commands of the pages, scaled down, in an empty folder: python docs/run_commands.py [WORD ...]
 
-With words only those commands that have all of them. Names of models become a small ViT's file, folders small ones, and trainings an
-epoch. A line for each: `done`, `network` (it needs one), `not here` (torchrun, Ray, a page that is served, a placeholder), or `FAILED`
-and why. The exit code is 1 where one failed.
+With words only those commands that have all of them. Names of models become a small ViT's file, folders small ones, and
+trainings an epoch. A line for each: `done`, `network` (it needs one), `not here` (torchrun, Ray, a served page, a
+placeholder), or `FAILED` and why. The exit code is 1 where one failed.
 """
 
 import io

@@ -710,5 +710,13 @@ def test_visitors_at_once_each_see_what_they_asked_for(page: Any, tmp_path: Path
     wait_until_said(page, "This picture cannot be used: not an image")
 
 
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_has_no_sideways_scroll(width: int, page: Any) -> None:
+    before = page.viewport_size
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.set_viewport_size(before)
+
+
 def test_the_page_asks_this_machine_only(page: Any) -> None:
     assert {url.split("/")[2].split(":")[0] for url in page.asked if url.startswith(("http", "ws"))} == {"127.0.0.1"}

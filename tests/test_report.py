@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -65,3 +67,24 @@ def test_the_machine_has_no_name() -> None:
 def test_a_table_for_the_terminal_has_straight_columns() -> None:
     lines = report().table.text().splitlines()
     assert lines == ["       accuracy", "dense     95.0%", "A-ViT     94.9%"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_has_no_sideways_scroll_on_a_phone_or_a_desktop(tmp_path: Path) -> None:
+    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    wide = Table(["", *(f"column {number}" for number in range(14))], [["a_name_of_a_file" * 3, *["1,234.5"] * 14]], "")
+    whole = replace(report(), table=wide, facts={"Settings": {"path": "folder/" * 40}})
+    write_report(whole, tmp_path / "report.html")
+    with (
+        browsers.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page()
+        page.goto((tmp_path / "report.html").as_uri())
+        page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+        for width in (390, 1400):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
