@@ -36,7 +36,7 @@ from adaptvit.backbones.guess import guess
 from adaptvit.backbones.sizes import head_macs, shape_of
 from adaptvit.checks import In, valid
 from adaptvit.macs import Shape, block_macs
-from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
+from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens, choose_layout
 from adaptvit.usage import Output, Usage
 
 T = TypeVar("T")
@@ -198,8 +198,9 @@ class AdaptiveViT(nn.Module, ABC):
 
         Args:
             images: (B, channels, height, width); or a dict of patches, of a ViT that takes images of different shapes.
-            layout: how tokens are executed; None lets the method choose. Under `torch.compile` that is `Dense` where
-                every image keeps as many tokens, so that all of it is one graph, and else `Packed`, beside the graph.
+            layout: how tokens are executed; None lets the method choose, and on a device, where it would take `Packed`,
+                `choose_layout`. Under `torch.compile` that is `Dense` where every image keeps as many tokens, so that
+                all of it is one graph, and else `Packed`, beside the graph.
                 A batch for which `Slab` planned too few rows is run again as `Packed`; inside of a graph, which cannot
                 wait for that, its logits are NaN.
             detailed: return what was computed too. Then the terms are returned, and the logits carry nothing.
@@ -220,7 +221,7 @@ class AdaptiveViT(nn.Module, ABC):
             return compiled(self, state, name, detailed, images, options)
         return self._forward(images, layout, detailed, **options)
 
-    def _layout(self, layout: type[Tokens] | None, options: dict[str, Any]) -> type[Tokens]:
+    def _layout(self, images: Any, layout: type[Tokens] | None, options: dict[str, Any]) -> type[Tokens]:
         """The layout of a forward that is asked for this one, which must fit."""
         if layout is not None and not (isinstance(layout, type) and issubclass(layout, Tokens)):
             raise TypeError(f"layout must be adaptvit.Packed, Dense, Slab, Masked or None, got {layout!r}")
@@ -233,10 +234,17 @@ class AdaptiveViT(nn.Module, ABC):
             )
         if (self.dial is not None or self.plan is not None) and self.training and torch.is_grad_enabled():
             self.dial = self.plan = None  # they were measured on weights that are about to change
-        return layout or self.usual_layout(**options)
+        if layout is not None:
+            return layout
+        usual = self.usual_layout(**options)
+        if usual is not Packed or not isinstance(images, Tensor) or (self.training and not self.even):
+            return usual
+        width, block = next(self.vit.parameters()), max(self.shape.blocks, key=lambda block: block.mlp_per_token)
+        macs = 4 * self.shape.dim * block.attention_width + block.mlp_per_token
+        return choose_layout(width.device, width.dtype, self.even, self.plan, len(images), macs)
 
     def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
-        layout = self._layout(layout, options)
+        layout = self._layout(images, layout, options)
         with nullcontext() if self.differentiable(layout) else torch.no_grad():
             logits, distilled, left, terms = self._classified(images, layout, options)
             if (over := self._over(left)) is not None:
@@ -366,7 +374,7 @@ class AdaptiveViT(nn.Module, ABC):
         """(B, N, D) behind each of these blocks, by the slots of the first, and what makes the record."""
         self._keep_family()
         options = {**self.stays, **options}
-        layout = self._layout(layout, options)
+        layout = self._layout(images, layout, options)
 
         def inside(x: Tensor, source: Source) -> tuple[Left, list[Tensor]]:
             return self._laid_out(x, source, blocks, layout, options)
@@ -527,7 +535,8 @@ class AdaptiveViT(nn.Module, ABC):
         return torch.stack(counts) if counts else torch.empty(0, images.shape[0])
 
     def usual_layout(self, **options: Any) -> type[Tokens]:
-        """How tokens are executed unless `forward`, which has these options, is told."""
+        """How tokens are executed unless `forward`, which has these options, is told; on a device `Packed` is one of
+        those that it may be instead: `choose_layout`."""
         return Packed
 
     @property

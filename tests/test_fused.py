@@ -57,14 +57,16 @@ def slots_of(lengths: list[int], rows: int) -> Tensor:
 @pytest.mark.parametrize(("lengths", "count"), [(LENGTHS[0], 3), (LENGTHS[0], 40), (LENGTHS[1], 3), (LENGTHS[2], 40)])
 def test_compact(interpreted: ModuleType, lengths: list[int], count: int) -> None:
     rows, total = sum(lengths) + 5, len(lengths) * N
-    given = (drawn(rows) > 0, slots_of(lengths, rows), offsets_of(lengths), drawn(rows, 6), drawn(rows, 2, 3))
-    found, wanted = (one.compact(*given, count, total) for one in (interpreted, PLAIN))
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], wanted[1])
-    held = wanted[1] < total
-    for one, other in zip(found[2:], wanted[2:], strict=True):
-        assert torch.equal(one[held], other[held])
-    assert all(t.isfinite().all() for t in found[3:])
+    slots = slots_of(lengths, rows)
+    for by_slot in (False, True):
+        given = (drawn(total if by_slot else rows) > 0, slots, offsets_of(lengths), drawn(rows, 6), drawn(rows, 2, 3))
+        found, wanted = (one.compact(*given, count, total, by_slot) for one in (interpreted, PLAIN))
+        for one, other in zip(found[:3], wanted[:3], strict=True):
+            assert torch.equal(one, other)
+        held = wanted[2] < total
+        for one, other in zip(found[3:], wanted[3:], strict=True):
+            assert torch.equal(one[held], other[held])
+        assert all(t.isfinite().all() for t in found[4:])
 
 
 @pytest.mark.parametrize(("lengths", "stays"), list(zip(LENGTHS, (False, True, False), strict=True)))
@@ -82,22 +84,51 @@ def test_halt(interpreted: ModuleType, lengths: list[int], stays: bool) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_received(interpreted: ModuleType, lengths: list[int]) -> None:
     rows, total = sum(lengths) + 5, sum(lengths)
-    asks = torch.ones(len(lengths), 2, dtype=torch.bool)
-    asks[0, 1] = False
-    qkv = drawn(rows, 3, 2, 5)
-    given = (drawn(len(lengths), 2, 2, 5), qkv[:, 1], asks, offsets_of(lengths), N)
-    found, wanted = (one.received(*given)[:total] for one in (interpreted, PLAIN))
+    qkv, slots = drawn(rows, 3, 2, 5), slots_of(lengths, rows)
+    for held, read in ((slots, 4), (None, 2), (slots, 0)):  # of images of a slot or two that are read, or of none
+        given = (qkv[:, 0], qkv[:, 1], held, offsets_of(lengths), N, read)
+        found, wanted = (one.received(*given)[:total] for one in (interpreted, PLAIN))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
+def test_mean_patch(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
+    rows = sum(lengths) + 5
+    given = (drawn(rows, 2, 70)[:, 1], slots_of(lengths, rows), offsets_of(lengths), N, prefix)
+    found, wanted = (one.mean_patch(*given)[: sum(lengths)] for one in (interpreted, PLAIN))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
+def test_sample_and_above(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
+    rows, offsets = sum(lengths) + 5, offsets_of(lengths)
+    slots, received, v = slots_of(lengths, rows), drawn(rows, 2).abs(), drawn(rows, 2, 2, 5)[:, 1]
+    nothing, spoilt = received.clone(), received.clone()
+    nothing[: lengths[0]], spoilt[lengths[0] // 2] = 0, torch.nan
+    for weights in (received, nothing, spoilt):
+        for points in (1.0, 4.5, 20.0):
+            given = (weights, v, slots, offsets, N, prefix, points)
+            (found, sound), (wanted, finite) = (one.sample(*given) for one in (interpreted, PLAIN))
+            assert torch.equal(found, wanted)
+            assert torch.equal(sound, finite)
+        score = weights[:, 0].log()
+        for least in (-1.0, -torch.inf):
+            given = (score, slots, offsets, N, prefix, least)
+            (found, total), (wanted, wanted_total) = (one.above(*given) for one in (interpreted, PLAIN))
+            assert torch.equal(found, wanted)
+            torch.testing.assert_close(total, wanted_total, equal_nan=True)
+    assert not PLAIN.sample(spoilt, v, slots, offsets, N, prefix, 4.5)[1].all()
 
 
 @pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
 def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
     lengths = [max(length, prefix) for length in lengths]
     rows, offsets = sum(lengths) + 3, offsets_of(lengths)
-    keys, product, total = drawn(rows, 3, 2, 70)[:, 1], drawn(rows).abs() / 3, drawn(rows + 1)[1:].abs() / 5
-    for costs in ((product, None), (None, total), (product, total)):
-        score, target = PLAIN.match(keys, *costs, offsets, N, prefix)
-        found = interpreted.match(keys, *costs, offsets, N, prefix)
+    keys, importance, size = drawn(rows, 3, 2, 70)[:, 1], drawn(rows).abs(), drawn(rows + 1)[1:].abs() + 1
+    for weights, protection, size_cost in ((importance, 0.2, 0.0), (None, 0.0, 0.3), (importance, 0.2, 0.1)):
+        given = (keys, weights, size, offsets, N, prefix, protection, size_cost)
+        score, target = PLAIN.match(*given)
+        found = interpreted.match(*given)
         torch.testing.assert_close(found[0], score)
     compared = (score > -torch.inf) & (torch.tensor(lengths) > prefix + 1)[:, None]
     assert torch.equal(found[1][compared], target[compared])
@@ -117,6 +148,7 @@ def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], pr
         if count == rows:
             torch.testing.assert_close(found[0][held], wanted[0][held])
         assert torch.equal(found[4], wanted[4])
+        assert torch.equal(found[5], wanted[5])
         assert torch.equal(found[3], wanted[3])
         assert torch.equal(found[1][held], wanted[1][held])
         torch.testing.assert_close(found[2], wanted[2])
@@ -129,6 +161,15 @@ def test_merge_of_as_many_in_every_image(interpreted: ModuleType) -> None:
     found, wanted = (one.merge(*given) for one in (interpreted, PLAIN))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_gated_and_put(interpreted: ModuleType, lengths: list[int]) -> None:
+    rows, heads = sum(lengths) + 5, drawn(len(lengths), 3) > 0
+    given = (drawn(rows, 6), heads, offsets_of(lengths))
+    assert torch.equal(*(one.gated(*given) for one in (interpreted, PLAIN)))
+    places = torch.tensor([2, 0, rows, rows - 1, rows + 7])
+    assert torch.equal(*(one.put(drawn(rows, 6), places, drawn(5, 6)) for one in (interpreted, PLAIN)))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])

@@ -22,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptvit
-from adaptvit import AViTConfig, DropConfig, DynamicViTConfig, Packed, adapt
+from adaptvit import AViTConfig, Dense, DropConfig, DynamicViTConfig, Packed, Plan, Slab, adapt, measure_plan
 from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
+from adaptvit.tokens import choose_layout, kernels
 
 PICTURES = images(small_vit(img_size=64), count=3)
 
@@ -239,6 +240,46 @@ def test_logits_in_training_can_be_changed_in_place() -> None:
     logits /= 2
     logits[:, 0].mul_(3)
     logits.sum().backward()
+
+
+def test_on_a_device_a_model_takes_the_layout_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[type] = []
+    even, ragged, learning = (METHODS[name].build(small_vit()).eval() for name in ("tome", "ats", "tome"))
+    learning.train()
+    for model in (even, ragged, learning):
+        monkeypatch.setattr(model, "run", lambda tokens, run=model.run: (taken.append(type(tokens)), run(tokens))[1])
+    batch = images(even.vit)
+    models = (even, ragged, learning)
+
+    def layouts() -> list[type]:
+        taken.clear()
+        with torch.no_grad():
+            for model in models:
+                model(batch)
+        return taken
+
+    assert layouts() == [Packed, Packed, Packed]
+    monkeypatch.setattr(kernels, "on_host", lambda device: False)
+    assert layouts() == [Dense, Packed, Dense]
+    with torch.inference_mode():
+        ragged.plan = measure_plan(ragged, batch)
+    assert layouts() == [Dense, Slab, Dense]
+    with torch.no_grad():
+        ragged(batch, Packed)
+    assert taken[3:] == [Packed]
+
+
+def test_rows_in_reserve_are_weighed_against_a_wait() -> None:
+    plan = Plan(means=(100.0,) * 6, spreads=(12.0,) * 6, images=1000)
+
+    def taken(dim: int, batch: int, dtype: torch.dtype = torch.bfloat16, plan: Plan | None = plan) -> type:
+        return choose_layout(torch.device("meta"), dtype, False, plan, batch, 12 * dim**2)
+
+    assert taken(384, 8) is taken(384, 256) is taken(1024, 8) is Slab
+    assert taken(1024, 256) is taken(384, 8, plan=None) is Packed
+    assert taken(384, 256, torch.float32) is Packed
+    assert choose_layout(torch.device("meta"), torch.bfloat16, True, plan, 256, 12 * 1024**2) is Dense
+    assert choose_layout(torch.device("cpu"), torch.bfloat16, True, plan, 8, 12 * 384**2) is Packed
 
 
 def test_a_layout_that_is_none_is_refused() -> None:

@@ -373,6 +373,7 @@ ENDS: dict[str, tuple[int, Callable[[], object], str]] = {
     "an image fails": (0, wrong, "ValueError: this image is cursed"),
     "it is stopped": (0, lambda: os.kill(os.getpid(), signal.SIGINT), "KeyboardInterrupt"),
     "the disk is full": (0, lambda: None, "OSError: full"),
+    "a forward fails": (0, lambda: None, "ValueError: this forward is cursed"),
 }
 
 
@@ -388,6 +389,15 @@ def ended_in_one(how: str, rank: str, port: str, output: Path, told: Any) -> Non
             raise OSError("full")
 
         Checkpoints.write = full
+    if how == "a forward fails" and ends:
+        run, calls = Full.run, itertools.count()
+
+        def cursed(*given: Any) -> Any:
+            if next(calls) == 1:
+                raise ValueError("this forward is cursed")
+            return run(*given)
+
+        Full.run = cursed
     data = replace(DATA, train=Failing(end if ends else lambda: None), workers=workers)
     try:
         train(copy.deepcopy(MODEL), data, replace(RECIPE, batch_size=4), output)

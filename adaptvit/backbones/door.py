@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from adaptvit.tokens import AttentionOptions, Tokens
+from adaptvit.tokens import AttentionOptions, Dense, Slab, Tokens, fused
 
 
 class Projected(NamedTuple):
@@ -35,8 +35,11 @@ def attention_received(tokens: Tokens, projected: Projected, slots: int | None) 
     Args:
         slots: the queries are those of the first so many slots; None takes all live tokens.
     """
-    q = projected.q
-    return tokens.received(tokens.rows(q) if slots is None else tokens.first(q, slots), projected.k, projected.pairs)
+    q, k, pairs = projected.q, projected.k, projected.pairs
+    few = slots is not None and slots <= fused.QUERIES
+    if slots is not None and few and pairs is None and isinstance(tokens, Dense | Slab) and fused.fuses(q, k):
+        return tokens.received_from(q, k, slots)
+    return tokens.received(tokens.rows(q) if slots is None else tokens.first(q, slots), k, pairs)
 
 
 Look = Callable[[Projected], Tensor | None]

@@ -60,6 +60,8 @@ class Gates:
         return Gates(*(None if gate is None else gate.to(x.dtype) for gate in found))
 
 
+ByHeads = Callable[[Tensor], Tensor]
+"""Multiplies token features (..., channels) by each head's gate for its consecutive channels."""
 Attend = Callable[[Tensor, Tensor, Tensor, Gates, float], Tensor]
 """Queries, keys and values (B, N, H, d), the gates, and the dropout of attention -> (B, N, H, d)."""
 
@@ -157,7 +159,7 @@ def _mask(
         out, _ = attention(block, parts, tokens, normed, acts, number)
     added = _add(block, parts.out_of_attention, tokens, out, gates.attention_tokens, gates.attention, drop_path)
     read = chain(block, parts.into_mlp, added.x, added)
-    out = _masked_mlp(block, parts, added, read, None if gates.heads is None else gates.heads[:, None], takes)
+    out = _masked_mlp(block, parts, added, read, _by_heads(gates), takes)
     return _add(block, parts.out_of_mlp, added, out, gates.mlp_tokens, gates.mlp, drop_path)
 
 
@@ -178,21 +180,20 @@ def _by_maps(block: Block, tokens: Tokens, gates: Gates, takes: Takes, normed: T
     attn = block.attn
     assert acts.attend is not None
     mixed = acts.attend(Projected(*project_normed(block, tokens, normed)), attn.attn_drop.p if attn.training else 0.0)
-    heads = None if gates.heads is None or takes == "identity" else gates.heads[:, None]
-    return _projected(attn, mixed, normed, heads)
+    return _projected(attn, mixed, normed, None if takes == "identity" else _by_heads(gates))
 
 
-def _projected(attn: Attention, mixed: Tensor, normed: Tensor, heads: Tensor | None) -> Tensor:
+def _projected(attn: Attention, mixed: Tensor, normed: Tensor, by_heads: ByHeads | None) -> Tensor:
     """What follows on the mixed values of all heads, token features (..., H, d), of tokens whose norm gave `normed`.
 
     Args:
-        heads: what broadcasts against (..., H), 0 of heads that are off; None is all on.
+        by_heads: switches the channels of heads off; None is none.
     """
     out = through(attn.norm, mixed.flatten(-2))
     if attn.gate is not None:
         out = out * attn.gate(normed).sigmoid()
-    if heads is not None:
-        out = out * _by_channel(heads, out.shape[-1])
+    if by_heads is not None:
+        out = by_heads(out)
     return attn.proj_drop(attn.proj(out))
 
 
@@ -213,23 +214,23 @@ def _attend_under(gates: Gates, takes: Takes, attend: Attend | None, projected: 
     return heads * mixed + (1 - heads) * v if takes == "identity" else heads * mixed
 
 
-def _masked_mlp(block: Any, parts: Parts, tokens: Tokens, x: Tensor, heads: Tensor | None, takes: Takes) -> Tensor:
-    """The MLP of x, (..., D), under what broadcasts against (..., H)."""
-    if heads is None or takes == "identity":
+def _masked_mlp(block: Any, parts: Parts, tokens: Tokens, x: Tensor, by_heads: ByHeads | None, takes: Takes) -> Tensor:
+    if by_heads is None or takes == "identity":
         return chain(block, parts.mlp, x, tokens)
     if takes == "input":
-        return chain(block, parts.mlp, x * _by_channel(heads, x.shape[-1]), tokens)
+        return chain(block, parts.mlp, by_heads(x), tokens)
 
     def gated(fc1: nn.Module, x: Tensor) -> Tensor:
-        hidden = type(fc1).forward(fc1, x)
-        return hidden * _by_channel(heads, hidden.shape[-1])
+        return by_heads(type(fc1).forward(fc1, x))
 
     return with_parts(block.mlp, {"fc1": stand_in(block.mlp.fc1, gated)})(x)
 
 
-def _by_channel(heads: Tensor, channels: int) -> Tensor:
-    """(..., H) -> (..., channels): each head's gate for its consecutive channels."""
-    return heads.repeat_interleave(channels // heads.shape[-1], dim=-1)
+def _by_heads(gates: Gates) -> ByHeads | None:
+    heads = gates.heads
+    if heads is None:
+        return None
+    return lambda x: x * heads.repeat_interleave(x.shape[-1] // heads.shape[1], dim=1)[:, None]
 
 
 def _add(
@@ -260,16 +261,15 @@ def _compact(
     if normed is None:
         normed = chain(block, parts.into_attention, tokens.x, tokens)
     keys, (normed,) = _updated(tokens, gates.attention, gates.attention_tokens, None, normed)
-    heads = None if gates.heads is None else gates.heads.to(tokens.x.dtype)[:, None]
     if has_maps(block):
-        rows, out = _mixed(block, keys, normed, heads, takes, read)
+        rows, out = _mixed(block, keys, normed, gates.heads, takes, read)
     else:
         out, _ = attention(block, parts, keys, normed, Acts(read), number)
         rows, (out,) = (keys, [out]) if read is None else keys.select(read, out)
     tokens = tokens.with_those(rows.with_x(rows.x + chain(block, parts.out_of_attention, out, rows)))
     rows, _ = _updated(tokens, gates.mlp, gates.mlp_tokens, read)
-    of_rows = None if heads is None else rows.spread(heads)
-    out = _masked_mlp(block, parts, rows, chain(block, parts.into_mlp, rows.x, rows), of_rows, takes)
+    by_heads = None if gates.heads is None else partial(rows.by_heads, heads=gates.heads)
+    out = _masked_mlp(block, parts, rows, chain(block, parts.into_mlp, rows.x, rows), by_heads, takes)
     return tokens.with_those(rows.with_x(rows.x + chain(block, parts.out_of_mlp, out, rows)))
 
 
@@ -301,10 +301,10 @@ def _mixed(
     if read is not None:
         rows, (q, own, normed) = keys.select(read, q, v, normed)
     mixed = keys.attend(q, k, v, rows)
-    heads = None if heads is None else rows.spread(heads)
     if heads is not None and takes == "identity":
-        mixed = torch.where(heads[..., None] > 0, mixed, own)
-    return rows, _projected(block.attn, mixed, normed, None if takes == "identity" else heads)
+        mixed = torch.where(rows.spread(heads[:, None, :, None]), mixed, own)
+    by_heads = None if heads is None or takes == "identity" else partial(rows.by_heads, heads=heads)
+    return rows, _projected(block.attn, mixed, normed, by_heads)
 
 
 @dataclass(frozen=True, eq=False)

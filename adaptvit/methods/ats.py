@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from adaptvit.backbones.door import Look, Projected, attention_received
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.model import AdaptiveViT, Knob, Left, once
-from adaptvit.tokens import Tokens
+from adaptvit.tokens import Slab, Tokens, fused
 from adaptvit.usage import Usage
 
 MOST_POINTS = 65536
@@ -142,10 +142,21 @@ class ATS(AdaptiveViT):
         projected: Projected,
     ) -> tuple[Tensor, Tensor]:
         """The slots that a block hands on, (B, N) bool, and which images could be decided on, (B, 1) bool."""
+        if type(self) is ATS and points is None and not self.draws and self._is_fused(tokens, projected):
+            received, n = attention_received(tokens, projected, self.read), tokens.shape[1]
+            count = self.sampling_points(block, n - self.prefix)
+            found: tuple[Tensor, Tensor] = fused.sample(
+                received, projected.v, tokens.slots, tokens.offsets, n, self.prefix, count
+            )
+            return found
         score = self.score(tokens, projected, live)
         finite = score.isfinite().all(dim=1, keepdim=True)
         alike = normalise(torch.zeros_like(score), live[:, self.prefix :])
         return self.sample(score.where(finite, alike), live, block, generator, order, points), finite
+
+    def _is_fused(self, tokens: Tokens, projected: Projected) -> TypeGuard[Slab]:
+        """Whether a device samples in a kernel."""
+        return isinstance(tokens, Slab) and fused.fuses(projected.q, projected.v)
 
     def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.

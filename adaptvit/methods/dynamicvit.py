@@ -25,7 +25,7 @@ from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob, Left
-from adaptvit.tokens import Dense, Masked, Packed, Tokens, fused
+from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused
 from adaptvit.usage import Usage
 
 ABOUT = " with predictors: published with weights."
@@ -128,6 +128,9 @@ class Predictor(nn.Module):
             kept: (B, P) mask of the patches, with gradients; None is those that are live.
         """
         local, shared = self.in_conv(tokens.x).chunk(2, dim=-1)
+        if kept is None and isinstance(tokens, Slab) and fused.fuses(shared):
+            mean = fused.mean_patch(shared, tokens.slots, tokens.offsets, tokens.shape[1], prefix)
+            return self._odds(torch.cat([local, mean], dim=-1))
         patches = tokens.rows(shared)[:, prefix:]
         if kept is not None:
             mean = (patches * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
@@ -135,7 +138,10 @@ class Predictor(nn.Module):
             mean = patches.sum(dim=1) / patches.shape[1]
         else:
             mean = patches.sum(dim=1) / tokens.live[:, prefix:].sum(dim=1, keepdim=True)
-        seen = torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype)
+        return self._odds(torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype))
+
+    def _odds(self, seen: Tensor) -> Tensor:
+        """Log-odds of keeping, from the features of tokens and of their images."""
         keep, drop = self.out_conv(seen).unbind(dim=-1)
         return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
 
@@ -211,12 +217,16 @@ class DynamicViT(AdaptiveViT):
             if number in self.stages:
                 stage = self.stages.index(number)
                 score = self.score_predictor[stage](tokens, self.prefix)
-                sums.append(tokens.rows(score).sum(dim=1))
-                tokens = self.drop(tokens, score, stage)
+                if isinstance(tokens, Slab) and self.config.select == "threshold" and fused.fuses(tokens.x, score):
+                    tokens, total = self.drop_fused(tokens, score)
+                else:
+                    total = tokens.rows(score).sum(dim=1, keepdim=True)
+                    tokens = self.drop(tokens, score, stage)
+                sums.append(total)
                 stages[number] = tokens.bare
             tokens = self.run_block(number, tokens)
         # the patches of an image may not be finite, and so not to be told apart
-        sound = torch.stack(sums, dim=1).isfinite().all(dim=1, keepdim=True)
+        sound = torch.cat(sums, dim=1).isfinite().all(dim=1, keepdim=True)
         usage = partial(self.usage_of, stages, grid, tokens.source.own)
         live = None if isinstance(tokens, Dense) and self.read is not None else tokens.live
         return self.finish(self.read_slots(tokens, tokens.x), usage, live, sound=sound)
@@ -248,6 +258,13 @@ class DynamicViT(AdaptiveViT):
         live, score = tokens.live[:, prefix:], tokens.grid(score)[:, prefix:]
         chosen = above(score, config.threshold, live)
         return tokens.keep(torch.cat([torch.ones_like(tokens.live[:, :prefix]), chosen], dim=1))
+
+    def drop_fused(self, tokens: Slab, score: Tensor) -> tuple[Tokens, Tensor]:
+        """`drop` by a threshold, in a kernel, and the sum of each image's scores, (B, 1)."""
+        chosen, total = fused.above(
+            score, tokens.slots, tokens.offsets, tokens.shape[1], self.prefix, _logarithm(self.config.threshold)
+        )
+        return tokens.keep(chosen), total
 
     def drop_of_each(self, tokens: Tokens, score: Tensor, patches: Tensor, stage: int) -> Tokens:
         """What a stage keeps of images with so many patches at first, (B, 1): of each the share that is asked for."""
@@ -361,8 +378,13 @@ def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
         score: log-odds.
         live: the likeliest is one of these.
     """
-    least = math.log(threshold) if threshold else -math.inf
-    return (logsigmoid(score) > least) | (score == score.masked_fill(~live, -torch.inf).amax(dim=1, keepdim=True))
+    return (logsigmoid(score) > _logarithm(threshold)) | (
+        score == score.masked_fill(~live, -torch.inf).amax(dim=1, keepdim=True)
+    )
+
+
+def _logarithm(threshold: float) -> float:
+    return math.log(threshold) if threshold else -math.inf
 
 
 def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Tensor:

@@ -282,6 +282,8 @@ class MergingViT(AdaptiveViT):
         """The importance of each token, token features (...,)."""
         if self.read is not None:
             received = attention_received(tokens, projected, self.read)
+        elif self._is_fused(tokens, projected.k):
+            received = tokens.received_from(projected.q, projected.k, 0)
         else:
             q = tokens.grid(projected.q)
             count = tokens.live.sum(dim=1).view(-1, 1, 1, 1)
@@ -335,13 +337,11 @@ class MergingViT(AdaptiveViT):
 
     def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         keys, slots, offsets = seen.keys.flatten(0, -3), tokens.shape[1], tokens.offsets
-        product = total = None
-        if self.config.protection:
-            assert seen.importance is not None
-            product = (self.config.protection * seen.importance).sqrt().flatten()
-        if self.config.size_cost:
-            total = self.config.size_cost * size.log().flatten()
-        score, target = fused.match(keys, product, total, offsets, slots, self.prefix)
+        protection = self.config.protection
+        importance = seen.importance.flatten() if protection and seen.importance is not None else None
+        score, target = fused.match(
+            keys, importance, size.flatten(), offsets, slots, self.prefix, protection, self.config.size_cost
+        )
         chosen = self.choose(score, slots - self.prefix, block)
         return fused.arrange(chosen, score, target, offsets, slots, self.prefix)
 

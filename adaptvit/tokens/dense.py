@@ -207,15 +207,17 @@ class Dense(Tokens):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale).transpose(1, 2)
 
+    def received_from(self, q: Tensor, k: Tensor, read: int) -> Tensor:
+        """Attention that each token receives, in a kernel, as `fused.received` has it: (B, n, H)."""
+        found: Tensor = fused.received(q.flatten(0, 1), k.flatten(0, 1), None, self.offsets, k.shape[1], read)
+        return found.view(k.shape[:3])
+
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))
         centred = wide - wide.mean(dim=1, keepdim=True)
         return (centred * (centred.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-        if pairs is None and q.shape[1] <= fused.QUERIES and fused.fuses(q, k):
-            asks = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-            return fused.received(q, k.flatten(0, 1), asks, self.offsets, k.shape[1]).view(k.shape[:3])
         at = self.at
         return mean_received(q, k, None, None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at))
 

@@ -7,6 +7,7 @@ Letters: B images, N token slots, T rows, of which those of image b are offsets[
 rows that are left, R slots that are read, D channels, H heads, d channels per head, A and P patches.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
 
 from adaptvit.tokens import kernels
 
@@ -27,7 +28,7 @@ def fuses(*tensors: Tensor) -> bool:
 
 
 QUERIES = 4
-"""So many are asked for the attention that tokens receive in one kernel, at most."""
+"""So many of an image are asked for the attention that tokens receive in one kernel, at most."""
 
 
 @cache
@@ -67,34 +68,36 @@ def _grid(t: Tensor, places: Tensor, images: int, n: int) -> Tensor:
 
 
 def _of_compact(
-    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int, by_slot: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     left, other_left = x.new_empty(count, *x.shape[1:]), other.new_empty(count, *other.shape[1:])
     rows = slots.new_empty(count)
-    return torch.empty_like(offsets), rows, torch.empty_like(rows), left, other_left
+    return torch.empty_like(offsets), torch.empty_like(offsets), rows, torch.empty_like(rows), left, other_left
 
 
 @_fused(_of_compact)
 def compact(
-    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int, by_slot: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rows that are chosen, moved to the front.
 
     Args:
-        chosen: (T,) bool; of rows of no image it does not matter.
+        chosen: (T,) bool; of rows of no image it does not matter. Or (`total`,), `by_slot`.
         slots: (T,) int64, each row's place in a grid of `total` places.
         offsets: (B + 1,) int32.
         x, other: (T, ...), which are taken along.
         count: C; rows behind the last image's hold nothing that matters, and their place is `total`.
     Returns:
-        offsets, not bounded by C, slots, the rows that were taken, `x` and `other`.
+        offsets, as they would be with rows enough, and bounded by C, slots, the rows that were taken, `x` and `other`.
     """
+    if by_slot:
+        chosen = chosen.index_select(0, slots.clamp(max=total - 1))
     end = (chosen & (slots < total)).cumsum(0, dtype=torch.int32)
     left = torch.cat([end.new_zeros(1), end]).index_select(0, offsets)
     rows = torch.nonzero_static(chosen & (slots < total), size=count, fill_value=0).squeeze(1)
     empty = torch.arange(count, device=rows.device) >= left[-1]
     places = slots.index_select(0, rows).masked_fill(empty, total)
-    return left, places, rows, x.index_select(0, rows), other.index_select(0, rows)
+    return left, left.clamp(max=count), places, rows, x.index_select(0, rows), other.index_select(0, rows)
 
 
 def _of_halt(x: Tensor, state: Tensor, remainder: Tensor, output: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,20 +151,138 @@ def _of_received(q: Tensor, k: Tensor, *_: Any) -> Tensor:
 
 
 @_fused(_of_received)
-def received(q: Tensor, k: Tensor, asks: Tensor, offsets: Tensor, n: int) -> Tensor:
+def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int, read: int) -> Tensor:
     """Attention that each token receives, mean over the queries that ask: (T, H) in float32.
 
     Args:
-        q, k: (B, R, H, d) and (T, H, d).
-        asks: (B, R) bool.
+        q, k: (T, H, d).
+        slots: (T,) int64; None where the first rows of every image are its first slots.
         offsets: (B + 1,) int32.
+        read: the tokens that ask are those in the first so many slots; 0 is one query, the mean of all.
     """
-    images, places = q.shape[0], _places(offsets, len(k), n)
+    images, places = len(offsets) - 1, _places(offsets, len(k), n)
     live = torch.arange(n, device=k.device) < offsets.diff()[:, None]
-    logits = torch.einsum("brhd,bnhd->brhn", q.float(), _grid(k, places, images, n).float()) * q.shape[-1] ** -0.5
+    queries = _grid(q, places, images, n).float()
+    if read:
+        first = torch.arange(n, device=k.device).expand(images, n)
+        at = first if slots is None else _grid(slots % n, places, images, n)
+        queries, asks = queries[:, :read], (live & (at < read))[:, :read]
+    else:
+        queries = queries.sum(dim=1, keepdim=True) / live.sum(dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        asks = live[:, :1]
+    logits = torch.einsum("brhd,bnhd->brhn", queries, _grid(k, places, images, n).float()) * q.shape[-1] ** -0.5
     weights = logits.masked_fill(~live[:, None, None], torch.finfo(torch.float32).min).softmax(dim=-1)
     mean = (weights * asks[:, :, None, None]).sum(dim=1) / asks.sum(dim=1).clamp(min=1)[:, None, None]
     return mean.mT.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
+
+
+def _of_mean_patch(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fused(_of_mean_patch)
+def mean_patch(x: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
+    """In every row the mean of its image's patches, (T, D), as precise as `x`.
+
+    Args:
+        x: (T, D).
+        slots: (T,) int64; patches are those from slot `prefix` on.
+        offsets: (B + 1,) int32.
+    """
+    rows, images = len(x), len(offsets) - 1
+    image = torch.searchsorted(offsets[1:], torch.arange(rows, device=x.device), right=True)
+    patch = ((image < images) & (slots % n >= prefix))[:, None]
+    wide = torch.where(patch, x.float(), 0)
+    total = wide.new_zeros(images + 1, x.shape[1]).index_add(0, image, wide)
+    count = wide.new_zeros(images + 1, 1).index_add(0, image, patch.float())
+    return (total / count.clamp(min=1)).index_select(0, image).to(x.dtype)
+
+
+def _of_sample(
+    received: Tensor, v: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, points: float
+) -> tuple[Tensor, Tensor]:
+    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=v.device)
+    return chosen, chosen.new_empty(len(chosen), 1)
+
+
+@_fused(_of_sample)
+def sample(
+    received: Tensor, v: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, points: float
+) -> tuple[Tensor, Tensor]:
+    """The step of ATS, by `points` quantiles of the scores, which are attention received times the size of values.
+
+    Args:
+        received, v: (T, H) float32 and (T, H, d).
+        slots: (T,) int64, each row's place in the grid, B N of rows of no image; patches are from slot `prefix` on.
+        offsets: (B + 1,) int32.
+    Returns:
+        (B, N) bool, the slots that go on, prefix tokens among them, and (B, 1) bool of images whose scores are finite:
+        in others all patches count alike.
+    """
+    images = len(offsets) - 1
+    score = _grid((received * v.norm(dim=-1, dtype=torch.float32)).sum(dim=1), slots, images, n)[:, prefix:]
+    live = _grid(torch.ones_like(slots, dtype=torch.bool), slots, images, n)
+    alike = live[:, prefix:].float()
+    alike = alike / alike.sum(dim=1, keepdim=True)
+    total = score.sum(dim=1, keepdim=True)
+    score = torch.where(total == 0, alike, score / total)
+    finite = score.isfinite().all(dim=1, keepdim=True)
+    below = (torch.where(finite, score, alike).cumsum(dim=1) * points + 0.5).floor().clamp(max=math.ceil(points - 0.5))
+    chosen = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1])) > 0
+    return torch.cat([live[:, :prefix], chosen], dim=1), finite
+
+
+def _of_above(
+    score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float
+) -> tuple[Tensor, Tensor]:
+    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=score.device)
+    return chosen, score.new_empty(len(chosen), 1)
+
+
+@_fused(_of_above)
+def above(score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
+    """The patches whose probability has a logarithm above `least`, and of each image the likeliest.
+
+    Args:
+        score: (T,) float32, log-odds.
+        slots: (T,) int64, each row's place in the grid, B N of rows of no image; patches are from slot `prefix` on.
+        offsets: (B + 1,) int32.
+    Returns:
+        (B, N) bool, the slots that go on, prefix tokens among them, and the sums of scores, (B, 1), theirs included.
+    """
+    images = len(offsets) - 1
+    live, grid = (_grid(t, slots, images, n) for t in (torch.ones_like(slots, dtype=torch.bool), score))
+    patches = grid[:, prefix:].masked_fill(~live[:, prefix:], -torch.inf)
+    likeliest = patches == patches.amax(dim=1, keepdim=True)
+    chosen = live[:, prefix:] & ((logsigmoid(patches) > least) | likeliest)
+    return torch.cat([live[:, :prefix], chosen], dim=1), grid.sum(dim=1, keepdim=True)
+
+
+def _of_gated(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fused(_of_gated)
+def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
+    """(T, D) times what its image has, (B, H), for as many channels each as heads share; 0 in rows of no image.
+
+    Args:
+        heads: bool.
+        offsets: (B + 1,) int32.
+    """
+    image = torch.searchsorted(offsets[1:], torch.arange(len(x), device=x.device), right=True)
+    on = torch.cat([heads, torch.zeros_like(heads[:1])]).index_select(0, image)
+    return torch.where(on.repeat_interleave(x.shape[1] // heads.shape[1], dim=1), x, 0)
+
+
+def _of_put(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fused(_of_put)
+def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    """`x` (T, D), with `t` (C, D) in those of its `rows`, (C,) int64, that it has."""
+    return torch.cat([x, x.new_empty(1, x.shape[1])]).index_copy_(0, rows.clamp(max=len(x)), t)[:-1].clone()
 
 
 def _of_over_mean(received: Tensor, *_: Any) -> Tensor:
@@ -186,7 +307,14 @@ def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
 
 
 def _of_match(
-    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+    keys: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    offsets: Tensor,
+    n: int,
+    prefix: int,
+    protection: float,
+    size_cost: float,
 ) -> tuple[Tensor, Tensor]:
     images, count = len(offsets) - 1, (n - prefix + (prefix + 1) % 2) // 2
     score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
@@ -195,14 +323,21 @@ def _of_match(
 
 @_fused(_of_match)
 def match(
-    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+    keys: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    offsets: Tensor,
+    n: int,
+    prefix: int,
+    protection: float,
+    size_cost: float,
 ) -> tuple[Tensor, Tensor]:
     """`adaptvit.methods.merging.match`, of rows, by the mean over heads of the cosine of their keys.
 
     Args:
         keys: (T, H, d).
-        product: (T,) float32, whose product is taken off the similarity of two tokens.
-        total: (T,) float32, whose sum is.
+        importance: (T,) float32; `protection` times the root of the product of two is taken off their similarity.
+        size: (T,) float32; `size_cost` times the sum of the logarithms of two is.
         offsets: (B + 1,) int32.
     """
     images, places = len(offsets) - 1, _places(offsets, len(keys), n)
@@ -211,11 +346,11 @@ def match(
     live = torch.arange(n, device=keys.device) < offsets.diff()[:, None]
     even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
     similarity = grid[:, even] @ grid[:, odd].mT
-    if product is not None:
-        costs = _grid(product, places, images, n)
+    if importance is not None:
+        costs = _grid((protection * importance).sqrt(), places, images, n)
         similarity -= costs[:, even, None] * costs[:, None, odd]
-    if total is not None:
-        costs = _grid(total, places, images, n)
+    if size_cost:
+        costs = _grid(size_cost * size.log(), places, images, n)
         similarity -= costs[:, even, None] + costs[:, None, odd]
     score, target = similarity.masked_fill_(~live[:, None, odd], -torch.inf).max(dim=2)
     return score.masked_fill_(~live[:, even], -torch.inf), target
@@ -270,10 +405,10 @@ def _of_merge(
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = at.new_empty(count)
-    sums = size.new_empty(count)
-    return x.new_empty(count, x.shape[1]), rows, sums, torch.empty_like(rows), torch.empty_like(offsets)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, sums = at.new_empty(count), size.new_empty(count)
+    left = torch.empty_like(offsets)
+    return x.new_empty(count, x.shape[1]), rows, sums, torch.empty_like(rows), left, torch.empty_like(left)
 
 
 @_fused(_of_merge)
@@ -288,7 +423,7 @@ def merge(
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Tokens.merge`, of images whose tokens are in their first slots.
 
     Args:
@@ -300,7 +435,8 @@ def merge(
         slots: of an image afterwards.
         keeps_length: a mean is made as long as its parts are in the mean.
     Returns:
-        `x` and `at`, the sums of the sizes, 1 of rows that hold nothing, slots, and offsets, not bounded by C.
+        `x` and `at`, the sums of the sizes, 1 of rows that hold nothing, slots, and offsets, as they would be with rows
+        enough, and bounded by C.
     """
     images, n = place.shape
     places = _places(offsets, len(x), n)
@@ -326,6 +462,7 @@ def merge(
         sums[:-1].masked_fill(empty, 1),
         _places(left, count, slots),
         left,
+        left.clamp(max=count),
     )
 
 

@@ -345,6 +345,8 @@ def add_rows(base: Tensor, into: Tensor, t: Tensor) -> Tensor:
 
 def rows_at(t: Tensor, index: Tensor) -> Tensor:
     """The rows (..., k) of (..., n, D), each copied whole, where `gather` goes by value: (..., k, D)."""
+    if not t.shape[-1]:
+        return t.new_empty(*index.shape, 0)
     lines = index.shape[:-1]
     first = torch.arange(math.prod(lines), device=t.device).view(*lines, 1) * t.shape[-2]
     return t.flatten(0, -2).index_select(0, (index + first).flatten()).view(*index.shape, t.shape[-1])

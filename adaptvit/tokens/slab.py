@@ -114,8 +114,18 @@ class Slab(Tokens):
         """The same tokens, of which those that `filter` or `select` left have the features that they have in `some`."""
         if some.full:
             return some
-        x = torch.cat([self.x, self.x.new_zeros(1, *self.x.shape[1:])]).index_copy_(0, self._rows_of(some), some.x)
+        rows = self._rows_of(some)
+        if fused.fuses(self.x, some.x):
+            return replace(self, x=fused.put(self.x, rows, some.x), calls=some.calls)
+        x = torch.cat([self.x, self.x.new_zeros(1, *self.x.shape[1:])]).index_copy_(0, rows, some.x)
         return replace(self, x=x[:-1], calls=some.calls)
+
+    def by_heads(self, t: Tensor, heads: Tensor) -> Tensor:
+        """Token features (C, D), with 0 in the channels of heads that are off in their image, (B, H) bool."""
+        if fused.fuses(t):
+            found: Tensor = fused.gated(t, heads, self.offsets)
+            return found
+        return t * self.spread(heads.repeat_interleave(t.shape[-1] // heads.shape[1], dim=1)[:, None])
 
     @property
     def _held(self) -> Tensor:
@@ -129,10 +139,20 @@ class Slab(Tokens):
         empty = some.slots == self.shape[0] * self.shape[1]
         return torch.searchsorted(self.slots, some.slots).masked_fill(empty, self.x.shape[0])
 
-    def _some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        """Those that are `chosen`, in so many rows."""
+    def _some(
+        self, chosen: Tensor, count: int, *others: Tensor, by_slot: bool = False
+    ) -> tuple[Self, list[Tensor], Tensor]:
+        """Those that are `chosen`, in so many rows, and offsets as if there were enough of them.
+
+        Args:
+            by_slot: `chosen` is (B, N) instead of token features.
+        """
         if fused.fuses(self.x, *others):
-            return self._fused_some(chosen, count, *others)
+            return self._fused_some(chosen, count, *others, by_slot=by_slot)
+        if by_slot:
+            chosen = self.spread(chosen)
+        if self.real is not None:
+            chosen = chosen & self.real
         end = chosen.cumsum(0, dtype=torch.int32)
         offsets = torch.cat([end.new_zeros(1), end]).index_select(0, self.offsets.long())
         rows = torch.nonzero_static(chosen, size=count, fill_value=0).squeeze(1)
@@ -140,37 +160,38 @@ class Slab(Tokens):
         slots = self.slots.index_select(0, rows).masked_fill(~held, self.shape[0] * self.shape[1])
         where = None if self.where is None else self.where.index_select(0, rows)
         x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
-        return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept
+        bounded = offsets.clamp(max=count)
+        return type(self)(x, self.shape, slots, bounded, self.calls, where, self.source), kept, offsets
 
-    def _fused_some(self, chosen: Tensor, count: int, *others: Tensor) -> tuple[Self, list[Tensor]]:
+    def _fused_some(
+        self, chosen: Tensor, count: int, *others: Tensor, by_slot: bool
+    ) -> tuple[Self, list[Tensor], Tensor]:
         other, *more = others or (self.slots,)
         total = self.shape[0] * self.shape[1]
-        offsets, slots, rows, x, other = fused.compact(chosen, self.slots, self.offsets, self.x, other, count, total)
+        left, offsets, slots, rows, x, other = fused.compact(
+            chosen.flatten(), self.slots, self.offsets, self.x, other, count, total, by_slot
+        )
         where = None if self.where is None else self.where.index_select(0, rows)
         kept = [other, *(t.index_select(0, rows) for t in more)] if others else []
-        return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept
+        return type(self)(x, self.shape, slots, offsets, self.calls, where, self.source), kept, left
 
-    def _planned(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        """Those that are `chosen`, in as many rows as are planned."""
-        if self.source is None:
-            return self._some(chosen, self.x.shape[0], *others)
-        plan = self.source.plan
+    def _planned(self, chosen: Tensor, *others: Tensor, by_slot: bool = False) -> tuple[Self, list[Tensor]]:
+        """Those that are `chosen`, as in `_some`, in as many rows as are planned."""
+        plan = None if self.source is None else self.source.plan
         count = self.x.shape[0] if plan is None else min(plan[self.calls], self.x.shape[0])
-        left, kept = self._some(chosen, count, *others)
-        self.source.left.append((left.offsets, count))
-        return replace(left, offsets=left.offsets.clamp(max=count), calls=self.calls + 1), kept
+        some, kept, left = self._some(chosen, count, *others, by_slot=by_slot)
+        if self.source is not None:
+            self.source.left.append((left, count))
+        return replace(some, calls=self.calls + 1), kept
 
     def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
         if isinstance(chosen, Tensor):
-            return super().select(chosen, *others)
+            return self._planned(chosen.expand(self.shape), *others, by_slot=True)
         leading = self.slots % self.shape[1] < chosen
-        if self.real is not None:
-            leading &= self.real
-        return self._some(leading, min(self.shape[0] * chosen, self.x.shape[0]), *others)
+        some, kept, _ = self._some(leading, min(self.shape[0] * chosen, self.x.shape[0]), *others)
+        return some, kept
 
     def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        if self.real is not None and not fused.fuses(self.x, *others):
-            chosen = chosen & self.real
         return self._planned(chosen, *others)
 
     def put(self, some: Self, t: Tensor) -> Tensor:
@@ -242,13 +263,12 @@ class Slab(Tokens):
             rows = images * count
         elif plan is not None:
             rows = min(plan[calls], rows)
-        x, where, sums, places, left = fused.merge(
+        x, where, sums, places, left, offsets = fused.merge(
             self.x, self.at, size, importance, place, moved, self.offsets, rows, slots, keeps_length
         )
-        offsets = left
         if count is None and self.source is not None:
             self.source.left.append((left, rows))
-            offsets, calls = left.clamp(max=rows), calls + 1
+            calls += 1
         full = count is not None
         return type(self)(x, (images, slots), places, offsets, calls, where, self.source, full), sums
 
@@ -266,6 +286,11 @@ class Slab(Tokens):
             pairs = by_place(pairs, queries.grid(queries.at), self.grid(self.at))
         return pairs.to(dtype) if mask is None else mask + pairs.to(dtype)
 
+    def received_from(self, q: Tensor, k: Tensor, read: int) -> Tensor:
+        """Attention that each token receives, in a kernel, as `fused.received` has it: (C, H)."""
+        found: Tensor = fused.received(q, k, self.slots, self.offsets, self.shape[1], read)
+        return found
+
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide, live = self.grid(t.to(torch.promote_types(t.dtype, torch.float32))), self.live[..., None]
         count = live.sum(dim=1, keepdim=True).clamp(min=1)
@@ -274,9 +299,6 @@ class Slab(Tokens):
         return self.spread(centred * (variance + eps).rsqrt()).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-        if pairs is None and q.shape[1] <= fused.QUERIES and fused.fuses(q, k):
-            asks = self.live[:, : q.shape[1]]
-            return fused.received(q, k, asks, self.offsets, self.shape[1])
         at = self.grid(self.at) if pairs is not None else None
         added = None if pairs is None or at is None else by_place(pairs, at[:, : q.shape[1]], at)
         return self.spread(mean_received(q, self.grid(k), self.live, added))

@@ -6,6 +6,8 @@ per head, A and P patches. A program has the mask of all rows of an image, which
 
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +21,19 @@ ROWS = 16
 
 
 @triton.jit
-def _count(chosen, slots, offsets, counts, total, BLOCK: tl.constexpr):
+def _taken(chosen, slots, row, end, total, BY_SLOT: tl.constexpr):
+    """Whether rows are chosen, and their slots."""
+    slot = tl.load(slots + row, mask=row < end, other=total)
+    held = slot < total
+    found = tl.load(chosen + (slot if BY_SLOT else row), mask=held, other=0)
+    return held & (found != 0), slot
+
+
+@triton.jit
+def _count(chosen, slots, offsets, counts, total, BY_SLOT: tl.constexpr, BLOCK: tl.constexpr):
     image = tl.program_id(0)
     start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
-    row = start + tl.arange(0, BLOCK)
-    taken = (tl.load(chosen + row, mask=row < end, other=0) != 0) & (
-        tl.load(slots + row, mask=row < end, other=total) < total
-    )
+    taken, _ = _taken(chosen, slots, start + tl.arange(0, BLOCK), end, total, BY_SLOT)
     tl.store(counts + image, tl.sum(taken.to(tl.int32), axis=0))
 
 
@@ -56,6 +64,7 @@ def _compact(
     x,
     other,
     left,
+    bounded,
     new_slots,
     new_rows,
     new_x,
@@ -64,6 +73,7 @@ def _compact(
     count,
     total,
     chunks,
+    BY_SLOT: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,13 +91,10 @@ def _compact(
         base = tl.sum(tl.where(number < image, each, 0), axis=0)
         start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
         every = tl.arange(0, BLOCK)
-        taken = (tl.load(chosen + start + every, mask=start + every < end, other=0) != 0) & (
-            tl.load(slots + start + every, mask=start + every < end, other=total) < total
-        )
+        taken, _ = _taken(chosen, slots, start + every, end, total, BY_SLOT)
         before = tl.sum((taken & (every < chunk * ROWS)).to(tl.int32), axis=0)
         row = start + chunk * ROWS + local
-        slot = tl.load(slots + row, mask=row < end, other=total)
-        some = (tl.load(chosen + row, mask=row < end, other=0) != 0) & (slot < total)
+        some, slot = _taken(chosen, slots, row, end, total, BY_SLOT)
         place = base + before + tl.cumsum(some.to(tl.int32), axis=0) - 1
         kept = some & (place < count)
         tl.store(new_slots + place, slot, mask=kept)
@@ -96,8 +103,11 @@ def _compact(
         _copy(other, new_other, row, place, kept, W, BW)
         if chunk == 0:
             tl.store(left + image, base)
+            tl.store(bounded + image, tl.minimum(base, count))
             if image == images - 1:
-                tl.store(left + images, base + tl.sum(tl.where(number == image, each, 0), axis=0))
+                last = base + tl.sum(tl.where(number == image, each, 0), axis=0)
+                tl.store(left + images, last)
+                tl.store(bounded + images, tl.minimum(last, count))
     else:
         place = (program - images * chunks) * ROWS + local
         empty = (place >= tl.sum(each, axis=0)) & (place < count)
@@ -108,17 +118,18 @@ def _compact(
 
 
 def compact(
-    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int, by_slot: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images = len(offsets) - 1
     n = max(1, total // max(1, images))
     x, other = x.contiguous(), other.contiguous()
     width, other_width = (max(1, t[:1].numel()) for t in (x, other))
-    counts, left = offsets.new_empty(images), torch.empty_like(offsets)
+    chosen, counts = chosen.contiguous(), offsets.new_empty(images)
+    left, bounded = torch.empty_like(offsets), torch.empty_like(offsets)
     places, rows = slots.new_empty(count), slots.new_empty(count)
     new_x, new_other = x.new_empty(count, *x.shape[1:]), other.new_empty(count, *other.shape[1:])
     block, chunks = next_power_of_2(n), cdiv(n, ROWS)
-    _count[(images,)](chosen, slots, offsets, counts, total, BLOCK=block)
+    _count[(images,)](chosen, slots, offsets, counts, total, BY_SLOT=by_slot, BLOCK=block)
     _compact[(images * chunks + cdiv(count, ROWS),)](
         chosen,
         slots,
@@ -127,6 +138,7 @@ def compact(
         x,
         other,
         left,
+        bounded,
         places,
         rows,
         new_x,
@@ -135,6 +147,7 @@ def compact(
         count,
         total,
         chunks,
+        BY_SLOT=by_slot,
         D=width,
         W=other_width,
         BLOCK=block,
@@ -143,7 +156,7 @@ def compact(
         BD=min(256, next_power_of_2(width)),
         BW=min(256, next_power_of_2(other_width)),
     )
-    return left, places, rows, new_x, new_other
+    return left, bounded, places, rows, new_x, new_other
 
 
 @triton.jit
@@ -238,17 +251,30 @@ def halt(
 
 
 @triton.jit
+def _asks(slots, row, end, BY_SLOT: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """1 of a row whose token is in the first R slots, else 0."""
+    asks = row < end
+    if BY_SLOT:
+        asks = asks & (tl.load(slots + tl.maximum(tl.minimum(row, end - 1), 0)) % N < R)
+    return asks.to(tl.int32)
+
+
+@triton.jit
 def _received(
     q,
     k,
-    asks,
+    slots,
     offsets,
     out,
     scale,
+    query_stride,
+    query_head_stride,
     row_stride,
     head_stride,
+    BY_SLOT: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
+    ASKED: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
@@ -260,11 +286,23 @@ def _received(
     inside = column < D
     many = 0
     for one in range(0, R):
-        many += tl.load(asks + image * R + one).to(tl.int32)
+        many += _asks(slots, start + one, end, BY_SLOT, N, R)
     share = 1.0 / tl.maximum(many, 1).to(tl.float32)
-    for one in range(0, R):
-        asked = tl.load(asks + image * R + one).to(tl.float32) * share
-        query = tl.load(q + ((image * R + one) * H + head) * D + column, mask=inside, other=0.0).to(tl.float32) * scale
+    for one in range(0, ASKED):
+        if R > 0:
+            asked = _asks(slots, start + one, end, BY_SLOT, N, R).to(tl.float32) * share
+            at = tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
+            query = tl.load(q + at + head * query_head_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
+            query = tl.where(asked > 0, query, 0.0)
+        else:
+            asked = 1.0
+            query = tl.zeros((BD,), tl.float32)
+            for first in range(0, N, BN):
+                row = start + first + tl.arange(0, BN)
+                at = row.to(tl.int64)[:, None] * query_stride + head * query_head_stride + column[None]
+                some = tl.load(q + at, mask=(row < end)[:, None] & inside[None], other=0.0).to(tl.float32)
+                query += tl.sum(some, axis=0)
+            query = query / tl.maximum(end - start, 1).to(tl.float32) * scale
         most, total = -float("inf"), 0.0
         for first in range(0, N, BN):
             row = start + first + tl.arange(0, BN)
@@ -278,6 +316,8 @@ def _received(
             safe = tl.where(now == -float("inf"), 0.0, now)
             total = total * tl.exp(most - safe) + tl.sum(tl.exp(logits - safe), axis=0)
             most = now
+        most = tl.where(total > 0, most, 0.0)
+        total = tl.where(total > 0, total, 1.0)
         for first in range(0, N, BN):
             row = start + first + tl.arange(0, BN)
             keys = tl.load(
@@ -292,27 +332,238 @@ def _received(
             tl.store(at, weight, mask=row < end)
 
 
-def received(q: Tensor, k: Tensor, asks: Tensor, offsets: Tensor, n: int) -> Tensor:
-    images, read, heads, size = q.shape
-    k = k if k.stride(2) == 1 else k.contiguous()
+def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int, read: int) -> Tensor:
+    images, (_, heads, size) = len(offsets) - 1, k.shape
+    q, k = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k))
     out = torch.zeros(k.shape[:2], dtype=torch.float32, device=k.device)
     _received[(images, heads)](
-        q.contiguous(),
+        q,
         k,
-        asks.contiguous(),
+        offsets if slots is None else slots,
         offsets,
         out,
         size**-0.5,
+        q.stride(0),
+        q.stride(1),
         k.stride(0),
         k.stride(1),
+        BY_SLOT=slots is not None,
         N=n,
         R=read,
+        ASKED=max(read, 1),
         H=heads,
         D=size,
         BN=64,
         BD=next_power_of_2(size),
     )
     return out
+
+
+@triton.jit
+def _gated(
+    x,
+    heads,
+    offsets,
+    out,
+    rows,
+    images,
+    W: tl.constexpr,
+    H: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BW: tl.constexpr,
+):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BW + tl.arange(0, BW)
+    number = tl.arange(0, IMAGES)
+    ends = tl.load(offsets + 1 + number, mask=number < images, other=rows + 1)
+    image = tl.sum((ends[None] <= row[:, None]).to(tl.int32), axis=1)
+    inside = (row < rows)[:, None] & (column < W)[None]
+    head = image[:, None] * H + (column // (W // H))[None]
+    on = tl.load(heads + head, mask=inside & (image < images)[:, None], other=0) != 0
+    at = row.to(tl.int64)[:, None] * W + column[None]
+    tl.store(out + at, tl.load(x + at, mask=inside & on, other=0.0), mask=inside)
+
+
+def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    (rows, width), (images, count) = x.shape, heads.shape
+    size = min(128, next_power_of_2(width))
+    _gated[(cdiv(rows, ROWS), cdiv(width, size))](
+        x,
+        heads.contiguous(),
+        offsets,
+        out,
+        rows,
+        images,
+        W=width,
+        H=count,
+        IMAGES=next_power_of_2(images),
+        ROWS=ROWS,
+        BW=size,
+    )
+    return out
+
+
+@triton.jit
+def _put(out, rows, t, count, total, W: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr):
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.load(rows + number, mask=number < count, other=total)
+    _copy(t, out, number, row, row < total, W, BW)
+
+
+def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+    out, (count, width) = x.clone(memory_format=torch.contiguous_format), t.shape
+    if count:
+        _put[(cdiv(count, ROWS),)](
+            out, rows, t.contiguous(), count, len(x), W=width, ROWS=ROWS, BW=min(256, next_power_of_2(width))
+        )
+    return out
+
+
+@triton.jit
+def _mean_patch(
+    x,
+    slots,
+    offsets,
+    out,
+    stride,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    image = tl.program_id(0)
+    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    column = tl.program_id(1) * BW + tl.arange(0, BW)
+    total, count = tl.zeros((BW,), tl.float32), 0
+    for first in range(0, N, BN):
+        row = start + first + tl.arange(0, BN)
+        patch = (row < end) & (tl.load(slots + row, mask=row < end, other=0) % N >= PREFIX)
+        at = row.to(tl.int64)[:, None] * stride + column[None]
+        total += tl.sum(tl.load(x + at, mask=patch[:, None] & (column < W)[None], other=0.0).to(tl.float32), axis=0)
+        count += tl.sum(patch.to(tl.int32), axis=0)
+    mean = (total / tl.maximum(count, 1).to(tl.float32)).to(out.dtype.element_ty)
+    for first in range(0, N, BN):
+        row = start + first + tl.arange(0, BN)
+        at = row.to(tl.int64)[:, None] * W + column[None]
+        tl.store(out + at, tl.zeros((BN, BW), mean.dtype) + mean[None], mask=(row < end)[:, None] & (column < W)[None])
+
+
+def mean_patch(x: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    images, width, out = len(offsets) - 1, x.shape[1], torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    size = min(64, next_power_of_2(width))
+    _mean_patch[(images, cdiv(width, size))](
+        x, slots, offsets, out, x.stride(0), N=n, W=width, PREFIX=prefix, BN=64, BW=size
+    )
+    return out
+
+
+@triton.jit
+def _score(received, v, out, rows, row_stride, head_stride, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)
+    column = tl.arange(0, BD)
+    score = tl.zeros((32,), tl.float32)
+    for head in range(0, H):
+        at = row.to(tl.int64)[:, None] * row_stride + head * head_stride + column[None]
+        value = tl.load(v + at, mask=(row < rows)[:, None] & (column < D)[None], other=0.0).to(tl.float32)
+        size = tl.sqrt(tl.sum(value * value, axis=1))
+        score += size * tl.load(received + row.to(tl.int64) * H + head, mask=row < rows, other=0.0)
+    tl.store(out + row, score, mask=row < rows)
+
+
+@triton.jit
+def _write(chosen, kept, slot, start, end, image, N: tl.constexpr, BLOCK: tl.constexpr):
+    """`kept` of the rows of an image into its (N,) slots, which are no others'."""
+    place = tl.arange(0, BLOCK)
+    tl.store(chosen + image * N + place, place < 0, mask=place < N)
+    tl.debug_barrier()
+    row = start + place
+    tl.store(chosen + slot, kept, mask=row < end)
+
+
+@triton.jit
+def _sample(
+    score,
+    slots,
+    offsets,
+    chosen,
+    finite,
+    points,
+    most,
+    N: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, number = tl.program_id(0), tl.arange(0, BLOCK)
+    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    row = start + number
+    slot = tl.load(slots + row, mask=row < end, other=0)
+    patch = (row < end) & (slot % N >= PREFIX)
+    own = tl.where(patch, tl.load(score + row, mask=row < end, other=0.0), 0.0)
+    total = tl.sum(own, axis=0)
+    patches = tl.sum(patch.to(tl.int32), axis=0)
+    sound = (total >= 0) & (total < float("inf")) & (patches > 0)
+    by_score = (total > 0) & sound
+    alike = patch.to(tl.float32) / tl.maximum(patches, 1).to(tl.float32)
+    share = tl.where(by_score, own / tl.where(by_score, total, 1.0), alike)
+    below = tl.minimum(tl.floor(tl.cumsum(share, axis=0) * points + 0.5), most)
+    before = tl.where(number > 0, tl.gather(below, tl.maximum(number - 1, 0), 0), 0.0)
+    kept = (row < end) & ((slot % N < PREFIX) | (patch & (below > before)))
+    _write(chosen, kept, slot, start, end, image, N, BLOCK)
+    tl.store(finite + image, sound)
+
+
+def sample(
+    received: Tensor, v: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, points: float
+) -> tuple[Tensor, Tensor]:
+    images, (rows, heads, size) = len(offsets) - 1, v.shape
+    v = v if v.stride(2) == 1 else v.contiguous()
+    score = torch.empty(rows, dtype=torch.float32, device=v.device)
+    chosen = torch.empty(images, n, dtype=torch.bool, device=v.device)
+    finite = chosen.new_empty(images, 1)
+    _score[(cdiv(rows, 32),)](
+        received.contiguous(), v, score, rows, v.stride(0), v.stride(1), H=heads, D=size, BD=next_power_of_2(size)
+    )
+    _sample[(images,)](
+        score,
+        slots,
+        offsets,
+        chosen,
+        finite,
+        float(points),
+        float(math.ceil(points - 0.5)),
+        N=n,
+        PREFIX=prefix,
+        BLOCK=next_power_of_2(n),
+    )
+    return chosen, finite
+
+
+@triton.jit
+def _above(score, slots, offsets, chosen, sums, least, N: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+    image = tl.program_id(0)
+    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    row = start + tl.arange(0, BLOCK)
+    slot = tl.load(slots + row, mask=row < end, other=0)
+    patch = (row < end) & (slot % N >= PREFIX)
+    own = tl.load(score + row, mask=row < end, other=0.0)
+    logarithm = tl.minimum(own, 0.0) - tl.log(1 + tl.exp(-tl.abs(own)))
+    likeliest = tl.max(tl.where(patch, own, -float("inf")), axis=0)
+    kept = (row < end) & ((slot % N < PREFIX) | (patch & ((logarithm > least) | (own == likeliest))))
+    _write(chosen, kept, slot, start, end, image, N, BLOCK)
+    tl.store(sums + image, tl.sum(own, axis=0))
+
+
+def above(score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
+    images = len(offsets) - 1
+    chosen = torch.empty(images, n, dtype=torch.bool, device=score.device)
+    sums = score.new_empty(images, 1)
+    _above[(images,)](
+        score.contiguous(), slots, offsets, chosen, sums, least, N=n, PREFIX=prefix, BLOCK=next_power_of_2(n)
+    )
+    return chosen, sums
 
 
 @triton.jit
@@ -345,13 +596,15 @@ def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
 @triton.jit
 def _match(
     keys,
-    product,
-    total,
+    importance,
+    sizes,
     offsets,
     score,
     target,
     row_stride,
     head_stride,
+    protection,
+    size_cost,
     A: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
@@ -372,9 +625,9 @@ def _match(
     products = tl.zeros((BA,), tl.float32)
     totals = tl.zeros((BA,), tl.float32)
     if PRODUCT:
-        products = tl.load(product + a, mask=a < end, other=0.0)
+        products = tl.sqrt(protection * tl.load(importance + a, mask=a < end, other=0.0))
     if TOTAL:
-        totals = tl.load(total + a, mask=a < end, other=0.0)
+        totals = size_cost * tl.log(tl.load(sizes + a, mask=a < end, other=1.0))
     highest = tl.full((BA,), -float("inf"), tl.float32)
     which = tl.zeros((BA,), tl.int32)
     for first in range(0, (N - ODD + 1) // 2, BB):
@@ -402,9 +655,10 @@ def _match(
             alike += dot / (tl.maximum(tl.sqrt(long), 1e-12)[:, None] * tl.maximum(tl.sqrt(wide), 1e-12)[None])
         alike = alike / H
         if PRODUCT:
-            alike -= products[:, None] * tl.load(product + b, mask=b < end, other=0.0)[None]
+            others = tl.sqrt(protection * tl.load(importance + b, mask=b < end, other=0.0))
+            alike -= products[:, None] * others[None]
         if TOTAL:
-            alike -= totals[:, None] + tl.load(total + b, mask=b < end, other=0.0)[None]
+            alike -= totals[:, None] + size_cost * tl.log(tl.load(sizes + b, mask=b < end, other=1.0))[None]
         alike = tl.where((b < end)[None], alike, -float("inf"))
         most = tl.max(alike, axis=1)
         found = first + tl.argmax(alike, axis=1)
@@ -416,7 +670,14 @@ def _match(
 
 
 def match(
-    keys: Tensor, product: Tensor | None, total: Tensor | None, offsets: Tensor, n: int, prefix: int
+    keys: Tensor,
+    importance: Tensor | None,
+    size: Tensor,
+    offsets: Tensor,
+    n: int,
+    prefix: int,
+    protection: float,
+    size_cost: float,
 ) -> tuple[Tensor, Tensor]:
     images, even, odd = len(offsets) - 1, prefix + prefix % 2, prefix + 1 - prefix % 2
     count = (n - even + 1) // 2
@@ -425,19 +686,21 @@ def match(
     target = torch.empty_like(score, dtype=torch.int64)
     _match[(images, cdiv(count, 32))](
         keys,
-        score if product is None else product.contiguous(),
-        score if total is None else total.contiguous(),
+        size if importance is None else importance.contiguous(),
+        size.contiguous(),
         offsets,
         score,
         target,
         keys.stride(0),
         keys.stride(1),
+        protection,
+        size_cost,
         A=count,
         N=n,
         H=keys.shape[1],
         D=keys.shape[2],
-        PRODUCT=product is not None,
-        TOTAL=total is not None,
+        PRODUCT=importance is not None,
+        TOTAL=size_cost != 0,
         EVEN=even,
         ODD=odd,
         BA=32,
@@ -543,6 +806,7 @@ def _merge(
     sums,
     new_slots,
     left,
+    bounded,
     images,
     count,
     slots,
@@ -596,8 +860,10 @@ def _merge(
             tl.store(new_x + row.to(tl.int64) * D + column, mean.to(new_x.dtype.element_ty), mask=column < D)
         if goal == 0:
             tl.store(left + image, base)
+            tl.store(bounded + image, tl.minimum(base, count))
             if image == images - 1:
                 tl.store(left + images, base + mine)
+                tl.store(bounded + images, tl.minimum(base + mine, count))
     else:
         row = program - images * N
         if row >= tl.sum(each, axis=0):
@@ -619,10 +885,11 @@ def merge(
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, n = place.shape
     new_x, new_at, sums = x.new_empty(count, x.shape[1]), at.new_empty(count), size.new_empty(count)
-    new_slots, left, counts = torch.empty_like(new_at), torch.empty_like(offsets), offsets.new_empty(images)
+    new_slots, counts = torch.empty_like(new_at), offsets.new_empty(images)
+    left, bounded = torch.empty_like(offsets), torch.empty_like(offsets)
     block = next_power_of_2(n)
     place, moved = place.contiguous(), moved.contiguous()
     _lengths[(images,)](moved, offsets, counts, N=n, BLOCK=block)
@@ -640,6 +907,7 @@ def merge(
         sums,
         new_slots,
         left,
+        bounded,
         images,
         count,
         slots,
@@ -653,7 +921,7 @@ def merge(
         IMAGES=next_power_of_2(images),
         BD=next_power_of_2(x.shape[1]),
     )
-    return new_x, new_at, sums, new_slots, left
+    return new_x, new_at, sums, new_slots, left, bounded
 
 
 @triton.jit

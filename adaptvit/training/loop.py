@@ -23,6 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from adaptvit.backbones.base import check_images, class_count, family_of, prefix_tokens
 from adaptvit.backbones.families import FAMILIES, find
@@ -388,7 +389,7 @@ class _Training:
         layout: type[Tokens] | None = None
         if recipe.compile:  # what is packed is no graph
             layout = Dense if self.model.even else Masked
-        output = self.called(images, layout, detailed=True, **patches)
+        output = self._output(images, layout, patches)
         if output.means and self.accelerator.num_processes > 1:
             output = replace(output, terms=self.model.terms(over_processes(output.means)))
         logits = output.logits.float()
@@ -398,6 +399,23 @@ class _Training:
             taught = distillation(pupil, lesson.float(), recipe.distillation, recipe.temperature)
             task = (1 - recipe.distillation_weight) * task + recipe.distillation_weight * taught
         return output, task
+
+    def _output(self, images: Tensor, layout: type[Tokens] | None, patches: dict[str, Tensor]) -> Output:
+        """What the model says; of several processes one in which it fails says what it would of blank images.
+
+        The others, which wait for its gradients, learn of it at the next reading. Where it fails on those too, they end
+        when this process has.
+        """
+        try:
+            output: Output = self.called(images, layout, detailed=True, **patches)
+        except Exception as error:
+            if self.accelerator.num_processes == 1 or self.failure is not None:
+                raise
+            self.failure = error
+            if isinstance(self.wrapped, DistributedDataParallel):
+                self.wrapped.require_forward_param_sync = False  # of buffers, which was done in the call that failed
+            output = self.called(torch.zeros_like(images), layout, detailed=True, **patches)
+        return output
 
     def _taught(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's logits, and its patches as the method's forward takes them, if it does."""
