@@ -141,6 +141,28 @@ def test_ponder_pushes_earlier_scores_up_and_the_prior_reaches_the_gate() -> Non
     assert torch.autograd.grad(output.terms["ponder"], vit.blocks[0].mlp.fc2.bias, retain_graph=True)[0][0] < 0
 
 
+@LAYOUTS
+def test_the_task_tells_patches_that_would_be_missed_to_halt_later(layout: type) -> None:
+    vit = small_vit(dtype=torch.float64).train()
+    model = AViTConfig(**GATE, class_token="stays", ponder_weight=0.0, prior_weight=0.0).build(vit)
+    seen: list[Tensor] = []
+
+    def note(x: Tensor, *rest: object) -> Tensor:
+        score = halting_score(x, *rest)
+        score.retain_grad()
+        seen.append(score)
+        return score
+
+    halting_score, model.halting_score = model.halting_score, note
+    batch = images(vit, dtype=torch.float64)
+    logits = model(batch, layout)
+    logits.square().sum().backward()
+    assert len(seen) == 3
+    assert all(score.grad is not None and score.grad.any() for score in seen)
+    model.eval()
+    torch.testing.assert_close(model(batch, layout, early_exit=False), logits, atol=1e-12, rtol=1e-10)
+
+
 def test_evaluation_that_leaves_early_has_no_loss_terms() -> None:
     vit = small_vit().eval()
     model = AViTConfig(**GATE).build(vit)

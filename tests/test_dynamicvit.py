@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import adaptvit
 from adaptvit import DynamicViTConfig, EViTConfig, Masked, Packed, meet_target
 from adaptvit.methods import dynamicvit
-from adaptvit.methods.dynamicvit import DynamicViT, Predictor, masked_attention, token_loss
+from adaptvit.methods.dynamicvit import DynamicViT, Predictor, levelled, masked_attention, token_loss
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
@@ -154,6 +154,21 @@ def test_the_likeliest_patch_of_an_image_is_kept_whatever_the_noise_says(monkeyp
     sum(output.terms.values(), output.logits.sum()).backward()
     assert (output.usage.live[:, -1, 1:].sum(dim=1) == 1).all()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_training_draws_as_many_patches_as_are_asked_for_whatever_the_predictors_say() -> None:
+    score = torch.linspace(-9, 9, 20).expand(3, -1) + torch.tensor([[-50.0], [0.0], [4.0]])
+    live = torch.arange(20).expand(3, -1) % 4 > 0
+    level = levelled(score, live, torch.tensor([[2.0], [7.0], [15.0]]))
+    torch.testing.assert_close((level.sigmoid() * live).sum(dim=1), torch.tensor([2.0, 7.0, 15.0]), atol=1e-2, rtol=0)
+    torch.testing.assert_close(level.diff(dim=1), score.diff(dim=1))
+    torch.manual_seed(0)
+    model = build(blocks=(0,), keep_rate=0.25).train()
+    for parameter in model.score_predictor[0].out_conv[-1].parameters():
+        torch.nn.init.constant_(parameter, 0.0)
+    model.score_predictor[0].out_conv[-1].bias.data[0] = 5.0
+    kept = torch.cat([model(images(model.vit, 8), detailed=True).usage.attended[:, 1] for _ in range(4)])
+    assert kept.double().mean().item() - 1 == pytest.approx(4, abs=0.8)  # of 16: drawn, four standard errors
 
 
 def test_each_image_is_asked_for_its_share_or_the_batch_is() -> None:

@@ -211,7 +211,7 @@ class AViT(AdaptiveViT):
         kept = None if tokens.x.dtype == remainder.dtype else _Rounding(torch.zeros_like(remainder))
         for number in range(1, self.depth):
             entered.append(tokens.bare)
-            tokens = self.run_block(number - 1, tokens, summed=kept)
+            tokens = self.run_block(number - 1, tokens, bias=self.presence(remainder), summed=kept)
             lost = None if kept is None else kept.lost
             if early_exit and self.read and isinstance(tokens, Slab) and fused.fuses(tokens.x):
                 output, going, remainder = self.fused_halt(tokens, remainder, output, lost)
@@ -239,7 +239,7 @@ class AViT(AdaptiveViT):
         else:
             entered.append(tokens.bare)
             weight = self.read_slots(tokens, remainder)
-            tokens = self.run_block(self.depth - 1, tokens)
+            tokens = self.run_block(self.depth - 1, tokens, bias=self.presence(remainder))
             output = output + weight[..., None] * self.read_slots(tokens, tokens.x)
 
         means = {} if early_exit else self.means(scores, _depth(entered), tokens.at_first)
@@ -274,6 +274,15 @@ class AViT(AdaptiveViT):
         """
         t = x[..., 0].to(dtype)
         return torch.sigmoid(self.config.gate_scale * (t if lost is None else t + lost) - self.config.gate_center)
+
+    def presence(self, remainder: Tensor) -> Tensor | None:
+        """What training adds to a token's logits as a key: 0, with the gradient of what its weights left to 1.
+
+        So the task reaches scores of tokens that its output does not read: one that would be missed halts later.
+
+        Differs: in the paper scores of patches learn from ponder and distribution loss alone.
+        """
+        return remainder - remainder.detach() if self.training and remainder.requires_grad else None
 
     def read_out(self, tokens: Tokens, weight: Tensor) -> Tensor:
         """This block's share in the mean-field output: (B, R, D) from weights, token features."""

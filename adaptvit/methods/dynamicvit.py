@@ -28,6 +28,8 @@ from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused
 from adaptvit.usage import Usage
 
+FAR, HALVINGS = 10.0, 30
+"""How far from its log-odds the number lies, at most, that an image's are less, and in how many steps it is found."""
 ABOUT = " with predictors: published with weights."
 NAMES = around_deits("dynamicvit", dict.fromkeys(("small", "base"), ABOUT)) | {
     "dynamicvit_256_patch16_224": Named(
@@ -48,7 +50,8 @@ class DynamicViTConfig(MethodConfig):
     """Dynamic token sparsification (Rao et al., NeurIPS 2021). Defaults are those of the released DeiT-S.
 
     Differs from the released code in evaluation: counts follow the number of patches, 196 or not; at least one patch is
-    kept; and `select="threshold"` is ours. How that code trains is
+    kept; and `select="threshold"` is ours. In training `top-k` draws as many patches as are asked for, on average, from
+    the first step (`levelled`), where the published ratio loss takes many epochs to. How that code trains is
     `adaptvit.methods.released.ReleasedDynamicViTConfig`, which lists what differs.
     """
 
@@ -311,9 +314,10 @@ class DynamicViT(AdaptiveViT):
         depth = self.deepest(tokens)
         for number in range(self.depth):
             if number in self.stages:
-                predictor = self.score_predictor[len(decided)]
+                predictor, before = self.score_predictor[len(decided)], kept > 0
                 score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
-                drawn, before = score + gumbel_difference(score), kept > 0
+                score = self.as_asked(score, before, len(decided), tokens.source.own)
+                drawn = score + gumbel_difference(score)
                 on = self.kept_of(drawn, before)
                 kept = kept * straight_through(on, drawn.sigmoid())
                 depth[:, self.prefix :].masked_fill_(before & ~on, number)
@@ -337,6 +341,16 @@ class DynamicViT(AdaptiveViT):
             means["tokens"] = token_loss(student, teacher, kept, self.config.token_loss)
         usage = partial(self.usage, depth, grid, tokens.source.own)
         return self.finish(self.read_slots(tokens, tokens.x), usage, alive, means)
+
+    def as_asked(self, score: Tensor, live: Tensor, stage: int, patches: Tensor | None) -> Tensor:
+        """Log-odds by which a stage draws in training, from those of its predictor, (B, P).
+
+        Args:
+            patches: (B, 1), how many each image has; None is P.
+        """
+        if self.config.select == "threshold":
+            return score
+        return levelled(score, live, self.shares[stage] * (score.shape[1] if patches is None else patches))
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
         """The patches that are kept in training, (B, P) bool, by log-odds with noise, of those that are live."""
@@ -369,6 +383,24 @@ class DynamicViT(AdaptiveViT):
         if "tokens" in means:
             terms["tokens"] = self.config.token_weight * means["tokens"]
         return terms
+
+
+def levelled(score: Tensor, live: Tensor, count: Tensor | float) -> Tensor:
+    """Log-odds less one number an image, so that `count` of its patches are kept on average.
+
+    Args:
+        score: log-odds, (B, P).
+        live: bool, the patches that can be kept.
+        count: of every image, or of each, (B, 1); where fewer are live, all are kept.
+    """
+    with torch.no_grad():
+        low = torch.where(live, score, torch.inf).amin(dim=1, keepdim=True) - FAR
+        high = torch.where(live, score, -torch.inf).amax(dim=1, keepdim=True) + FAR
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            many = ((score - middle).sigmoid() * live).sum(dim=1, keepdim=True) > count
+            low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return score - (low + high) / 2
 
 
 def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class ReleasedDynamicViTConfig(DynamicViTConfig):
 
     - 1e-6 is added to the masked softmax, in all blocks; there: it is over the patches kept and oneself;
     - none of an image's patches may be kept, and what the next predictor reads is then 0 / 0; there: one at least is;
+    - predictors' log-odds are drawn by as they are; there: with `top-k`, as many patches as are asked for;
     - a batch that is asked for its share is that of one process; there: of all.
     """
 
@@ -33,6 +34,9 @@ class ReleasedDynamicViT(DynamicViT):
     """A ViT with predictors that are trained as the released code does."""
 
     epsilon: ClassVar[float] = 1e-6
+
+    def as_asked(self, score: Tensor, live: Tensor, stage: int, patches: Tensor | None) -> Tensor:
+        return score
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
         return drawn > 0
