@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from adaptvit.backbones.door import Projected, attention_received
 from adaptvit.checks import In, check_fields
@@ -36,6 +36,8 @@ Weighing = Literal["patches", "importance"]
 """What a token counts by in the mean that it is merged into: its `patches`, as ToMe has it, or their number times its
 `importance` (the weights of SAD-TM, CVPR 2026, here times the patches)."""
 NEEDS = frozenset({"attention", "token norms"})
+TINY = 1e-12
+"""Length of a key that it is taken to have at least, as in torch's `normalize`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +277,7 @@ class MergingViT(AdaptiveViT):
         elif self.config.compared == "mean key":
             keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
         else:
-            keys = normalize(keys.to(_wide(keys)), dim=-1).flatten(-2) / keys.shape[-2] ** 0.5
+            keys = (keys / (_length(keys).clamp(min=TINY) * keys.shape[-2] ** 0.5)).flatten(-2)
         return Seen(keys, self.importance(tokens, projected) if self.config.by_importance else None)
 
     def importance(self, tokens: Tokens, projected: Projected) -> Tensor:
@@ -402,15 +404,14 @@ def match(
         (B, |A|) the similarity, -inf for a dead token of A, and int64 the number of the match in B.
     """
     even, odd = _halves(prefix)
-    a, b = metric[:, even], metric[:, odd]
-    if product is not None:
-        a, b = torch.cat([a, -product[:, even, None]], dim=2), torch.cat([b, product[:, odd, None]], dim=2)
-    if total is not None:
-        a, b = pad(a, (0, 1), value=-1.0), torch.cat([b, total[:, odd, None]], dim=2)
     with torch.autocast(metric.device.type, enabled=False):
-        similarity = a @ b.mT
+        similarity = metric[:, even] @ metric[:, odd].mT
+    if product is not None:
+        similarity.addcmul_(product[:, even, None], product[:, None, odd], value=-1)
+    if total is not None:
+        similarity.sub_(total[:, None, odd])
     if live is not None:
-        similarity = similarity.masked_fill_(~live[:, None, odd], -torch.inf)
+        similarity.masked_fill_(~live[:, None, odd], -torch.inf)
     score, target = similarity.max(dim=2)
     if total is not None:
         score = score - total[:, even]

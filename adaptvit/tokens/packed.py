@@ -202,9 +202,9 @@ class Packed(Tokens):
         stay, into = stay.index_select(0, order), torch.searchsorted(places, goes.index_select(0, join))
         own, added = weight.index_select(0, stay), weight.index_select(0, join)
         total = own.index_add(0, into, added)
-        share, added = (own / total).to(self.x.dtype), (added / total.index_select(0, into)).to(self.x.dtype)
-        x = self.x.index_select(0, stay) * share[:, None]
-        x = x.index_add(0, into, self.x.index_select(0, join) * added[:, None])
+        added = (added / total.index_select(0, into)).to(self.x.dtype)
+        x = self.x.index_select(0, stay)  # of which most have nothing join them
+        x = x.index_add_(0, into, (self.x.index_select(0, join) - x.index_select(0, into)) * added[:, None])
         where = self.at.index_select(0, stay)
         if self.where is not None and self.where.is_floating_point():
             means = self.where[:, 1:].index_select(0, stay) * (own / total)[:, None]
@@ -255,6 +255,8 @@ class Packed(Tokens):
         return (centred * scale.index_select(0, image)).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
+        if q.shape[1] <= kernels.FEW and pairs is None and kernels.on_host(self.x.device):
+            return self._received_from_few(q, k)
         if self.even is not None:
             at = self.at.view(self.shape[0], self.even)
             added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
@@ -263,8 +265,6 @@ class Packed(Tokens):
             at = self.grid(self.at)
             added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
             return self.spread(mean_received(q, self.grid(k), self.live, added))
-        if self.shape[0] == 1 and pairs is None and self._all_live(q.shape[1]):
-            return mean_received(q, k[None], None)[0]
         rows = self.live[:, : q.shape[1]]
         parts = []
         images = zip(q, rows, k.split(self.lengths), self.at.split(self.lengths), strict=True)
@@ -275,6 +275,25 @@ class Packed(Tokens):
                 added = by_place(pairs[image % len(pairs)][None], asking[None], at[None])
             parts.append(mean_received(queries[alive][None], keys[None], None, added)[0])
         return torch.cat(parts)
+
+    def _received_from_few(self, q: Tensor, k: Tensor) -> Tensor:
+        with torch.autocast(k.device.type, enabled=False):
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            asking, keys = kernels.by_head(q.to(dtype) * q.shape[-1] ** -0.5), k.to(dtype).flatten(1)
+            if self.even is not None:
+                weights = (keys.view(len(q), self.even, -1) @ asking).softmax(dim=1).flatten(0, 1)
+            else:
+                images = zip(keys.split(self.lengths), asking, strict=True)
+                logits = torch.cat([own @ query for own, query in images])
+                slots = logits.new_full((self.shape[0] * self.shape[1], logits.shape[1]), -torch.inf)
+                grid = slots.index_copy(0, self.slots, logits).view(*self.shape, -1)
+                weights = self.spread(grid.softmax(dim=1))
+            weights = weights.view(len(weights), q.shape[1], -1)
+            if self.even is not None:
+                return weights.mean(dim=1)
+            alive = self.live[:, : q.shape[1]].to(dtype)
+            share = alive / alive.sum(dim=1, keepdim=True).clamp(min=1)
+            return (weights * self.spread(share[:, None])[..., None]).sum(dim=1)
 
     def _all_live(self, count: int) -> bool:
         """Whether the first `count` slots of the one image are."""
