@@ -213,16 +213,6 @@ def choose(facts: Facts) -> Kernel:
     return next(kernel for applies, kernel in KERNELS if applies(facts))
 
 
-FEW = 2
-"""Queries that attention from them is computed of by one product for all heads; of more that would compute too much."""
-
-
-def by_head(q: Tensor) -> Tensor:
-    """Queries (B, R, H, d) as columns that see their own head alone of keys (B, N, H d): (B, H d, R H)."""
-    own = torch.eye(q.shape[2], dtype=q.dtype, device=q.device)[:, None, None]
-    return (q.permute(0, 2, 3, 1)[..., None] * own).flatten(3).flatten(1, 2)
-
-
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA device; (0, 0) of others."""

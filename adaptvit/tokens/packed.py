@@ -23,6 +23,9 @@ from adaptvit.tokens.kernels import (
     slots_of,
 )
 
+FEW = 2
+"""Queries whose attention is held for all tokens of a batch at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Packed(Tokens):
@@ -255,7 +258,7 @@ class Packed(Tokens):
         return (centred * scale.index_select(0, image)).to(t.dtype)
 
     def received(self, q: Tensor, k: Tensor, pairs: Tensor | None = None) -> Tensor:
-        if q.shape[1] <= kernels.FEW and pairs is None and kernels.on_host(self.x.device):
+        if self.shape[0] > 1 and q.shape[1] <= FEW and pairs is None and kernels.on_host(self.x.device):
             return self._received_from_few(q, k)
         if self.even is not None:
             at = self.at.view(self.shape[0], self.even)
@@ -265,6 +268,8 @@ class Packed(Tokens):
             at = self.grid(self.at)
             added = None if pairs is None else by_place(pairs, at[:, : q.shape[1]], at)
             return self.spread(mean_received(q, self.grid(k), self.live, added))
+        if self.shape[0] == 1 and pairs is None and self._all_live(q.shape[1]):
+            return mean_received(q, k[None], None)[0]
         rows = self.live[:, : q.shape[1]]
         parts = []
         images = zip(q, rows, k.split(self.lengths), self.at.split(self.lengths), strict=True)
@@ -277,23 +282,23 @@ class Packed(Tokens):
         return torch.cat(parts)
 
     def _received_from_few(self, q: Tensor, k: Tensor) -> Tensor:
+        """By products that copy no keys, and one softmax for all images."""
         with torch.autocast(k.device.type, enabled=False):
             dtype = torch.promote_types(k.dtype, torch.float32)
-            asking, keys = kernels.by_head(q.to(dtype) * q.shape[-1] ** -0.5), k.to(dtype).flatten(1)
+            q, keys = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
             if self.even is not None:
-                weights = (keys.view(len(q), self.even, -1) @ asking).softmax(dim=1).flatten(0, 1)
-            else:
-                images = zip(keys.split(self.lengths), asking, strict=True)
-                logits = torch.cat([own @ query for own, query in images])
-                slots = logits.new_full((self.shape[0] * self.shape[1], logits.shape[1]), -torch.inf)
-                grid = slots.index_copy(0, self.slots, logits).view(*self.shape, -1)
-                weights = self.spread(grid.softmax(dim=1))
-            weights = weights.view(len(weights), q.shape[1], -1)
-            if self.even is not None:
-                return weights.mean(dim=1)
+                heads = self.rows(keys).unbind(2), q.unbind(2)
+                logits = torch.stack([own @ asking.mT for own, asking in zip(*heads, strict=True)], dim=-1)
+                return logits.softmax(dim=1).mean(dim=2).flatten(0, 1)
+            images = zip(keys.split(self.lengths), q, strict=True)
+            logits = torch.cat(
+                [(own.transpose(0, 1) @ asking.permute(1, 2, 0)).transpose(0, 1) for own, asking in images]
+            )
+            grid = logits.new_full((self.shape[0] * self.shape[1], *logits.shape[1:]), -torch.inf)
+            grid = grid.index_copy(0, self.slots, logits).view(*self.shape, *logits.shape[1:])
             alive = self.live[:, : q.shape[1]].to(dtype)
             share = alive / alive.sum(dim=1, keepdim=True).clamp(min=1)
-            return (weights * self.spread(share[:, None])[..., None]).sum(dim=1)
+            return self.spread((grid.softmax(dim=1) * share[:, None, None]).sum(dim=3))
 
     def _all_live(self, count: int) -> bool:
         """Whether the first `count` slots of the one image are."""
