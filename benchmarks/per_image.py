@@ -9,7 +9,8 @@ of which every eighth is for calibration, TABLE what off_the_shelf.py wrote, who
 models of `adaptvit train`, and the dense one, on DATA's `val`. OUTPUT.jsonl has a line for each; those that are there
 are left out.
 
-With equal counts every block keeps, of every image, the mean over images of what it keeps otherwise, by the same scores.
+With equal counts every block keeps, of every image, the mean over images of what it keeps otherwise, by the same
+scores.
 """
 
 import csv
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def run(model: AdaptiveViT, images: Tensor, **how: Any) -> tuple[Tensor, Usage]:
 def rounded(counts: Tensor) -> list[int]:
     """Whole numbers whose sums up to every block are nearest to those of `counts`."""
     sums = [0, *[round(one) for one in counts.cumsum(0).tolist()]]
-    return [after - before for before, after in zip(sums, sums[1:], strict=False)]
+    return [after - before for before, after in pairwise(sums)]
 
 
 @contextmanager

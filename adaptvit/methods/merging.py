@@ -184,12 +184,7 @@ class MergingViT(AdaptiveViT):
         usage = usage_of(self, held, grid)
         patches, looked = usage.attended - self.prefix, held[0].new_tensor(compared)
         widths = self.shape.each("key_dim" if self.config.compared == "mean key" else "attention_width", held[0])
-        deciding = (
-            patches
-            // 2
-            * (patches - patches // 2)
-            * (widths + bool(self.config.protection) + bool(self.config.size_cost))
-        )
+        deciding = patches // 2 * (patches - patches // 2) * widths
         if self.config.by_importance:
             queries = 1 if self.read is None else self.read
             deciding = deciding + queries * usage.attended * self.shape.each("attention_width", held[0])
