@@ -19,6 +19,7 @@ from adaptvit.backbones.base import (
     checkpoint_gradients,
     class_count,
     class_names,
+    clip_frames,
     family_of,
     input_size,
     model_name,
@@ -697,8 +698,11 @@ class AdaptiveViT(nn.Module, ABC):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's record of the weights, with the input size of this ViT, for `timm.data.resolve_model_data_config`."""
-        return timm_config(self.vit) | {"input_size": input_size(self.vit)}
+        """timm's record of the weights, with the input size of this ViT, for `timm.data.resolve_model_data_config`, and
+        the `frames` of a clip where it takes clips."""
+        frames = clip_frames(self.vit)
+        clips = {} if frames is None else {"frames": frames}
+        return timm_config(self.vit) | {"input_size": input_size(self.vit)} | clips
 
     @property
     def num_classes(self) -> int:

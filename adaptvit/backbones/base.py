@@ -166,7 +166,7 @@ def _unnamed_parts(vit: nn.Module) -> str | None:
 
 
 def _takes_images(vit: nn.Module) -> str | None:
-    if find(vit, family_of(vit).frames) is not None:
+    if clip_frames(vit) is not None:
         return None
     return f"{model_name(vit)} takes images; adaptvit.video.inflate makes one that takes clips of it"
 
@@ -255,6 +255,11 @@ def input_size(vit: nn.Module) -> tuple[int, int, int]:
     return channels, *(recorded[1:] if recorded else (SIDE * side for side in to_2tuple(get(vit, family.patch))))
 
 
+def clip_frames(vit: nn.Module) -> int | None:
+    """Frames of a clip; None of a ViT that takes images."""
+    return find(vit, family_of(vit).frames)
+
+
 def class_count(vit: nn.Module) -> int:
     """Classes of the head; 0 without one."""
     return int(value_of(vit, family_of(vit).classes))
@@ -301,7 +306,7 @@ def check_images(vit: nn.Module, images: Any) -> None:
             f"images are a {type(images).__name__}, but {name} takes a tensor (batch, {channels}, height, width) here"
         )
     wanted: tuple[int | str, ...] = (channels, "height", "width")
-    if (frames := find(vit, family_of(vit).frames)) is not None:
+    if (frames := clip_frames(vit)) is not None:
         wanted = (frames, *wanted)
         if images.ndim == 5 and tuple(images.shape[1:3]) == (channels, frames) and channels != frames:
             raise ValueError(

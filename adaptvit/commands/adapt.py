@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from adaptvit.budget import Trial, Unit, check_target
 from adaptvit.checks import In, OneOf, check_device, checked
 from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import (
+    Clips,
     DataConfig,
     Samples,
     check_sources,
@@ -37,10 +39,11 @@ def set_budget(
     output: Path,
     target: float | None = None,
     unit: Unit = "share",
-    method: Annotated[str | None, OneOf(untrained)] = None,
+    method: Annotated[str | None, OneOf(partial(untrained, clips=True))] = None,
     images: Annotated[int, In("[1, inf)")] = 256,
     tell: Callable[[Trial], object] | None = None,
     device: str | None = None,
+    strip: Annotated[int | None, In("[1, 65536]")] = None,
 ) -> MethodConfig:
     """Make a model meet a budget without training it: a plain ViT is made adaptive, an adaptive one has its knob moved.
 
@@ -54,6 +57,8 @@ def set_budget(
         images: how many of them to look at.
         tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
         device: where to run: cpu or cuda; None is cuda where there is one.
+        strip: for a model that takes clips: frames of a picture that shows all of a clip, one below another; None takes
+            videos and folders of frames.
     Returns:
         The config written.
     Raises:
@@ -69,7 +74,7 @@ def set_budget(
     check_output(output)
     device = best_device() if device is None else device
     check_device("device", device)
-    source = DataConfig(root=folder)
+    source = DataConfig(root=folder, strip=strip)
     check_sources(source)
     opened = open_model(model).to(device)
     split = open_split(source, preparation(opened, model), "train")
@@ -77,7 +82,7 @@ def set_budget(
     plain = is_dense(opened)
     if not plain and method not in (None, config.method):
         raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
-    for one in split.left_out if isinstance(split, Samples) else ():
+    for one in split.left_out if isinstance(split, Samples | Clips) else ():
         warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     batch = spread_over(split, images)
     if batch.unreadable:

@@ -11,15 +11,28 @@ from typing import Annotated, Any
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from timm.data import create_transform
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from adaptvit.backbones.forward import scores
+from adaptvit.backbones.video import inflate
 from adaptvit.budget import meet_target
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, tell_json
-from adaptvit.data import Unreadable, in_channels, list_folder, open_pictures, photographs, preparation
+from adaptvit.data import (
+    Clips,
+    Samples,
+    Unreadable,
+    check_no_strip,
+    in_channels,
+    list_folder,
+    open_pictures,
+    pan,
+    photographs,
+    preparation,
+)
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import Speed, interleaved
 from adaptvit.methods import DEFAULT, METHODS, MethodConfig, dense, is_dense
@@ -55,8 +68,15 @@ class BenchConfig:
     """Images in all, at least `batch_size`; budget and speed are averages over them."""
     img_size: Annotated[int | tuple[int, int] | None, In("[1, 65536]")] = None
     """Side of the input in pixels, or height and width; None is the model's own."""
+    frames: Annotated[int | None, In("[1, 65536]")] = None
+    """Frames of a clip, for which an image ViT is inflated; None is the model's own, if it takes clips."""
+    tubelet: Annotated[int, In("[1, 65536]")] = 2
+    """Then the frames of a patch."""
     data: Path | None = None
-    """Folder of images; None takes random crops of scikit-learn's two photographs."""
+    """Folder of images; None takes random crops of scikit-learn's two photographs. For clips, of these, and windows
+    that move over the photographs."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another."""
     train: bool = False
     """Time a training step, forward and backward, instead of evaluation."""
     compile: bool = False
@@ -194,9 +214,13 @@ def _opened(config: BenchConfig) -> AdaptiveViT:
     size = {} if config.img_size is None else {"img_size": config.img_size}
     if not is_stored(config.model):
         named = timm.create_model(config.model, **size)
-        return named if isinstance(named, AdaptiveViT) else dense(named)
-    model = open_model(config.model)
-    return _around(model.config, remade(model.vit, **size)[0], model) if size else model
+        model = named if isinstance(named, AdaptiveViT) else dense(named)
+    else:
+        model = open_model(config.model)
+        model = _around(model.config, remade(model.vit, **size)[0], model) if size else model
+    if config.frames is None:
+        return model
+    return _around(model.config, inflate(model.vit, config.frames, config.tubelet), model)
 
 
 def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
@@ -294,6 +318,9 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     """The images that `bench` measures on, (images, channels, height, width), as the ViT takes them."""
     settings = preparation(vit, config.model)
     size = settings["input_size"][1:]
+    if (frames := settings.pop("frames", None)) is not None:
+        return _clips(config, settings, frames)
+    check_no_strip(config.strip, config.model)
     if config.data is not None:
         return _of_folder(config.data, config.images, settings)
     crop = v2.Compose(
@@ -309,19 +336,37 @@ def bench_images(config: BenchConfig, vit: torch.nn.Module) -> Tensor:
     return torch.stack([crop(whole[i % len(whole)]) for i in range(config.images)])
 
 
+def _clips(config: BenchConfig, settings: dict[str, Any], frames: int) -> Tensor:
+    if config.data is not None:
+        clips = Clips(config.data, settings, frames, strip=config.strip)
+        return _some(clips, config.data, config.images, "a clip")
+    whole, transform = photographs(), create_transform(**settings)
+    channels = settings["input_size"][0]
+    made = []
+    for number in range(config.images):
+        moved = pan(whole[number % len(whole)], frames, *torch.rand(4).tolist())
+        made.append(torch.stack([transform(in_channels(frame, channels)) for frame in moved]))
+    return torch.stack(made)
+
+
 def _of_folder(folder: Path, count: int, settings: dict[str, Any]) -> Tensor:
     listing = list_folder(folder, "BenchConfig.data")
-    pictures = open_pictures(listing, settings)
-    size = len(pictures)
+    return _some(open_pictures(listing, settings), folder, count, "an image")
+
+
+def _some(found: Samples | Clips, folder: Path, count: int, what: str) -> Tensor:
+    """So many of them, spread over all."""
+    size = len(found)
     if size < count:
-        raise ValueError(f"data folder {str(folder)!r} holds {size} images, but the bench wants {count}")
-    for one in listing.left_out:
+        kind = what.partition(" ")[2]
+        raise ValueError(f"data folder {str(folder)!r} holds {size} {kind}s, but the bench wants {count}")
+    for one in found.left_out:
         warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     images = []
     for index in range(0, size, size // count)[:count]:
-        item = pictures[index]
+        item = found[index]
         if isinstance(item, Unreadable):
-            raise ValueError(f"{str(folder / item.name)!r} cannot be read as an image: {item.reason}")
+            raise ValueError(f"{str(folder / item.name)!r} cannot be read as {what}: {item.reason}")
         images.append(item[0])
     return torch.stack(images)
 

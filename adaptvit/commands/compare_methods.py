@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import quantiles
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from adaptvit.adapt import adapt
+from adaptvit.backbones.base import patch_grid
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_table, say_unused, tell_json
 from adaptvit.commands.draw import last_groups
 from adaptvit.commands.evaluate import check_classes
 from adaptvit.data import (
+    Clips,
     DataConfig,
     LeftOut,
     Samples,
@@ -54,6 +57,8 @@ from adaptvit.show.pictures import (
     laid_over,
     merged_regions,
     one_below_another,
+    sheet_maps,
+    sheets,
     tradeoff,
     write_png,
 )
@@ -75,8 +80,8 @@ class MethodsConfig:
     """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, named alike; each is measured as it is."""
-    methods: Annotated[tuple[str, ...], OneOf(untrained)] = field(default_factory=untrained)
-    """What the model becomes without training; `random` drops as many patches as ATS, but any."""
+    methods: Annotated[tuple[str, ...] | None, OneOf(partial(untrained, clips=True))] = None
+    """What the model becomes without training, null being all such; `random` drops as many patches as ATS, but any."""
     budgets: Annotated[tuple[float, ...], In("(0, 1]", "shares of the dense MACs", "60 % is 0.6", empty=True)] = (
         0.85,
         0.7,
@@ -92,6 +97,9 @@ class MethodsConfig:
     """The split of the data."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another; None takes videos
+    and folders of frames."""
     calibration: Annotated[int | None, In("[1, inf)")] = None
     """Images that are set aside to fit methods and budgets, spread over the split; the others are measured. None is a
     fifth of them, 256 at most."""
@@ -184,8 +192,8 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
     check_sources(DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map))
     what = _Compared(config)
     budgets = tuple(dict.fromkeys(config.budgets))
-    untrained = [Entry(name, share) for name in dict.fromkeys(config.methods) for share in budgets]
-    entries = [DENSE, *untrained, *map(Entry, what.files)]
+    fitted = [Entry(name, share) for name in what.methods for share in budgets]
+    entries = [DENSE, *fitted, *map(Entry, what.files)]
     (config.output / "records").mkdir(parents=True, exist_ok=True)
     records = {entry: what.record(entry) for entry in progress_bar(entries, "methods", outer=True, stays=True)}
     models = {entry: what.rebuild(entry, record) for entry, record in records.items() if not record["refused"]}
@@ -235,6 +243,7 @@ class _Compared:
 
     Attributes:
         dense: the plain ViT.
+        methods: what it becomes without training.
         files: fine-tuned models by the names that they were given.
         aside, measured: numbers of the images in the split.
         calibration: the images that are set aside.
@@ -251,11 +260,13 @@ class _Compared:
                     f"{file} has {model.num_classes} classes, but {config.model} has {self.dense.num_classes}: only "
                     "models of the same classes can be compared"
                 )
+        clips = "frames" in preparation(self.dense)
+        self.methods = tuple(dict.fromkeys(config.methods or untrained(clips)))
         split = self.split(self.dense)
         if isinstance(split, IterableDataset):
             raise ValueError(f"{config.dataset} is a stream, of which no images can be set aside")
         check_classes(split, self.dense, config.root, config.class_map)
-        self.left_out = split.left_out if isinstance(split, Samples) else ()
+        self.left_out = split.left_out if isinstance(split, Samples | Clips) else ()
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = spread_over(Subset(split, self.aside), len(self.aside))
         self.calibration = aside.images.to(next(self.dense.parameters()))
@@ -266,7 +277,8 @@ class _Compared:
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
-        source = DataConfig(root=self.config.root, dataset=self.config.dataset, class_map=self.config.class_map)
+        config = self.config
+        source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map, strip=config.strip)
         return open_split(source, preparation(model), self.config.split)
 
     def some(self, model: AdaptiveViT, count: int) -> Tensor:
@@ -279,7 +291,7 @@ class _Compared:
         weights = self.known_by if model is None else digest(model, (model.config, model.shape))
         settings = sorted(preparation(model or self.dense).items())
         images = f"{self.config.dataset} {self.config.root.resolve()}".strip()
-        source = (images, self.config.split, str(self.config.class_map))
+        source = (images, self.config.split, str(self.config.class_map), self.config.strip)
         default = None if entry.budget is None else METHODS[entry.name]()
         told = (
             version(),
@@ -364,9 +376,11 @@ class _Compared:
     def pictures(self, models: Mapping[Entry, AdaptiveViT]) -> list[Illustration]:
         """The same images, below them what each model did with their patches; none where they have odd channels."""
         images = self.some(self.dense, self.config.pictures)
-        if images.shape[1] not in (1, 3):
+        if images.shape[-3] not in (1, 3):
             return []
-        rows = [("", pixels(images.cpu(), preparation(self.dense)), [""] * len(images))]
+        grid = patch_grid(self.dense.vit, images)
+        shown = sheets(pixels(images.cpu(), preparation(self.dense)), grid)
+        rows = [("", shown, [""] * len(images))]
         blocks, below = max(model.depth for model in models.values()), False
         for entry, model in models.items():
             images = self.some(model, self.config.pictures)
@@ -374,12 +388,12 @@ class _Compared:
                 usage = model.to_the_end(images).usage
             if usage.live is None:
                 continue
-            seen = pixels(images.cpu(), preparation(model))
+            seen = sheets(pixels(images.cpu(), preparation(model)), usage.grid)
             groups = [one for one in last_groups(usage) if one is not None]
             if groups:
-                shown = merged_regions(seen, torch.stack(groups))
+                shown = merged_regions(seen, sheet_maps(torch.stack(groups)))
             else:
-                shown = laid_over(seen, usage.patch_depth, blocks)
+                shown = laid_over(seen, sheet_maps(usage.patch_depth), blocks)
                 below |= bool((usage.patch_depth < 1).any())
             costs = [f"{cost:.3g} GMACs" for cost in (in_float64(macs(usage, model.shape)) / 1e9).tolist()]
             name = entry.label if entry.budget is not None else "/".join(Path(entry.name).with_suffix("").parts[-2:])

@@ -20,16 +20,19 @@ from torch.nn.functional import cross_entropy
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_unused, tell_json, unused
 from adaptvit.data import (
+    Clips,
     DataConfig,
     LeftOut,
     Listing,
     Samples,
     Unreadable,
+    check_no_strip,
     check_sources,
     class_names,
     collate,
     first_of,
     list_images,
+    may_have_clips,
     not_finite,
     open_pictures,
     open_split,
@@ -40,7 +43,15 @@ from adaptvit.files import check_output_folder
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
-from adaptvit.show.pictures import Figure, cost_histogram, depth_maps, usage_per_block, write_png
+from adaptvit.show.pictures import (
+    Figure,
+    cost_histogram,
+    depth_maps,
+    sheet_maps,
+    sheets,
+    usage_per_block,
+    write_png,
+)
 from adaptvit.terminal import progress_bar, say
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import open_model
@@ -59,7 +70,8 @@ class DrawConfig:
     """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT."""
     folder: Path
     """Pictures, not those in its subfolders; with `per_class`, a folder for each class, or train and val folders of
-    these, of which val is read; with `summary`, the one or the other."""
+    these, of which val is read; with `summary`, the one or the other. For a model that takes clips, these: videos,
+    folders of frames or strips; or one of them."""
     output: Path = Path("pictures")
     """Folder to write to, made if it is not there. Files of the same names are replaced."""
     per_class: bool = False
@@ -70,6 +82,8 @@ class DrawConfig:
     limit: Annotated[int | None, In("[1, inf)")] = None
     """Most images drawn, or classes, in the order of their names: 24 unless told. With `summary`, most images looked
     at, evenly spread over all: 1000 unless told."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another."""
     batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images per forward pass."""
     device: str = field(default_factory=best_device)
@@ -120,11 +134,11 @@ class Seen:
     label: int
     """Of its class; -1 without classes."""
     image: Tensor
-    """(channels, height, width) as the model got it."""
+    """(channels, height, width) as the model got it, or a clip of these."""
     depth: Tensor
-    """(rows, columns) blocks each patch entered."""
+    """(rows, columns) blocks each patch entered, of a clip (steps, rows, columns)."""
     groups: Tensor | None = None
-    """(rows, columns) the token that each patch is part of in the end, where the method merges tokens."""
+    """The same shape: the token that each patch is part of in the end, where the method merges tokens."""
 
     @property
     def mean_depth(self) -> float:
@@ -153,7 +167,7 @@ def draw(config: DrawConfig) -> Drawing:
 
 
 def _draw(config: DrawConfig) -> Drawing:
-    if not config.folder.is_dir():
+    if not config.folder.exists():
         raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
     check_output_folder(config.output)
     listing = _listing(config)
@@ -173,8 +187,7 @@ def _draw(config: DrawConfig) -> Drawing:
         beyond = len(samples) - len(seen) - len(unreadable)
     if not seen:
         raise _none_readable(unreadable, config.folder)
-    images = pixels(torch.stack([one.image for one in seen]), settings)
-    depth = torch.stack([one.depth for one in seen])
+    images, depth = _drawn(seen, settings)
     gmacs = _gmacs(model, seen, config.batch_size)
     captions = _captions(seen, titles, gmacs, model.depth)
 
@@ -196,31 +209,62 @@ def _draw(config: DrawConfig) -> Drawing:
     return Drawing(tuple(files), tuple(unreadable), beyond, left_out=samples.left_out, images=told)
 
 
+def _drawn(seen: Sequence[Seen], settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Images as they are looked at, a clip as a sheet of its frames, and the depths of their patches."""
+    depth = torch.stack([one.depth for one in seen])
+    images = pixels(torch.stack([one.image for one in seen]), settings)
+    return sheets(images, depth.shape[1:]), sheet_maps(depth)
+
+
 def _listing(config: DrawConfig) -> Listing | None:
-    """The pictures that lie in the folder; None where those of its folders of classes are drawn.
+    """The pictures that lie in the folder; None where those of its folders of classes are drawn, or one clip.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, nor anything that may be a clip.
     """
+    if config.folder.is_file():
+        return None
     listing = list_images(config.folder, below=False)
     if config.per_class or (config.summary and not listing.names):
         check_sources(DataConfig(root=config.folder))
         return None
-    if not listing.names:
-        hint = "; for folders of classes, pass --per-class" if "folders" in listing.skipped else ""
-        raise ValueError(f"folder {str(config.folder)!r} has no pictures: {listing.instead}{hint}")
+    if not listing.names and not may_have_clips(config.folder):
+        raise _no_pictures(config, listing)
     return listing
 
 
-def _samples(config: DrawConfig, settings: dict[str, Any], listing: Listing | None) -> Samples:
+def _no_pictures(config: DrawConfig, listing: Listing) -> ValueError:
+    hint = "; for folders of classes, pass --per-class" if "folders" in listing.skipped else ""
+    return ValueError(f"folder {str(config.folder)!r} has no pictures: {listing.instead}{hint}")
+
+
+def _samples(config: DrawConfig, settings: dict[str, Any], listing: Listing | None) -> Samples | Clips:
+    if (frames := settings.get("frames")) is not None:
+        return _clips(config, settings, frames)
+    check_no_strip(config.strip, config.model)
+    if config.folder.is_file():
+        raise FileNotFoundError(f"folder {str(config.folder)!r} does not exist or is not a folder")
     if listing is not None:
+        if not listing.names:
+            raise _no_pictures(config, listing)
         return open_pictures(listing, settings)
     samples = open_split(DataConfig(root=config.folder), settings, "validation")
     assert isinstance(samples, Samples)
     return samples
 
 
-def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], config: DrawConfig) -> Drawing:
+def _clips(config: DrawConfig, settings: dict[str, Any], frames: int) -> Clips:
+    """The clips, likewise."""
+    split = "validation" if config.per_class or config.summary else "."
+    clips = Clips(config.folder, settings, frames, split, config.strip)
+    if clips.classes and not (config.per_class or config.summary):
+        raise ValueError(
+            f"folder {str(config.folder)!r} has no clips but in folders: for folders of classes, pass --per-class"
+        )
+    return clips
+
+
+def _summary(model: AdaptiveViT, samples: Samples | Clips, settings: dict[str, Any], config: DrawConfig) -> Drawing:
     labelled = 0 < len(class_names(samples)) == model.num_classes
     record = _measure(model, samples, config, labelled)
     gmacs = in_float64(macs(record.usage, model.shape)).cpu() / 1e9
@@ -232,8 +276,7 @@ def _summary(model: AdaptiveViT, samples: Samples, settings: dict[str, Any], con
         for place, row in enumerate(rows.tolist()):
             which = "right class" if labelled else f"class {record.classes[row]}"
             captions[place] += f", {which} at {(-record.difficulty[row]).exp():.1%}"
-        images = pixels(torch.stack([one.image for one in seen]), settings)
-        depth = torch.stack([one.depth for one in seen])
+        images, depth = _drawn(seen, settings)
         return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45, _groups(seen))
 
     figures: dict[str, Callable[[], Figure]] = {
@@ -274,7 +317,7 @@ class Record:
 
 
 @torch.inference_mode()
-def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled: bool) -> Record:
+def _measure(model: AdaptiveViT, samples: Samples | Clips, config: DrawConfig, labelled: bool) -> Record:
     """Run images evenly spread over the data set, up to the limit; the images themselves are not kept.
 
     Raises:
@@ -309,7 +352,7 @@ def _measure(model: AdaptiveViT, samples: Samples, config: DrawConfig, labelled:
 
 
 @torch.inference_mode()
-def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -> list[Seen]:
+def _again(model: AdaptiveViT, samples: Samples | Clips, record: Record, rows: Tensor) -> list[Seen]:
     """Some images of the record, decoded again, with the depths of their tokens; run again only where the record lacks
     something of them: they left early, or were merged."""
     indices = [record.indices[row] for row in rows.tolist()]
@@ -327,7 +370,7 @@ def _again(model: AdaptiveViT, samples: Samples, record: Record, rows: Tensor) -
 
 
 def last_groups(usage: Usage) -> Sequence[Tensor | None]:
-    """Of each image, the token that each patch is part of in the end: (rows, columns); None where none are merged."""
+    """Of each image, the token that each patch is part of in the end: by `Usage.grid`; None where none are merged."""
     if usage.groups is None:
         return [None] * len(usage.attended)
     return usage.groups[:, -1].unflatten(1, usage.grid).cpu().unbind()
@@ -336,7 +379,7 @@ def last_groups(usage: Usage) -> Sequence[Tensor | None]:
 def _groups(seen: Sequence[Seen]) -> Tensor | None:
     """The groups of several images; None where their patches are not merged."""
     groups = [one.groups for one in seen if one.groups is not None]
-    return torch.stack(groups) if groups else None
+    return sheet_maps(torch.stack(groups)) if groups else None
 
 
 def _finding(gmacs: Tensor, difficulty: Tensor, labelled: bool) -> str:
@@ -367,7 +410,7 @@ def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:
         raise ValueError(f"method {method!r} does not track token slots, so there is no depth map to draw")
 
 
-def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
+def _first(model: AdaptiveViT, samples: Samples | Clips, config: DrawConfig) -> tuple[list[Seen], list[Unreadable]]:
     """The first readable images, up to the limit."""
     seen: list[Seen] = []
     unreadable: list[Unreadable] = []
@@ -382,7 +425,7 @@ def _first(model: AdaptiveViT, samples: Samples, config: DrawConfig) -> tuple[li
 
 
 def _most_varied(
-    model: AdaptiveViT, samples: Samples, config: DrawConfig
+    model: AdaptiveViT, samples: Samples | Clips, config: DrawConfig
 ) -> tuple[list[Seen], list[Unreadable], tuple[str, ...]]:
     """Of each class up to the limit, the image whose patches' depths have the largest standard deviation.
 
@@ -406,7 +449,9 @@ def _most_varied(
 
 
 @torch.inference_mode()
-def _look(model: AdaptiveViT, samples: Samples, indices: Sequence[int], batch_size: int) -> Iterator[Seen | Unreadable]:
+def _look(
+    model: AdaptiveViT, samples: Samples | Clips, indices: Sequence[int], batch_size: int
+) -> Iterator[Seen | Unreadable]:
     """Each image as it comes through the model, in order; what is not asked for is not decoded, but for its batch."""
     like = next(model.parameters())
     for start in progress_bar(range(0, len(indices), batch_size), "looking"):

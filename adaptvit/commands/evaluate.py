@@ -13,6 +13,8 @@ from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
 from adaptvit.data import (
     ClassFolders,
+    ClipFolders,
+    Clips,
     DataConfig,
     Samples,
     check_sources,
@@ -46,6 +48,9 @@ class EvaluateConfig:
     """The split of it."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another; None takes videos
+    and folders of frames."""
     batch_size: Annotated[int, In("[1, inf)")] = 64
     """Images per forward pass."""
     workers: Annotated[int, In("[0, 1024]")] = 2
@@ -68,14 +73,14 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         FileNotFoundError: no such model or folder.
         ValueError: the model's classes are not those of the images, or no image can be read.
     """
-    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
+    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map, strip=config.strip)
     check_sources(source)
     model = open_model(config.model).to(config.device)
     settings = preparation(model, config.model)
     data = open_split(source, settings, config.split)
     check_classes(data, model, config.root, config.class_map)
     result = evaluate(model, data, batch_size=config.batch_size, workers=config.workers)
-    result = replace(result, left_out=data.left_out if isinstance(data, Samples) else ())
+    result = replace(result, left_out=data.left_out if isinstance(data, Samples | Clips) else ())
     figures: dict[str, Any] = {"model": config.model, "data": str(config.dataset or config.root), **result.figures}
     if config.rounds:
         loader = DataLoader(data, config.batch_size, collate_fn=collate)
@@ -95,7 +100,7 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
     """
     classes, reader = class_names(data), getattr(data, "reader", None)
     empty: tuple[str, ...] = ()
-    if isinstance(reader, ClassFolders):
+    if isinstance(reader, ClassFolders | ClipFolders):
         empty = reader.empty
         if not classes:
             first = reader.filename(0)

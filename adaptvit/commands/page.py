@@ -31,9 +31,8 @@ from adaptvit.commands.sessions import (
     Session,
     Subject,
     View,
-    open_picture,
 )
-from adaptvit.extras import needed
+from adaptvit.extras import MissingLibrary, needed
 from adaptvit.methods import METHODS
 from adaptvit.show.pictures import COLOURS, macs_unit
 
@@ -201,7 +200,7 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                file = gr.File(label="A picture of yours", height=150, elem_id="file")
+                file = gr.File(label="A picture of yours, or a clip", height=150, elem_id="file")
                 examples = gr.Gallery(
                     thumbnails(first),
                     label="Examples",
@@ -263,9 +262,9 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
                 return refused(ValueError("Choose one picture."))
             own = own or Session(playground)
             try:
-                picture = open_picture(path)
+                picture = playground.subject(name).opened_picture(path)
                 own.add(picture.image, name)
-            except ValueError as error:
+            except (MissingLibrary, ValueError) as error:
                 return refused(error)
             finally:
                 Path(path).unlink(missing_ok=True)
@@ -459,8 +458,9 @@ def launch(blocks: gr.Blocks, port: int, stored: Stored) -> None:
 
 
 def thumbnails(subject: Subject) -> list[Image.Image]:
-    """The examples as small squares."""
-    return [ImageOps.fit(picture, (96, 96)) for picture in subject.examples]
+    """The examples as small squares, of a clip its middle frame."""
+    single = [one[len(one) // 2] if isinstance(one, tuple) else one for one in subject.examples]
+    return [ImageOps.fit(picture, (96, 96)) for picture in single]
 
 
 def methods(playground: Playground, model: str) -> list[tuple[str, str]]:
@@ -527,7 +527,7 @@ def _said(sentence: str) -> str:
     return f'<div class="said">{escape(sentence)}</div>'
 
 
-def refused(error: ValueError) -> dict[str, Any]:
+def refused(error: Exception) -> dict[str, Any]:
     """Say in the page why something is not possible, and leave the page as it was."""
     gr.Warning(escape(str(error)), title="Not possible")
     return gr.skip()

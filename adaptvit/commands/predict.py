@@ -22,15 +22,16 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_unused, tell_json, unused
 from adaptvit.data import (
+    Clips,
     FolderImages,
     LeftOut,
-    Listing,
     Unreadable,
+    check_no_strip,
     collate,
     list_folder,
     not_finite,
@@ -63,7 +64,8 @@ class PredictConfig:
     model: str
     """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a ViT."""
     folder: Path
-    """Folder whose images, at any depth, are classified."""
+    """Folder whose images, at any depth, are classified; for a model that takes clips, whose clips are, in folders of
+    classes or without, or one clip."""
     output: Path = Path("predictions.csv")
     """File to write: .csv, or .jsonl for JSON lines. One that an interrupted run left is gone on with."""
     top: Annotated[int, In("[1, inf)")] = 5
@@ -76,6 +78,9 @@ class PredictConfig:
     """Where to run: cpu or cuda; cuda unless told, where there is one. Under torchrun, one for each process."""
     class_names: Path | None = None
     """File with the name of a class on each line, in the order of the model's; None tells them by number."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another; None takes videos
+    and folders of frames."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -119,7 +124,8 @@ def predict(config: PredictConfig) -> Prediction:
         FileExistsError: another run is writing to the output.
         OSError: the output cannot be written.
     """
-    listing = list_folder(config.folder, "PredictConfig.folder")
+    if not config.folder.exists():
+        raise FileNotFoundError(f"PredictConfig.folder is {str(config.folder)!r}, which is not a folder")
     if not config.output.parent.is_dir():
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
     if config.class_names is not None and not config.class_names.exists():
@@ -128,15 +134,16 @@ def predict(config: PredictConfig) -> Prediction:
     check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
     with locked(config.output) if state.is_main_process else nullcontext():
-        return _predict(config, listing, device, state)
+        return _predict(config, device, state)
 
 
-def _predict(config: PredictConfig, listing: Listing, device: torch.device, state: PartialState) -> Prediction:
-    names = list(listing.names)
+def _predict(config: PredictConfig, device: torch.device, state: PartialState) -> Prediction:
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
     classes = _classes(config, model)
     settings = preparation(model, config.model)
+    images, left_out = _images(config, settings)
+    names = list(images.names)
     form = FORMATS[config.output.suffix](config.top, model.depth)
     files = _Files(config.output, names, form, _settings(config, model, classes, settings))
 
@@ -148,7 +155,6 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
     done = files.lines()
     state.wait_for_everyone()
 
-    images = FolderImages(config.folder, names, settings)
     batches, unreadable = _batches(images, config.batch_size, done, rank, world)
     written = 0
     try:
@@ -198,8 +204,32 @@ def _predict(config: PredictConfig, listing: Listing, device: torch.device, stat
         images=len(done) + sum(counts),
         earlier=len(done),
         unreadable=tuple(sorted(found, key=lambda one: order[one.name])),
-        left_out=listing.left_out,
+        left_out=left_out,
     )
+
+
+class _Clips(Dataset):
+    """Clips by their numbers, as `FolderImages` has images."""
+
+    def __init__(self, clips: Clips) -> None:
+        self.clips, self.names = clips, [name for name, _ in clips.samples]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        item = self.clips[index]
+        return item if isinstance(item, Unreadable) else (item[0], index)
+
+
+def _images(config: PredictConfig, settings: dict[str, Any]) -> tuple[FolderImages | _Clips, tuple[LeftOut, ...]]:
+    """What the folder has, and what it has beside."""
+    if (frames := settings.get("frames")) is not None:
+        clips = Clips(config.folder, settings, frames, strip=config.strip)
+        return _Clips(clips), clips.left_out
+    check_no_strip(config.strip, config.model)
+    listing = list_folder(config.folder, "PredictConfig.folder")
+    return FolderImages(config.folder, list(listing.names), settings), listing.left_out
 
 
 class ImageRow(NamedTuple):
@@ -349,7 +379,7 @@ class _Files:
 
 
 def _batches(
-    images: FolderImages, size: int, done: Container[int], rank: int, world: int
+    images: FolderImages | _Clips, size: int, done: Container[int], rank: int, world: int
 ) -> tuple[list[list[int]], list[Unreadable]]:
     """Batches that this process is to run, and the images it need not run them for, as they are still unreadable.
 
@@ -421,7 +451,7 @@ def _settings(
         "top": config.top,
         "class names": None if isinstance(classes, range) else list(classes),
         "preparation": json.loads(json.dumps(prepared, allow_nan=False)),
-    }
+    } | ({} if config.strip is None else {"strip": config.strip})
 
 
 def _decimals(values: Sequence[float]) -> list[str]:

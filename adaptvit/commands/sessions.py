@@ -8,7 +8,7 @@ The page itself is `adaptvit.commands.page`. Letters: B images, L blocks, N toke
 
 import threading
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -33,11 +33,14 @@ from adaptvit.data import (
     in_channels,
     open_digits,
     open_image,
+    pan,
     photographs,
     pixels,
     preparation,
+    read_clip,
     read_names,
 )
+from adaptvit.extras import MissingLibrary
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
 from adaptvit.measure.speed import interleaved
@@ -50,6 +53,8 @@ from adaptvit.show.pictures import (
     kept_patches,
     laid_over,
     merged_regions,
+    sheet_maps,
+    sheets,
     sizes_over,
     token_sizes,
     usage_per_block,
@@ -106,11 +111,15 @@ class PlaygroundConfig:
                 raise ValueError("PlaygroundConfig.class_names is for models of your own: name one")
 
 
+Pictured = Image.Image | tuple[Image.Image, ...]
+"""A picture, or the frames of a clip."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture ready to be looked at."""
 
-    image: Image.Image
+    image: Pictured
     """RGB, at most `SIDE` pixels wide and high."""
     note: str = ""
     """What was done to it, in a sentence; empty where nothing was."""
@@ -153,10 +162,33 @@ def open_picture(path: Path | str) -> Picture:
     return Picture(image, f"This picture was {', '.join(done)}." if done else "")
 
 
+def open_clip(path: Path | str, frames: int) -> Picture:
+    """Evenly spaced frames of a video, scaled down.
+
+    Raises:
+        ValueError: it is none, is damaged, or has fewer.
+    """
+    try:
+        images = read_clip(Path(path), frames)
+    except MissingLibrary:
+        raise
+    except Exception as error:  # Pillow and FFmpeg raise a dozen kinds
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"This clip cannot be used: {reason}.") from error
+    for image in images:
+        image.thumbnail((SIDE, SIDE), reducing_gap=2.0)
+    return Picture(tuple(images))
+
+
 def coloured() -> list[Image.Image]:
     """scikit-learn's two photographs, and the left half of each."""
     whole = photographs()
     return [part for one in whole for part in (one, one.crop((0, 0, one.width // 2, one.height)))]
+
+
+def moving(frames: int) -> list[tuple[Image.Image, ...]]:
+    """A window over each of the photographs, once still and once moving, as clips."""
+    return [tuple(pan(one, frames, 1.0, 0.2, 0.5, speed)) for one in photographs() for speed in (0.0, 1.0)]
 
 
 def handwritten() -> list[Image.Image]:
@@ -174,10 +206,12 @@ class Subject:
     opened: AdaptiveViT
     classes: Sequence[str]
     """Names, in the order of the logits."""
-    examples: Sequence[Image.Image]
+    examples: Sequence[Pictured]
     """Pictures of the kind it takes, to begin with."""
     settings: dict[str, Any]
     """How timm prepares its images."""
+    frames: int | None = None
+    """Of a clip, where it takes clips."""
 
     @classmethod
     def of(cls, opened: AdaptiveViT, classes: Sequence[str] | None = None) -> "Subject":
@@ -187,6 +221,7 @@ class Subject:
             ValueError: it takes neither grey images nor colour, or has another number of classes than there are names.
         """
         settings = preparation(opened)
+        frames = settings.pop("frames", None)
         channels, count = settings["input_size"][0], opened.num_classes
         if count < 1:
             raise ValueError("the model has no classes: the playground shows what a model takes a picture for")
@@ -197,7 +232,10 @@ class Subject:
             classes = [names.index_to_description(k) if names else f"class {k}" for k in range(count)]
         if len(classes) != count:
             raise ValueError(f"there are names of {len(classes)} classes, but the model has {count}")
-        return cls(opened.float(), classes, handwritten() if channels == 1 else coloured(), settings)
+        examples: list[Any] = handwritten() if channels == 1 else coloured()
+        if frames is not None:
+            examples = moving(frames)
+        return cls(opened.float(), classes, examples, settings, frames)
 
     @property
     def channels(self) -> int:
@@ -205,21 +243,36 @@ class Subject:
         return self.settings["input_size"][0]
 
     @property
+    def kind(self) -> tuple[int, int | None]:
+        """What tells pictures that it takes from others: channels, and frames of a clip."""
+        return self.channels, self.frames
+
+    def opened_picture(self, path: Path | str) -> Picture:
+        """A file, decoded as the model takes it: `open_clip` or `open_picture`."""
+        return open_picture(path) if self.frames is None else open_clip(path, self.frames)
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """What it can be shown with: its own method or, a plain ViT, those that need no training."""
         if not is_dense(self.opened):
             return (self.opened.config.method,)
-        return tuple(name for name in untrained() if METHODS[name].role != "control")
+        return tuple(name for name in untrained(self.frames is not None) if METHODS[name].role != "control")
 
     @cached_property
     def calibration(self) -> Tensor:
         """The examples as the model takes them."""
         return self.prepared(self.examples)
 
-    def prepared(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures as the model takes them: (B, channels, height, width)."""
+    def prepared(self, pictures: Sequence[Pictured]) -> Tensor:
+        """Pictures as the model takes them: (B, channels, height, width), or clips (B, frames, ...)."""
         transform = create_transform(**self.settings)
-        return torch.stack([transform(in_channels(picture, self.channels)) for picture in pictures])
+
+        def tensor(picture: Pictured) -> Tensor:
+            if isinstance(picture, tuple):
+                return torch.stack([tensor(frame) for frame in picture])
+            return transform(in_channels(picture, self.channels))
+
+        return torch.stack([tensor(picture) for picture in pictures])
 
     def told(self, logits: Tensor) -> list[tuple[str, float]]:
         """The most probable classes of an image, and their probabilities.
@@ -371,7 +424,7 @@ class View:
     model: str
     method: str
     pixels: Tensor
-    """(1, channels, height, width) as the models got it, values in [0, 1]."""
+    """(1, channels, height, width) as the models got it, values in [0, 1]; of a clip a sheet of its frames."""
     usage: Usage
     """Of the adaptive model, to the last block even where the image could leave early."""
     dense: Answer
@@ -397,7 +450,7 @@ class View:
     @property
     def groups(self) -> Tensor | None:
         """(1, rows, columns) the token that each patch is part of in the end; None where none are merged."""
-        return None if self.usage.groups is None else self.usage.groups[:, -1].unflatten(1, self.usage.grid)
+        return None if self.usage.groups is None else self._map(self.usage.groups[:, -1])
 
     @property
     def largest(self) -> int:
@@ -408,7 +461,7 @@ class View:
         """Colours over the picture: the blocks that each patch entered or, where merged, the patches in its token."""
         if self.groups is not None:
             return enlarged(sizes_over(self.pixels, self.groups))
-        return enlarged(laid_over(self.pixels, self.usage.patch_depth, self.blocks))
+        return enlarged(laid_over(self.pixels, sheet_maps(self.usage.patch_depth), self.blocks))
 
     def block(self, number: int) -> tuple[np.ndarray, str]:
         """What block `number`, from 1, works on: the picture, and a sentence.
@@ -429,17 +482,21 @@ class View:
         if usage.groups is not None:
             merged = self.pixels
             if number > 1:
-                merged = merged_regions(self.pixels, usage.groups[:, number - 2].unflatten(1, usage.grid))
+                merged = merged_regions(self.pixels, self._map(usage.groups[:, number - 2]))
             said = f"Block {number} of {self.blocks} works on {tokens} tokens, which hold all {count} patches."
             return enlarged(merged.expand(-1, 3, -1, -1)), said
-        fused = None if usage.fused is None else usage.fused[:, number - 1, patches].unflatten(1, usage.grid)
+        fused = None if usage.fused is None else self._map(usage.fused[:, number - 1, patches])
         said = f"Block {number} of {self.blocks} works on {tokens} of {count} patches."
         if fused is not None and fused.any():
             said = (
                 f"Block {number} of {self.blocks} works on {tokens - 1} of {count} patches, and on one token, tinted, "
                 "that stands for the others."
             )
-        return enlarged(kept_patches(self.pixels, live.unflatten(1, usage.grid), fused)), said
+        return enlarged(kept_patches(self.pixels, self._map(live), fused)), said
+
+    def _map(self, patches: Tensor) -> Tensor:
+        """(1, patches) -> where they are in `pixels`."""
+        return sheet_maps(patches.unflatten(1, self.usage.grid))
 
     def costs(self) -> str:
         """Histogram of what the pictures of the session cost, as the `src` of an HTML image."""
@@ -465,23 +522,24 @@ def enlarged(picture: Tensor, side: int = 448) -> np.ndarray:
 class Shown:
     """A picture of a session, and what the last model that it was shown to made of it."""
 
-    picture: Image.Image
+    picture: Pictured
     setting: Any = None
     """The model's name and config."""
     usage: Usage | None = None
 
 
 class Session:
-    """One person's pictures, those for models of grey images and of colour apart, and how far each knob was turned."""
+    """One person's pictures, those for models of grey images, of colour and of clips apart, and how far each knob was
+    turned."""
 
     def __init__(self, playground: Playground) -> None:
         self.playground = playground
-        self.shown: dict[int, deque[Shown]] = {channels: deque(maxlen=SEEN) for channels in (1, 3)}
+        self.shown: dict[tuple[int, int | None], deque[Shown]] = defaultdict(lambda: deque(maxlen=SEEN))
         self.budgets: dict[tuple[str, str], tuple[float, Budget]] = {}
 
-    def add(self, picture: Image.Image, model: str) -> None:
-        """Take a picture, to be shown to this model and to those that take images of as many channels."""
-        self.shown[self.playground.subject(model).channels].append(Shown(picture))
+    def add(self, picture: Pictured, model: str) -> None:
+        """Take a picture, to be shown to this model and to those that take such."""
+        self.shown[self.playground.subject(model).kind].append(Shown(picture))
 
     def view(self, model: str, method: str, share: float) -> View:
         """The last picture through a model, dense and with a method that is given a share of the dense MACs.
@@ -496,7 +554,7 @@ class Session:
         with self.playground.lock, torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that halt everything: the page shows that
             adaptive = self.playground.model(model, method)
-            shown = self.shown[subject.channels]
+            shown = self.shown[subject.kind]
             if not shown:
                 shown.append(Shown(subject.examples[0]))
             budget = self._budget(subject, adaptive, model, share)
@@ -516,7 +574,7 @@ class Session:
         if budget is None or asked != share:
             if budget is not None:
                 adaptive.config = budget.config
-            recent = [one.picture for one in self.shown[subject.channels]][-RECENT:]
+            recent = [one.picture for one in self.shown[subject.kind]][-RECENT:]
             budget = steer(adaptive, torch.cat([subject.calibration, subject.prepared(recent)]), share)
             self.budgets[key] = share, budget
         return budget
@@ -531,7 +589,7 @@ def _view(model: str, subject: Subject, adaptive: AdaptiveViT, image: Tensor, bu
     return View(
         model=model,
         method=adaptive.config.method,
-        pixels=pixels(image, subject.settings),
+        pixels=sheets(pixels(image, subject.settings), seen.grid),
         usage=adaptive.to_the_end(image).usage,
         dense=Answer(subject.told(scores(vit(image))[0]), dense, 1e3 * median(seconds["dense"])),
         adaptive=Answer(subject.told(adaptive(image)), gmacs[-1].item(), 1e3 * median(seconds["adaptive"]), faster),

@@ -15,7 +15,7 @@ from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from adaptvit.backbones.base import input_size, timm_config
+from adaptvit.backbones.base import clip_frames, input_size, timm_config
 from adaptvit.backbones.families import FAMILIES
 
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -25,6 +25,8 @@ LUMINANCE = (0.299, 0.587, 0.114)
 def preparation(model: nn.Module, who: str = "the model") -> dict[str, Any]:
     """`input_size`, `mean`, `std`, `interpolation`, `crop_pct` and `crop_mode` of a model's images.
 
+    Of a model that takes clips `frames` too, how many: the others are of each frame.
+
     Args:
         model: an adaptive model, or a ViT.
         who: what a refusal calls it.
@@ -33,8 +35,10 @@ def preparation(model: nn.Module, who: str = "the model") -> dict[str, Any]:
     """
     record = timm_config(model)
     if FAMILIES.of(model) is not None:
-        record = record | {"input_size": input_size(model)}
-    return check_settings(resolve_data_config(pretrained_cfg=record, model=model), who)
+        record = record | {"input_size": input_size(model), "frames": clip_frames(model)}
+    settings = check_settings(resolve_data_config(pretrained_cfg=record, model=model), who)
+    frames = record.get("frames")
+    return settings if frames is None else settings | {"frames": frames}
 
 
 def preparation_of_name(name: str, arguments: dict[str, Any], origin: nn.Module | None = None) -> dict[str, Any]:
@@ -60,7 +64,8 @@ def preparation_of_name(name: str, arguments: dict[str, Any], origin: nn.Module 
     for key in ("mean", "std"):
         if len(settings[key]) != channels:
             settings[key] = (sum(settings[key]) / len(settings[key]),) * channels
-    return check_settings(settings, name)
+    frames = None if origin is None else clip_frames(origin)
+    return check_settings(settings, name) | ({} if frames is None else {"frames": frames})
 
 
 def image_size(size: int | Sequence[int], what: str = "img_size") -> tuple[int, int]:
@@ -133,8 +138,8 @@ class Renormalise(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, channels, height, width), in as many channels as the model takes."""
+        """(B, channels, height, width), or clips of these, in as many channels as the model takes."""
         if not self.changes:
             return images
         scaled = images * self.scale
-        return (scaled.sum(dim=1, keepdim=True) if self.to_grey else scaled) + self.shift
+        return (scaled.sum(dim=-3, keepdim=True) if self.to_grey else scaled) + self.shift

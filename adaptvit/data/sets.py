@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -27,6 +28,7 @@ from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
+from adaptvit.data.video import ClipFolders, Clips, check_no_strip
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.process import place
 from adaptvit.terminal import progress_bar
@@ -86,6 +88,14 @@ class Data:
     """What lies beside the images and is not used; names begin with the split's."""
     task: Literal["classes", "pixels"] = "classes"
     """Whether an image has a label or each of its pixels."""
+    frames: int | None = None
+    """Of clips, in whose place images stand above: an item is (frames, channels, height, width); None of images."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an item: channels, height and width; of clips frames before them."""
+        one = (self.channels, *to_2tuple(self.size))
+        return one if self.frames is None else (self.frames, *one)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images as they are looked at: values in [0, 1]."""
@@ -108,6 +118,9 @@ class DataConfig:
     """Split to evaluate on."""
     class_map: Path | None = None
     """File with the class names in the order of the labels, one on a line; None numbers the folders by name."""
+    strip: Annotated[int | None, In("[1, 65536]")] = None
+    """For a model that takes clips: frames of a picture that shows all of a clip, one below another; None takes videos
+    and folders of frames."""
     mean: Annotated[tuple[float, ...] | None, In("[0, 1]")] = None
     """Of the pixels in [0, 1], by channel."""
     std: Annotated[tuple[float, ...] | None, In("[0.001, 1000]")] = None
@@ -320,23 +333,26 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
     """Both splits of a data set; the digits where the config names none.
 
     Args:
-        settings: input_size, mean, std, interpolation and crop_pct of the model, as
-            `timm.data.resolve_data_config` gives them.
+        settings: of the model, as `preparation` gives them: where these have `frames` it is of clips.
     Raises:
         FileNotFoundError: there is no such folder or split.
         ValueError: it holds no images, or those of one class only.
     """
     if config.root is None and not config.dataset:
+        if "frames" in settings:
+            raise ValueError("DataConfig.root is null, but the model takes clips: name a folder of these")
         return open_digits(channels=settings["input_size"][0] if settings else 1)
     if not config.dataset:
         missing = [name for name in (config.train_split, config.test_split) if not _has_split(config, name)]
         if missing:
             raise FileNotFoundError(f"{_where(config)} has no folder {' and none '.join(map(repr, missing))}")
+    frames = settings.get("frames")
     train = open_split(config, settings, config.train_split, augment=True)
     calibration = open_split(config, settings, config.train_split)
     test = open_split(config, settings, config.test_split)
-    if isinstance(train, Samples) and isinstance(train.reader, ClassFolders) and train.reader.empty:
-        raise ValueError(f"{_where(config)} has no images of {_some(train.reader.empty)} to train on")
+    kind, reader = "images" if frames is None else "clips", getattr(train, "reader", None)
+    if isinstance(reader, ClassFolders | ClipFolders) and reader.empty:
+        raise ValueError(f"{_where(config)} has no {kind} of {_some(reader.empty)} to train on")
     classes = class_names(train, config.class_map)
     if not classes and not config.dataset:
         raise ValueError(f"{_where(config)} has images, but no folders of classes: {train.name(0)!r} lies in none")  # type: ignore[attr-defined]
@@ -359,7 +375,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
     height, width = settings["input_size"][1:]
     sizes = [split.count if isinstance(split, Flow | Stream) else len(split) for split in (train, test)]  # type: ignore[arg-type]
     return Data(
-        name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test images)",
+        name=f"{config.dataset or Path(config.root or '').name} ({sizes[0]} training and {sizes[1]} test {kind})",
         train=train,
         calibration=calibration,
         test=test,
@@ -376,6 +392,7 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
             for name, split in ((config.train_split, train), (config.test_split, test))
             for one in getattr(split, "left_out", ())
         ),
+        frames=frames,
     )
 
 
@@ -389,7 +406,7 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         ValueError: it holds no images, or cannot be read with what is installed.
     """
     names = None if config.class_map is None else read_class_map(config.class_map)
-    settings = _prepared(config, settings)
+    frames, settings = settings.get("frames"), _prepared(config, settings)
     channels = settings["input_size"][0]
     augmented = {
         "is_training": True,
@@ -400,6 +417,11 @@ def open_split(config: DataConfig, settings: dict[str, Any], split: str, augment
         "re_prob": config.re_prob,
         "re_mode": "pixel",
     }
+    if frames is not None:
+        if config.dataset:
+            raise ValueError(f"{_where(config)} has no clips: these are read from folders alone, root")
+        return Clips(_root(config), settings, frames, split, config.strip, names, augmented if augment else None)
+    check_no_strip(config.strip, "the model")
     transform = create_transform(**settings, **(augmented if augment else {}))
     if not config.dataset or config.dataset.lower() in FOLDERS:
         return Samples(_folders(config, split, names), channels, transform)
@@ -578,6 +600,22 @@ def open_digits(
         mean=(float(mean),) * channels,
         std=(float(std),) * channels,
     )
+
+
+def pan(picture: Image.Image, frames: int, side: float, across: float, down: float, speed: float) -> list[Image.Image]:
+    """A clip of a window that moves over a picture, from a place to its right or left.
+
+    Args:
+        side: of the window, from a sixth of the picture's shorter side at 0 to half of it at 1.
+        across, down: where it begins, from the left and upper end at 0.
+        speed: how far it comes, in sides of the window: from none at 0 to half of one at 1.
+    """
+    length = round(min(picture.size) * (1 + 2 * side) / 6)
+    room, top = picture.width - length, round(down * (picture.height - length))
+    start, way = across * room, speed * length / 2
+    way = way if start + way <= room else -way
+    lefts = [round(start + way * at / max(1, frames - 1)) for at in range(frames)]
+    return [picture.crop((left, top, left + length, top + length)) for left in lefts]
 
 
 def photographs() -> list[Image.Image]:

@@ -7,19 +7,23 @@ A strip is one picture of all frames of a clip, one below another.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adaptvit.data.folders import IMAGE_SUFFIXES, ClassFolders, LeftOut, find_split, natural, told
+from adaptvit.data.classes import labels_of
+from adaptvit.data.folders import IMAGE_SUFFIXES, TAR, ClassFolders, LeftOut, find_split, natural, told
 from adaptvit.data.images import Unreadable, decode_image, open_image, read_image
 from adaptvit.extras import needed
+from adaptvit.files import open_file
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 """Of the files that count as videos, readable or not."""
@@ -51,6 +55,16 @@ def read_clip(source: Any, frames: int, strip: int | None = None, channels: int 
     if isinstance(source, Path) and source.is_dir():
         return _of_folder(source, frames, channels)
     return _of_video(source, frames, channels) if strip is None else _of_strip(source, frames, strip, channels)
+
+
+def check_no_strip(strip: int | None, who: str) -> None:
+    """Refuse strips for a model that takes images.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if strip is not None:
+        raise ValueError(f"strip is {strip}, for clips, but {who} takes images")
 
 
 def _of_strip(source: Any, frames: int, strip: int, channels: int) -> list[Image.Image]:
@@ -110,9 +124,9 @@ def _check_sizes(sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> None
 
 
 class Clips(Dataset):
-    """The clips of a folder, in folders of classes or without: (F, channels, height, width) each, and its label.
+    """Clips with and without labels: (F, channels, height, width) each, and its label, -1 without classes.
 
-    One that cannot be read is `Unreadable`, never another one. Labels are -1 without classes.
+    One that cannot be read is `Unreadable`, never another one.
 
     Attributes:
         classes: names of the labels.
@@ -120,37 +134,36 @@ class Clips(Dataset):
     """
 
     def __init__(
-        self, root: Path, settings: dict[str, Any], frames: int, split: str = ".", strip: int | None = None
+        self,
+        root: Path,
+        settings: Mapping[str, Any],
+        frames: int,
+        split: str = ".",
+        strip: int | None = None,
+        names: Sequence[str] | None = None,
+        augmented: Mapping[str, Any] | None = None,
     ) -> None:
         """Find them.
 
         Args:
-            root: a folder; of strips a tar too.
+            root: a folder of clips, in folders of classes or without; of strips a tar too; or one clip.
             settings: how frames are prepared, as `adaptvit.data.preparation` says it of a model.
             frames: of each clip.
             split: a folder in the root, or one that means the same; `.` is the root itself.
             strip: frames of a strip, where pictures are strips; None takes videos, and folders of pictures.
+            names: of the classes, in the order of the labels; None numbers their folders in natural order.
+            augmented: what `timm.data.create_transform` is told to train on them; all frames of a clip are changed
+                alike.
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: there are no clips in it.
         """
         self.frames, self.strip, self.channels = frames, strip, settings["input_size"][0]
-        self.transform = create_transform(**settings)
-        where, root = f"the folder of clips {str(root)!r}", Path(root)
-        self.open: Callable[[str], Any]
-        if strip is not None:
-            reader = ClassFolders(root, split, where)
-            self.samples = [(name, -1 if label is None else label) for name, label in reader.samples]
-            self.classes, self.left_out, self.open = tuple(reader.class_to_idx), reader.left_out, reader.listing.open
-        else:
-            if not root.is_dir():
-                raise FileNotFoundError(f"{where} does not exist or is not a folder")
-            folder = root / (find_split(root, split, where) or ".")
-            self.samples, self.classes, self.left_out = _found(folder)
-            self.open = folder.joinpath
-        if not self.samples:
-            suffixes = " ".join(VIDEO_SUFFIXES)
-            raise ValueError(f"{where} has no clips: neither a video ({suffixes}) nor a folder of pictures")
+        prepared = {name: value for name, value in settings.items() if name != "frames"}
+        self.transform, self.augments = create_transform(**prepared, **(augmented or {})), augmented is not None
+        self.reader = _reader(Path(root), split, strip, names)
+        self.samples = [(name, -1 if label is None else label) for name, label in self.reader.samples]
+        self.classes, self.left_out = tuple(self.reader.class_to_idx), tuple(self.reader.left_out)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -162,7 +175,7 @@ class Clips(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
         name, label = self.samples[index]
         try:
-            source = self.open(name)
+            source = self.reader[index][0]
             try:
                 images = read_clip(source, self.frames, self.strip, self.channels)
             finally:
@@ -172,27 +185,112 @@ class Clips(Dataset):
             raise  # of the reader itself
         except Exception as error:  # Pillow and FFmpeg raise a dozen kinds
             return Unreadable(name, str(error) or type(error).__name__)
-        return torch.stack([self.transform(image) for image in images]), label
+        return self.prepared(images), label
+
+    def prepared(self, images: Sequence[Image.Image]) -> Tensor:
+        """Frames as the model takes them, (F, channels, height, width); where they are augmented, all alike."""
+        if not self.augments:
+            return torch.stack([self.transform(image) for image in images])
+        python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        made = []
+        for image in images:
+            random.setstate(python)
+            np.random.set_state(arrays)
+            torch.set_rng_state(tensors)
+            made.append(self.transform(image))
+        return torch.stack(made)
 
 
-def _found(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...], tuple[LeftOut, ...]]:
-    """The clips of a folder, the names of classes, and what is left out."""
-    inside = _entries(folder)
-    loose = any(_is_video(path) or _has_pictures(path) for path in inside)
-    samples: list[tuple[str, int]] = []
-    skipped: dict[str, list[str]] = {}
-    classes = () if loose else tuple(path.name for path in inside if path.is_dir())
-    groups = [(-1, inside)] if loose else [(label, _entries(folder / name)) for label, name in enumerate(classes)]
-    rest = [] if loose else [path for path in inside if not path.is_dir()]
-    for label, paths in groups:
-        for path in paths:
-            if path.is_dir() or _is_video(path):
-                samples.append((path.relative_to(folder).as_posix(), label))
-            else:
-                rest.append(path)
-    if rest:
-        skipped["neither videos nor folders"] = [path.relative_to(folder).as_posix() for path in rest]
-    return samples, classes, told(skipped)
+def _reader(root: Path, split: str, strip: int | None, names: Sequence[str] | None) -> Any:
+    where = f"the folder of clips {str(root)!r}"
+    if not root.exists():
+        raise FileNotFoundError(f"{where} does not exist or is not a folder")
+    if root.is_file() and root.suffix.lower() != TAR:
+        if strip is None and not _is_video(root):
+            raise ValueError(
+                f"{str(root)!r} is no clip: it is neither a video ({' '.join(VIDEO_SUFFIXES)}) nor a folder of "
+                "pictures; a strip of frames needs the number of these, strip"
+            )
+        return _One(root, strip is not None)
+    if strip is not None:
+        return ClassFolders(root, split, where, names)
+    if not root.is_dir():
+        raise ValueError(f"{where} is a tar, which may have strips alone: their number of frames is strip")
+    if _has_pictures(root):
+        return _One(root, False)
+    return ClipFolders(root, split, where, names)
+
+
+class _One:
+    """A clip that is named itself, read as those of a folder are."""
+
+    def __init__(self, path: Path, strip: bool) -> None:
+        self.samples: list[tuple[str, int | None]] = [(path.name, None)]
+        self.class_to_idx: dict[str, int] = {}
+        self.empty: tuple[str, ...] = ()
+        self.left_out: tuple[LeftOut, ...] = ()
+        self.path, self.opens = path, strip
+
+    def __getitem__(self, index: int) -> tuple[Any, None]:
+        return (open_file(self.path) if self.opens else self.path), None
+
+    def filename(self, index: int) -> str:
+        """Of the clip."""
+        return self.path.name
+
+
+class ClipFolders:
+    """The videos and the folders of pictures of a split, with their labels, as `ClassFolders` has pictures.
+
+    Attributes:
+        samples: name and label of each, from the split on; None in the place of labels that are not known.
+        class_to_idx: labels by the names of the classes; empty where clips lie in no folders of these.
+        empty: classes whose folders hold none.
+        left_out: what is not used.
+    """
+
+    def __init__(self, root: Path, split: str, where: str, names: Sequence[str] | None = None) -> None:
+        """Find them; arguments and errors are those of `ClassFolders`."""
+        self.folder = folder = root / (find_split(root, split, where) or ".")
+        inside = _entries(folder)
+        loose = any(_is_video(path) or _has_pictures(path) for path in inside)
+        found = [] if loose else [path.name for path in inside if path.is_dir()]
+        numbers = {name: label for label, name in enumerate(found)} if names is None else labels_of(found, names)
+        self.class_to_idx = {name: label for label, name in enumerate(found if names is None or loose else names)}
+        groups = (
+            [(None, inside)]
+            if loose
+            else [(numbers[name], _entries(folder / name)) for name in found if name in numbers]
+        )
+        clips = [(path, label) for label, paths in groups for path in paths if path.is_dir() or _is_video(path)]
+        self.samples = [(path.relative_to(folder).as_posix(), label) for path, label in clips]
+        filled, taken = {label for _, label in clips}, {path for path, _ in clips}
+        self.empty = tuple(name for name, label in numbers.items() if label not in filled)
+        others = [path for _, paths in groups for path in paths if path not in taken]
+        others += [path for path in inside if not loose and not path.is_dir()]
+        self.left_out = told(
+            {
+                "neither videos nor folders": [path.relative_to(folder).as_posix() for path in others],
+                "folders that class_map does not name": [name for name in found if name not in numbers],
+                "folders of classes without clips": self.empty,
+            }
+        )
+        if not self.samples:
+            suffixes = " ".join(VIDEO_SUFFIXES)
+            raise ValueError(f"{where} has no clips: neither a video ({suffixes}) nor a folder of pictures")
+
+    def __getitem__(self, index: int) -> tuple[Path, int | None]:
+        name, label = self.samples[index]
+        return self.folder / name, label
+
+    def filename(self, index: int) -> str:
+        """From the split on."""
+        return self.samples[index][0]
+
+
+def may_have_clips(folder: Path) -> bool:
+    """Whether there are videos or folders in a folder."""
+    return any(path.is_dir() or _is_video(path) for path in _entries(folder))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from adaptvit.checks import In, checked
 from adaptvit.data import (
     IGNORED,
     Batch,
+    Clips,
     LeftOut,
     Samples,
     Unreadable,
@@ -222,7 +223,7 @@ def _name(data: Dataset, item: int) -> str:
     """Of an image, by its number in the data set."""
     if isinstance(data, Subset):
         return _name(data.dataset, data.indices[item])
-    return data.name(item) if isinstance(data, Samples) else f"image {item}"
+    return data.name(item) if isinstance(data, Samples | Clips) else f"image {item}"
 
 
 def _forward(model: AdaptiveViT | nn.Module, images: Tensor, layout: type[Tokens] | None) -> Output:

@@ -45,9 +45,9 @@ DEFAULT = CalibratedConfig.method
 """What a ViT becomes unless told."""
 
 
-def untrained() -> tuple[str, ...]:
-    """Names of the methods that need images alone, and no clips, the control included."""
-    left = ("dense", "released", "clips")
+def untrained(clips: bool = False) -> tuple[str, ...]:
+    """Names of the methods that need images alone, the control included; and of those that need clips, where told."""
+    left = ("dense", "released") if clips else ("dense", "released", "clips")
     return tuple(name for name, config in METHODS.items() if not config.trained and config.role not in left)
 
 

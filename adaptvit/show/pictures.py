@@ -140,6 +140,32 @@ def clip_strip(clip: Tensor, depth: Tensor, blocks: int) -> Figure:
     return one_below_another(rows, blocks, below=bool((depth < 1).any()))
 
 
+def sheets(images: Tensor, grid: Sequence[int]) -> Tensor:
+    """Images as they are; each clip (frames, channels, height, width) as one, the middle frames of its steps in rows.
+
+    Args:
+        images: (B, channels, height, width), or clips (B, frames, channels, height, width).
+        grid: of `Usage`, which begins with the steps of a clip.
+    """
+    if images.ndim == 4:
+        return images
+    each = images.shape[1] // grid[0]
+    return _in_rows(images[:, each // 2 :: each])
+
+
+def sheet_maps(maps: Tensor) -> Tensor:
+    """Maps (B, rows, columns) as they are; those of clips (B, steps, rows, columns) laid out as `sheets` does."""
+    return maps if maps.ndim == 3 else _in_rows(maps)
+
+
+def _in_rows(tiles: Tensor) -> Tensor:
+    """(B, steps, ..., height, width) -> (B, ..., height of a sheet, width of it), as nearly square as has no gaps."""
+    steps = tiles.shape[1]
+    across = next(count for count in range(1, steps + 1) if steps % count == 0 and count**2 >= steps)
+    rows = [torch.cat(row.unbind(1), dim=-1) for row in tiles.split(across, dim=1)]
+    return torch.cat(rows, dim=-2)
+
+
 def laid_over(images: Tensor, depth: Tensor, blocks: int, opacity: float = 0.5) -> Tensor:
     """The depth maps' colours over the images turned grey: (B, 3, height, width), values in [0, 1], on the CPU.
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from timm.data import Mixup
-from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -180,6 +179,8 @@ class _Training:
         self.mixup = None
         if (recipe.mixup or recipe.cutmix or teacher is not None) and data.task == "pixels":
             raise ValueError(f"{data.name} has labels of pixels: no mixup, no cutmix, no teacher")
+        if recipe.cutmix and data.frames is not None:
+            raise ValueError(f"Recipe.cutmix is {recipe.cutmix:g}, but {data.name} has clips, which mixup alone mixes")
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(
                 recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=len(data.classes)
@@ -311,9 +312,9 @@ class _Training:
                 if self.accelerator.num_processes == 1:
                     raise
                 self.failure = error
-        size, count = to_2tuple(self.data.size), self.recipe.batch_size
-        images = next(self.model.parameters()).new_zeros(count, self.data.channels, *size)
-        shape = (count,) if self.data.task == "classes" else (count, *size)
+        count = self.recipe.batch_size
+        images = next(self.model.parameters()).new_zeros(count, *self.data.shape)
+        shape = (count,) if self.data.task == "classes" else (count, *self.data.shape[-2:])
         return Batch(images, torch.zeros(shape, dtype=torch.long, device=device), [])
 
     def _steers(self, step: int) -> bool:
@@ -568,7 +569,7 @@ def check_shape(data: Data, vit: nn.Module, channels: int | None = None) -> None
     """
     like = next(vit.parameters())
     try:
-        check_images(vit, like.new_zeros(1, channels or data.channels, *to_2tuple(data.size)))
+        check_images(vit, like.new_zeros(1, *replace(data, channels=channels or data.channels).shape))
     except ValueError as error:
         raise ValueError(f"{data.name}: {error}") from None
 

@@ -301,6 +301,37 @@ def camvid_merge() -> Run:
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 """Values 0 to 10 of the masks of SegNet's CamVid; 11 is void."""
 
+
+def asl24_dense() -> Run:
+    """ViT-Tiny inflated to clips of 8 frames at 96 pixels, fine-tuned on hand shapes of the American alphabet.
+
+    No clip is mirrored: a mirrored hand is the other hand. Patches of one frame each are 8 x 6 x 6.
+    """
+    return Run(
+        model="vit_tiny_patch16_224",
+        img_size=96,
+        frames=8,
+        tubelet=1,
+        weights=Path("vit_tiny_patch16_224.safetensors"),
+        method=FullConfig(),
+        data=DataConfig(root=Path("asl24"), strip=16, crop_pct=1.0, scale=(0.5, 1.0), hflip=0.0),
+        recipe=Recipe(
+            epochs=6, batch_size=16, learning_rate=2e-4, warmup_epochs=1, precision="bfloat16", evaluate_every=2
+        ),
+        output=Path("runs/asl24_dense"),
+    )
+
+
+def hockey_dense() -> Run:
+    """The same on fights in ice hockey, whose clips may be mirrored."""
+    hands = asl24_dense()
+    return replace(
+        hands,
+        data=replace(hands.data, root=Path("hockeyfights"), hflip=0.5),
+        output=Path("runs/hockey_dense"),
+    )
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -323,6 +354,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
         camvid_dense,
         camvid_merge,
         imagenette_calibrated,
+        asl24_dense,
+        hockey_dense,
     )
 }
 """What `adaptvit train` knows by name."""

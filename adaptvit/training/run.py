@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from adaptvit.backbones.base import check
 from adaptvit.backbones.segmenting import SegmentingViT
+from adaptvit.backbones.video import inflate
 from adaptvit.checks import In, check_fields
 from adaptvit.data import (
     DataConfig,
@@ -59,6 +60,11 @@ class Run:
     """Other arguments of `timm.create_model`."""
     img_size: Annotated[int | tuple[int, int] | None, In("[1, 65536]")] = None
     """Side of the input in pixels, or height and width; None is the model's own."""
+    frames: Annotated[int | None, In("[1, 65536]")] = None
+    """Frames of a clip, for which an image ViT is inflated with the weights that it starts from; None takes what the
+    model takes."""
+    tubelet: Annotated[int, In("[1, 65536]")] = 2
+    """Then the frames of a patch."""
     drop_path: Annotated[float, In("[0, 1)")] = 0.0
     """Rate of stochastic depth at the last block; it grows from 0 at the first."""
     weights: Path | None = None
@@ -154,6 +160,8 @@ def train_run(
     arguments = {**config.model_args, **size}
     origin = open_model(config.model) if is_stored(config.model) else None
     settings = preparation_of_name(config.model, arguments, None if origin is None else origin.vit)
+    if config.frames is not None:
+        settings["frames"] = config.frames
     if isinstance(config.data, MasksConfig):
         settings |= SQUASHED
         data = open_masks(config.data, settings)
@@ -178,6 +186,8 @@ def train_run(
     check(vit)
     if config.weights is not None:
         headed = start_from(vit, config.weights)
+    if config.frames is not None:
+        vit = inflate(vit, config.frames, config.tubelet)
     if data.task == "pixels" and not isinstance(vit, SegmentingViT):
         vit, headed = SegmentingViT(vit, len(data.classes)), False
     if (data.task == "pixels") != isinstance(vit, SegmentingViT):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.record import describe, rebuild
+from adaptvit.backbones.video import SpaceTimeViT
 from adaptvit.methods import dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.terminal import meant, warn
@@ -113,9 +114,13 @@ def remade(vit: nn.Module, **arguments: Any) -> tuple[nn.Module, bool]:
         new = rebuild(describe(vit), **arguments)
     except Exception as error:  # timm asserts, torch overflows, and each constructor has other arguments
         raise ValueError(f"{name} cannot be made with {arguments}: {reason(error)}") from error
-    tensors = dict(vit.state_dict())
-    source = Source(Path(name), tensors, {}, position_table(vit)[1] if "pos_embed" in tensors else None)
-    return new, _started(new, source, f"{name} as it was")
+    image, new_image = vit, new
+    if isinstance(vit, SpaceTimeViT):  # whose positions in time go by no size
+        image, new_image = vit.vit, new.vit
+        new.time_embed.data.copy_(vit.time_embed)
+    tensors = dict(image.state_dict())
+    source = Source(Path(name), tensors, {}, position_table(image)[1] if "pos_embed" in tensors else None)
+    return new, _started(new_image, source, f"{name} as it was")
 
 
 def _started(vit: nn.Module, source: Source, name: str) -> bool:
