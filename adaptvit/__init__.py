@@ -17,7 +17,7 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
-from adaptvit.methods.run_length import RunLengthConfig
+from adaptvit.methods.run_length import RunLengthConfig, RunLengthMergeConfig
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.tokens import Dense, Masked, Packed, Plan, Slab, Tokens
@@ -51,6 +51,7 @@ __all__ = [
     "Parts",
     "Plan",
     "RunLengthConfig",
+    "RunLengthMergeConfig",
     "Shape",
     "Slab",
     "ToMeConfig",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptvit
-from adaptvit import Dense, FullConfig, Masked, Packed, RunLengthConfig, Slab, dense_macs, macs
+from adaptvit import Dense, FullConfig, Masked, Packed, RunLengthConfig, RunLengthMergeConfig, Slab, dense_macs, macs
 from adaptvit.backbones.forward import scores
 from adaptvit.data import Unreadable, collate
 from adaptvit.model import AdaptiveViT
@@ -207,7 +207,7 @@ def moving(vit: Any, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("flavour", ["class token", MEAN, "attention pool", "Eva, DINOv3", "transformers, ViT"])
 def test_runs_of_patches_are_computed_once(flavour: str) -> None:
     vit = clip_vit(flavour)
-    model = RunLengthConfig(threshold=0.003).build(vit).eval()
+    model = RunLengthConfig(threshold=0.003).build(vit).eval().requires_grad_(False)
     batch = moving(vit)
     with torch.inference_mode():
         packed, masked = (model(batch, layout, detailed=True) for layout in (Packed, Masked))
@@ -246,6 +246,31 @@ def test_what_repeats_but_for_its_position_in_time_is_not_lost(flavour: str) -> 
         )
         if model.prefix:
             assert (unweighted(batch) - wanted).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("flavour", ["class token", MEAN, "Eva, DINOv3"])
+def test_what_is_left_of_runs_is_merged(flavour: str) -> None:
+    vit = clip_vit(flavour)
+    whole = clips(vit, count=3)
+    whole[1, 2:, :, :, 8:] = whole[1, :2, :, :, 8:]  # patches of three columns of four repeat
+    whole[2, 2:] = whole[2, :2]
+    model = RunLengthMergeConfig(threshold=0.003, r=2).build(vit).eval()
+    with torch.inference_mode():
+        packed, masked, slab = (model(whole, layout, detailed=True) for layout in (Packed, Masked, Slab))
+        alone = model(whole[1:2], detailed=True)
+    assert packed.usage.attended[:, 0].tolist() == [model.prefix + count for count in (32, 20, 16)]
+    assert packed.usage.attended[:, 1].tolist() == [model.prefix + count for count in (30, 18, 14)]
+    for other in (masked, slab):
+        torch.testing.assert_close(packed.logits, other.logits, atol=1e-12, rtol=1e-10)
+        assert packed.usage == other.usage
+    torch.testing.assert_close(alone.logits, packed.logits[1:2], atol=1e-12, rtol=1e-10)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        usage = model(whole[1:2], detailed=True).usage
+    assert 2 * macs(usage, model.shape).item() == counter.get_total_flops()
+    with torch.inference_mode():
+        runs, none = RunLengthConfig(threshold=0.003), RunLengthMergeConfig(threshold=0.003, r=0, power=1.0)
+        wanted, given = (one.build(vit).eval()(whole) for one in (runs, none))
+        torch.testing.assert_close(given, wanted, atol=1e-12, rtol=1e-10)
 
 
 def test_lengths_of_runs_are_told_once_they_are_learned(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from adaptvit.methods.released import (
     ReleasedDynamicViTConfig,
     of_today,
 )
-from adaptvit.methods.run_length import RunLengthConfig
+from adaptvit.methods.run_length import RunLengthConfig, RunLengthMergeConfig
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT
 
@@ -33,6 +33,7 @@ METHODS = Methods(
     AdaViTConfig,
     DynamicViTConfig,
     RunLengthConfig,
+    RunLengthMergeConfig,
     RandomConfig,
     FullConfig,
     ReleasedAViTConfig,

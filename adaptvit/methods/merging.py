@@ -158,12 +158,11 @@ class MergingViT(AdaptiveViT):
         grid = tokens.source.grid
         if self.config.position == "mean":
             tokens = tokens.at_coordinates(tokens.source.coordinates(tokens.x.new_zeros((), dtype=_wide(tokens.x))))
-        holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
-        if tokens.at_first is not None:
-            holder = holder * tokens.at_first  # slots that never held a token go with the first
+        tokens, holder, size = self.begin(tokens)
         went = list[Callable[[], Tensor] | None]()
         held = once(partial(held_after, holder, went))
-        bias, size = None, torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x))  # patches in each token
+        bias = self.bias(size)
+        size = torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x)) if size is None else size
         for number in range(self.depth):
             if not self.compares(number, tokens.shape[1] - self.prefix):
                 tokens = self.run_block(number, tokens, bias=bias)
@@ -171,13 +170,25 @@ class MergingViT(AdaptiveViT):
                 continue
             tokens, place, size = self.run_merging(number, tokens, bias, size)
             went.append(place)
-            bias = size.log() if self.config.proportional_attention else None
-            if bias is not None and self.config.power != 1:
-                bias = self.config.power * bias
+            bias = self.bias(size)
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
             x = x.gather(1, held()[-1][..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
         return self.finish(x, lambda: self.usage(held(), [place is not None for place in went], grid))
+
+    def begin(self, tokens: Tokens) -> tuple[Tokens, Tensor, Tensor | None]:
+        """The tokens of the first block, as the first slots of each image, (B, N) int64 the slot that each input token
+        is in, and how many patches each token has; None where that is one."""
+        holder = torch.arange(tokens.shape[1], device=tokens.x.device).expand(tokens.shape)
+        if tokens.at_first is not None:
+            holder = holder * tokens.at_first  # slots that never held a token go with the first
+        return tokens, holder, None
+
+    def bias(self, size: Tensor | None) -> Tensor | None:
+        """What is added to the logits of tokens of so many patches."""
+        if size is None or not self.config.proportional_attention:
+            return None
+        return size.log() if self.config.power == 1 else self.config.power * size.log()
 
     def usage(self, held: list[Tensor], compared: list[bool], grid: tuple[int, ...]) -> Usage:
         """The record, as `usage_of` makes it; `compared` are the blocks that looked for tokens to merge."""
@@ -198,7 +209,7 @@ class MergingViT(AdaptiveViT):
         see = once(partial(self.see, tokens))
         by_pairs = isinstance(tokens, Dense) and tokens.slots is None and not self._is_fused(tokens, tokens.x)
         decided = once(partial(self.pairs if by_pairs else self.places, tokens, size, number))
-        count = self.config.merged(slots - self.prefix, number, self.depth) if tokens.at_first is None else None
+        count = self.config.merged(slots - self.prefix, number, self.depth) if self.alike(tokens) else None
         left = None if count is None else slots - count
 
         def look(projected: Projected) -> None:
@@ -252,6 +263,10 @@ class MergingViT(AdaptiveViT):
             merged = merged.with_x((normalize(x.to(_wide(x)), dim=-1) * length).to(x.dtype))
         return merged, total
 
+    def alike(self, tokens: Tokens) -> bool:
+        """Whether all images began with as many tokens."""
+        return tokens.at_first is None
+
     def compares(self, block: int, patches: int) -> bool:
         """Whether a block looks for tokens to merge, where it has at most so many patches."""
         return not self.reads_few(block) and patches > 1 and self.merges(block)
@@ -299,8 +314,7 @@ class MergingViT(AdaptiveViT):
             return self._fused_places(tokens, size, block, seen)
         live = tokens.live
         score, target = match(tokens.grid(seen.keys), live, self.prefix, *self.costs(tokens, size, seen))
-        alike = tokens.at_first is None
-        patches = (tokens.shape[1] if alike else live.sum(dim=1, keepdim=True)) - self.prefix
+        patches = (tokens.shape[1] if self.alike(tokens) else live.sum(dim=1, keepdim=True)) - self.prefix
         chosen = self.choose(score, patches, block)
         return arrange(chosen, score, target, live, self.prefix)
 
@@ -330,7 +344,7 @@ class MergingViT(AdaptiveViT):
     def _is_fused(self, tokens: Tokens, keys: Tensor) -> TypeGuard[Dense | Slab]:
         """Whether a device matches these in a kernel."""
         fits = isinstance(tokens, Slab) or (isinstance(tokens, Dense) and tokens.slots is None)
-        return fits and tokens.at_first is None and fused.fuses(keys)
+        return fits and self.alike(tokens) and fused.fuses(keys)
 
     def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
         keys, slots, offsets = seen.keys.flatten(0, -3), tokens.shape[1], tokens.offsets

@@ -10,15 +10,18 @@ channels.
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from adaptvit.backbones.base import patch_grid
+from adaptvit.backbones.forward import Source
 from adaptvit.checks import In, check_fields
-from adaptvit.methods.base import MethodConfig, Role
+from adaptvit.methods.base import MethodConfig, Published, Role
+from adaptvit.methods.merge import CalibratedConfig
+from adaptvit.methods.merging import MergingViT
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
@@ -79,12 +82,7 @@ class RunLengthViT(AdaptiveViT):
 
     def run(self, tokens: Tokens) -> Left:
         source = tokens.source
-        starts = run_starts(source.images, source.grid, self.config.threshold)
-        holder, length = runs(starts)
-        first = torch.arange(self.prefix, device=holder.device).expand(len(holder), -1)
-        holder = torch.cat([first, holder + self.prefix], dim=1)
-        kept = pad(starts.flatten(1), (self.prefix, 0), value=True)
-        length = pad(length, (self.prefix, 0), value=1)
+        kept, holder, length = slots_of_runs(source, self.config.threshold, self.prefix)
         if self.length_embed is not None:
             told = self.length_embed[length[:, self.prefix :] - 1].to(tokens.x.dtype)
             tokens = tokens.with_x(tokens.x + tokens.spread(pad(told, (0, 0, self.prefix, 0))))
@@ -99,6 +97,65 @@ class RunLengthViT(AdaptiveViT):
             x = x.gather(1, holder[..., None].expand(-1, -1, x.shape[2]))
         usage = partial(Usage.of_depth, self.depth * kept, self.heads, source.grid, self.prefix, last_reads=self.read)
         return self.finish(x, usage, holders=lambda: [holder] * self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLengthMergeConfig(CalibratedConfig):
+    """Tokens of patches that change, and of these each block merges as many in every clip: run-length tokens first,
+    then merging as `CalibratedConfig` does it, of even numbers.
+
+    A token counts from the start for as many patches as its run has steps. The threshold stays; the knob is merging's.
+    """
+
+    method: ClassVar[str] = "runlength_merge"
+    title: ClassVar[str] = "run-length tokens, merged"
+    role: ClassVar[Role] = "clips"
+    published: ClassVar[Published] = Published()
+    needs: ClassVar[Set[str]] = CalibratedConfig.needs | {"steps in time"}
+
+    threshold: Annotated[float, In("[0, inf)")] = 0.1
+    """As that of `RunLengthConfig`."""
+
+    def build(self, vit: nn.Module) -> "RunLengthMergingViT":
+        """Wrap `vit`, sharing its weights; no parameter is added.
+
+        Raises:
+            TypeError: the ViT is not one that this library reproduces, or takes images.
+            ValueError: numbers that do not fit the ViT's blocks.
+        """
+        return RunLengthMergingViT(vit, self)
+
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        return self.build(vit).eval()
+
+
+class RunLengthMergingViT(MergingViT):
+    """A ViT that merges, of what a clip has, the first patches of its runs."""
+
+    @property
+    def even(self) -> bool:
+        return False
+
+    def alike(self, tokens: Tokens) -> bool:
+        return False
+
+    def begin(self, tokens: Tokens) -> tuple[Tokens, Tensor, Tensor | None]:
+        kept, holder, length = slots_of_runs(tokens.source, self.config.threshold, self.prefix)
+        place = kept.cumsum(dim=1) - 1  # without gaps, as merging takes them
+        size = length.to(torch.promote_types(tokens.x.dtype, torch.float32))
+        tokens = tokens.keep(kept)
+        tokens, size = tokens.merge(place, torch.zeros_like(kept), tokens.spread(size))
+        return tokens, place.gather(1, holder), size
+
+
+def slots_of_runs(source: Source, threshold: float, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of clips, by token slots (B, N): whether it begins a run, int64 the slot of the one that does, and the steps of
+    this there; tokens before the patches are runs of one."""
+    starts = run_starts(source.images, source.grid, threshold)
+    holder, length = runs(starts)
+    first = torch.arange(prefix, device=holder.device).expand(len(holder), -1)
+    holder = torch.cat([first, holder + prefix], dim=1)
+    return pad(starts.flatten(1), (prefix, 0), value=True), holder, pad(length, (prefix, 0), value=1)
 
 
 def run_starts(clips: Tensor, grid: tuple[int, ...], threshold: float) -> Tensor:
