@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Libraries and tests stay to the end: no collection of garbage need walk through them again, half a second each."""
+    """Libraries and tests stay to the end: no collection of garbage need walk through them, half a second each."""
     gc.collect()
     gc.freeze()
 

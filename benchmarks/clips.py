@@ -1,0 +1,179 @@
+"""Methods on clips: accuracy against MACs off the shelf, tuned files beside them, and clips per second in turns.
+
+python benchmarks/clips.py accuracy NAME DENSE ROOT [TUNED ...]    adds lines to benchmarks/clips.jsonl
+python benchmarks/clips.py speed NAME DENSE ROOT                   the same, of all models that there are lines of
+python benchmarks/clips.py table                                   the lines as a table
+
+ROOT is a set of `shared/data`, unpacked or a tar's folder; DENSE what `adaptvit train asl24_dense` or `hockey_dense`
+leaves. Methods are fitted to 32 training clips at the middle budget and turned to each on the same.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptvit import ATSConfig, CalibratedConfig, EViTConfig, RunLengthConfig, RunLengthMergeConfig, ToMeConfig
+from adaptvit.budget import meet_target
+from adaptvit.commands.draw import spearman
+from adaptvit.data import DataConfig, open_split, preparation, spread_over
+from adaptvit.macs import dense_macs, macs
+from adaptvit.measure.evaluate import outputs
+from adaptvit.measure.speed import speeds
+from adaptvit.methods import METHODS
+from adaptvit.model import AdaptiveViT
+from adaptvit.terminal import say
+from adaptvit.weights.opening import open_model
+
+BUDGETS = (0.4, 0.6, 0.25)
+CALIBRATION = 32
+METHODS_MEASURED = {
+    "runlength": RunLengthConfig(),
+    "runlength_merge": RunLengthMergeConfig(threshold=0.05),
+    "calibrated": CalibratedConfig(),
+    "tome": ToMeConfig(),
+    "ats": ATSConfig(blocks=range(1, 12)),
+    "evit": EViTConfig(blocks=(1, 4, 7)),
+}
+LINES = Path(__file__).with_suffix(".jsonl")
+BATCHES = (4, 1)
+
+
+def known(name: str) -> dict[str, dict[str, Any]]:
+    """Lines of a set by the models' labels."""
+    lines = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    return {line["label"]: line for line in lines if line["set"] == name}
+
+
+def keep(line: dict[str, Any]) -> None:
+    """Add a line, or put it in the place of the one of the same model."""
+    lines = [json.loads(one) for one in LINES.read_text().splitlines()] if LINES.exists() else []
+    key = line["set"], line["label"]
+    lines = [one for one in lines if (one["set"], one["label"]) != key] + [line]
+    LINES.write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def measured(model: Any, data: Any, shape: Any) -> dict[str, Any]:
+    """Accuracy clip by clip, MACs, and how tokens go with motion."""
+    right, cost, tokens, motion = [], [], [], []
+    grid: tuple[int, ...] = ()
+    for batch, output in outputs(model, data, batch_size=8):
+        assert output is not None
+        right.append(output.logits.argmax(dim=1) == batch.labels)
+        cost.append(macs(output.usage, shape).double())
+        tokens.append(output.usage.attended.double().mean(dim=1))
+        motion.append(batch.images.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)).double())
+        grid = output.usage.grid
+    share = torch.cat(cost) / dense_macs(shape, grid)
+    counts = torch.cat(tokens)
+    return {
+        "correct": "".join(str(int(one)) for one in torch.cat(right)),
+        "top1": torch.cat(right).double().mean().item(),
+        "share": share.mean().item(),
+        "share_p10_p90": share.quantile(torch.tensor([0.1, 0.9]).double()).tolist(),
+        "tokens_with_motion": spearman(counts, torch.cat(motion)) if len(counts.unique()) > 1 else None,
+    }
+
+
+def turned_to(model: AdaptiveViT, images: Tensor, budget: float) -> AdaptiveViT | str:
+    """At a budget, or why not."""
+    try:
+        meet_target(model, images[:4] if model.even else images, budget, tolerance=0.02)
+    except ValueError as error:
+        return str(error)
+    return model
+
+
+def accuracy(name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path]) -> None:
+    settings, found = preparation(dense), known(name)
+    data = open_split(source, settings, "val")
+    if "dense" not in found:
+        keep({"set": name, "label": "dense", "budget": None, **measured(dense.vit, data, dense.shape)})
+    images: Tensor | None = None
+    for method, config in METHODS_MEASURED.items():
+        missing = [budget for budget in BUDGETS if f"{method} {budget:g}" not in found]
+        if not missing:
+            continue
+        if images is None:
+            images = spread_over(open_split(source, settings, "train"), CALIBRATION).images
+        model = config.fitted(dense.vit, images, BUDGETS[0])
+        for budget in missing:
+            line = {"set": name, "label": f"{method} {budget:g}", "method": method, "budget": budget}
+            met = turned_to(model, images, budget)
+            if isinstance(met, str):
+                keep({**line, "refused": met})
+                continue
+            keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
+            say(f"{name} {method} {budget}")
+    for file in tuned:
+        label = f"{file.parent.name}, tuned"
+        if label not in found:
+            model = open_model(file)
+            method = model.config.method
+            line = {"set": name, "label": label, "method": method, "budget": None, "file": str(file.name)}
+            keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
+
+
+def speed(name: str, dense: AdaptiveViT, source: DataConfig, rounds: int) -> None:
+    lines = {
+        label: line
+        for label, line in known(name).items()
+        if "config" in line and line["budget"] is not None and "gain" not in line
+    }
+    images = spread_over(open_split(source, preparation(dense), "val"), 12).images
+    models = {}
+    for label, line in lines.items():
+        told = {key: value for key, value in line["config"].items() if key != "method"}
+        models[label] = METHODS[line["method"]](**told).build(dense.vit).eval()
+    gains: dict[str, dict[str, Any]] = {label: {} for label in models}
+    for size in BATCHES:
+        parts = [images[at : at + size] for at in range(0, 12, max(size, 4))][:3]
+        for part in parts:
+            timed = speeds(models, dict.fromkeys(models, part), rounds, ["packed"], dense=(dense.vit, part))
+            for label, one in timed.items():
+                gains[label].setdefault(str(size), []).append([one.gain, one.packed, one.dense, one.ideal])
+    for label, line in lines.items():
+        keep({**line, "gain": {size: torch.tensor(rows).mean(dim=0).tolist() for size, rows in gains[label].items()}})
+
+
+def table() -> None:
+    print("| set | model | top-1 | against dense | MACs | gain at batch 4 | at 1 | tokens with motion |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in dict.fromkeys(json.loads(line)["set"] for line in LINES.read_text().splitlines()):
+        lines = known(name)
+        base = torch.tensor([float(digit) for digit in lines["dense"]["correct"]])
+        for label, line in lines.items():
+            if "refused" in line:
+                print(f"| {name} | {label} | - | - | - | - | - | {line['refused']} |")
+                continue
+            gap = torch.tensor([float(digit) for digit in line["correct"]]) - base
+            against = f"{100 * gap.mean():+.1f} ± {100 * gap.std() / len(gap) ** 0.5:.1f}"
+            gains = [f"{line['gain'][str(size)][0]:.2f}" if "gain" in line else "" for size in BATCHES]
+            rank = line["tokens_with_motion"]
+            cells = [name, label, f"{100 * line['top1']:.1f}", "" if label == "dense" else against]
+            cells += [f"{line['share']:.0%}", *gains, "" if rank is None else f"{rank:.2f}"]
+            print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["accuracy", "speed", "table"])
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("dense", nargs="?", type=Path)
+    parser.add_argument("root", nargs="?", type=Path)
+    parser.add_argument("tuned", nargs="*", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    told = parser.parse_args()
+    if told.what == "table":
+        return table()
+    dense, source = open_model(told.dense), DataConfig(root=told.root, strip=16)
+    if told.what == "accuracy":
+        return accuracy(told.name, dense, source, told.tuned)
+    return speed(told.name, dense, source, told.rounds)
+
+
+if __name__ == "__main__":
+    main()
