@@ -12,6 +12,7 @@ import tomllib
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,9 +70,15 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 def test_demo_takes_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folders = []
-    monkeypatch.setattr(demo, "run_demo", folders.append)
-    assert cli.main(["demo", "--output", str(tmp_path)]) == 0
+
+    def run(folder: Path) -> SimpleNamespace:
+        folders.append(folder)
+        return SimpleNamespace(figures={"ideal_speedup": 2.0})
+
+    monkeypatch.setattr(demo, "run_demo", run)
+    assert cli.main(["demo", "--output", str(tmp_path), "--json", str(tmp_path / "told.json")]) == 0
     assert folders == [tmp_path]
+    assert json.loads((tmp_path / "told.json").read_text()) == {"ideal_speedup": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,11 @@ def test_convert_says_no_gate_where_there_is_none(tmp_path: Path, capsys: pytest
 
 
 def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(demo, "run_demo", lambda folder: warnings.warn("the gate halts everything", stacklevel=2))
+    def run(folder: Path) -> SimpleNamespace:
+        warnings.warn("the gate halts everything", stacklevel=2)
+        return SimpleNamespace(figures={})
+
+    monkeypatch.setattr(demo, "run_demo", run)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["demo"]) == 0

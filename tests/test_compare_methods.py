@@ -143,7 +143,7 @@ def test_the_same_images_are_shown_through_every_model_of_one_budget_and_every_f
     compare_methods.compare_methods(replace(config, output=copy, pictures=2, files=tuple(files)))
     names, images, _ = zip(*shown["rows"], strict=True)
     assert [*names] == ["", *(f"{name} 0.6" for name in compare_methods.untrained()), "one/model", "other/model"]
-    assert {row.shape for row in images} == {torch.Size([2, 3, 64, 64])}
+    assert {row.shape for row in images} == {(2, 3, 64, 64), (2, 3, 128, 128)}  # regions are enlarged for their lines
     assert not any(torch.equal(images[0], other) for other in images[1:])
     assert (shown["blocks"], shown["below"]) == (6, True)
 

@@ -87,7 +87,7 @@ footer {display: none !important}
 .legend div {flex: 0 0 8rem; height: .6rem; border-radius: 3px}
 @media (max-width: 640px) {
   .pictures {flex-direction: column}
-  .results {display: flex; flex-direction: column}
+  .results {display: flex; flex-direction: column; order: -1}
   .results > :has(#answers), .results > #answers {order: -1}
   .answers, .plots {grid-template-columns: 1fr; gap: 1.2rem}
 }
