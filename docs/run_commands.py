@@ -19,11 +19,11 @@ import timm
 import torch
 from PIL import Image
 
-from adaptvit import FullConfig, save
+from adaptvit import FullConfig, ToMeConfig, save
 from adaptvit.cli import main as adaptvit
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("hf-hub:", "hfds/", "s3://", "imagenet_samples", "_imagenet")
+ELSEWHERE = ("hf-hub:", "--pretrained true", "hfds/", "s3://", "imagenet_samples", "_imagenet")
 """What a command that needs a network, or data that are not ours to bring, has in it."""
 NOT_HERE = ("torchrun", "playground", "--engine ray", " ...", "--config", "--print_config", "avit.safetensors")
 FILES = {
@@ -38,7 +38,7 @@ SMALL = {
     "evaluate": ["--rounds", "1", "--workers", "0"],
     "predict": ["--workers", "0", "--top", "2"],
     "compare methods": ["--rounds", "1", "--latencies", "2", "--timed", "2", "--workers", "0", "--pictures", "1"],
-    "compare": ["--epochs", "1", "--seeds", "2", "--processes", "1"],
+    "compare": ["--epochs", "2", "--seeds", "2", "--processes", "1"],
     "adapt": ["--images", "4"],
     "bench": ["--images", "2", "--batch-size", "2", "--rounds", "1"],
     "draw": ["--limit", "2"],
@@ -69,15 +69,24 @@ def prepare() -> None:
     Image.fromarray(pixels).save("images/one.png")
     torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=8, depth=4)
-    for name in ("vit", "fast", "runs/insects/model"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        save(FullConfig().build(vit), f"{name}.safetensors")
-    torch.save(vit.state_dict(), "FILE")
+    Path("runs/insects").mkdir(parents=True)
+    for name, config in (("vit", FullConfig()), ("fast", ToMeConfig()), ("runs/insects/model", FullConfig())):
+        save(config.build(vit), f"{name}.safetensors")
+    own = timm.create_model("test_vit2", num_classes=3, img_size=32)
+    for name in ("FILE", "mine.pth"):
+        torch.save(own.state_dict(), name)
 
 
 def scaled_down(command: str) -> list[str]:
     """Its words, for the files that `prepare` made."""
-    words = [FILES.get(word, word) for word in shlex.split(command)[1:] if word != "[FILES...]"]
+    words = [word for word in shlex.split(command)[1:] if word != "[FILES...]"]
+    told = words[words.index("--model") + 1 :][:1] if "--model" in words and words[0] != "train" else []
+    of_a_file = [word for word in words if "FILE" in words and "vit_" in word]
+    words = ["test_vit2" if word in (*told, *of_a_file) else FILES.get(word, word) for word in words]
+    if words[0] == "export" and "--target" in words:  # of a model that has a method
+        words = ["fast.safetensors" if word == "vit.safetensors" else word for word in words]
+    if words[0] == "convert":
+        words = ["3" if word == "1000" else word for word in words]
     name = " ".join(words[:2]) if words[:2] == ["compare", "methods"] else words[0]
     if name == "adapt" and "--method" not in words and "fast.safetensors" not in words[1:2]:
         words += ["--method", "tome"]
@@ -107,7 +116,7 @@ def outcome(command: str) -> str:
             code = adaptvit(scaled_down(command))
         except SystemExit as stop:
             code = int(stop.code or 0)
-    return "done" if code == 0 else f"FAILED ({code}): {told.getvalue().strip().splitlines()[-1]}"
+    return "done" if code == 0 else f"FAILED ({code}): {told.getvalue().strip().splitlines()[-1:]}"
 
 
 def main(*words: str) -> int:
