@@ -341,7 +341,7 @@ def check_device(name: str, device: str) -> None:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise ValueError(f"{name} must be cpu, cuda or cuda with a number, got {device!r}")
+        raise ValueError(f"{name} must be cpu, cuda, xpu or mps, or one of these with a number, got {device!r}")
     if found.type == "cpu":
         return
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

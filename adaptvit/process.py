@@ -39,6 +39,11 @@ def in_float64(t: Tensor) -> Tensor:
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating point of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @contextmanager
 def as_found() -> Iterator[None]:
     """Leave the caller's process as it was, also where the block raises; as a decorator, `@as_found()`.
@@ -48,7 +53,8 @@ def as_found() -> Iterator[None]:
     each other twice.
     """
     randomness = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    devices = torch.get_device_module()
+    drawn = _drawn(devices)
     threads = torch.get_num_threads()
     shared = {id(state): dict(state) for state in _shared()}
     handlers = _handlers()
@@ -59,11 +65,11 @@ def as_found() -> Iterator[None]:
         torch.set_rng_state(randomness[0])
         np.random.set_state(randomness[1])
         random.setstate(randomness[2])
-        if torch.cuda.is_initialized():
-            if cuda is None:  # first used in the block: from the seed that it would have had
-                torch.cuda.manual_seed_all(torch.initial_seed())
+        if _drawn(devices) is not None:
+            if drawn is None:  # first used in the block: from the seed that it would have had
+                devices.manual_seed_all(torch.initial_seed())
             else:
-                torch.cuda.set_rng_state_all(cuda)
+                devices.set_rng_state_all(drawn)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         for state in _shared():
@@ -169,6 +175,12 @@ def _shared() -> list[dict[str, Any]]:
     if module is None:
         return []
     return [kind._shared_state for kind in (module.PartialState, module.AcceleratorState, module.GradientState)]
+
+
+def _drawn(devices: Any) -> list[Tensor] | None:
+    """The random states of accelerators, by the module that torch has for their kind; None where none was used."""
+    used = hasattr(devices, "get_rng_state_all") and devices.is_initialized()
+    return devices.get_rng_state_all() if used else None
 
 
 def _handlers() -> dict[int, Any]:

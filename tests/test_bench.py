@@ -131,5 +131,7 @@ def test_a_folder_with_too_few_images_is_said(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda with a number, got 'fridge'"):
+    with pytest.raises(
+        ValueError, match="device must be cpu, cuda, xpu or mps, or one of these with a number, got 'fridge'"
+    ):
         BenchConfig("test_vit", device="fridge")

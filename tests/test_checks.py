@@ -345,7 +345,10 @@ def test_arguments_are_checked_before_anything_is_done() -> None:
 
 @pytest.mark.parametrize("device", ["fridge", "meta", ""])
 def test_what_is_no_device_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match=f"^Example.device must be cpu, cuda or cuda with a number, got '{device}'$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^Example.device must be cpu, cuda, xpu or mps, or one of these with a number, got '{device}'$",
+    ):
         check_device("Example.device", device)
 
 

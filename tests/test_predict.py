@@ -294,7 +294,7 @@ def test_a_file_that_predict_did_not_write_is_refused_and_stays(config: PredictC
         ({"top": 0}, "top must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"workers": -1}, "workers must lie in 0..1024, got -1"),
-        ({"device": "gpu"}, "device must be cpu, cuda or cuda with a number, got 'gpu'"),
+        ({"device": "gpu"}, "device must be cpu, cuda, xpu or mps, or one of these with a number, got 'gpu'"),
     ],
 )
 def test_a_wrong_field_is_refused(wrong: dict[str, Any], said: str) -> None:

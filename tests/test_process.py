@@ -606,7 +606,9 @@ def test_commands_run_on_the_accelerator_where_there_is_one(there: bool, monkeyp
 
 def test_a_budget_is_met_on_the_device_that_is_named(folder: Path, tmp_path: Path) -> None:
     words = [str(folder / "vit.safetensors"), folder / "images", tmp_path / "out.safetensors", 0.9]
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda with a number, got 'fridge'"):
+    with pytest.raises(
+        ValueError, match="device must be cpu, cuda, xpu or mps, or one of these with a number, got 'fridge'"
+    ):
         set_budget(*words, device="fridge")
     assert not words[2].exists()
     set_budget(*words, method="ats", device="cpu")

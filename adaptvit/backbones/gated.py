@@ -126,8 +126,9 @@ def run_gated(
         return _mask(block, number, tokens, gates.like(tokens.x), takes, normed, attend, drop_path)
     assert isinstance(tokens, Packed | Slab)
     if not is_watched(block):
-        run = _skip if isinstance(tokens, Packed) else _compact
-        return run(block, number, tokens, gates, takes, normed, read)
+        if isinstance(tokens, Packed):
+            return _skip(block, number, tokens, gates, takes, normed, read)
+        return _compact(block, number, tokens, gates, takes, normed, read)
     grid = Masked(tokens.grid(tokens.x), source=tokens.source)  # somebody is to see all of it, once
     normed = None if normed is None else tokens.grid(normed)
     masked = _mask(block, number, grid, gates.like(grid.x), takes, normed, None, drop_path)

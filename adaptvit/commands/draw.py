@@ -148,7 +148,7 @@ class Seen:
     @property
     def spread(self) -> float:
         """Standard deviation of the depth over the patches."""
-        return self.depth.double().std(correction=0).item()
+        return in_float64(self.depth).std(correction=0).item()
 
 
 @as_found()
@@ -337,7 +337,7 @@ def _measure(model: AdaptiveViT, samples: Samples | Clips, config: DrawConfig, l
         output = model(batch.images.to(like), detailed=True)
         _check_tracked(model, output.usage)
         merged |= output.usage.groups is not None
-        logits = output.logits.double().cpu()
+        logits = in_float64(output.logits).cpu()
         sound = logits.isfinite().all(dim=1)
         for index, fine in zip(there, sound.tolist(), strict=True):
             readable += [index] if fine else []

@@ -51,10 +51,10 @@ def _devices() -> list[str]:
         return ["cpu"]
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return (
-        ["cpu", *(f"{kind.type}:{number} {name}" for number, name in enumerate(names))] if names else ["cpu", kind.type]
-    )
+    named = getattr(torch.get_device_module(kind), "get_device_name", None)
+    if named is None:
+        return ["cpu", kind.type]
+    return ["cpu", *(f"{kind.type}:{number} {named(number)}" for number in range(torch.accelerator.device_count()))]
 
 
 def options(_: Sequence[str]) -> ArgumentParser:

@@ -623,8 +623,7 @@ def _run_decided(model: AdaViT, block: int, tokens: Tokens) -> Tokens:
 def _kept(model: AdaViT, share: float) -> list[float]:
     """The share of patches that each block keeps, falling by equal factors, so that MACs come to `share`."""
     grid = patch_grid(model.vit)
-    device = next(model.parameters()).device
-    blocks = torch.arange(model.depth, dtype=torch.float64, device=device)
+    blocks = torch.arange(model.depth, dtype=torch.float64)
     later = (blocks - model.config.first_patch_block + 1).clamp(min=0)
 
     def cost(factor: float) -> float:

@@ -22,6 +22,7 @@ from adaptvit.backbones.door import Look, Projected, attention_received
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.model import AdaptiveViT, Knob, Left, once
+from adaptvit.process import widest
 from adaptvit.tokens import Slab, Tokens, fused
 from adaptvit.usage import Usage
 
@@ -234,7 +235,7 @@ class ATS(AdaptiveViT):
         if self.draws:
             raise NotImplementedError(f"{self.config.title}, drawing points one by one, takes images of one shape")
         counts = [[self.sampling_points(block, count)] for count in patches.flatten().tolist()]
-        return torch.tensor(counts, dtype=torch.float64, device=patches.device)
+        return torch.tensor(counts, dtype=widest(patches.device), device=patches.device)
 
     def deciding(self, held: Tensor) -> Tensor:
         """MACs of the queries that were dropped and of scoring, (B, L), from the tokens before and after each block."""

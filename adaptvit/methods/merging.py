@@ -207,8 +207,10 @@ class MergingViT(AdaptiveViT):
         """A block that merges tokens: what it leaves, what says where each slot's token went, the patches in each."""
         slots, sizes, seen = tokens.shape[1], list[Tensor](), list[Seen]()
         see = once(partial(self.see, tokens))
-        by_pairs = isinstance(tokens, Dense) and tokens.slots is None and not self._is_fused(tokens, tokens.x)
-        decided = once(partial(self.pairs if by_pairs else self.places, tokens, size, number))
+        decide: Callable[..., Pairs | tuple[Tensor, Tensor]] = self.places
+        if isinstance(tokens, Dense) and tokens.slots is None and not self._is_fused(tokens, tokens.x):
+            decide = self.pairs
+        decided = once(partial(decide, tokens, size, number))
         count = self.config.merged(slots - self.prefix, number, self.depth) if self.alike(tokens) else None
         left = None if count is None else slots - count
 
@@ -246,6 +248,7 @@ class MergingViT(AdaptiveViT):
             weight = size * counted.where(counted > LEAST, LEAST)  # also where it is nan
         if self.config.keeps_length:
             tokens = tokens.with_x(torch.cat([tokens.x, _length(tokens.x).to(tokens.x.dtype)], dim=-1))
+        merged: Tokens
         if isinstance(decided, Pairs):
             assert isinstance(tokens, Dense)
             others = _halves(self.prefix)[1]

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from adaptvit.extras import needed
 from adaptvit.files import replacing
+from adaptvit.process import in_float64
 from adaptvit.show.styles import styles
 from adaptvit.usage import Usage
 
@@ -135,7 +136,7 @@ def clip_strip(clip: Tensor, depth: Tensor, blocks: int) -> Figure:
         raise ValueError(f"{len(clip)} frames are no whole number of frames for each of {len(depth)} steps")
     frames = clip[each // 2 :: each]
     numbers = [f"frame {at}" for at in range(each // 2, len(clip), each)]
-    shares = [f"{share:.0%} of patches" for share in (depth > 0).double().mean(dim=(1, 2)).tolist()]
+    shares = [f"{share:.0%} of patches" for share in in_float64(depth > 0).mean(dim=(1, 2)).tolist()]
     rows = [("clip", frames, numbers), ("computed", laid_over(frames, depth, blocks), shares)]
     return one_below_another(rows, blocks, below=bool((depth < 1).any()))
 
@@ -291,12 +292,12 @@ def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
     Args:
         heads: attention heads of each block.
     """
-    shares = {"attention": usage.attention.double(), "MLP": usage.mlp.double()}
+    shares = {"attention": in_float64(usage.attention), "MLP": in_float64(usage.mlp)}
     all_heads = usage.heads.new_tensor(heads)
     if (usage.heads < all_heads).any():
-        shares = {"heads": (usage.heads * usage.attention).double() / all_heads} | shares
+        shares = {"heads": in_float64(usage.heads * usage.attention) / in_float64(all_heads)} | shares
     if usage.live is not None:
-        shares = {"patches": usage.live[:, :, usage.prefix :].double().mean(dim=2)} | shares
+        shares = {"patches": in_float64(usage.live[:, :, usage.prefix :]).mean(dim=2)} | shares
     varied = [name for name in shares if (shares[name] < 1).any()] or [*shares][:1]
     figure = Figure(figsize=(4.6, 0.7 + 1.25 * len(varied)), layout="constrained")
     rows = figure.subplots(len(varied), sharex=True, squeeze=False)[:, 0]

@@ -9,6 +9,7 @@ from adaptvit.data import IGNORED
 from adaptvit.extras import needed
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
+from adaptvit.process import widest
 from adaptvit.training.recipe import Epoch
 from adaptvit.usage import Output
 
@@ -70,7 +71,7 @@ class Tally:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _wide(self, t: Tensor) -> Tensor:
-        return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        return t.to(widest(t.device))
 
     def read(self, failed: bool = False) -> bool:
         """Wait for what was counted; whether all goes well: each loss is finite, and no process has failed."""

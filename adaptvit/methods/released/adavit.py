@@ -18,6 +18,7 @@ from adaptvit.checks import In
 from adaptvit.methods.adavit import AdaViT, AdaViTConfig, Policies
 from adaptvit.methods.base import Role
 from adaptvit.methods.gates import entropy, gumbel_difference, straight_through
+from adaptvit.process import in_float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +216,10 @@ def published_gmacs(policies: Policies, dim: int, mlp_ratio: float, base: float)
         base: GMACs of stem, head and final norm: 0.06 for DeiT, 0.33 for T2T-ViT.
     """
     slots, heads = policies.patches.shape[2] + 1, policies.heads.shape[2]
-    tokens = (policies.patches.sum(dim=2) + 1).double()
-    kept = (tokens.float() / slots * slots).trunc().double()  # the rounding is the table's
+    tokens = in_float64(policies.patches.sum(dim=2) + 1)
+    kept = in_float64((tokens.float() / slots * slots).trunc())  # the rounding is the table's
     width = float(dim // heads) * policies.heads.sum(dim=2)
-    attention, mlp = policies.sublayers.double().unbind(dim=2)
+    attention, mlp = in_float64(policies.sublayers).unbind(dim=2)
     norm, hidden = 5.0 * slots * dim, dim * mlp_ratio
     products = 3 * kept * dim * width + 2 * kept**2 * width + kept * width**2
     blocks = norm + attention * (norm + products) + mlp * kept * (width * hidden + hidden * dim)
