@@ -10,6 +10,7 @@ GROUPS = {
     "Use": {
         "adapt": "make a model meet a MACs or speed budget, untrained",
         "predict": "classes, GMACs and tokens left, image by image",
+        "serve": "images in, classes out over HTTP; steered by load",
         "export": "a model as ONNX or torch.export, run and compared",
     },
     "Measure": {

@@ -7,6 +7,7 @@ EXTRAS = {
     "accelerate": "train",
     "av": "video",
     "datasets": "data",
+    "fastapi": "serve",
     "gradio": "playground",
     "jinja2": "pictures",
     "jsonargparse": "cli",
@@ -14,10 +15,12 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "prometheus_client": "serve",
     "pyarrow": "ray",
     "ray": "ray",
     "sklearn": "data",
     "tensorboard": "track",
+    "uvicorn": "serve",
 }
 """The extra of `pyproject.toml` that brings each of them, by the name that is imported."""
 PACKAGES = {"sklearn": "scikit-learn"}

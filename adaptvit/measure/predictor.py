@@ -55,6 +55,8 @@ class Predictor:
     costs: tuple[float, float] | None = None
     """What images cost, over the mean, by how much `detail` they have, as `expected_costs` found it: intercept and
     slope. None runs them in the order in which they come."""
+    top: Annotated[int, In("[1, inf)")] | None = None
+    """Classes told of each image in `top`, the most probable first; None tells the best alone."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -126,8 +128,9 @@ class Predictor:
     @property
     def nothing(self) -> dict[str, list[Any]]:
         """The columns without a row."""
-        names = ["class", "probability", "macs", "tokens", *(["embedding"] if self.embedding else []), "error"]
-        return {name: [] for name in names}
+        names = ["class", "probability", "macs", "tokens"]
+        names += [name for name, asked in (("embedding", self.embedding), ("top", self.top)) if asked]
+        return {name: [] for name in [*names, "error"]}
 
     def predict(self, pixels: np.ndarray) -> dict[str, list[Any]]:
         """What the model says of each image, in the order of the images.
@@ -135,8 +138,9 @@ class Predictor:
         Args:
             pixels: (B, channels, height, width) uint8, as `prepare` makes them.
         Returns:
-            `class`, its name or number; `probability`; `macs`; `tokens`, (L) that each block attended to; `embedding`,
-            (D), where it is asked for; `error`, why there is no answer, else None. Numbers are numpy's.
+            `class`, its name or number; `probability`; `macs`; `tokens`, (L) that each block attended to; where they
+            are asked for `embedding`, (D), and `top`, pairs of a class and its probability; `error`, why there is no
+            answer, else None. Numbers are numpy's.
         """
         told: dict[str, list[Any]] = {name: [None] * len(pixels) for name in self.nothing}
         for batch in self.batches(pixels):
@@ -164,20 +168,28 @@ class Predictor:
             with torch.inference_mode():
                 output = run(self._normalised(images).to(parameter.dtype), detailed=True)
                 logits = output.logits.float()
-                probability, best = logits.softmax(dim=1).max(dim=1)
+                found = logits.softmax(dim=1).topk(min(self.top or 1, logits.shape[1]))
                 cost = in_float64(macs(output.usage, model.shape)).long()
         finally:
             if hook is not None:
                 hook.remove()
         sound = logits.isfinite().all(dim=1).tolist()
+        probabilities, best = found.values.cpu().numpy(), found.indices.cpu().numpy()
+        named = [[self.classes[index] for index in row] for row in best] if self.classes else best
         columns: dict[str, Sequence[Any] | np.ndarray] = {
-            "class": [self.classes[index] for index in best.tolist()] if self.classes else best.cpu().numpy(),
-            "probability": probability.cpu().numpy(),
+            "class": [row[0] for row in named],
+            "probability": probabilities[:, 0],
             "macs": cost.cpu().numpy(),
             "tokens": output.usage.attended.cpu().numpy().astype(np.int32),
             "error": [None if finite else NOT_FINITE for finite in sound],
         }
-        return columns | ({"embedding": read[0].float().cpu().numpy()} if self.embedding else {})
+        if self.embedding:
+            columns["embedding"] = read[0].float().cpu().numpy()
+        if self.top:
+            columns["top"] = [
+                [*zip(row, likely, strict=True)] for row, likely in zip(named, probabilities, strict=True)
+            ]
+        return columns
 
     def _normalised(self, images: Tensor) -> Tensor:
         """(B, channels, height, width) uint8 -> as torchvision's `ToTensor` and `Normalize` have it, to the bit."""
