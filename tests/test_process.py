@@ -305,13 +305,13 @@ def test_two_trainings_follow_one_another_in_the_processes_of_torchrun(tmp_path:
     assert weights["0", 0] == weights["1", 0] != weights["0", 1] == weights["1", 1]
 
 
-def losses_in_float64(batch_size: int, output: Path) -> list[list[float]]:
+def losses_in_float64(batch_size: int, output: Path, key: str | None = None) -> list[list[float]]:
     whole = open_digits(size=16, margin=2)
     small = Images(whole.train.images[:48].double(), whole.train.labels[:48])
     vit = small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)
     model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=0.5, ponder_weight=0.1).build(vit)
     recipe = Recipe(epochs=3, batch_size=batch_size, evaluate_every=0)
-    history = train(model, replace(whole, train=small, test=small), recipe, output)
+    history = train(model, replace(whole, train=small, test=small), recipe, output, key=key)
     return [[epoch.loss, *epoch.terms.values()] for epoch in history]
 
 
@@ -325,6 +325,32 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     two = dict(two_processes(half_of_it, tmp_path / "two", 2))
     one = torch.tensor(losses_in_float64(16, tmp_path / "one"))
     torch.testing.assert_close(one, torch.tensor(two["0"]), rtol=1e-6, atol=1e-9)
+
+
+def half_of_it_stopped(rank: str, port: str, output: Path, told: Any) -> None:
+    join_as(rank, port)
+    write = Checkpoints.write
+
+    def once(*arguments: Any) -> None:
+        write(*arguments)
+        raise OSError("full")
+
+    Checkpoints.write = once
+    try:
+        losses_in_float64(8, output, "stopped")
+    except OSError as error:  # in the other a ChildProcessError, which is one
+        told.put((rank, str(error)))
+
+
+@forks
+def test_one_process_goes_on_with_what_two_began(tmp_path: Path) -> None:
+    told = dict(two_processes(half_of_it_stopped, tmp_path / "two", 2))
+    assert told == {"0": "full", "1": "process 0 failed: OSError: full"}
+    (log,) = (tmp_path / "two").glob("log-*.jsonl")
+    assert log.read_text().count("\n") == 1
+    resumed = torch.tensor(losses_in_float64(16, tmp_path / "two", "stopped"))
+    whole = torch.tensor(losses_in_float64(16, tmp_path / "one"))
+    torch.testing.assert_close(resumed, whole, rtol=1e-6, atol=1e-9)
 
 
 def spoilt_in_one(rank: str, port: str, output: Path, told: Any) -> None:
