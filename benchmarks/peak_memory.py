@@ -1,6 +1,6 @@
-"""Peak resident memory of evaluation, each execution in a process of its own: python benchmarks/peak_memory.py
+"""Peak resident memory, each execution in a process of its own: python benchmarks/peak_memory.py [training]
 
-Prints MiB above a process that has built the same model and images but run nothing.
+Of evaluation; with `training`, of steps with and without activation checkpoints. Prints MiB above a process that has built the same model and images but run nothing.
 """
 
 import multiprocessing
@@ -9,11 +9,18 @@ import sys
 
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 
-from adaptvit import AViTConfig, FullConfig, Packed
+from adaptvit import AViTConfig, DynamicViTConfig, FullConfig, Packed, ToMeConfig
 from adaptvit.commands.bench import BenchConfig, bench_images
 
 MODEL, BATCH, GATE_CENTER = "deit_small_patch16_224", 32, 5.49
+TRAINED = {
+    "dense": FullConfig(),
+    "A-ViT": AViTConfig(gate_center=GATE_CENTER),
+    "ToMe": ToMeConfig(r=8),
+    "DynamicViT": DynamicViTConfig(),
+}
 
 
 def peak(run: str, answers: multiprocessing.Queue) -> None:
@@ -22,6 +29,14 @@ def peak(run: str, answers: multiprocessing.Queue) -> None:
     torch.manual_seed(0)
     vit = timm.create_model(MODEL).eval()
     images = bench_images(BenchConfig(MODEL, images=BATCH, batch_size=BATCH), vit)
+    method, _, checkpoints = run.removeprefix("training ").partition(", ")
+    if run.startswith("training ") and method in TRAINED:
+        model = TRAINED[method].build(vit.train())
+        model.set_grad_checkpointing(bool(checkpoints))
+        for _ in range(2):
+            cross_entropy(model(images), torch.arange(BATCH)).backward()
+        answers.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
     with torch.inference_mode():
         for _ in range(6):
             if run == "dense":
@@ -37,14 +52,17 @@ def main() -> None:
     """Print a line per execution."""
     context = multiprocessing.get_context("spawn")
     base = 0.0
-    for run in ("nothing", "dense", "packed, nothing dropped", "packed A-ViT"):
+    runs = ["nothing", "dense", "packed, nothing dropped", "packed A-ViT"]
+    if sys.argv[1:] == ["training"]:
+        runs = ["nothing", *(f"training {name}{more}" for name in TRAINED for more in ("", ", checkpoints"))]
+    for run in runs:
         answers = context.Queue()
         process = context.Process(target=peak, args=(run, answers))
         process.start()
         mib = answers.get()
         process.join()
         base = base or mib
-        print(f"{run:>24} {mib - base:8.1f} MiB", file=sys.stdout)
+        print(f"{run:>32} {mib - base:8.1f} MiB", file=sys.stdout)
 
 
 if __name__ == "__main__":
