@@ -1,6 +1,7 @@
 """Peak resident memory, each execution in a process of its own: python benchmarks/peak_memory.py [training]
 
-Of evaluation; with `training`, of steps with and without activation checkpoints. Prints MiB above a process that has built the same model and images but run nothing.
+Of evaluation; with `training`, of steps with and without activation checkpoints. Prints MiB above a process that has
+built the same model and images but run nothing.
 """
 
 import multiprocessing
