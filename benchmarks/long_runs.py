@@ -192,7 +192,11 @@ def asked(
     def some(numbers: range) -> None:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
             for number in numbers:
-                status = ask(connection, number)
+                try:
+                    status = ask(connection, number)
+                except (ConnectionError, http.client.HTTPException):  # of a connection that was idle for too long
+                    connection.close()
+                    status = ask(connection, number)
                 with lock:
                     statuses[status] = statuses.get(status, 0) + 1
 

@@ -37,6 +37,9 @@ from adaptvit.data import find_images
 from adaptvit.data.sources import Source
 from adaptvit.measure.predictor import Predictor, expected_costs
 
+SHARDS = 80
+"""Of a run that is killed."""
+
 
 def repeated(folder: Path, place: Path, images: int, each: int = 2000) -> Path:
     """Parquet files with the bytes of so many images, `each` in a file; the command's source."""
@@ -72,35 +75,41 @@ def kills(model: str, source: Path, images: int, times: int, seed: int, place: P
     """Kill the driver, or a worker, at random moments; start again; compare."""
     draws = random.Random(seed)
     whole, broken = place / "whole", place / "broken"
-    more = ["--engine", "ray", "--shard", str(max(16, images // 80)), "--device", "cpu"]
+    more = ["--engine", "ray", "--shard", str(-(-images // SHARDS)), "--device", "cpu"]
     program = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"
     main = [sys.executable, "-c", program, "predict", model, str(source)]
     start = time.time()
     code = subprocess.run([*main, str(whole), *more], check=False).returncode
-    took = time.time() - start
-    tell(what="whole", images=images, rows=len(rows(whole)), exit=code, seconds=round(took, 1))
+    seconds = round(time.time() - start, 1)
+    tell(what="whole", images=images, rows=len(rows(whole)), exit=code, seconds=seconds)
     for turn in range(times):
         process = subprocess.Popen([*main, str(broken), *more], start_new_session=True)
-        wait = draws.uniform(0.25, 0.6) * took
-        deadline = time.time() + wait
-        while time.time() < deadline and process.poll() is None:
-            time.sleep(0.2)
+        few = round((turn + draws.uniform(0.2, 0.9)) * SHARDS / (times + 1))  # more than were there, and not all
+        while process.poll() is None and _finished(broken) < few:
+            time.sleep(draws.uniform(0, 0.2))
         if turn % 2 and process.poll() is None:  # a worker of this run's, which Ray replaces; then the driver
             worker = _worker(process.pid)
             if worker is not None:
                 os.kill(worker, signal.SIGKILL)
-                time.sleep(0.1 * took)
+                few = _finished(broken)
+                while process.poll() is None and _finished(broken) <= few:  # it goes on without
+                    time.sleep(0.2)
         ended = process.poll()
         if ended is None:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-        finished = len(list((broken / "manifest").glob("*.json"))) if broken.exists() else 0
-        tell(what="killed", turn=turn, after=round(wait, 1), worker=bool(turn % 2), ended=ended, shards=finished)
+        shards = _finished(broken)
+        tell(what="killed", turn=turn, driver=ended is None, worker=bool(turn % 2), shards=shards, of=SHARDS)
         time.sleep(5)  # in which Ray's own processes see that their driver is gone
     code = subprocess.run([*main, str(broken), *more], check=False).returncode
     told, expected = rows(broken), rows(whole)
     same = sum(told.get(name) == row for name, row in expected.items())
     tell(what="after kills", rows=len(told), missing=len(expected.keys() - told.keys()), same=same, exit=code)
+
+
+def _finished(output: Path) -> int:
+    """Shards in the manifest."""
+    return len(list((output / "manifest").glob("*.json"))) if output.exists() else 0
 
 
 def _worker(driver: int) -> int | None:
@@ -258,7 +267,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place, images = Path(folder), told.images[0]
         if told.what == "kills":
-            kills(told.model, repeated(told.folder, place / "in", images), images, told.rounds, told.seed, place)
+            kills(
+                told.model,
+                repeated(told.folder, place / "in", images, -(-images // 10)),
+                images,
+                told.rounds,
+                told.seed,
+                place,
+            )
         elif told.what == "throughput":
             throughput(told.model, repeated(told.folder, place / "in", images), images, told.rounds, place)
         elif told.what == "growth":
