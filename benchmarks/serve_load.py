@@ -28,7 +28,7 @@ import httpx2
 import numpy as np
 from matplotlib.figure import Figure
 
-from adaptvit.commands.serve import ServeConfig
+from adaptvit.commands.batches import ServeConfig
 from adaptvit.data import find_images
 
 STARTS = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"

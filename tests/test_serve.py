@@ -20,8 +20,7 @@ from models import small_vit
 from samples import encoded, picture
 
 from adaptvit import AViTConfig, FullConfig, cli, save
-from adaptvit.commands.batches import Batches, budget_for
-from adaptvit.commands.serve import ServeConfig
+from adaptvit.commands.batches import Batches, ServeConfig, budget_for
 from adaptvit.measure.predictor import Predictor
 from adaptvit.model import Dial
 

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adaptvit.commands.batches import Batches
-from adaptvit.commands.serve import ServeConfig
+from adaptvit.commands.batches import Batches, ServeConfig
 from adaptvit.extras import needed
 from adaptvit.measure.predictor import Predictor
 from adaptvit.process import fault
