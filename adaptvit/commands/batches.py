@@ -1,8 +1,10 @@
 """Images that wait for one model: how many of them run together, and at what budget. asyncio's own queue and executor.
 
-batches = Batches(predictor, (0.4, 0.8), latency=0.1)
-asyncio.create_task(batches.run())
-row = await batches.answer(pixels)
+    batches = Batches(predictor, (0.4, 0.8), latency=0.1)
+    asyncio.create_task(batches.run())
+    row = await batches.answer(pixels)
+
+Nothing here knows of HTTP: that is `adaptvit.commands.server`.
 """
 
 import asyncio
