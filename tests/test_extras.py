@@ -77,7 +77,7 @@ SENTENCES = {
     "adaptvit predict a b": "2 adaptvit: predicting needs accelerate: pip install 'adaptvit[train]'\n",
     "adaptvit draw a b": "2 adaptvit: drawing needs matplotlib: pip install 'adaptvit[pictures]'\n",
     "adaptvit playground": "2 adaptvit: drawing needs matplotlib: pip install 'adaptvit[pictures]'\n",
-    "adaptvit serve model": "2 adaptvit: serving needs fastapi: pip install 'adaptvit[serve]'\n",
+    "adaptvit serve model": "2 adaptvit: serving needs uvicorn: pip install 'adaptvit[serve]'\n",
     "adaptvit demo": "2 adaptvit: drawing needs matplotlib: pip install 'adaptvit[pictures]'\n",
     "adaptvit --help": "0 ",
     "adaptvit evaluate --help": "0 ",
