@@ -153,6 +153,8 @@ class AdaptiveViT(nn.Module, ABC):
     """Fields of the config that may change in a built model, beside its knob."""
     traces: ClassVar[bool] = False
     """Whether `Masked` runs the same operations for every batch, so that `torch.jit.trace` freezes nothing."""
+    drops: ClassVar[bool] = True
+    """Whether tokens that it leaves out are gone for good, so that `Dense` runs one image, whatever it keeps."""
     stays: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Options of `run` with which no image leaves a forward early."""
     records_last: ClassVar[bool] = False
@@ -210,8 +212,8 @@ class AdaptiveViT(nn.Module, ABC):
             (B, classes) logits, and those of the distillation head where timm's distilled training is on; or `Output`.
         Raises:
             NotImplementedError: `torch.jit.trace`, and the exporters on it, would freeze what this method decides.
-            ValueError: `Dense`, and images keep different numbers of tokens; loss terms in float16, whose losses are
-                scaled by a factor that cannot be known here.
+            ValueError: `Dense`, and more than one image, which keep different numbers of tokens; loss terms in float16,
+                whose losses are scaled by a factor that cannot be known here.
             What the ViT and the method raise of images that they do not take.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -228,11 +230,6 @@ class AdaptiveViT(nn.Module, ABC):
             raise TypeError(f"layout must be adaptvit.Packed, Dense, Slab, Masked or None, got {layout!r}")
         if torch.jit.is_tracing():
             layout = self._traced(layout)
-        if layout is not None and issubclass(layout, Dense) and not self.even:
-            raise ValueError(
-                f"layout=Dense has as many tokens of every image, but {self.config.title} as it is set keeps what each "
-                "needs: choose adaptvit.Packed or adaptvit.Masked"
-            )
         if (self.dial is not None or self.plan is not None) and self.training and torch.is_grad_enabled():
             self.dial = self.plan = None  # they were measured on weights that are about to change
         if layout is not None:
@@ -303,6 +300,12 @@ class AdaptiveViT(nn.Module, ABC):
 
     def _blocks(self, x: Tensor, source: Source, layout: type[Tokens], options: dict[str, Any]) -> Left:
         """The method on what the ViT embedded."""
+        if issubclass(layout, Dense) and not self.even and (x.shape[0] != 1 or not self.drops):
+            alone = "give one image at a time, or " if self.drops else ""
+            raise ValueError(
+                f"layout=Dense has as many tokens of every image, but {self.config.title} as it is set keeps what each "
+                f"needs: {alone}choose adaptvit.Packed or adaptvit.Masked"
+            )
         if self.plan is not None:
             source.plan = self.plan.rows(x.shape[0])
         left = self.run(source.laid(x, layout), **options)
@@ -534,6 +537,16 @@ class AdaptiveViT(nn.Module, ABC):
             self.plan = plan
         counts = [offsets.diff() for offsets, _ in left.dropped]
         return torch.stack(counts) if counts else torch.empty(0, images.shape[0])
+
+    def by_plan(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits by `Slab`, and, () bool, whether `plan` had too few rows for these images: then they are NaN.
+
+        What cannot wait for the flag, such as an exported file, hands it on.
+        """
+        logits, _, left, _ = self._classified(images, self._layout(Slab, {}), {})
+        over = self._over(left)
+        assert over is not None, "there is no plan"
+        return logits.masked_fill(over, torch.nan), over
 
     def usual_layout(self, **options: Any) -> type[Tokens]:
         """How tokens are executed unless `forward`, which has these options, is told; on a device `Packed` is one of

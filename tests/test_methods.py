@@ -121,6 +121,20 @@ def test_dense_is_for_methods_that_keep_as_many_tokens_of_every_image(method: st
             model(images(model.vit), Dense)
 
 
+@pytest.mark.parametrize("method", ["avit", "ats", "merge", "dynamicvit, threshold", "adavit"])
+def test_dense_runs_one_image_whatever_it_keeps_where_that_is_gone_for_good(method: str) -> None:
+    model = build(method).eval()
+    for one in images(model.vit, count=3).split(1):
+        if not model.drops:
+            with pytest.raises(ValueError, match=r"keeps what each needs: choose adaptvit\.Packed"):
+                model(one, Dense)
+            return
+        with torch.inference_mode():
+            found, wanted = model(one, Dense, detailed=True), model(one, Packed, detailed=True)
+        torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-5)
+        assert_same_record(found.usage, wanted.usage)
+
+
 @pytest.mark.parametrize("method", ["avit", "ats", "merge", "evit", "dynamicvit, threshold", "adavit"])
 def test_a_batch_for_which_slab_has_too_few_rows_is_run_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)

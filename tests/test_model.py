@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptvit
-from adaptvit import AViTConfig, Dense, DropConfig, DynamicViTConfig, Packed, Plan, Slab, adapt, measure_plan
+from adaptvit import (
+    AViTConfig,
+    Dense,
+    DropConfig,
+    DynamicViTConfig,
+    Masked,
+    Packed,
+    Plan,
+    Slab,
+    adapt,
+    measure_plan,
+)
 from adaptvit.methods import METHODS as CONFIGS
 from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
@@ -209,14 +221,16 @@ def test_others_may_write_what_they_write_into_every_config(method: str) -> None
 def test_a_trace_holds_for_other_images_or_is_refused(method: str) -> None:
     model = vary(METHODS[method].build(small_vit())).eval()
     first, others = images(model.vit, count=4), 2 * images(model.vit, count=5, seed=5)
-    if not model.traces:
-        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace would freeze what .* decides"):
-            torch.jit.trace(model, first)
-        return
-    traced = torch.jit.trace(model, first, check_trace=False)
-    torch.testing.assert_close(traced(others), model(others), atol=1e-5, rtol=1e-5)
-    with pytest.raises(NotImplementedError, match="would freeze packed tokens"):
-        torch.jit.trace(lambda batch: model(batch, Packed), first)
+    said = "packed tokens" if model.traces else "what .* decides"
+    calls = [
+        partial(model, layout=layout) for layout in (Packed, Dense, Slab, *(() if model.traces else (None, Masked)))
+    ]
+    for call in (*calls, model.by_plan, *(() if model.traces else (model.features,))):
+        with pytest.raises(NotImplementedError, match=rf"torch\.jit\.trace would freeze {said}"):
+            torch.jit.trace(lambda batch, call=call: call(batch), first)
+    if model.traces:
+        traced = torch.jit.trace(model, first, check_trace=False)
+        torch.testing.assert_close(traced(others), model(others), atol=1e-5, rtol=1e-5)
 
 
 def test_whatever_looks_at_all_attributes_of_a_model_can() -> None:

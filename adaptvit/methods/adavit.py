@@ -166,6 +166,7 @@ class AdaViT(AdaptiveViT):
 
     moves: ClassVar[Set[str]] = frozenset({"temperature"})
     traces = True
+    drops = False
     records_last = True
 
     def __init__(self, vit: nn.Module, config: AdaViTConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import normalize
 
 from adaptvit.backbones.door import Projected, attention_received
@@ -272,7 +273,7 @@ class MergingViT(AdaptiveViT):
 
     def compares(self, block: int, patches: int) -> bool:
         """Whether a block looks for tokens to merge, where it has at most so many patches."""
-        return not self.reads_few(block) and patches > 1 and self.merges(block)
+        return not self.reads_few(block) and guard_or_true(patches > 1) and self.merges(block)
 
     def merges(self, block: int) -> bool:
         """Whether a block is to merge anything."""
@@ -324,12 +325,18 @@ class MergingViT(AdaptiveViT):
     def pairs(self, tokens: Dense, size: Tensor, block: int, seen: Seen) -> Pairs:
         """The same of images that have as many tokens, in their first slots, and merge as many: who joins whom."""
         score, target = match(seen.keys, None, self.prefix, *self.costs(tokens, size, seen))
-        count = self.config.merged(tokens.shape[1] - self.prefix, block, self.depth)
-        assert count is not None
-        order = score.argsort(dim=1, descending=True)
-        go, stay = order[:, :count], order[:, count:]
-        if self.prefix:
-            stay = stay.sort(dim=1).values
+        patches = tokens.shape[1] - self.prefix
+        count = self.config.merged(patches, block, self.depth)
+        if count is None:  # of one image
+            chosen = self.choose(score, patches, block)
+            go, stay = (of.nonzero()[None, :, 1] for of in (chosen, ~chosen))
+            if not self.prefix:
+                stay = stay.gather(1, score.gather(1, stay).argsort(dim=1, descending=True))
+        else:
+            order = score.argsort(dim=1, descending=True)
+            go, stay = order[:, :count], order[:, count:]
+            if self.prefix:
+                stay = stay.sort(dim=1).values
         start = _halves(self.prefix)[0].start
         first = torch.arange(self.prefix, device=stay.device).expand(stay.shape[0], -1)
         return Pairs(torch.cat([first, 2 * stay + start], dim=1), 2 * go + start, target.gather(1, go))

@@ -1,11 +1,13 @@
 """The layout of images that all have as many tokens, which Python knows: nothing hidden, nothing waited for.
 
-It compiles and exports whole. Letters: B images, N token slots, n tokens of each image, D channels, H heads, d channels
-per head.
+It compiles and exports whole. One image alone has as many as itself, whatever it keeps: that has to be waited for, and
+an exported file has shapes that depend on the image.
+
+Letters: B images, N token slots, n tokens of each image, D channels, H heads, d channels per head.
 """
 
-from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from adaptvit.tokens.kernels import PLAIN, AttentionOptions, by_place, mean_rece
 
 @dataclass(frozen=True, eq=False)
 class Dense(Tokens):
-    """As many tokens of every image, in slot order: x is (B, n, D). `filter`, which counts nothing, it does not do.
+    """As many tokens of every image, in slot order: x is (B, n, D). `filter`, which counts, is for one image alone.
 
     `merge` sums by a product with a table of who joins whom, as exporters know no better: for r of n tokens it takes
     r (n - r) D MACs, 0.2 % of a block of DeiT-S that merges 8, which no `Usage` counts.
@@ -31,6 +33,8 @@ class Dense(Tokens):
     """(B, n) each token's slot, ascending; None while every slot has one."""
     where: Tensor | None = None
     source: Any = None
+    filtered: bool = False
+    """Whether the one image was asked what it keeps, so that leading slots may be dead."""
 
     @classmethod
     def of(cls, x: Tensor) -> Self:
@@ -65,17 +69,22 @@ class Dense(Tokens):
         return t
 
     def with_x(self, x: Tensor) -> Self:
-        return type(self)(x, self.count, self.slots, self.where, self.source)
+        return replace(self, x=x)
 
     def select(self, chosen: Tensor | int, *others: Tensor) -> tuple[Self, list[Tensor]]:
-        if isinstance(chosen, Tensor):
-            self.filter(chosen)
+        if isinstance(chosen, Tensor) or self.filtered:
+            return super().select(chosen, *others)
         x, *kept = (t[:, :chosen] for t in (self.x, *others))  # none of which is ever dropped
         where = None if self.where is None else self.where[:, :chosen]
-        return type(self)(x, self.count, self._slots[:, :chosen].expand(x.shape[0], -1), where, self.source), kept
+        return replace(self, x=x, slots=self._slots[:, :chosen].expand(x.shape[0], -1), where=where), kept
 
-    def filter(self, chosen: Tensor, *others: Tensor) -> NoReturn:
-        raise NotImplementedError("Dense has as many tokens of every image, but these keep what each of them needs")
+    def filter(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        if self.x.shape[0] != 1:
+            raise NotImplementedError("Dense has as many tokens of every image, but these keep what each of them needs")
+        rows = chosen[0].nonzero().squeeze(1)  # waits for the device
+        x, slots, *kept = (t.index_select(1, rows) for t in (self.x, self._slots, *others))
+        where = None if self.where is None else self.where.index_select(1, rows)
+        return replace(self, x=x, slots=slots, where=where, filtered=True), kept
 
     def put(self, some: Self, t: Tensor) -> Tensor:
         if some.x.shape[1] == self.x.shape[1]:
@@ -91,7 +100,7 @@ class Dense(Tokens):
     def take(self, index: Tensor) -> Self:
         where = None if self.where is None else _gather(self.where, index)
         slots = index if self.slots is None else self.slots.gather(1, index)
-        return type(self)(_gather(self.x, index), self.count, slots, where, self.source)
+        return replace(self, x=_gather(self.x, index), slots=slots, where=where)
 
     def grid(self, t: Tensor) -> Tensor:
         if self.slots is None:
@@ -103,7 +112,9 @@ class Dense(Tokens):
         return t if self.slots is None or t.shape[1] == 1 else _gather(t, self._slots.expand(t.shape[0], -1))
 
     def first(self, t: Tensor, count: int) -> Tensor:
-        return self.grid(t) if count == self.count else t[:, :count]
+        if self.slots is None:
+            return t[:, :count]
+        return self.grid(t)[:, :count] if self.filtered or count == self.count else t[:, :count]
 
     def write(self, canvas: Tensor) -> Tensor:
         if self.slots is None:

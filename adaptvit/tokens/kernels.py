@@ -99,8 +99,10 @@ def _mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | No
     dtype = torch.promote_types(k.dtype, torch.float32)
     q, keys = (q.to(dtype) * q.shape[-1] ** -0.5).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1)
     total: Tensor | None = None
-    for start in range(0, q.shape[2], ROWS):
-        rows = slice(start, min(start + ROWS, q.shape[2]))
+    known = isinstance(q.shape[2], int)  # where an exported file is to find out how many, it takes all at once
+    alone = known and q.shape[2] == 1
+    for start in range(0, q.shape[2], ROWS) if known else (0,):
+        rows = slice(start, min(start + ROWS, q.shape[2]) if known else None)
         logits = q[:, :, rows] @ keys
         if added is not None:
             logits = logits + added[:, :, rows].to(dtype)
@@ -109,11 +111,11 @@ def _mean_received(q: Tensor, k: Tensor, live: Tensor | None, added: Tensor | No
         else:
             hidden = ~live[:, None, None]
             weights = logits.masked_fill(hidden, torch.finfo(dtype).min).softmax(dim=-1) * live[:, None, rows, None]
-        summed = weights.squeeze(2) if weights.shape[2] == 1 else weights.sum(dim=2)
+        summed = weights.squeeze(2) if alone else weights.sum(dim=2)
         total = summed if total is None else total + summed
     if total is None:
         return k.new_zeros(k.shape[:3], dtype=dtype)
-    if q.shape[2] > 1:  # of one query that is dead 0 is the mean
+    if not alone:  # of one query that is dead 0 is the mean
         total /= q.shape[2] if live is None else live[:, : q.shape[2]].sum(dim=1).clamp(min=1).view(-1, 1, 1)
     return total.transpose(1, 2)
 
