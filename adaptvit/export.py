@@ -1,19 +1,23 @@
-"""A model as a file that runs without this library: ONNX, or a program of `torch.export`.
+"""A model as a file that runs without this library: ONNX, a program of `torch.export`, or one compiled for a machine.
 
 Letters: B images.
 """
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -25,10 +29,10 @@ from adaptvit.files import as_json, check_output, replacing
 from adaptvit.macs import dense_macs, macs
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, in_float64
-from adaptvit.tokens import Dense, Masked, Tokens
+from adaptvit.tokens import Dense, Masked, Slab, Tokens
 from adaptvit.usage import check_finite, join
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 """What files end in, by their format."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """Of weights and features; images and logits are float32 in every file."""
@@ -37,13 +41,15 @@ TOLERANCE = {"float32": 1e-3, "float16": 0.1}
 ONNX_LIMIT = 2**31
 """Bytes of an ONNX file that is one file."""
 METADATA = "adaptvit"
-"""Where a file holds its facts as JSON: the key in ONNX's `metadata_props`; with .json, in torch's `extra_files`."""
+"""Where a file holds its facts as JSON: the key in ONNX's `metadata_props` and in the metadata of what is compiled; in
+torch's `extra_files` it ends in .json."""
 
 BATCH, MOST = 32, 4096
 """Images that are run at once for comparing, and that a file of any batch takes at most."""
 
-Format = Literal["onnx", "torch"]
-Run = Callable[[Tensor], Tensor]
+Format = Literal["onnx", "torch", "aoti"]
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""Images -> logits, and whether they overflow where the layout can."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +66,26 @@ class Exported:
     """Of them, those whose largest logit is that of the same class."""
     difference: float
     """The largest, of any two logits."""
+    overflowed: int
+    """Images in batches for which the file told that its rows are too few; they are not among `images`."""
     facts: dict[str, Any]
     """What the file says of itself: `model`, `method` with its numbers, `share` of the dense MACs, `gmacs`, `layout`,
-    `dtype`, `batch`, `preparation` of images, `classes`, the version of `adaptvit`."""
+    `rows` where that is `Slab`, `dtype`, `batch`, `preparation` of images, `classes`, the version of `adaptvit`."""
 
 
 class _Served(nn.Module):
-    """Images -> logits, both float32, whatever the model is in."""
+    """Images -> logits, both float32, whatever the model is in; of `Slab`, and whether they overflow."""
 
     def __init__(self, model: AdaptiveViT, layout: type[Tokens], dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.layout, self.dtype = model, layout, dtype
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.to(self.dtype), layout=self.layout)
-        return logits.float()
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.layout is Slab:
+            logits, over = self.model.by_plan(images.to(self.dtype))
+            return logits.float(), over
+        alone: Tensor = self.model(images.to(self.dtype), layout=self.layout)
+        return alone.float()
 
 
 @checked
@@ -97,10 +108,13 @@ def export(
 
     Args:
         path: the file, which ends in .onnx or .pt2, as its format does.
-        format: `onnx` for ONNX Runtime and others, `torch` for `torch.export.load`.
+        format: `onnx` for ONNX Runtime and others, `torch` for `torch.export.load`, `aoti` compiled for machines like
+            this one, for `torch._inductor.aoti_load_package`.
         batch: images that the file takes at once: any number, or this one.
         dtype: float32 or float16, of weights and features; images and logits are float32.
-        layout: `Dense`; or `Masked`, exact for methods that keep what each image needs too, which saves nothing.
+        layout: `Dense`, of a method that keeps what each image needs for one image at a time; `Slab`, for so many as
+            `batch` says, by `model.plan`, which gives `overflow` beside the logits: true where the plan has too few
+            rows for these images, whose logits then are NaN; or `Masked`, which takes any and saves nothing.
         images: (B, channels, height, width), prepared, that both are run on; None is noise.
         classes: names that the file is to carry; None is those that the ViT itself has.
         tell: called with what is done next.
@@ -111,7 +125,9 @@ def export(
             whose logits are others than the model's, which is not written.
     """
     path, tell = Path(path), tell or (lambda _: None)
-    check_exportable(model, path, format, dtype, layout, classes)
+    check_exportable(model, path, format, dtype, layout, classes, batch)
+    if layout is Slab and model.plan is None:
+        raise ValueError("layout=Slab goes by model.plan: set it to adaptvit.measure_plan(model, images)")
     name, size = model_name(model.vit), input_size(model.vit)
     prepared, count = preparation(model, name), 4 if batch == "dynamic" else int(batch)
     if images is None:
@@ -136,17 +152,24 @@ def export(
         "layout": layout.__name__,
         "dtype": dtype,
         "batch": batch,
+        **({"rows": list(own.plan.rows(count))} if layout is Slab and own.plan is not None else {}),
         "preparation": prepared,
         "classes": list(model.class_names if classes is None else classes),
     }
     tell("exporting it")
     try:
         program = _program(_Served(own.to(DTYPES[dtype]), layout, DTYPES[dtype]), size, batch)
-        content, run = (_onnx if format == "onnx" else _torch)(program, as_json(facts))
+        content, run = {"onnx": _onnx, "torch": _torch, "aoti": _aoti}[format](program, as_json(facts), batch)
     except Exception as error:  # torch's exporters raise a dozen kinds, on parts that nobody here has seen
         raise ValueError(f"{name} with {model.config.title} cannot be exported: {str(error).strip()[:300]}") from error
     tell("running the file")
-    ran = torch.cat([run(some) for some in batches])
+    told = [run(some) for some in batches]
+    fits = torch.cat([torch.full((len(one),), not any(over)) for one, *over in told])
+    ran, logits = torch.cat([one for one, *_ in told])[fits], logits[fits]
+    if not len(ran):
+        raise ValueError(
+            f"{str(path)!r} is not written: the plan has too few rows for any of these images; measure it on such"
+        )
     difference, most = (ran - logits).abs().max().item(), logits.abs().max().item()
     equal = int((ran.argmax(dim=1) == logits.argmax(dim=1)).sum())
     if not difference <= TOLERANCE[dtype] * most or (dtype == "float32" and equal < len(logits)):
@@ -156,7 +179,8 @@ def export(
         )
     with replacing(path) as partial:
         partial.write_bytes(content)
-    return Exported(path, len(content), len(logits), equal, difference, json.loads(as_json(facts)))
+    over = len(fits) - len(logits)
+    return Exported(path, len(content), len(logits), equal, difference, over, json.loads(as_json(facts)))
 
 
 def check_exportable(
@@ -166,6 +190,7 @@ def check_exportable(
     dtype: str = "float32",
     layout: type[Tokens] = Dense,
     classes: Sequence[str] | None = None,
+    batch: Literal["dynamic"] | int = "dynamic",
 ) -> None:
     """Refuse, before any work, what `export` is known not to do of these.
 
@@ -174,18 +199,21 @@ def check_exportable(
     """
     if not isinstance(model, AdaptiveViT):
         raise TypeError(f"export takes an adaptive model, got a {type(model).__name__}: FullConfig().build(vit) is one")
-    if layout not in (Dense, Masked):
-        raise ValueError(f"layout of a file must be adaptvit.Dense or adaptvit.Masked, got {layout!r}")
+    if layout not in (Dense, Slab, Masked):
+        raise ValueError(f"layout of a file must be adaptvit.Dense, adaptvit.Slab or adaptvit.Masked, got {layout!r}")
     training = model.training
     try:
         even = model.train(False).even
     finally:
         model.train(training)
-    if layout is Dense and not even:
+    if layout is Dense and not even and (batch != 1 or not model.drops):
+        alone = "batch 1, one image at a time; " if model.drops else ""
         raise ValueError(
             f"{model.config.title} as it is set keeps what each image needs, and a file has as many tokens of every "
-            "image: export full, ToMe, EViT, the grid or DynamicViT by count; or layout masked, which computes all"
+            f"image: choose {alone}layout slab with a batch, by a plan; or layout masked, which computes all"
         )
+    if layout is Slab and batch == "dynamic":
+        raise ValueError("layout slab has as many rows as a batch of so many images needs: choose its batch, such as 8")
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"a file of format {format!r} ends in {SUFFIXES[format]}, got {path.name!r}")
     if format == "onnx":
@@ -193,6 +221,11 @@ def check_exportable(
             import onnx as onnx
             import onnxruntime as onnxruntime
             import onnxscript as onnxscript
+    if format == "aoti":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ValueError(f"format aoti takes a C++ compiler, and none is here: {str(error)[:200]}") from error
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, but there are {len(classes)} names of them")
     weigh = sum(tensor.numel() for tensor in model.state_dict().values()) * DTYPES[dtype].itemsize
@@ -214,13 +247,19 @@ def _program(served: _Served, size: tuple[int, int, int], batch: Literal["dynami
     return program
 
 
-def _onnx(program: ExportedProgram, facts: str) -> tuple[bytes, Run]:
+def _onnx(program: ExportedProgram, facts: str, batch: Literal["dynamic"] | int) -> tuple[bytes, Run]:
     """The file, and how ONNX Runtime runs it."""
     from onnxruntime import InferenceSession, SessionOptions
 
-    shapes = ({0: "batch"},) if program.range_constraints else None
+    shapes = ({0: "batch"},) if batch == "dynamic" else None
     written = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"], dynamic_shapes=shapes
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits", "overflow"][: len(program.graph_signature.user_outputs)],
+        dynamic_shapes=shapes,
+        custom_translation_table=_translations(),
     )
     assert written is not None
     model = written.model_proto
@@ -230,19 +269,64 @@ def _onnx(program: ExportedProgram, facts: str) -> tuple[bytes, Run]:
     content, options = model.SerializeToString(), SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return content, lambda images: [torch.as_tensor(one) for one in session.run(None, {"images": images.numpy()})]
 
 
-def _torch(program: ExportedProgram, facts: str) -> tuple[bytes, Run]:
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators that the exporter does not know, or writes with more steps, and of shapes that have no zero."""
+    from onnxscript import opset20 as op
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if is_causal or enable_gqa:
+            raise NotImplementedError("attention with an order or with groups of queries")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        logits = op.MatMul(op.Mul(query, op.CastLike(scale, query)), op.Transpose(key, perm=[0, 1, 3, 2]))
+        if attn_mask is not None:
+            hidden = attn_mask.dtype.name == "BOOL"
+            mask = op.Where(attn_mask, op.CastLike(0.0, query), op.CastLike(-math.inf, query)) if hidden else attn_mask
+            logits = op.Add(logits, mask)
+        return op.MatMul(op.Softmax(logits, axis=-1), value)
+
+    def nonzero_static(chosen: Any, size: int, fill_value: int = -1) -> Any:
+        rows = op.Transpose(op.NonZero(chosen), perm=[1, 0])
+        rest = op.Expand(op.Constant(value_ints=[fill_value]), op.Constant(value_ints=[size, len(chosen.shape)]))
+        every = op.Concat(rows, rest, axis=0)
+        return op.Slice(every, op.Constant(value_ints=[0]), op.Constant(value_ints=[size]))
+
+    aten = torch.ops.aten
+    return {aten.scaled_dot_product_attention.default: attention, aten.nonzero_static.default: nonzero_static}
+
+
+def _torch(program: ExportedProgram, facts: str, _: Any) -> tuple[bytes, Run]:
     """The file, and how torch runs it."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={f"{METADATA}.json": facts})
     file.seek(0)
-    loaded = torch.export.load(file).module()
+    return file.getvalue(), _without_gradients(torch.export.load(file).module())
 
-    def run(images: Tensor) -> Tensor:
+
+def _aoti(program: ExportedProgram, facts: str, _: Any) -> tuple[bytes, Run]:
+    """The file, and how torch runs it."""
+    configs: Any = {"aot_inductor.metadata": {METADATA: facts}}
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+        return Path(path).read_bytes(), _without_gradients(torch._inductor.aoti_load_package(path))
+
+
+def _without_gradients(loaded: Callable[[Tensor], Any]) -> Run:
+    def run(images: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            logits: Tensor = loaded(images)
-        return logits
+            out = loaded(images)
+        return [out] if isinstance(out, Tensor) else out
 
-    return file.getvalue(), run
+    return run

@@ -16,9 +16,10 @@ import torch
 from models import METHODS, images, small_vit, vary
 from samples import picture
 from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 import adaptvit
-from adaptvit import Dense, FullConfig, Masked, Packed, ToMeConfig, cli, save
+from adaptvit import FullConfig, Masked, Packed, Plan, Slab, ToMeConfig, cli, save
 from adaptvit.data import list_folder, open_pictures, preparation
 from adaptvit.model import AdaptiveViT
 
@@ -29,13 +30,14 @@ EVEN = ("full", "tome", "evit", "grid", "dynamicvit")
 def of(method: str, **settings: Any) -> AdaptiveViT:
     config = METHODS[method]
     blocks = {"blocks": (0,), "keep_rate": 0.5} if method in ("evit", "dynamicvit") else {}
+    blocks = {"blocks": (0,), "tokens": 9} if method.startswith("ats") else blocks
     config = type(config)(**blocks) if blocks else config
     return vary(config.build(small_vit(depth=2, **settings))).eval()
 
 
-def run(path: Path, batch: Tensor) -> Tensor:
+def run(path: Path, batch: Tensor, output: str = "logits") -> Tensor:
     session = onnxruntime.InferenceSession(path)
-    return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+    return torch.as_tensor(session.run([output], {"images": batch.numpy()})[0])
 
 
 def hugging() -> nn.Module:
@@ -112,21 +114,73 @@ def test_a_file_says_how_images_are_prepared_and_what_was_made_of_the_model(tmp_
 
 def test_masked_is_exact_for_what_each_image_needs_and_saves_nothing(tmp_path: Path) -> None:
     model, path = of("merge"), tmp_path / "model.onnx"
-    with pytest.raises(
-        ValueError, match=r"merg.* keeps what each image needs, and a file has as many .* layout masked"
-    ):
-        adaptvit.export(model, path)
     found = adaptvit.export(model, path, layout=Masked)
     others = images(model.vit, count=5, seed=5)
     torch.testing.assert_close(run(path, others), model(others), atol=1e-5, rtol=1e-5)
     assert found.facts["share"] == 1
 
 
+@pytest.mark.parametrize("method", ["avit", "merge"])
+def test_one_image_at_a_time_drops_what_it_does_not_need(method: str, tmp_path: Path) -> None:
+    model, path = of(method), tmp_path / "model.onnx"
+    others = images(model.vit, count=6, seed=5)
+    found = adaptvit.export(model, path, batch=1, images=others[:3])
+    ran = torch.cat([run(path, one) for one in others.split(1)])
+    torch.testing.assert_close(ran, model(others), atol=1e-5, rtol=1e-5)
+    assert found.facts["share"] < 0.95
+    assert "NonZero" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("method", ["avit", "adavit"])
+def test_a_slab_tells_that_its_rows_are_too_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
+    model, path = of(method), tmp_path / "model.onnx"
+    others = images(model.vit, count=12, seed=5)
+    counts = model.counts(others).double()
+    order = counts.sum(dim=0).argsort()
+    few, many = others[order[:4]], others[order[-4:]]
+    means = counts[:, order[:4]].mean(dim=1)
+    model.plan = Plan(means=means.tolist(), spreads=[0.0] * len(means), images=9)
+    found = adaptvit.export(model, path, batch=4, layout=Slab, images=torch.cat([few, many]))
+    assert (found.images, found.equal, found.overflowed) == (4, 4, 4)
+    assert found.facts["rows"] == [round(4 * mean) for mean in means.tolist()]
+    torch.testing.assert_close(run(path, few), model(few, Packed), atol=1e-5, rtol=1e-5)
+    assert not run(path, few, "overflow")
+    assert run(path, many, "overflow")
+    assert run(path, many).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "said"),
+    [
+        ("merge", {}, "keeps what each .* choose batch 1, one image at a time; layout slab with a batch"),
+        ("adavit", {"batch": 1}, "keeps what each .* choose layout slab with a batch, by a plan; or layout masked"),
+        ("merge", {"layout": Slab}, "choose its batch, such as 8"),
+        ("merge", {"layout": Slab, "batch": 8}, r"model\.plan: set it to adaptvit\.measure_plan"),
+        ("ats, random", {"batch": 1}, "random patches cannot be exported"),
+    ],
+)
+def test_what_no_file_can_do_is_refused_with_what_can(
+    method: str, how: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        adaptvit.export(of(method), tmp_path / "model.onnx", **how)
+
+
+def test_without_a_compiler_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(sys.modules["adaptvit.export"], "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match="format aoti takes a C\\+\\+ compiler, and none is here"):
+        adaptvit.export(of("full"), tmp_path / "model.pt2", "aoti")
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"path": "model.pt2"}, "ends in .onnx, got 'model.pt2'"),
-        ({"layout": Packed}, "layout of a file must be adaptvit.Dense or adaptvit.Masked"),
+        ({"layout": Packed}, "layout of a file must be adaptvit.Dense, adaptvit.Slab or adaptvit.Masked"),
         ({"classes": ["a"]}, "has 7 classes, but there are 1 names"),
         ({"batch": 0}, "batch must be dynamic or a whole number, 1 or more, got 0|batch must be"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16"),
@@ -153,28 +207,10 @@ def test_a_plain_vit_and_weights_beyond_one_onnx_file_are_refused(
 
 def test_a_file_with_other_logits_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["adaptvit.export"]
-    monkeypatch.setattr(module, "_torch", lambda *_: (b"", lambda batch: torch.ones(len(batch), 7)))
+    monkeypatch.setattr(module, "_torch", lambda *_: (b"", lambda batch: [torch.ones(len(batch), 7)]))
     with pytest.raises(ValueError, match=r"is not written: of 4 images it predicts \d otherwise than the model"):
         adaptvit.export(of("full"), tmp_path / "model.pt2", "torch")
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore:.*trace:Warning")  # of torch: what is deprecated
-@pytest.mark.parametrize("method", EVEN)
-def test_a_trace_is_refused_with_what_to_do_instead(method: str) -> None:
-    model = of(method)
-    first = images(model.vit, count=2)
-    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace would freeze .*; adaptvit\.export writes a"):
-        torch.jit.trace(_InLayout(model), first)
-
-
-class _InLayout(nn.Module):
-    def __init__(self, model: AdaptiveViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.model(batch, Dense)
 
 
 def test_the_command_meets_a_target_compares_on_images_and_says_so(

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.backbones.base import input_size
-from adaptvit.budget import check_target, meet_target
+from adaptvit.budget import check_target, measure_plan, meet_target
 from adaptvit.checks import In, OneOf, checked
 from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import first_of, list_folder, open_pictures, preparation, read_names, spread_over
@@ -16,7 +16,7 @@ from adaptvit.export import DTYPES, Exported, Format, check_exportable, export
 from adaptvit.files import check_output
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.terminal import say, warn
-from adaptvit.tokens import Dense, Masked
+from adaptvit.tokens import Dense, Masked, Slab
 from adaptvit.weights.opening import open_model
 
 
@@ -29,7 +29,7 @@ def export_model(
     method: Annotated[str | None, OneOf(untrained)] = None,
     batch: Annotated[Literal["dynamic"] | int, In("[1, inf)")] = "dynamic",
     dtype: Annotated[str, OneOf(DTYPES)] = "float32",
-    layout: Literal["dense", "masked"] = "dense",
+    layout: Literal["dense", "slab", "masked"] = "dense",
     data: Path | None = None,
     images: Annotated[int, In("[1, inf)")] = 32,
     class_names: Path | None = None,
@@ -40,12 +40,13 @@ def export_model(
     Args:
         model: a file, folder, repository or timm name of a ViT.
         output: the file to write, which ends in .onnx or .pt2, as its format does.
-        format: onnx, or torch for `torch.export.load`.
+        format: onnx, torch for `torch.export.load`, or aoti, compiled for machines like this one.
         target: share of the dense MACs that the method's knob is moved to, in (0, 1]; None leaves it.
         method: what a plain ViT becomes, such as `tome`; None leaves it as it is.
         batch: images that the file takes at once: dynamic, or this many.
         dtype: float32 or float16, of weights and features; images and logits are float32.
-        layout: dense; or masked, exact for methods that keep what each image needs too, which saves nothing.
+        layout: dense, of a method that keeps what each image needs with batch 1; slab, of such a one with a larger
+            batch, whose rows are planned by images of `data`; or masked, which takes any and saves nothing.
         data: folder of images that file and model are compared on; None takes noise.
         images: how many of them.
         class_names: file with the name of a class on each line, in the order of the model's.
@@ -67,7 +68,10 @@ def export_model(
         if method is not None:
             opened = METHODS[method]().build(opened.vit).eval()
     classes = None if class_names is None else read_names(class_names, "class_names")
-    check_exportable(opened, output, format, dtype, Masked if layout == "masked" else Dense, classes)
+    kind = {"dense": Dense, "slab": Slab, "masked": Masked}[layout]
+    check_exportable(opened, output, format, dtype, kind, classes, batch)
+    if layout == "slab" and data is None and opened.plan is None:
+        raise ValueError("layout slab plans its rows by images: choose a folder of such as come, with --data")
     if target is not None:
         if not opened.even:  # what they cost depends on the images
             raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit adapt")
@@ -81,9 +85,9 @@ def export_model(
         looked_at = batched.images
         if batch != "dynamic":
             looked_at = looked_at[: len(looked_at) // int(batch) * int(batch)]
-    return export(
-        opened, output, format, batch, dtype, Masked if layout == "masked" else Dense, looked_at, classes, tell
-    )
+        if layout == "slab":
+            opened.plan = measure_plan(opened, looked_at)
+    return export(opened, output, format, batch, dtype, kind, looked_at, classes, tell)
 
 
 def options(_: Sequence[str]) -> ArgumentParser:
@@ -107,5 +111,8 @@ def execute(arguments: Namespace) -> None:
     say(f"{found.path}: {found.size / 1e6:.1f} MB, {facts['gmacs']:.3f} GMACs, {facts['share']:.1%} of the dense MACs")
     what = "images" if arguments.data else "images of noise"
     say(f"as the model on {found.equal} of {found.images} {what}, logits differ by {found.difference:.1g} at most")
+    if found.overflowed:
+        say(f"{found.overflowed} {what} were in batches for which the rows are too few, which the file tells")
     checked = {"bytes": found.size, "images": found.images, "equal": found.equal, "difference": found.difference}
+    checked |= {"overflowed": found.overflowed}
     tell_json(where, {"file": str(found.path), **facts, **checked})
