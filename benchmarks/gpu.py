@@ -7,7 +7,7 @@
 A line of JSON a cell, flushed; a cell that fails is a line with the first sentence of its error. No cell starts that,
 going by the longest of its kind, would not fit into its part of the time; what a part leaves, the next have.
 
-Weights are random; how ragged batches are is not (`gpu_ragged.py`). AdaViT is left out.
+Weights are random; how ragged batches are is not (`gpu_ragged.py`). AdaViT's patches are as many as ATS's.
 """
 
 import argparse

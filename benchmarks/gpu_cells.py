@@ -158,7 +158,7 @@ def parity(job: Job) -> Iterator[Cell]:
                 {"what": "outputs", "model": at[0], "method": config.method, "layout": layout},
                 partial(outputs, at, method, layout),
             )
-        if method != "dynamicvit":  # which trains on noise
+        if method not in ("dynamicvit", "adavit"):  # which train on noise, or masked alone
             yield {"what": "gradients", "model": at[0], "method": method}, partial(gradients, at, method, "packed")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from adaptvit import (
     AdaptiveViT,
+    AdaViTConfig,
     ATSConfig,
     AViTConfig,
     DynamicViTConfig,
@@ -33,6 +34,7 @@ from adaptvit import (
     ToMeConfig,
     meet_target,
 )
+from adaptvit.methods.adavit import AdaViT, Policies
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.avit import AViT
 from adaptvit.methods.merging import MergingViT, Seen, arrange, match
@@ -41,7 +43,8 @@ COUNTS, KNOBS = (Path(__file__).with_name(name) for name in ("gpu_counts.npz", "
 SHARES = (0.5, 0.7)
 """Of the dense MACs, that knobs are turned to."""
 EVEN = {"evit": EViTConfig(), "dynamicvit": DynamicViTConfig(), "tome": ToMeConfig(), "grid": GridConfig()}
-RAGGED = {"ats": ATSConfig(), "avit": AViTConfig(class_token="stays"), "merge": MergeConfig()}
+RECORDED = {"ats": ATSConfig(), "avit": AViTConfig(class_token="stays"), "merge": MergeConfig()}
+RAGGED: dict[str, Any] = RECORDED | {"adavit": AdaViTConfig(policies=("patches",), macs_target=None)}
 METHODS: dict[str, Any] = {"full": FullConfig()} | EVEN | RAGGED
 
 
@@ -79,12 +82,20 @@ class RaggedMerge(MergingViT):
         return arrange(chosen, score, target, live, self.prefix)
 
 
+class RaggedAdaViT(AdaViT):
+    """Decides, and then switches on as many patches as were recorded of ATS; heads and sub-layers are all on."""
+
+    def decide(self, block: int, tokens: Tokens) -> tuple[Policies, Tensor | None]:
+        policies, normed = super().decide(block, tokens)
+        return replace(policies, patches=(marks(tokens) > block).to(policies.patches.dtype)), normed
+
+
 def build(method: str, vit: nn.Module, model: str, share: float) -> AdaptiveViT:
     """A method's model at a share of the dense MACs."""
     config = METHODS[method]
     if method in EVEN:
         config = replace(config, **{config.knob.field: json.loads(KNOBS.read_text())[model][method][f"{share}"]})
-    ragged = {"ats": RaggedATS, "avit": RaggedAViT, "merge": RaggedMerge}
+    ragged: dict[str, Any] = {"ats": RaggedATS, "avit": RaggedAViT, "merge": RaggedMerge, "adavit": RaggedAdaViT}
     return (ragged[method](vit, config) if method in ragged else config.build(vit)).eval()
 
 
@@ -116,7 +127,7 @@ def marked(vit: Any, method: str, share: float, batch: int, seed: int, device: s
     grid, depth = vit.patch_embed.grid_size, len(vit.blocks)
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
     images = torch.randn(batch, 3, *size, device=device, generator=torch.Generator(device).manual_seed(seed))
-    recorded = np.load(COUNTS)[f"{method}_{share}" if method in RAGGED else f"ats_{share}"]
+    recorded = np.load(COUNTS)[f"{method}_{share}" if method in RECORDED else f"ats_{share}"]
     kept = (recorded[random.integers(len(recorded), size=batch)] - 1.0) / (recorded.max() - 1)  # but the class token
     kept = kept[:, np.arange(depth) * recorded.shape[1] // depth]
     place = (np.arange(grid[0] * grid[1]) + 0.5) / (grid[0] * grid[1])
@@ -137,7 +148,7 @@ def record(weights: Path, images: Path) -> None:
     settings = timm.data.resolve_model_data_config(vit) | {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
     pictures = spread_over(open_split(DataConfig(root=images), settings, "validation"), 272).images
     recorded = {}
-    for (method, config), share in product(RAGGED.items(), SHARES):
+    for (method, config), share in product(RECORDED.items(), SHARES):
         model = config.fitted(vit, pictures[::17], share)
         meet_target(model, pictures[::17], share, tolerance=0.02)
         others = pictures[torch.arange(272) % 17 > 0]
