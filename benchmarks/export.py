@@ -1,20 +1,21 @@
 """Exported files in ONNX Runtime: predictions, sizes, accuracy, and speed beside that of the dense model's file.
 
-    python benchmarks/export.py WEIGHTS IMAGES OUTPUT [COUNT]
+    python benchmarks/export.py FOLDER WEIGHTS IMAGES     # makes the files that FOLDER lacks, and what they predict
+    python benchmarks/export.py FOLDER                    # times what is there, writes export.json, prints a table
 
-WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of class folders, OUTPUT a .json file, COUNT the images
-that accuracy is of, 1000 unless told. DeiT-S has random weights: its predictions are compared, its accuracy is not
-told. Dense is timm's own model, exported as it is; float16 and int8 are what ONNX Runtime's own tools make of the
-float32 files. The wall clock is of two threads, files in turns; the processor's time is of one thread, which other
-work on the machine does not lengthen. Where there are no images, comparisons are left out, and it is said.
+WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of class folders, of which 100 images are taken.
+DeiT-S has random weights, which speed does not go by: its files are compared with it on noise. Dense is timm's own
+model, exported as it is; float16 and int8 are what ONNX Runtime's own tools make of the float32 files. Methods that
+keep what each image needs have files that take one image, and files of eight, `slab`. All files of a batch take turns
+in one process, on two threads; times are medians.
 """
 
 import json
 import os
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,126 +28,182 @@ from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import adaptvit
-from adaptvit import EViTConfig, GridConfig, ToMeConfig, meet_target
+from adaptvit import (
+    ATSConfig,
+    AViTConfig,
+    EViTConfig,
+    FullConfig,
+    GridConfig,
+    MergeConfig,
+    Slab,
+    ToMeConfig,
+    measure_plan,
+    meet_target,
+)
 from adaptvit.data import DataConfig, open_split, spread_over
+from adaptvit.export import Exported
 from adaptvit.weights.opening import start_from
 
-TARGET = 0.6
-CONFIGS = {"tome": ToMeConfig(), "evit": EViTConfig(), "grid": GridConfig()}
-ROUNDS = {1: 9, 8: 3}
-COMPARED = 100
+TARGET, COUNT, THREADS, SLAB = 0.6, 100, 2, 8
+EVEN = {"full": FullConfig(), "tome": ToMeConfig(), "evit": EViTConfig(), "grid": GridConfig()}
+RAGGED = {"merge": MergeConfig(), "ats": ATSConfig(), "avit": AViTConfig()}
+TINY, SMALL = "vit_tiny_patch16_224", "deit_small_patch16_224"
+ROUNDS = {1: 30, 8: 8}
+OUT = Path(__file__)
 
 
-def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = THREADS
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def logits(path: Path, images: torch.Tensor) -> torch.Tensor:
-    runs = session(path, 2)
-    return torch.cat([torch.from_numpy(runs.run(None, {"images": some.numpy()})[0]) for some in images.split(25)])
+    """Of as many at once as the file takes; NaN where it overflows."""
+    runs = session(path)
+    batch = runs.get_inputs()[0].shape[0]
+    images = images[: len(images) // batch * batch] if isinstance(batch, int) else images
+    given = images.split(batch if isinstance(batch, int) else 25)
+    return torch.cat([torch.from_numpy(runs.run(None, {"images": some.numpy()})[0]) for some in given])
 
 
-def times(files: dict[str, Path], batch: int) -> dict[str, dict[str, float]]:
-    """By name, median milliseconds of a batch: wall clock of two threads, processor's time of one."""
-    images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype="float32")
-    found: dict[str, dict[str, float]] = {name: {} for name in files}
-    for what, threads, clock in (("wall", 2, time.perf_counter), ("cpu", 1, time.process_time)):
-        runs = {name: session(path, threads) for name, path in files.items()}
-        taken: dict[str, list[float]] = {name: [] for name in files}
-        for turn in range(ROUNDS[batch] + 1):
-            for name, one in runs.items():
-                start = clock()
-                one.run(None, {"images": images})
-                if turn:
-                    taken[name].append(clock() - start)
-        for name, seconds in taken.items():
-            found[name][what] = statistics.median(seconds) * 1e3
-    return found
-
-
-def main(weights: Path, folder: Path, output: Path, count: int) -> None:
-    """Measure, and write the figures."""
+def export(folder: Path, weights: Path, pictures: Path) -> None:
+    """The files that are not there, and beside each what it predicts."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    torch.set_num_threads(2)
-    tiny, small = timm.create_model("vit_tiny_patch16_224").eval(), timm.create_model("deit_small_patch16_224").eval()
-    start_from(tiny, weights)
-    settings: dict[str, Any] = timm.data.resolve_model_data_config(tiny) | {
-        "mean": (0.5,) * 3,
-        "std": (0.5,) * 3,
-        "crop_pct": 0.9,
-    }
-    images = labels = None
-    if folder.exists():
-        split = open_split(DataConfig(root=folder), settings, "validation")
-        images, labels, _ = spread_over(split, count)
-    else:
-        print(f"no images in {folder}: nothing is compared")
-    rows: list[dict[str, Any]] = []
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-    named: Any = {"input_names": ["images"], "output_names": ["logits"]}
-    with tempfile.TemporaryDirectory() as name:
-        for which, vit in (("vit_tiny_patch16_224", tiny), ("deit_small_patch16_224", small)):
-            files, facts, start = {"dense": Path(name) / "dense.onnx"}, {"dense": {"share": 1.0}}, len(rows)
-            given = (torch.zeros(2, 3, 224, 224),)
-            torch.onnx.export(vit, given, dynamo=True, verbose=False, dynamic_shapes=dynamic, **named).save(
-                files["dense"]
-            )
-            models: dict[str, Any] = {"dense": vit}
-            for method, config in CONFIGS.items():
-                models[method] = model = config.build(vit).eval()
-                meet_target(model, torch.zeros(1, 3, 224, 224), TARGET)
-                files[method] = Path(name) / f"{method}.onnx"
-                facts[method] = adaptvit.export(model, files[method]).facts
-                print(which, method, "exported", flush=True)
-            for key in list(files):
-                half, whole = Path(name) / f"{key} float16.onnx", Path(name) / f"{key} int8.onnx"
-                onnx.save(convert_float_to_float16(onnx.load(files[key]), keep_io_types=True), half)
-                quantize_dynamic(files[key], whole)
-                files |= {f"{key} float16": half, f"{key} int8": whole}
-                facts |= {f"{key} float16": facts[key], f"{key} int8": facts[key]}
-            for key, path in files.items():
-                rows.append(
-                    {"model": which, "file": key, "mb": path.stat().st_size / 1e6, "share": facts[key]["share"]}
-                )
-            for batch in ROUNDS:
-                load = os.getloadavg()[0]
-                taken = times(files, batch)
-                for row in rows[start:]:
-                    base = taken[f"dense {row['file'].partition(' ')[2]}".strip()]
-                    for what, spent in taken[row["file"]].items():
-                        row[f"{what}_ms_{batch}"] = spent
-                        row[f"{what}_ratio_{batch}"] = base[what] / spent * row["share"]
-                    row[f"load_{batch}"] = [load, os.getloadavg()[0]]
-                write(output, rows)
-            if images is None:
+    vits: dict[str, Any] = {name: timm.create_model(name).eval() for name in (SMALL, TINY)}
+    start_from(vits[TINY], weights)
+    settings: dict[str, Any] = timm.data.resolve_model_data_config(vits[TINY])
+    settings |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.9}
+    images, labels, _ = spread_over(open_split(DataConfig(root=pictures), settings, "validation"), COUNT)
+    for name, vit in vits.items():
+        real = (images, labels) if name == TINY else None
+        dense(folder / f"{name} dense.onnx", vit, real)
+        for method, config in EVEN.items():
+            if (path := folder / f"{name} {method}.onnx").exists():
                 continue
-            few = images[:: len(images) // COMPARED][:COMPARED]
-            with torch.inference_mode():
-                every = {key: torch.cat([model(one) for one in few.split(25)]) for key, model in models.items()}
-            for row in rows[start:]:
-                theirs, own = every[row["file"].split()[0]], logits(files[row["file"]], few)
-                row |= {"compared": len(few), "equal": int((own.argmax(1) == theirs.argmax(1)).sum())}
-                row["difference"] = (own - theirs).abs().max().item()
-                write(output, rows)
-                if vit is tiny:
-                    right = logits(files[row["file"]], images).argmax(1) == labels
-                    row |= {"top1": right.double().mean().item(), "images": len(images)}
-                    write(output, rows)
+            model = config.build(vit).eval()
+            if method != "full":
+                meet_target(model, torch.zeros(1, 3, 224, 224), TARGET)
+            write(path, adaptvit.export(model, path, images=None if real is None else images), real)
+        for path in sorted(folder.glob(f"{name} *.onnx")):
+            if not path.stem.endswith(("int8", "float16")) and not path.stem.endswith("slab"):
+                reduced(path, real)
+    for method, config in RAGGED.items():
+        one, slab = (folder / f"{TINY} {method}{end}.onnx" for end in ("", " slab"))
+        if one.exists() and slab.exists():
+            continue
+        model: Any = config.fit(vits[TINY], images[::2], TARGET)
+        write(one, adaptvit.export(model, one, batch=1, images=images), (images, labels))
+        model.plan = measure_plan(model, images)
+        some = images[: COUNT // SLAB * SLAB]
+        write(slab, adaptvit.export(model, slab, batch=SLAB, layout=Slab, images=some), (some, labels[: len(some)]))
 
 
-def write(output: Path, rows: list[dict[str, Any]]) -> None:
-    """What is known by now."""
-    conditions = {
-        "onnxruntime": onnxruntime.__version__,
-        "torch": torch.__version__,
-        "rounds": ROUNDS,
-        "target": TARGET,
-    }
-    output.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+def dense(path: Path, vit: torch.nn.Module, real: Any) -> None:
+    """timm's own model, exported as it is."""
+    if path.exists():
+        return
+    named: Any = {"input_names": ["images"], "output_names": ["logits"]}
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    given = (torch.zeros(2, 3, 224, 224),)
+    torch.onnx.export(vit, given, dynamo=True, verbose=False, dynamic_shapes=dynamic, **named).save(path)
+    noise = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        images = noise if real is None else real[0]
+        theirs = torch.cat([vit(some) for some in images.split(25)])
+    ran = logits(path, images)
+    found = {"images": len(images), "equal": int((ran.argmax(1) == theirs.argmax(1)).sum()), "share": 1.0}
+    tell(path, found | {"difference": (ran - theirs).abs().max().item()} | accuracy(path, real))
+
+
+def write(path: Path, found: Exported, real: Any) -> None:
+    """What is known of an exported file."""
+    told = {name: getattr(found, name) for name in ("images", "equal", "difference", "overflowed")}
+    tell(path, told | {"share": found.facts["share"]} | accuracy(path, real))
+
+
+def reduced(path: Path, real: Any) -> None:
+    """The same file in float16 and int8, if they are not there, by the runtime's own tools."""
+    for end in ("float16", "int8"):
+        if (into := path.with_stem(f"{path.stem} {end}")).exists():
+            continue
+        if end == "int8":
+            quantize_dynamic(path, into)
+        else:
+            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), into)
+        told = {"share": json.loads(path.with_suffix(".json").read_text())["share"]}
+        if real is not None:
+            ran, wanted = logits(into, real[0]), logits(path, real[0])
+            told |= {"images": len(ran), "equal": int((ran.argmax(1) == wanted.argmax(1)).sum())}
+            told |= {"difference": (ran - wanted).abs().max().item()} | accuracy(into, real)
+        tell(into, told)
+
+
+def accuracy(path: Path, real: Any) -> dict[str, float]:
+    if real is None:
+        return {}
+    ran = logits(path, real[0])
+    return {"top1": (ran.argmax(1) == real[1][: len(ran)]).double().mean().item()}
+
+
+def tell(path: Path, found: dict[str, Any]) -> None:
+    path.with_suffix(".json").write_text(json.dumps({"mb": path.stat().st_size / 1e6} | found))
+    print(path.stem, found, flush=True)
+
+
+def times(files: list[Path], batch: int) -> Iterator[tuple[Path, list[float]]]:
+    """Milliseconds of a batch, files in turns."""
+    images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype="float32")
+    runs = {path: session(path) for path in files}
+    taken: dict[Path, list[float]] = {path: [] for path in files}
+    for turn in range(ROUNDS[batch] + 1):
+        for path, one in runs.items():
+            start = time.perf_counter()
+            one.run(None, {"images": images})
+            if turn:
+                taken[path].append((time.perf_counter() - start) * 1e3)
+    yield from taken.items()
+
+
+def measure(folder: Path) -> None:
+    """Times of all files, and the tables."""
+    rows: list[dict[str, Any]] = []
+    load = os.getloadavg()[0]
+    for name in (SMALL, TINY):
+        files = sorted(folder.glob(f"{name} *.onnx"), key=lambda path: path.stem)
+        found = {path: json.loads(path.with_suffix(".json").read_text()) for path in files}
+        for batch in ROUNDS:
+            sizes = {path: session(path).get_inputs()[0].shape[0] for path in files}
+            those = [path for path, size in sizes.items() if isinstance(size, str) or size == batch]
+            taken = dict(times(those, batch))
+            base = {end: taken[folder / f"{name} dense{end}.onnx"] for end in ("", " float16", " int8")}
+            for path, spent in taken.items():
+                end = next((end for end in (" float16", " int8") if path.stem.endswith(end)), "")
+                gains = [slow / fast for slow, fast in zip(base[end], spent, strict=True)]
+                found[path] |= {f"ms_{batch}": statistics.median(spent)}
+                found[path] |= {f"ratio_{batch}": statistics.median(gains) * found[path]["share"]}
+        rows += [{"model": name, "file": path.stem.removeprefix(f"{name} "), **told} for path, told in found.items()]
+    versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "threads": THREADS, "load": load}
+    told = {"conditions": versions | {"rounds": ROUNDS, "target": TARGET}, "rows": rows}
+    OUT.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+    for line in table(rows):
+        print(line)
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    names = ("model", "file", "MB", "share", "predictions", "logits", "top-1", "ms, 1", "ms, 8", "ratio, 1", "ratio, 8")
+    yield f"| {' | '.join(names)} |"
+    yield "| --- | --- |" + " ---: |" * (len(names) - 2)
+    forms = {"mb": ".1f", "share": ".3f", "kept": "", "difference": ".1e", "top1": ".2f"}
+    forms |= {"ms_1": ".1f", "ms_8": ".0f", "ratio_1": ".2f", "ratio_8": ".2f"}
+    for row in rows:
+        told = row | ({"kept": f"{row['equal']} of {row['images']}"} if "equal" in row else {})
+        cells = [format(told[name], form) if name in told else "" for name, form in forms.items()]
+        yield f"| {' | '.join([row['model'].split('_patch')[0], row['file'], *cells])} |"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if sys.argv[4:] else 1000)
+    given = [Path(one) for one in sys.argv[1:]]
+    export(*given) if given[1:] else measure(*given)
