@@ -543,7 +543,7 @@ class AdaptiveViT(nn.Module, ABC):
 
         What cannot wait for the flag, such as an exported file, hands it on.
         """
-        logits, _, left, _ = self._classified(images, self._layout(Slab, {}), {})
+        logits, _, left, _ = self._classified(images, self._layout(images, Slab, {}), {})
         over = self._over(left)
         assert over is not None, "there is no plan"
         return logits.masked_fill(over, torch.nan), over
