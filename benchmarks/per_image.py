@@ -89,6 +89,13 @@ def halting_alike(counts: list[int]) -> Iterator[None]:
         avit.halt = published
 
 
+def selecting(model: Any, **fields: Any) -> AdaptiveViT:
+    """DynamicViT with other fields, and the predictors that it has."""
+    other = replace(model.config, **fields).build(model.vit).eval()
+    other.score_predictor.load_state_dict(model.score_predictor.state_dict())
+    return other
+
+
 def alike(model: AdaptiveViT, usage: Usage, images: Tensor) -> tuple[Tensor, Usage] | None:
     """What `run` gives of the model with equal counts; None where the method has none."""
     kept = usage.attended.double().mean(dim=0)
@@ -102,8 +109,7 @@ def alike(model: AdaptiveViT, usage: Usage, images: Tensor) -> tuple[Tensor, Usa
             return run(model, images, layout=Masked, early_exit=False)
     if getattr(config, "select", None) == "threshold":
         shares = [((kept[block] - model.prefix) / (usage.grid[0] * usage.grid[1])).item() for block in model.stages]
-        model.config = replace(config, select="top-k", keep_rate=shares)
-        return run(model, images)
+        return run(selecting(model, select="top-k", keep_rate=shares), images)
     return None
 
 
@@ -192,7 +198,7 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
         model = open_model(one)
         name, budget = Path(one).parent.name.split("_")
         if name == "dynamicvit":
-            model.config = replace(model.config, select="threshold")
+            model = selecting(model, select="threshold")
             meet_target(model, images[::8], float(budget))
 
         def made(name: str = name, model: AdaptiveViT = model) -> dict[str, Any]:

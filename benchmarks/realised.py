@@ -17,6 +17,7 @@ import timm
 import torch
 from imagenet_samples import opened
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from adaptvit import dense_macs, load, macs, meet_target, save
 from adaptvit.files import as_json
@@ -41,7 +42,7 @@ def made(weights: Path, folder: Path, models: Path, side: int) -> tuple[nn.Modul
     vit = timm.create_model("vit_tiny_patch16_224", img_size=side).eval()
     start_from(vit, weights)
     images, _ = opened(vit, folder, 1000 // IMAGES)
-    images = images[:IMAGES]
+    images = interpolate(images[:IMAGES], side, mode="area")
     found = {}
     for name in NAMES:
         file = models / f"{name}_{side}.safetensors"
