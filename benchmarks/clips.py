@@ -10,6 +10,7 @@ leaves. Methods are fitted to 32 training clips at the middle budget and turned 
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ BUDGETS = (0.4, 0.6, 0.25)
 CALIBRATION = 32
 METHODS_MEASURED = {
     "runlength": RunLengthConfig(),
-    "runlength_merge": RunLengthMergeConfig(threshold=0.05),
     "calibrated": CalibratedConfig(),
     "tome": ToMeConfig(),
     "ats": ATSConfig(blocks=range(1, 12)),
     "evit": EViTConfig(blocks=(1, 4, 7)),
+    "runlength_merge": RunLengthMergeConfig(threshold=0.02),
 }
 LINES = Path(__file__).with_suffix(".jsonl")
 BATCHES = (4, 1)
@@ -92,22 +93,20 @@ def accuracy(name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path
     data = open_split(source, settings, "val")
     if "dense" not in found:
         keep({"set": name, "label": "dense", "budget": None, **measured(dense.vit, data, dense.shape)})
-    images: Tensor | None = None
-    for method, config in METHODS_MEASURED.items():
-        missing = [budget for budget in BUDGETS if f"{method} {budget:g}" not in found]
-        if not missing:
+    images = spread_over(open_split(source, settings, "train"), CALIBRATION).images
+    models: dict[str, AdaptiveViT] = {}
+    for budget, method in product(BUDGETS, METHODS_MEASURED):
+        line = {"set": name, "label": f"{method} {budget:g}", "method": method, "budget": budget}
+        if line["label"] in found:
             continue
-        if images is None:
-            images = spread_over(open_split(source, settings, "train"), CALIBRATION).images
-        model = config.fitted(dense.vit, images, BUDGETS[0])
-        for budget in missing:
-            line = {"set": name, "label": f"{method} {budget:g}", "method": method, "budget": budget}
-            met = turned_to(model, images, budget)
-            if isinstance(met, str):
-                keep({**line, "refused": met})
-                continue
-            keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
-            say(f"{name} {method} {budget}")
+        if method not in models:
+            models[method] = METHODS_MEASURED[method].fitted(dense.vit, images, BUDGETS[0])
+        met = turned_to(model := models[method], images, budget)
+        if isinstance(met, str):
+            keep({**line, "refused": met})
+            continue
+        keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
+        say(f"{name} {method} {budget}")
     for file in tuned:
         label = f"{file.parent.name}, tuned"
         if label not in found:

@@ -197,7 +197,8 @@ def _draw(config: DrawConfig) -> Drawing:
     config.output.mkdir(parents=True, exist_ok=True)
     files = []
     for name, part in progress_bar([*zip(grids, pages, strict=True), *zip(names, singles, strict=True)], "drawing"):
-        columns, panel = (_columns(len(seen[part])), 1.45) if name in grids else (1, 2.6)
+        small = name in grids and "frames" not in settings  # a clip is a sheet of frames
+        columns, panel = (_columns(len(seen[part])), 1.45) if small else (1, 2.6)
         figure = depth_maps(
             images[part], depth[part], model.depth, columns, captions[part], True, panel, _groups(seen[part])
         )

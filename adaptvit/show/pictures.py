@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from itertools import chain
 from math import prod
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -503,7 +504,7 @@ def _bar(
         extend=extend,
     )
     bar.minorticks_off()
-    bar.set_label(words, color=INK, fontsize=9)
+    bar.set_label(fill(words, 20) if high < 2.2 else words, color=INK, fontsize=9)
     bar.ax.tick_params(length=0, labelsize=8.5)
     bar.outline.set_visible(False)
 
