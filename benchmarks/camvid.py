@@ -54,21 +54,21 @@ from adaptvit.show.pictures import laid_over, mean_colours
 from adaptvit.training.recipes import camvid_dense
 
 BUDGETS = (0.6, 0.75, 0.5)
-CALIBRATION = 8
+CALIBRATION = 4
 """Training images that methods and budgets are fitted to."""
-EVERY = int(os.environ.get("EVERY", "3"))
+EVERY = int(os.environ.get("EVERY", "6"))
 """Every so many-th test image is measured."""
 DRAWS = 200
 """Samples of the images by which the error of a difference in mIoU is estimated."""
 CONFIGS: dict[str, MethodConfig] = {
     "merge": MergeConfig(),
-    "calibrated": CalibratedConfig(),
     "tome": ToMeConfig(),
     "ats": ATSConfig(blocks=range(1, 12)),
     "evit": EViTConfig(),
-    "avit": AViTConfig(class_token="stays", prior_weight=0.0, ponder_weight=0.0),
-    "adavit": AdaViTConfig(policies=("patches",), first_patch_block=1, macs_target=None),
     "random": RandomConfig(),
+    "calibrated": CalibratedConfig(),
+    "adavit": AdaViTConfig(policies=("patches",), first_patch_block=1, macs_target=None),
+    "avit": AViTConfig(class_token="stays", prior_weight=0.0, ponder_weight=0.0),
 }
 
 
