@@ -1,6 +1,6 @@
 """Methods on a ViT that tells the class of every pixel of CamVid: mIoU, MACs, realised gain, and what fills the map.
 
-    python benchmarks/camvid.py accuracy MODEL CAMVID OUTPUT [TUNED ...]   methods at every budget, models trained at one
+    python benchmarks/camvid.py accuracy MODEL CAMVID OUTPUT [TUNED ...]   methods at each budget, models trained at one
     python benchmarks/camvid.py restored MODEL CAMVID OUTPUT               what a patch without a token has
     python benchmarks/camvid.py speed MODEL CAMVID OUTPUT [BATCH [ROW ...]]    of what `accuracy` found, all in turns
     python benchmarks/camvid.py drawn MODEL CAMVID OUTPUT                  image, truth, predictions, where compute went
