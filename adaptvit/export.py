@@ -274,7 +274,9 @@ def _onnx(program: ExportedProgram, facts: str, batch: Literal["dynamic"] | int)
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operators that the exporter does not know, or writes with more steps, and of shapes that have no zero."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20  # whose types are those of the numbers in a graph
 
     def attention(
         query: Any,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 
 from adaptvit.checks import In, check_fields, checked
-from adaptvit.data import open_data, preparation, spread_over
+from adaptvit.data import DataConfig, open_data, preparation, spread_over
 from adaptvit.files import check_output_folder, write_csv
 from adaptvit.measure.evaluate import Result
 from adaptvit.measure.speed import speeds
@@ -262,7 +262,8 @@ def _settings(job: Run, contents: Callable[[Path | None], str]) -> dict[str, Any
     if is_stored(job.model):
         named["model"] = job.model
     stored = {name: weights_file(one) if one is not None and is_stored(one) else None for name, one in named.items()}
-    files = {**stored, "images": job.data.root, "class map": job.data.class_map}
+    names = job.data.class_map if isinstance(job.data, DataConfig) else None
+    files = {**stored, "images": job.data.root, "class map": names}
     return {"run": replace(job, output=Path()), **{name: contents(path) for name, path in files.items()}}
 
 
@@ -277,7 +278,9 @@ def _speeds(
     models = {name: load(job.output / "model.safetensors").eval().to(best_device()) for name, job in jobs.items()}
     images = {}
     for name, model in models.items():
-        split = open_data(jobs[name].data, preparation(model, name)).test
+        data = jobs[name].data
+        assert isinstance(data, DataConfig)  # as those of every comparison
+        split = open_data(data, preparation(model, name)).test
         images[name] = spread_over(split, TIMED).images.to(best_device())
     timed = speeds(models, images, ROUNDS, ("packed",))
     found = {

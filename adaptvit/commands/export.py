@@ -16,7 +16,7 @@ from adaptvit.export import DTYPES, Exported, Format, check_exportable, export
 from adaptvit.files import check_output
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.terminal import say, warn
-from adaptvit.tokens import Dense, Masked, Slab
+from adaptvit.tokens import Dense, Masked, Slab, Tokens
 from adaptvit.weights.opening import open_model
 
 
@@ -68,7 +68,8 @@ def export_model(
         if method is not None:
             opened = METHODS[method]().build(opened.vit).eval()
     classes = None if class_names is None else read_names(class_names, "class_names")
-    kind = {"dense": Dense, "slab": Slab, "masked": Masked}[layout]
+    kinds: dict[str, type[Tokens]] = {"dense": Dense, "slab": Slab, "masked": Masked}
+    kind = kinds[layout]
     check_exportable(opened, output, format, dtype, kind, classes, batch)
     if layout == "slab" and data is None and opened.plan is None:
         raise ValueError("layout slab plans its rows by images: choose a folder of such as come, with --data")

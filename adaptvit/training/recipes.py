@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adaptvit.data import DataConfig, MasksConfig
 from adaptvit.methods.adavit import AdaViTConfig
@@ -100,6 +101,7 @@ def adavit_small_imagenet() -> Run:
     mixed precision, which is bfloat16, and in the 10 epochs at the lowest learning rate that the released code appends.
     """
     tiny = avit_tiny_imagenet()
+    assert isinstance(tiny.data, DataConfig)
     return replace(
         tiny,
         model="deit_small_patch16_224",
@@ -160,6 +162,7 @@ def dynamicvit_small_imagenet() -> Run:
     losses are scaled to it.
     """
     tiny = avit_tiny_imagenet()
+    assert isinstance(tiny.data, DataConfig)
     return replace(
         tiny,
         model="deit_small_patch16_224",
@@ -202,7 +205,7 @@ def _fine_tuned(name: str, method: MethodConfig) -> Run:
     averaged weights are kept. `weights` and `teacher` are best the dense model.
     """
     dense = imagenette_dense()
-    eased = {"target": 0.5, "ease_epochs": 1.0, "steer_every": 20}
+    eased: dict[str, Any] = {"target": 0.5, "ease_epochs": 1.0, "steer_every": 20}
     recipe = replace(dense.recipe, method_learning_rate=5.0, ema_decay=0.99, **eased)
     return replace(dense, method=method, fit=True, recipe=recipe, output=Path("runs") / name)
 
