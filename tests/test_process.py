@@ -254,6 +254,14 @@ def test_no_file_stays_open_for_a_batch_that_a_worker_sent(monkeypatch: pytest.M
     assert max(seen[-10:]) <= max(seen[:10])
 
 
+def test_float64_is_asked_of_no_device_but_through_what_knows_those_that_have_none() -> None:
+    package = Path(adaptvit.__file__).parent
+    for path in package.rglob("*.py"):
+        if path != package / "process.py":
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                assert not re.search(r"(?<!cpu\(\))\.double\(\)", line), f"{path}:{number}"
+
+
 def forks(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that forks processes."""
     fit = hasattr(os, "fork") and not torch.accelerator.is_available()

@@ -532,7 +532,7 @@ def _measured(
     correct, gmacs = torch.cat(right), torch.cat(costs)
     return {
         "images": count,
-        "top1": correct.double().mean().item(),
+        "top1": in_float64(correct).mean().item(),
         "gmacs": gmacs.mean().item(),
         "gmacs_p10": gmacs.quantile(0.1).item(),
         "gmacs_p90": gmacs.quantile(0.9).item(),
@@ -547,7 +547,9 @@ def _paired_by_image(record: dict[str, Any], base: dict[str, Any]) -> tuple[floa
     where the two are of other images, as the logits of one are not finite for some."""
     if record is base or record["refused"] or base["refused"] or record["unreadable"] != base["unreadable"]:
         return None
-    own, other = (torch.tensor([float(digit) for digit in one["correct"]]).double() for one in (record, base))
+    own, other = (
+        torch.tensor([float(digit) for digit in one["correct"]], dtype=torch.float64) for one in (record, base)
+    )
     gap = own - other
     return gap.mean().item(), (gap.std() / len(gap) ** 0.5).item()
 

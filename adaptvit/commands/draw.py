@@ -143,7 +143,7 @@ class Seen:
     @property
     def mean_depth(self) -> float:
         """Over the patches."""
-        return self.depth.double().mean().item()
+        return in_float64(self.depth).mean().item()
 
     @property
     def spread(self) -> float:
@@ -480,7 +480,7 @@ def _gmacs(model: AdaptiveViT, seen: list[Seen], batch_size: int) -> list[float]
     like, found = next(model.parameters()), []
     for start in range(0, len(seen), batch_size):
         images = torch.stack([one.image for one in seen[start : start + batch_size]])
-        found += (model(images.to(like), detailed=True).usage.macs.double() / 1e9).tolist()
+        found += (in_float64(model(images.to(like), detailed=True).usage.macs) / 1e9).tolist()
     return found
 
 

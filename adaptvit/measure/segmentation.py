@@ -83,7 +83,8 @@ def evaluate_pixels(
 
 def iou_of(confusion: Tensor) -> Tensor:
     """Intersection over union of each class, (..., C) float64, of (..., C, C) pixels; NaN where there are none."""
-    both = confusion.diagonal(dim1=-2, dim2=-1).double()
+    confusion = in_float64(confusion)
+    both = confusion.diagonal(dim1=-2, dim2=-1)
     return both / (confusion.sum(dim=-1) + confusion.sum(dim=-2) - both)
 
 
