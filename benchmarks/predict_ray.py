@@ -147,7 +147,7 @@ def once(config: ScaleConfig, engine: Any) -> float:
 
 def throughput(model: str, source: Path, images: int, rounds: int, place: Path) -> None:
     """Ray with one actor and one task beside the loop, with one thread of torch's each, and the loop with two."""
-    config = ScaleConfig(model, str(source), str(place / "out"), actors=1, shard=256, device="cpu")
+    config = ScaleConfig(model, str(source), str(place / "out"), actors=1, shard=max(32, images // 8), device="cpu")
     engine = RayEngine(config)
     engine.start()
     once(config, engine)  # workers start, and import torch
