@@ -168,40 +168,40 @@ def times(files: list[Path], batch: int) -> Iterator[tuple[Path, list[float]]]:
 
 
 def measure(folder: Path) -> None:
-    """Times of all files, and the tables."""
-    rows: list[dict[str, Any]] = []
-    load = os.getloadavg()[0]
+    """Times of all files, and the tables; what is known of a model that has no files here stays."""
+    known = json.loads(OUT.with_suffix(".json").read_text())
     for name in (SMALL, TINY):
         files = sorted(folder.glob(f"{name} *.onnx"), key=lambda path: path.stem)
+        if not files:
+            continue
+        load = os.getloadavg()[0]
         found = {path: json.loads(path.with_suffix(".json").read_text()) for path in files}
+        sizes = {path: session(path).get_inputs()[0].shape[0] for path in files}
         for batch in ROUNDS:
-            sizes = {path: session(path).get_inputs()[0].shape[0] for path in files}
-            those = [path for path, size in sizes.items() if isinstance(size, str) or size == batch]
-            taken = dict(times(those, batch))
-            base = {end: taken[folder / f"{name} dense{end}.onnx"] for end in ("", " float16", " int8")}
+            taken = dict(times([path for path, size in sizes.items() if isinstance(size, str) or size == batch], batch))
             for path, spent in taken.items():
                 end = next((end for end in (" float16", " int8") if path.stem.endswith(end)), "")
-                gains = [slow / fast for slow, fast in zip(base[end], spent, strict=True)]
+                base = taken[folder / f"{name} dense{end}.onnx"]
+                gains = [slow / fast for slow, fast in zip(base, spent, strict=True)]
                 found[path] |= {f"ms_{batch}": statistics.median(spent)}
                 found[path] |= {f"ratio_{batch}": statistics.median(gains) * found[path]["share"]}
-        rows += [{"model": name, "file": path.stem.removeprefix(f"{name} "), **told} for path, told in found.items()]
-    versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "threads": THREADS, "load": load}
-    told = {"conditions": versions | {"rounds": ROUNDS, "target": TARGET}, "rows": rows}
-    OUT.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
-    for line in table(rows):
-        print(line)
+        rows = [{"file": path.stem.removeprefix(f"{name} ")} | told for path, told in found.items()]
+        conditions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "threads": THREADS}
+        known[name] = {"conditions": conditions | {"load": load, "rounds": ROUNDS, "target": TARGET}, "rows": rows}
+        OUT.with_suffix(".json").write_text(json.dumps(known, indent=2) + "\n")
+        print(name, *table(rows), sep="\n", flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    names = ("model", "file", "MB", "share", "predictions", "logits", "top-1", "ms, 1", "ms, 8", "ratio, 1", "ratio, 8")
+    names = ("file", "MB", "share", "predictions", "logits", "top-1", "ms, 1", "ms, 8", "ratio, 1", "ratio, 8")
     yield f"| {' | '.join(names)} |"
-    yield "| --- | --- |" + " ---: |" * (len(names) - 2)
+    yield "| --- |" + " ---: |" * (len(names) - 1)
     forms = {"mb": ".1f", "share": ".3f", "kept": "", "difference": ".1e", "top1": ".2f"}
     forms |= {"ms_1": ".1f", "ms_8": ".0f", "ratio_1": ".2f", "ratio_8": ".2f"}
     for row in rows:
         told = row | ({"kept": f"{row['equal']} of {row['images']}"} if "equal" in row else {})
         cells = [format(told[name], form) if name in told else "" for name, form in forms.items()]
-        yield f"| {' | '.join([row['model'].split('_patch')[0], row['file'], *cells])} |"
+        yield f"| {' | '.join([row['file'], *cells])} |"
 
 
 if __name__ == "__main__":
