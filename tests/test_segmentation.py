@@ -25,6 +25,7 @@ from adaptvit.training.loop import parameter_groups
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.recipes import camvid_dense
 from adaptvit.training.run import Run, train_run
+from adaptvit.weights.opening import open_model
 
 SETTINGS: dict[str, Any] = {
     "input_size": (3, 16, 24),
@@ -105,6 +106,8 @@ def test_a_budget_is_that_of_pixels_and_a_file_has_the_head(tmp_path: Path) -> N
     with torch.no_grad():
         assert torch.equal(same(batch), model(batch))
     assert same.class_names == ("road", "sky", "tree")
+    with pytest.raises(ValueError, match="tells the class of every pixel, where one of the image is wanted"):
+        open_model(tmp_path / "model.safetensors")
 
 
 def test_a_vit_without_tokens_of_patches_is_refused() -> None:

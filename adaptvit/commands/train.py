@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
+from adaptvit.data import MasksConfig
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say, word_after
 from adaptvit.training.recipes import RECIPES
@@ -81,5 +82,7 @@ def execute(arguments: Namespace) -> None:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if is_main():
         say_unused(outcome.result.unreadable, ())
-        say(f"{outcome.file}: adaptvit evaluate, predict and draw take this file")
+        pixels = isinstance(parts["data"], MasksConfig)
+        take = "adaptvit.load opens" if pixels else "adaptvit evaluate, predict and draw take"
+        say(f"{outcome.file}: {take} this file")
         tell_json(arguments.json, {"file": str(outcome.file), **outcome.result.figures})

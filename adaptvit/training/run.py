@@ -158,7 +158,7 @@ def train_run(
     device = _process().device  # the processes of torchrun find each other, before any opens a stream that they share
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}
-    origin = open_model(config.model) if is_stored(config.model) else None
+    origin = open_model(config.model, pixels=True) if is_stored(config.model) else None
     settings = preparation_of_name(config.model, arguments, None if origin is None else origin.vit)
     if config.frames is not None:
         settings["frames"] = config.frames

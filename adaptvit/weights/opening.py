@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.record import describe, rebuild
+from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.backbones.video import SpaceTimeViT
 from adaptvit.methods import dense
 from adaptvit.model import AdaptiveViT
@@ -37,7 +38,7 @@ HEADS = ("head.", "head_dist.")
 """What the names of a classifier's tensors begin with."""
 
 
-def open_model(name: Path | str) -> AdaptiveViT:
+def open_model(name: Path | str, pixels: bool = False) -> AdaptiveViT:
     """The model that a command line names, in evaluation mode.
 
     An adaptvit file; a timm ViT by its name, by the Hub's (`hf-hub:OWNER/NAME`) or by a folder in that format
@@ -45,11 +46,25 @@ def open_model(name: Path | str) -> AdaptiveViT:
     `MODEL=FILE`, weights of a timm model that do not say so, in the size and with as many classes as they have. A plain
     ViT comes as `FullConfig().build(vit)`. What is not here is downloaded.
 
+    Args:
+        pixels: take a model that tells the class of every pixel too, which only trainings do.
     Raises:
         FileNotFoundError: a file that is not there.
         TypeError: the timm model is not a ViT that this library reproduces.
-        ValueError: none of these, weights that cannot be downloaded or do not say their model, or what `load` raises.
+        ValueError: none of these, weights that cannot be downloaded or do not say their model, a model that tells the
+            class of every pixel, or what `load` raises.
     """
+    model = _opened(name)
+    if isinstance(model.vit, SegmentingViT) and not pixels:
+        raise ValueError(
+            f"{str(name)!r} tells the class of every pixel, where one of the image is wanted: adaptvit.load opens it, "
+            "and adaptvit.measure.segmentation.evaluate_pixels measures it"
+        )
+    return model
+
+
+def _opened(name: Path | str) -> AdaptiveViT:
+    """Any model by its name, in evaluation mode."""
     told, word = told_model(name)
     if is_stored(name):
         file = weights_file(word)
