@@ -210,6 +210,7 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
 def draw(output: Path, picture: Path) -> None:
     """Gain over equal counts, beside the rank correlation of MACs with the dense loss and with entropy."""
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    lines = [one for one in lines if one["method"] != "dynamicvit"]  # by top-k, whose probabilities are no thresholds
     names = [f"{one['method']} {float(one['budget']):.0%}\n{one['images']}" for one in lines]
     figure, (left, right) = plt.subplots(2, 1, figsize=(10, 7), sharex=True)
     for place, one in enumerate(lines):
