@@ -23,7 +23,17 @@ from adaptvit import FullConfig, ToMeConfig, save
 from adaptvit.cli import main as adaptvit
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("hf-hub:", "--pretrained true", "hfds/", "s3://", "imagenet_samples", "_imagenet")
+ELSEWHERE = (
+    "hf-hub:",
+    "--pretrained true",
+    "hfds/",
+    "s3://",
+    "imagenet_samples",
+    "_imagenet",
+    "camvid_",
+    "hockey_",
+    "asl24_",
+)
 """What a command that needs a network, or data that are not ours to bring, has in it."""
 NOT_HERE = ("torchrun", "playground", "--engine ray", " ...", "--config", "--print_config", "avit.safetensors")
 FILES = {
@@ -39,7 +49,7 @@ SMALL = {
     "predict": ["--workers", "0", "--top", "2"],
     "compare methods": ["--rounds", "1", "--latencies", "2", "--timed", "2", "--workers", "0", "--pictures", "1"],
     "compare": ["--epochs", "2", "--seeds", "2", "--processes", "1"],
-    "adapt": ["--images", "4"],
+    "adapt": ["--images", "4", "--target", "0.7"],
     "bench": ["--images", "2", "--batch-size", "2", "--rounds", "1"],
     "draw": ["--limit", "2"],
 }
@@ -116,6 +126,8 @@ def outcome(command: str) -> str:
             code = adaptvit(scaled_down(command))
         except SystemExit as stop:
             code = int(stop.code or 0)
+        except Exception as error:  # a fault of the command, which is what is looked for
+            return f"FAILED: {error!r}"
     return "done" if code == 0 else f"FAILED ({code}): {told.getvalue().strip().splitlines()[-1:]}"
 
 
