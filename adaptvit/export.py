@@ -212,6 +212,8 @@ def check_exportable(
             f"{model.config.title} as it is set keeps what each image needs, and a file has as many tokens of every "
             f"image: choose {alone}layout slab with a batch, by a plan; or layout masked, which computes all"
         )
+    if format == "aoti" and layout is Dense and not even:
+        raise ValueError("format aoti has no shapes that depend on the image: choose onnx or torch, or layout slab")
     if layout is Slab and batch == "dynamic":
         raise ValueError("layout slab has as many rows as a batch of so many images needs: choose its batch, such as 8")
     if path.suffix != SUFFIXES[format]:
