@@ -237,8 +237,8 @@ class AdaptiveViT(nn.Module, ABC):
         usual = self.usual_layout(**options)
         if usual is not Packed or not isinstance(images, Tensor) or (self.training and not self.even):
             return usual
-        width, block = next(self.vit.parameters()), max(self.shape.blocks, key=lambda block: block.mlp_per_token)
-        macs = 4 * self.shape.dim * block.attention_width + block.mlp_per_token
+        width, block = next(self.vit.parameters()), max(self._shape.blocks, key=lambda block: block.mlp_per_token)
+        macs = 4 * self._shape.dim * block.attention_width + block.mlp_per_token
         return choose_layout(width.device, width.dtype, self.even, self.plan, len(images), macs)
 
     def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:

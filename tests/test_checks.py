@@ -22,6 +22,7 @@ from models import images, small_vit
 import adaptvit
 from adaptvit.backbones.parts import ViTConfig
 from adaptvit.checks import Ascending, In, OneOf, check_device, check_fields, checked, quoted
+from adaptvit.commands.batches import ServeConfig
 from adaptvit.commands.bench import BenchConfig
 from adaptvit.commands.compare_methods import MethodsConfig
 from adaptvit.commands.compare_variants import Comparison
@@ -32,6 +33,7 @@ from adaptvit.commands.predict import PredictConfig
 from adaptvit.commands.predict_ray import ScaleConfig
 from adaptvit.commands.sessions import PlaygroundConfig
 from adaptvit.data import DataConfig
+from adaptvit.data.masks import MasksConfig
 from adaptvit.methods import METHODS
 from adaptvit.methods.full import FullConfig
 from adaptvit.training.recipe import Recipe
@@ -48,6 +50,8 @@ NEEDED: dict[type, dict[str, Any]] = {
     EvaluateConfig: {"model": "deit_tiny_patch16_224", "root": Path()},
     PredictConfig: {"model": "deit_tiny_patch16_224", "folder": Path()},
     ScaleConfig: {"model": "deit_tiny_patch16_224", "source": "photos", "output": "out"},
+    ServeConfig: {"model": "deit_tiny_patch16_224"},
+    MasksConfig: {"root": Path(), "classes": ("road", "sky")},
     DrawConfig: {"model": "deit_tiny_patch16_224", "folder": Path()},
     MethodsConfig: {"model": "deit_tiny_patch16_224", "root": Path()},
     PlaygroundConfig: {},
@@ -79,7 +83,7 @@ def declared(kind: Any) -> bool:
 def test_every_config_is_in_the_table() -> None:
     found = set()
     for module in pkgutil.walk_packages(adaptvit.__path__, "adaptvit."):
-        if module.name.startswith("adaptvit.flax") or module.name == "adaptvit.commands.page":
+        if module.name.startswith(("adaptvit.flax", "adaptvit.commands.page", "adaptvit.commands.server")):
             continue  # which need packages that are not always here
         for name, kind in vars(importlib.import_module(module.name)).items():
             if (

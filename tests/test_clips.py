@@ -19,6 +19,7 @@ from adaptvit.commands.bench import BenchConfig, bench
 from adaptvit.commands.compare_methods import MethodsConfig, compare_methods
 from adaptvit.commands.sessions import Playground, PlaygroundConfig, Session
 from adaptvit.data import Clips, DataConfig, collate, open_data, preparation
+from adaptvit.measure.predictor import Predictor
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run, train_run
 from adaptvit.video import inflate
@@ -108,6 +109,11 @@ def test_strips_are_refused_for_images(root: Path, tmp_path: Path, capsys: Any) 
     for words in (["predict", "--top", "1"], ["draw"], ["evaluate"]):
         assert main([words[0], str(path), str(root / "val"), "--strip", "4", *words[1:]]) == 2
         assert "takes images" in capsys.readouterr().err
+
+
+def test_what_takes_pictures_refuses_a_model_of_clips(stored: str) -> None:
+    with pytest.raises(ValueError, match=r"takes clips, and a Predictor, .* takes pictures"):
+        Predictor(stored)
 
 
 @pytest.mark.filterwarnings("ignore:.*images cannot be read")

@@ -129,7 +129,7 @@ def test_sessions_at_once_wait_for_one_another(shared: Playground, files: dict[s
     for share, found in costs.items():
         for seed in range(3):
             alone.add(noise(seed=seed), files["full"])
-        alone.shown[3][0].setting = None
+        alone.shown[3, None][0].setting = None
         assert len(found) == 3
         assert found[0] == alone.view(files["full"], "ats", share).seen_gmacs[-3].item()
 

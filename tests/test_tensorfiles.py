@@ -322,7 +322,9 @@ def test_a_repository_that_is_not_here_is_said_with_the_way_out(monkeypatch: pyt
         raise RuntimeError("no network\nat all")
 
     monkeypatch.setattr(adaptvit.weights.places, "hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"hf-hub:me/mine is not here .*\(no network\).*local-dir:FOLDER") as error:
+    with pytest.raises(
+        ValueError, match=r"hf-hub:me/mine is not here and cannot be downloaded \(.+\): .*local-dir:FOLDER"
+    ) as error:
         open_model("hf-hub:me/mine")
     assert "\n" not in str(error.value)
 

@@ -480,10 +480,10 @@ class View:
         live = usage.live[:, number - 1, patches]
         tokens, count = int(live.sum()), live.shape[1]
         if usage.groups is not None:
-            merged = self.pixels
-            if number > 1:
-                merged = merged_regions(self.pixels, self._map(usage.groups[:, number - 2]))
             said = f"Block {number} of {self.blocks} works on {tokens} tokens, which hold all {count} patches."
+            if number == 1:
+                return self.image(), said
+            merged = merged_regions(magnified(self.pixels), self._map(usage.groups[:, number - 2]))
             return enlarged(merged.expand(-1, 3, -1, -1)), said
         fused = None if usage.fused is None else self._map(usage.fused[:, number - 1, patches])
         said = f"Block {number} of {self.blocks} works on {tokens} of {count} patches."
@@ -507,15 +507,18 @@ class View:
         return data_uri(usage_per_block(self.seen, self.heads))
 
 
-def enlarged(picture: Tensor, side: int = 448) -> np.ndarray:
-    """A picture (1, 3, height, width) in [0, 1] as pixels (height, width, 3), a whole number of times larger.
+def magnified(picture: Tensor, side: int = 448) -> Tensor:
+    """A picture (1, channels, height, width), a whole number of times larger.
 
     Args:
         side: pixels that the longer side comes near to.
     """
-    times = max(1, side // max(picture.shape[2:]))
-    picture = interpolate(picture, scale_factor=times, mode="nearest-exact")[0]
-    return (255 * picture).round().byte().permute(1, 2, 0).numpy()
+    return interpolate(picture, scale_factor=max(1, side // max(picture.shape[2:])), mode="nearest-exact")
+
+
+def enlarged(picture: Tensor) -> np.ndarray:
+    """A picture (1, 3, height, width) in [0, 1], magnified, as pixels (height, width, 3)."""
+    return (255 * magnified(picture)[0]).round().byte().permute(1, 2, 0).numpy()
 
 
 @dataclass

@@ -302,7 +302,8 @@ def _pair(item: Any) -> tuple[Tensor, int | Tensor]:
     try:
         image, label = item
         if not isinstance(item, Mapping) and image.is_floating_point():
-            return image, label if isinstance(label, Tensor) and label.ndim == 2 else operator.index(label)
+            of_pixels = isinstance(label, Tensor) and label.shape == image.shape[-2:] and label.dtype == torch.long
+            return image, label if of_pixels else operator.index(label)
         told = f"({image.dtype}, {label!r})"
     except (AttributeError, TypeError, ValueError):
         parts = item if isinstance(item, tuple | list) else [item]

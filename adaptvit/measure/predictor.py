@@ -64,7 +64,11 @@ class Predictor:
             raise ValueError(
                 "Predictor.compile makes one graph of the model, of which no embedding is taken: choose one"
             )
-        self.settings  # noqa: B018  # which every process is to have without the weights
+        if "frames" in self.settings:  # which every process is to have without the weights, too
+            raise ValueError(
+                f"{self.model!r} takes clips, and a Predictor, with which adaptvit serve and predict --engine work, "
+                "takes pictures: adaptvit predict without --engine takes clips"
+            )
         self.classes  # noqa: B018
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused
 from adaptvit.usage import Usage
 
-FAR, HALVINGS = 10.0, 30
+FAR, HALVINGS = 40.0, 32
 """How far from its log-odds the number lies, at most, that an image's are less, and in how many steps it is found."""
 ABOUT = " with predictors: published with weights."
 NAMES = around_deits("dynamicvit", dict.fromkeys(("small", "base"), ABOUT)) | {
