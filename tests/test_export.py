@@ -24,7 +24,7 @@ from adaptvit.data import list_folder, open_pictures, preparation
 from adaptvit.model import AdaptiveViT
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
-EVEN = ("full", "tome", "evit", "grid", "dynamicvit")
+EVEN = ("tome", "evit", "dynamicvit")
 
 
 def of(method: str, **settings: Any) -> AdaptiveViT:
