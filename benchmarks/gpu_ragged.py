@@ -37,7 +37,7 @@ from adaptvit import (
 from adaptvit.methods.adavit import AdaViT, Policies
 from adaptvit.methods.ats import ATS
 from adaptvit.methods.avit import AViT
-from adaptvit.methods.merging import MergingViT, Seen, arrange, match
+from adaptvit.methods.merging import MergingViT, Seen
 
 COUNTS, KNOBS = (Path(__file__).with_name(name) for name in ("gpu_counts.npz", "gpu_knobs.json"))
 SHARES = (0.5, 0.7)
@@ -74,12 +74,12 @@ class RaggedMerge(MergingViT):
     """Merges of what is most alike as many as were recorded."""
 
     def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
-        live = tokens.live
-        score, target = match(tokens.grid(seen.keys), live, self.prefix, None)
-        merged = (marks(tokens) == block + 1).sum(dim=1, keepdim=True)
-        least = score.sort(dim=1, descending=True).values.gather(1, merged.clamp(1, score.shape[1]) - 1)
-        chosen = (score >= least) & (score > -torch.inf) & (merged > 0)
-        return arrange(chosen, score, target, live, self.prefix)
+        self.recorded = (marks(tokens) == block + 1).sum(dim=1, keepdim=True)
+        return super().places(tokens, size, block, seen)
+
+    def choose(self, score: Tensor, patches: int | Tensor, block: int) -> Tensor:
+        least = score.sort(dim=1, descending=True).values.gather(1, self.recorded.clamp(1, score.shape[1]) - 1)
+        return (score >= least) & (score > -torch.inf) & (self.recorded > 0)
 
 
 class RaggedAdaViT(AdaViT):
