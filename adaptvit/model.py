@@ -187,6 +187,8 @@ class AdaptiveViT(nn.Module, ABC):
         self.read = read_slots(vit)
         self._shape = shape_of(vit)
         self.depth, self.heads = self._shape.depth, self._shape.heads
+        block = max(self._shape.blocks, key=lambda block: block.mlp_per_token)
+        self._token_macs = 4 * self._shape.dim * block.attention_width + block.mlp_per_token
         self._reads_map = family_of(vit).map_head is not None
         self.training = vit.training  # and no part of the ViT is asked to change its own
 
@@ -237,9 +239,8 @@ class AdaptiveViT(nn.Module, ABC):
         usual = self.usual_layout(**options)
         if usual is not Packed or not isinstance(images, Tensor) or (self.training and not self.even):
             return usual
-        width, block = next(self.vit.parameters()), max(self._shape.blocks, key=lambda block: block.mlp_per_token)
-        macs = 4 * self._shape.dim * block.attention_width + block.mlp_per_token
-        return choose_layout(width.device, width.dtype, self.even, self.plan, len(images), macs)
+        like = next(self.vit.parameters())
+        return choose_layout(like.device, like.dtype, self.even, self.plan, len(images), self._token_macs)
 
     def _forward(self, images: Tensor, layout: type[Tokens] | None, detailed: bool, **options: Any) -> Any:
         layout = self._layout(images, layout, options)

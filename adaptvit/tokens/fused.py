@@ -176,11 +176,11 @@ def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int
     return mean.mT.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
 
 
-def _of_mean_patch(x: Tensor, *_: Any) -> Tensor:
+def _of_like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_fused(_of_mean_patch)
+@_fused(_of_like)
 def mean_patch(x: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
     """In every row the mean of its image's patches, (T, D), as precise as `x`.
 
@@ -258,11 +258,7 @@ def above(score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, le
     return torch.cat([live[:, :prefix], chosen], dim=1), grid.sum(dim=1, keepdim=True)
 
 
-def _of_gated(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_fused(_of_gated)
+@_fused(_of_like)
 def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
     """(T, D) times what its image has, (B, H), for as many channels each as heads share; 0 in rows of no image.
 
@@ -275,11 +271,7 @@ def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
     return torch.where(on.repeat_interleave(x.shape[1] // heads.shape[1], dim=1), x, 0)
 
 
-def _of_put(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_fused(_of_put)
+@_fused(_of_like)
 def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     """`x` (T, D), with `t` (C, D) in those of its `rows`, (C,) int64, that it has."""
     return torch.cat([x, x.new_empty(1, x.shape[1])]).index_copy_(0, rows.clamp(max=len(x)), t)[:-1].clone()
