@@ -1,10 +1,12 @@
-"""The command `adaptvit`: what needs no model, as help and the version, is answered before torch is imported."""
+"""The command `adaptvit`: what needs no model, as help, lists and the version, is answered before torch is imported."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
+from pathlib import Path
 
 GROUPS = {
     "Use": {
@@ -34,6 +36,8 @@ GROUPS = {
 COMMANDS = {name: sentence for group in GROUPS.values() for name, sentence in group.items()}
 ALIASES = {"budget": "adapt"}
 """Earlier names of commands, taken until the next version."""
+ANSWERS = Path(__file__).parent / "adaptvit" / "commands" / "answers.json"
+"""Lines by the words that ask for them, as `python -m adaptvit.commands.answers` wrote them."""
 
 
 def answer(words: Sequence[str]) -> str | None:
@@ -57,6 +61,15 @@ def answer(words: Sequence[str]) -> str | None:
     )
 
 
+def written(words: Sequence[str]) -> str | None:
+    """Help of one command, or a list, as it was written down; None where the command itself is to say."""
+    asked = " ".join("--help" if word == "-h" else word for word in words)
+    lines = json.loads(ANSWERS.read_text(encoding="utf-8")).get(asked)
+    if lines is None or entry_points(group="adaptvit.methods"):  # methods of other packages are in no such file
+        return None
+    return "\n".join(lines)
+
+
 def overview() -> str:
     """The commands, in groups, a line each."""
     width = max(map(len, COMMANDS))
@@ -71,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     code, file = 0, sys.stdout
     try:
-        text = answer(words)
+        text = answer(words) or written(words)
     except ValueError as error:
         code, file, text = 2, sys.stderr, f"adaptvit: {error}"
     if text is None:

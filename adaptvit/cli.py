@@ -67,22 +67,19 @@ def _command(words: list[str]) -> int:
             say(line)
         return 0
     with needed("the command line"):
-        from jsonargparse import ArgumentParser, set_parsing_settings
-    from adaptvit.commands.parsing import add_told_model, in_other_words, made_plain, tell_model, written_out
+        from jsonargparse import ArgumentParser
+    from adaptvit.commands.parsing import in_other_words, made_plain, parser_of, tell_model, written_out
 
     if words[0] in ALIASES:
         name, words = words[0], [ALIASES[words[0]], *words[1:]]
         say(f"adaptvit: {name} is called {words[0]} now, and by its old name until the next version", sys.stderr)
     _check_files(words)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="adaptvit", description=__doc__, exit_on_error=False, allow_abbrev=False)
     words = [_underscored(word) for word in words]
     module: Any = import_module(f"adaptvit.commands.{words[0]}")
-    own = module.options(words)
-    own.add_argument("--quiet", action="store_true", help="Tell warnings and errors alone: no figures, no progress.")
-    add_told_model(own)
+    own = parser_of(words)
     parser.add_subcommands(dest="command").add_subcommand(words[0], own)
-    made_plain(own, " ".join(words[:2]) if words[:2] == ["compare", "methods"] else words[0])
+    made_plain(own, words)
     try:
         arguments = parser.parse_args(written_out(words, own))[words[0]]
     except ArgumentError as error:

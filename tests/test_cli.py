@@ -10,7 +10,7 @@ import sys
 import time
 import tomllib
 import warnings
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +25,8 @@ from PIL import Image
 
 import adaptvit_cli
 from adaptvit import cli, load, save
-from adaptvit.commands import adapt, bench, demo, evaluate, train
-from adaptvit.commands.parsing import add_told_model, made_plain, written_out
+from adaptvit.commands import adapt, answers, bench, demo, evaluate, train
+from adaptvit.commands.parsing import made_plain, parser_of, written_out
 from adaptvit.extras import EXTRAS
 from adaptvit.methods import METHODS as KINDS
 from adaptvit.training.recipes import RECIPES
@@ -35,32 +35,26 @@ from adaptvit.weights.names import all_names
 from adaptvit_cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+WRITTEN = json.loads(adaptvit_cli.ANSWERS.read_text())
 
 
 def said(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "train digits",
-        "compare",
-        "compare methods",
-        "evaluate",
-        "adapt",
-        "demo",
-        "bench",
-        "export",
-        "convert",
-    ],
-)
-def test_help_teaches(command: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*command.split(), "--help"])
-    assert stop.value.code == 0
-    assert "usage: adaptvit" in capsys.readouterr().out
+@pytest.mark.parametrize("words", WRITTEN)
+def test_what_is_written_down_is_what_the_command_says(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(answers.COLUMNS))
+    with suppress(SystemExit):  # by which the parser ends after help
+        cli.main(words.split())
+    told = capsys.readouterr().out.split()
+    assert told == " ".join(WRITTEN[words]).split(), "python -m adaptvit.commands.answers writes it anew"
+
+
+def test_help_of_every_command_and_every_list_is_written_down() -> None:
+    assert set(WRITTEN) == set(answers.asked())
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -570,15 +564,17 @@ def test_every_command_has_a_file() -> None:
 
 
 def test_help_imports_nothing_of_weight() -> None:
+    words = [[], ["--help"], ["--version"], ["evaluate", "-h"], *(asked.split() for asked in WRITTEN), ["fly"]]
     program = (
         "import sys, adaptvit_cli\n"
-        "codes = [adaptvit_cli.main(words) for words in ([], ['--help'], ['--version'], ['fly'])]\n"
+        f"codes = [adaptvit_cli.main(words) for words in {words}]\n"
         "print(codes, *sorted({name.split('.')[0] for name in sys.modules}), sep='\\n', file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     refusal, codes, *modules = done.stderr.splitlines()
     assert refusal.startswith("adaptvit: no command 'fly'")
-    assert codes == "[0, 0, 0, 2]"
+    assert json.loads(codes) == [0] * (len(words) - 1) + [2]
+    assert done.stdout.count("usage: adaptvit evaluate MODEL ROOT") == 2
     assert "adaptvit_cli" in modules
     assert not {"adaptvit", "torch", "timm", "torchvision", "numpy", "jsonargparse", "yaml"} & {*modules}
 
@@ -616,10 +612,8 @@ PYTHON = re.compile(r"<class|<function|\b0x\w|\(required|type:|Optional\[|Annota
 
 @pytest.mark.parametrize("command", [*COMMANDS, "compare methods"])
 def test_help_has_no_python_in_it_and_a_sentence_of_every_option(command: str) -> None:
-    words = command.split()
-    parser = import_module(f"adaptvit.commands.{words[0]}").options(words)
-    add_told_model(parser)
-    made_plain(parser, command)
+    parser = parser_of(command.split())
+    made_plain(parser, command.split())
     told = parser.format_help().replace("--print_config", "")
     assert not PYTHON.findall(told)
     assert told.startswith(f"usage: adaptvit {command} ")

@@ -53,7 +53,7 @@ def set_budget(
         output: the file to write.
         target: met within 1 %, images per second within 3 %; None is half of the dense MACs.
         unit: `share` of the dense MACs, `gmacs` an image, or `images_per_s` on this machine.
-        method: what a plain ViT becomes, `merge` by default; what it can find out from the images is fitted.
+        method: what a plain ViT becomes, `calibrated` by default; what it can find out from the images is fitted.
         images: how many of them to look at.
         tell: called with each trial; its accuracy is known where the folder has as many classes as the model.
         device: where to run: cpu or cuda; None is cuda where there is one.

@@ -650,7 +650,7 @@ def options(_: Sequence[str]) -> ArgumentParser:
         description="Every method that needs no training, at several budgets, and models that were fine-tuned: "
         "accuracy against MACs and measured speed. What is finished is never run again.",
     )
-    parser.add_argument("name", choices=["methods"], help="The word `methods`.")
+    parser.add_argument("name", choices=["methods"], help="The word methods.")
     parser.add_class_arguments(MethodsConfig, as_positional=True, skip={"files"})
     parser.add_argument(
         "files", nargs="*", default=[], help="Fine-tuned models of the same classes, named as MODEL is."

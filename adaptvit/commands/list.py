@@ -1,12 +1,11 @@
 """`adaptvit list`: what there is by name, a line each."""
 
 from collections.abc import Sequence
-from importlib import import_module
 
 import timm
 from jsonargparse import ArgumentParser, Namespace
 
-from adaptvit.commands.parsing import add_told_model, dashed
+from adaptvit.commands.parsing import dashed, parser_of
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say
 from adaptvit.training.recipes import RECIPES
@@ -56,10 +55,9 @@ def completion() -> str:
     """A script by which a shell completes commands and their options."""
     cases = []
     for command in COMMANDS:
-        parser = import_module(f"adaptvit.commands.{command}").options([command])
-        add_told_model(parser)
-        options = sorted(dashed(option) for option in parser._option_string_actions if option.startswith("--"))
-        cases.append(f'        {command}\\ ) options="{" ".join([*options, "--quiet"])}" ;;')
+        taken = parser_of([command])._option_string_actions
+        options = sorted(dashed(option) for option in taken if option.startswith("--"))
+        cases.append(f'        {command}\\ ) options="{" ".join(options)}" ;;')
     return COMPLETION.format(cases="\n".join(cases), commands=" ".join(COMMANDS))
 
 
@@ -79,15 +77,19 @@ def options(_: Sequence[str]) -> ArgumentParser:
     return parser
 
 
-def execute(arguments: Namespace) -> None:
-    """Print the list, or the script."""
-    if arguments.what == "completion":
-        for line in completion().split("\n"):
-            say(line)
-        return
-    found = listed(arguments.what, arguments.pattern)
+def lines(what: str, pattern: str = "") -> list[str]:
+    """What is printed: the list, as `listed` takes its arguments, or the script."""
+    if what == "completion" and not pattern:
+        return completion().split("\n")
+    found = listed(what, pattern)
     width = max(map(len, found))
-    for name, sentence in found.items():
-        say(f"{name:{width}}  {sentence}")
-    if arguments.what == "models" and not arguments.pattern:
-        say("Any ViT of timm's too: adaptvit list models 'vit_*'; a file, a folder, or hf-hub:OWNER/NAME.")
+    told = [f"{name:{width}}  {sentence}" for name, sentence in found.items()]
+    if what == "models" and not pattern:
+        told.append("Any ViT of timm's too: adaptvit list models 'vit_*'; a file, a folder, or hf-hub:OWNER/NAME.")
+    return told
+
+
+def execute(arguments: Namespace) -> None:
+    """Print it."""
+    for line in lines(arguments.what, arguments.pattern):
+        say(line)

@@ -2,12 +2,13 @@
 
 import re
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
+from importlib import import_module
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from adaptvit.checks import In, OneOf
 from adaptvit.terminal import meant
@@ -38,18 +39,31 @@ class PlainHelp(DefaultHelpFormatter):
         return _capitals(action)
 
 
-def made_plain(parser: ArgumentParser, command: str) -> None:
-    """Say a command's help without Python in it, and its usage on one line."""
+def parser_of(words: Sequence[str]) -> ArgumentParser:
+    """The parser of the command that words of the command line begin with, its help in Python's words still."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser: ArgumentParser = import_module(f"adaptvit.commands.{words[0]}").options(words)
+    parser.add_argument("--quiet", action="store_true", help="Tell warnings and errors alone: no figures, no progress.")
+    add_told_model(parser)
+    return parser
+
+
+def made_plain(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Say the help of the words' command without Python in it, and its usage on one line."""
+    command = " ".join(words[:2]) if words[:2] == ["compare", "methods"] else words[0]
     parser.formatter_class = PlainHelp
-    options = {action.dest.rpartition(".")[2] for action in parser._actions if action.option_strings}
+    names = {action.dest.rpartition(".")[2]: action for action in parser._actions if not action.choices}
+    spelled = {
+        name: dashed(f"--{name}") if action.option_strings else _capitals(action) for name, action in names.items()
+    }
     for action in parser._actions:
-        words = plain(action, options)
-        facts = [fact for fact in (_allowed(action, words), _default(action, words)) if fact]
-        action.help = f"{words} ({'; '.join(facts)})" if facts else words
+        sentence = plain(action, spelled)
+        facts = [fact for fact in (_allowed(action, sentence), _default(action, sentence)) if fact]
+        action.help = f"{sentence} ({'; '.join(facts)})" if facts else sentence
     places = [action for action in parser._actions if not action.option_strings and not action.choices]
     around = {"?": "[{}]", "*": "[{} ...]"}
-    words = " ".join(around.get(str(action.nargs), "{}").format(_capitals(action)) for action in places)
-    parser.usage = " ".join(f"adaptvit {command} {words} [options]".split())
+    taken = " ".join(around.get(str(action.nargs), "{}").format(_capitals(action)) for action in places)
+    parser.usage = " ".join(f"adaptvit {command} {taken} [options]".split())
 
 
 def written_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
@@ -113,14 +127,14 @@ def dashed(option: str) -> str:
     return re.sub(r"\bclass_map$", "class_names", option).replace("_", "-")
 
 
-def plain(action: Action, options: Collection[str]) -> str:
+def plain(action: Action, spelled: Mapping[str, str]) -> str:
     """What a docstring says of an argument, as a sentence of the command line.
 
     Args:
-        options: names of the command's, which are spelled as such.
+        spelled: how the command line has them, by the names of the command's options and places.
     """
     words = re.sub(r"\bNone\b", "null", " ".join((action.help or "").split()))
-    words = re.sub(r"`(\w+)`", lambda found: f"`{dashed(f'--{found[1]}')}`" if found[1] in options else found[0], words)
+    words = re.sub(r"`(\w+)`", lambda found: f"`{spelled.get(found[1], found[1])}`", words)
     kind, beside = _parts(getattr(action, "_typehint", None))
     values = [*get_args(kind), *(name for one in beside if isinstance(one, OneOf) for name in one.words.split(", "))]
     if re.split(r"[ ,;:]", words)[0] not in (*values, "null"):
@@ -161,7 +175,7 @@ def _default(action: Action, words: str) -> str:
     """What is taken unless told; nothing where that is nothing."""
     value = action.default
     nothing = value is None or value is False or value == SUPPRESS or (isinstance(value, Sized) and not value)
-    if nothing or "default" in words or not action.option_strings:
+    if nothing or "default" in words or "unless told" in words or not action.option_strings:
         return ""
     return f"default: {_shown(value)}"
 

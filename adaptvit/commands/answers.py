@@ -1,0 +1,35 @@
+"""What the command line says of itself, written down so that to tell it needs neither torch nor the commands' modules.
+
+python -m adaptvit.commands.answers    # writes answers.json, where an option, a method or a recipe has changed
+"""
+
+import json
+import os
+
+from adaptvit.commands.list import WHAT, lines
+from adaptvit.commands.parsing import made_plain, parser_of
+from adaptvit_cli import ANSWERS, COMMANDS
+
+COLUMNS = 80
+"""Width of the help, for no terminal is asked."""
+
+
+def asked() -> list[str]:
+    """The words of what is written down: help of each command, and the lists."""
+    return [f"{command} --help" for command in (*COMMANDS, "compare methods")] + [f"list {what}" for what in WHAT]
+
+
+def answer(words: str) -> list[str]:
+    """What the command line says to them, in lines."""
+    *command, last = words.split()
+    if last != "--help":
+        return lines(last)
+    parser = parser_of(command)
+    made_plain(parser, command)
+    return parser.format_help().splitlines()
+
+
+if __name__ == "__main__":
+    os.environ["COLUMNS"] = str(COLUMNS)
+    text = json.dumps({words: answer(words) for words in asked()}, indent=1, ensure_ascii=False)
+    ANSWERS.write_text(text + "\n", encoding="utf-8")
