@@ -1,12 +1,13 @@
 """Ray beside the plain loop, runs that are killed, growth: python benchmarks/predict_ray.py WHAT MODEL FOLDER
 
-    kills       3 kills at random moments while the images are predicted, then the same rows as without
+    kills       driver, worker, both, and the node killed at random moments, then the same rows as without
     throughput  images/s of Ray with one actor over those of the in-process loop, in turns
     growth      time and the driver's memory at several numbers of images
     decoding    images/s of a core, by the size of the pictures
     grouping    how batches of like cost differ from batches as they come
 
-FOLDER has a few thousand real images, repeated in parquet files of their bytes. A line of JSON for each figure.
+FOLDER has a few thousand real images, repeated in parquet files of their bytes. MODEL is `small` for four blocks of
+A-ViT at 32 pixels, in which it is Ray that takes the time. A line of JSON for each figure.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import timm
 import torch
 from PIL import Image
 from pyarrow import parquet
 
+from adaptvit import AViTConfig, save
 from adaptvit.commands.predict_ray import InProcess, RayEngine, ScaleConfig, run
 from adaptvit.commands.predict_shards import Job, Store, images_of_lot
 from adaptvit.data import find_images
@@ -41,16 +44,34 @@ SHARDS = 80
 """Of a run that is killed."""
 
 
-def repeated(folder: Path, place: Path, images: int, each: int = 2000) -> Path:
-    """Parquet files with the bytes of so many images, `each` in a file; the command's source."""
-    names = find_images(folder)
+def small(place: Path) -> str:
+    """A file of a model whose tokens stop at random depths."""
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10
+    )
+    file = place / "small.safetensors"
+    save(AViTConfig(gate_scale=4.0, gate_center=2.0).build(vit).eval(), file)
+    return str(file)
+
+
+def repeated(folder: Path, place: Path, images: int, each: int = 2000, side: int | None = None) -> Path:
+    """Parquet files with the bytes of so many images, `each` in a file; the command's source.
+
+    Args:
+        side: of the shorter side, to which they are scaled first; None leaves them as they are.
+    """
+    names = find_images(folder)[:images]
+    contents = [(folder / name).read_bytes() for name in names]
+    if side is not None:
+        contents = [_of_side(content, side) for content in contents]
     place.mkdir(parents=True, exist_ok=True)
     for start in range(0, images, each):
-        path = place / f"{start // each:05d}.parquet"
-        if not path.exists():
-            numbers = range(start, min(start + each, images))
-            contents = [(folder / names[number % len(names)]).read_bytes() for number in numbers]
-            parquet.write_table(pyarrow.table({"image": contents}), path)
+        numbers = range(start, min(start + each, images))
+        parquet.write_table(
+            pyarrow.table({"image": [contents[number % len(contents)] for number in numbers]}),
+            place / f"{start // each:05d}.parquet",
+        )
     return place
 
 
@@ -71,40 +92,63 @@ def tell(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def kills(model: str, source: Path, images: int, times: int, seed: int, place: Path) -> None:
-    """Kill the driver, or a worker, at random moments; start again; compare."""
+def kills(model: str, source: Path, images: int, seed: int, place: Path) -> None:
+    """Kill the driver; again, and a worker, then another with the driver; again, and the node; again, and compare."""
     draws = random.Random(seed)
     whole, broken = place / "whole", place / "broken"
     more = ["--engine", "ray", "--shard", str(-(-images // SHARDS)), "--device", "cpu"]
     program = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"
     main = [sys.executable, "-c", program, "predict", model, str(source)]
-    start = time.time()
-    code = subprocess.run([*main, str(whole), *more], check=False).returncode
-    seconds = round(time.time() - start, 1)
-    tell(what="whole", images=images, rows=len(rows(whole)), exit=code, seconds=seconds)
-    for turn in range(times):
-        process = subprocess.Popen([*main, str(broken), *more], start_new_session=True)
-        few = round((turn + draws.uniform(0.2, 0.9)) * SHARDS / (times + 1))  # more than were there, and not all
-        while process.poll() is None and _finished(broken) < few:
-            time.sleep(draws.uniform(0, 0.2))
-        if turn % 2 and process.poll() is None:  # a worker of this run's, which Ray replaces; then the driver
-            worker = _worker(process.pid)
-            if worker is not None:
-                os.kill(worker, signal.SIGKILL)
-                few = _finished(broken)
-                while process.poll() is None and _finished(broken) <= few:  # it goes on without
-                    time.sleep(0.2)
-        ended = process.poll()
-        if ended is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        shards = _finished(broken)
-        tell(what="killed", turn=turn, driver=ended is None, worker=bool(turn % 2), shards=shards, of=SHARDS)
-        time.sleep(5)  # in which Ray's own processes see that their driver is gone
-    code = subprocess.run([*main, str(broken), *more], check=False).returncode
+
+    def start(output: Path) -> subprocess.Popen:
+        return subprocess.Popen([*main, str(output), *more], start_new_session=True)
+
+    def reach(process: subprocess.Popen, least: float, most: float) -> None:
+        """Wait for a random moment between two shares of the shards."""
+        few = draws.uniform(least, most) * SHARDS
+        while process.poll() is None and (_finished(broken) < few or not _below(process.pid, "ray::Map")):
+            time.sleep(0.05)
+        time.sleep(draws.uniform(0, 1))
+        assert process.poll() is None, "it ended before it could be killed"
+
+    def kill(kind: str, *victims: int) -> None:
+        """All at once."""
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        tell(what="killed", which=kind, shards=_finished(broken), of=SHARDS)
+
+    began = time.time()
+    code = start(whole).wait()
+    tell(what="whole", images=images, rows=len(rows(whole)), exit=code, seconds=round(time.time() - began, 1))
+    began, first = time.time(), start(broken)
+    reach(first, 0.05, 0.2)
+    kill("driver", first.pid)
+    first.wait()
+    time.sleep(5)  # in which Ray's own processes see that their driver is gone
+    second = start(broken)
+    reach(second, 0.25, 0.4)
+    kill("worker", draws.choice(_below(second.pid, "ray::Map")))
+    reach(second, 0.45, 0.6)
+    kill("worker and driver", draws.choice(_below(second.pid, "ray::Map")), second.pid)
+    second.wait()
+    time.sleep(5)
+    third = start(broken)
+    reach(third, 0.65, 0.8)
+    kill("node", *_below(third.pid, "raylet/raylet "))
+    gone = time.time()
+    ended = third.wait(120)
+    tell(what="without its node", exit=ended, seconds=round(time.time() - gone, 1))
+    code = start(broken).wait()
     told, expected = rows(broken), rows(whole)
     same = sum(told.get(name) == row for name, row in expected.items())
-    tell(what="after kills", rows=len(told), missing=len(expected.keys() - told.keys()), same=same, exit=code)
+    tell(
+        what="after kills",
+        rows=len(told),
+        missing=len(expected.keys() - told.keys()),
+        same=same,
+        exit=code,
+        seconds=round(time.time() - began, 1),
+    )
 
 
 def _finished(output: Path) -> int:
@@ -112,8 +156,8 @@ def _finished(output: Path) -> int:
     return len(list((output / "manifest").glob("*.json"))) if output.exists() else 0
 
 
-def _worker(driver: int) -> int | None:
-    """A process of Ray's below a driver that predicts or decodes."""
+def _below(driver: int, command: str) -> list[int]:
+    """Processes below a driver whose command line has a word: `ray::Map` of those that decode or predict."""
     found = []
     below = {driver}
     for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
@@ -124,9 +168,9 @@ def _worker(driver: int) -> int | None:
             continue
         if parent in below:
             below.add(int(path.name))
-            if words.startswith("ray::") and "IDLE" not in words:
+            if command in words:
                 found.append(int(path.name))
-    return found[0] if found else None
+    return found
 
 
 def job_of(config: ScaleConfig) -> Job:
@@ -266,23 +310,18 @@ def main() -> None:
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place, images = Path(folder), told.images[0]
+        model = small(place) if told.model == "small" else told.model
         if told.what == "kills":
-            kills(
-                told.model,
-                repeated(told.folder, place / "in", images, -(-images // 10)),
-                images,
-                told.rounds,
-                told.seed,
-                place,
-            )
+            source = repeated(told.folder, place / "in", images, -(-images // 10), 64)
+            kills(model, source, images, told.seed, place)
         elif told.what == "throughput":
-            throughput(told.model, repeated(told.folder, place / "in", images), images, told.rounds, place)
+            throughput(model, repeated(told.folder, place / "in", images), images, told.rounds, place)
         elif told.what == "growth":
-            growth(told.model, told.folder, told.images, place)
+            growth(model, told.folder, told.images, place)
         elif told.what == "decoding":
-            decoding(told.model, told.folder, images)
+            decoding(model, told.folder, images)
         else:
-            grouping(told.model, told.folder, images)
+            grouping(model, told.folder, images)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from filelock import FileLock
 from models import small_vit
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -404,49 +407,82 @@ def wrong() -> None:
 ENDS: dict[str, tuple[int, Callable[[], object], str]] = {
     "a worker fails": (1, wrong, "ValueError: Caught ValueError in DataLoader worker process 0"),
     "a worker dies": (1, lambda: os.kill(os.getpid(), signal.SIGKILL), "RuntimeError: DataLoader worker"),
-    "an image fails": (0, wrong, "ValueError: this image is cursed"),
     "it is stopped": (0, lambda: os.kill(os.getpid(), signal.SIGINT), "KeyboardInterrupt"),
-    "the disk is full": (0, lambda: None, "OSError: full"),
-    "a forward fails": (0, lambda: None, "ValueError: this forward is cursed"),
+    "an image fails": (0, wrong, "ValueError: this image is cursed"),
+    "a forward fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "a loss fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "an update fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "an average fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "a checkpoint fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "a log fails": (0, lambda: None, "ValueError: this call is cursed"),
+    "another trains there": (0, lambda: None, "FileExistsError: another training is writing to"),
 }
+CURSED: dict[str, tuple[Any, str]] = {
+    "a forward fails": (Full, "run"),
+    "a loss fails": (loop, "cross_entropy"),
+    "an update fails": (AcceleratedOptimizer, "step"),
+    "an average fails": (loop.ModelEmaV3, "update"),
+    "a checkpoint fails": (Checkpoints, "write"),
+    "a log fails": (Accelerator, "log"),
+}
+"""What fails the second time that it is called; the first, where that is once a training."""
+OF_FIRST = ("a checkpoint fails", "a log fails", "another trains there")
+"""What only the process does that writes."""
 
 
-def ended_in_one(how: str, rank: str, port: str, output: Path, told: Any) -> None:
+def cursed(call: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """A function whose call of a number fails."""
+    calls = itertools.count()
+
+    def called(*given: Any, **more: Any) -> Any:
+        if next(calls) == number:
+            raise ValueError("this call is cursed")
+        return call(*given, **more)
+
+    return called
+
+
+def ended_in_one(hows: tuple[str, ...], rank: str, port: str, output: Path, told: Any) -> None:
+    """A training for each, one after the other in the same processes."""
     join_as(rank, port)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    workers, end, _ = ENDS[how]
-    ends = rank == "1"
-    if how == "the disk is full":
-        ends = rank == "0"  # the one that writes
+    for how in hows:
+        workers, end, _ = ENDS[how]
+        ends = rank == ("0" if how in OF_FIRST else "1")
+        with pytest.MonkeyPatch.context() as patch, ExitStack() as held:
+            if how in CURSED and ends:
+                owner, name = CURSED[how]
+                call, calls = getattr(owner, name), itertools.count()
 
-        def full(*_: object) -> None:
-            raise OSError("full")
+                def cursed(
+                    *given: Any, call: Any = call, calls: Any = calls, first: bool = how in OF_FIRST, **more: Any
+                ) -> Any:
+                    if next(calls) == (not first):
+                        raise ValueError("this call is cursed")
+                    return call(*given, **more)
 
-        Checkpoints.write = full
-    if how == "a forward fails" and ends:
-        run, calls = Full.run, itertools.count()
-
-        def cursed(*given: Any) -> Any:
-            if next(calls) == 1:
-                raise ValueError("this forward is cursed")
-            return run(*given)
-
-        Full.run = cursed
-    data = replace(DATA, train=Failing(end if ends else lambda: None), workers=workers)
-    try:
-        train(copy.deepcopy(MODEL), data, replace(RECIPE, batch_size=4), output)
-    except BaseException as error:
-        told.put((ends, fault(error)))
+                patch.setattr(owner, name, cursed)
+            if how == "another trains there" and ends:
+                output.mkdir(exist_ok=True)
+                held.enter_context(FileLock(output / ".lock"))
+            data = replace(DATA, train=Failing(end if ends else lambda: None), workers=workers)
+            try:
+                train(copy.deepcopy(MODEL), data, replace(RECIPE, batch_size=4, ema_decay=0.5), output, resume=False)
+            except BaseException as error:
+                told.put((how, ends, fault(error)))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @forks
-@pytest.mark.parametrize("how", ENDS)
-def test_a_process_that_fails_ends_all(how: str, tmp_path: Path) -> None:
-    told = dict(two_processes(partial(ended_in_one, how), tmp_path, 2))
+@pytest.mark.parametrize("hows", [*zip([*ENDS][:3]), tuple([*ENDS][3:])], ids="; ".join)
+def test_a_process_that_fails_ends_all(hows: tuple[str, ...], tmp_path: Path) -> None:
+    found = {
+        (how, ends): words for how, ends, words in two_processes(partial(ended_in_one, hows), tmp_path, 2 * len(hows))
+    }
     dead = "ChildProcessError: a process that decodes images died in epoch 1"
-    assert told[True].startswith(dead if how == "a worker dies" else ENDS[how][2])
-    assert re.match(rf"ChildProcessError: process \d failed.*: {re.escape(ENDS[how][2])}", told[False])
+    for how in hows:
+        assert found[how, True].startswith(dead if how == "a worker dies" else ENDS[how][2])
+        assert re.match(rf"ChildProcessError: process \d failed.*: {re.escape(ENDS[how][2])}", found[how, False]), how
 
 
 def steered(fails: bool, rank: str, port: str, output: Path, told: Any) -> None:

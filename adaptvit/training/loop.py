@@ -7,7 +7,7 @@ that fingerprint, so that a changed recipe starts afresh beside the old run inst
 import fnmatch
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -107,9 +107,15 @@ def train(
         log_with="tensorboard" if recipe.tensorboard else None,
         project_dir=output,
     )
-    check_output_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with _only_run(output) if accelerator.is_main_process else nullcontext():
+    with ExitStack() as held:
+
+        def own() -> None:
+            check_output_folder(output)
+            output.mkdir(parents=True, exist_ok=True)
+            if accelerator.is_main_process:
+                held.enter_context(_only_run(output))
+
+        from_all(own)
         training = _Training(accelerator, model, data, recipe, output, name, teacher, key)
         try:
             return training.run(resume)
@@ -217,11 +223,11 @@ class _Training:
                 raise FileExistsError(
                     f"{str(self.output)!r} holds a checkpoint of this very run: resume it, or choose another folder"
                 )
-            self._restore()
+            from_all(self._restore)
         elif resume and self.accelerator.is_main_process:
             self.checkpoints.tell_of_others()
         if self.recipe.tensorboard:
-            self.accelerator.init_trackers("tensorboard")
+            from_all(partial(self.accelerator.init_trackers, "tensorboard"))
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):
             try:
                 self.history.append(self._epoch(number))
@@ -232,7 +238,6 @@ class _Training:
                     f"a process that decodes images died in epoch {number}; {self._kept()}"
                 ) from error
             from_all(self._write)
-            self.accelerator.log(_flat(self.history[-1]), step=number)
         for tracker in self.accelerator.trackers:  # its own `end_training` takes the process group down too
             tracker.finish()
         if self.recipe.final_gate_temperature is not None:
@@ -295,27 +300,29 @@ class _Training:
                 )
 
     def _batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, on the device.
-
-        Of several processes one that fails takes blank images from then on: the others, which wait for its gradients,
-        learn of it at the next reading.
-        """
+        """The next batch, on the device; blank images in a process that has failed."""
         device = self.accelerator.device
         if self.failure is None:
-            try:
+            with self._until_read():
                 batch = next(batches)
                 self._report_unreadable(batch)
                 return batch._replace(
                     images=batch.images.to(device, non_blocking=True), labels=batch.labels.to(device, non_blocking=True)
                 )
-            except Exception as error:
-                if self.accelerator.num_processes == 1:
-                    raise
-                self.failure = error
         count = self.recipe.batch_size
         images = next(self.model.parameters()).new_zeros(count, *self.data.shape)
         shape = (count,) if self.data.task == "classes" else (count, *self.data.shape[-2:])
         return Batch(images, torch.zeros(shape, dtype=torch.long, device=device), [])
+
+    @contextmanager
+    def _until_read(self) -> Iterator[None]:
+        """Keep what one of several processes fails with; the others, which wait for it, learn of it when all read."""
+        try:
+            yield
+        except Exception as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            self.failure = self.failure or error
 
     def _steers(self, step: int) -> bool:
         """Whether the knob is set before a step."""
@@ -340,12 +347,14 @@ class _Training:
             output, task = self._forward(batch.images, batch.labels)
             loss = task + sum(output.terms.values())
             accelerator.backward(loss)
-            if accelerator.sync_gradients and recipe.clip_grad is not None:
-                accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            with self._until_read():
+                if accelerator.sync_gradients and recipe.clip_grad is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         if self.ema is not None and accelerator.sync_gradients:
-            self.ema.update(self.model)
+            with self._until_read():
+                self.ema.update(self.model)
         return output, task, loss
 
     def _read(self, tally: Tally, number: int, stop: Callable[[], None] | None) -> None:
@@ -384,8 +393,9 @@ class _Training:
         recipe, targets = self.recipe, labels
         smoothing = recipe.label_smoothing
         if self.mixup is not None:
-            images, targets = self.mixup(images, labels)
-            smoothing = 0.0  # Mixup's targets are smooth already
+            with self._until_read():
+                images, targets = self.mixup(images, labels)
+                smoothing = 0.0  # Mixup's targets are smooth already
         lesson, patches = (None, {}) if self.teacher is None else self._taught(images)
         layout: type[Tokens] | None = None
         if recipe.compile:  # what is packed is no graph
@@ -394,11 +404,13 @@ class _Training:
         if output.means and self.accelerator.num_processes > 1:
             output = replace(output, terms=self.model.terms(over_processes(output.means)))
         logits = output.logits.float()
-        task = cross_entropy(logits, targets, label_smoothing=smoothing)
-        if lesson is not None:
-            pupil = logits if output.distilled is None else output.distilled.float()
-            taught = distillation(pupil, lesson.float(), recipe.distillation, recipe.temperature)
-            task = (1 - recipe.distillation_weight) * task + recipe.distillation_weight * taught
+        task = 0 * logits.mean()  # of a process in which the loss fails
+        with self._until_read():
+            task = cross_entropy(logits, targets, label_smoothing=smoothing)
+            if lesson is not None:
+                pupil = logits if output.distilled is None else output.distilled.float()
+                taught = distillation(pupil, lesson.float(), recipe.distillation, recipe.temperature)
+                task = (1 - recipe.distillation_weight) * task + recipe.distillation_weight * taught
         return output, task
 
     def _output(self, images: Tensor, layout: type[Tokens] | None, patches: dict[str, Tensor]) -> Output:
@@ -491,6 +503,7 @@ class _Training:
     def _write(self) -> None:
         if self.accelerator.is_main_process:
             self.checkpoints.write(self._state(), self.history)
+        self.accelerator.log(_flat(self.history[-1]), step=len(self.history))
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint has beside the history."""
