@@ -321,7 +321,7 @@ def losses_in_float64(batch_size: int, output: Path, key: str | None = None) -> 
     small = Images(whole.train.images[:48].double(), whole.train.labels[:48])
     vit = small_vit(img_size=16, patch_size=4, depth=3, in_chans=1, num_classes=10, dtype=torch.float64)
     model = AViTConfig(gate_scale=4.0, gate_center=2.0, prior_weight=0.5, ponder_weight=0.1).build(vit)
-    recipe = Recipe(epochs=3, batch_size=batch_size, evaluate_every=0)
+    recipe = Recipe(epochs=3, batch_size=batch_size, evaluate_every=0, checkpoint_every=2)
     history = train(model, replace(whole, train=small, test=small), recipe, output, key=key)
     return [[epoch.loss, *epoch.terms.values()] for epoch in history]
 

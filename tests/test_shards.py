@@ -1,9 +1,11 @@
 """Shards of webdataset: every sample is used or named, and all bytes go through the one decoder."""
 
+import copy
 import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,11 @@ from torch.utils.data import DataLoader
 from adaptvit import save
 from adaptvit.cli import main
 from adaptvit.data import DataConfig, Unreadable, collate, filled, open_data, open_split
+from adaptvit.data.sets import Batch
 from adaptvit.data.shards import Sample, Split, find_shards, flow
+from adaptvit.training.loop import _Training, train
+from adaptvit.training.recipe import Recipe
+from adaptvit.training.resuming import Checkpoints
 
 
 def shard(path: Path, files: dict[str, bytes]) -> Path:
@@ -231,6 +237,46 @@ def test_a_streams_order_follows_its_epoch_with_workers_and_without(insects: Dat
     assert len(orders[0]) == len(orders[3]) == 8
     assert orders[0] == orders[1]
     assert sorted(orders[3]) == sorted(orders[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_goes_on_within_an_epoch_of_a_stream_as_if_nothing_had_happened(
+    insects: DataConfig, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the first epoch and in the second, after checkpoints at steps 2 and 4 of their 8."""
+    data = open_data(replace(insects, workers=workers), SETTINGS)
+    model = METHODS["adavit"].build(small_vit(depth=2, num_classes=2)).train()
+    recipe = Recipe(
+        epochs=2, batch_size=1, accumulate=2, warmup_epochs=0, evaluate_every=0, ema_decay=0.5, checkpoint_every=1
+    )
+    whole, resumed = copy.deepcopy(model), copy.deepcopy(model)
+    history = train(whole, data, recipe, tmp_path / "whole")
+    steps: list[int] = []
+    step = _Training._step
+    for last in (5, 8 + 3):
+
+        def stopped(self: _Training, number: int, batch: Batch, last: int = last) -> Any:
+            if number == last:
+                raise KeyboardInterrupt
+            steps.append(number)
+            return step(self, number, batch)
+
+        monkeypatch.setattr(_Training, "_step", stopped)
+        trained = copy.deepcopy(model)
+        with pytest.raises(KeyboardInterrupt):
+            train(trained, data, recipe, tmp_path / "resumed")
+        (part,) = (tmp_path / "resumed").glob("part-*.pt")
+    kept = Checkpoints(part.parent, part.stem.removeprefix("part-"))
+    told = rf"other processes \(1 that train, {workers} that decode .* \(2 that train, .*; epoch 2 begins anew"
+    with pytest.warns(UserWarning, match=told):
+        assert kept.read_part(torch.device("cpu"), 1, [2, workers], tells=True) is None
+    assert kept.read_part(torch.device("cpu"), 2, [1, workers], tells=True) is None
+    monkeypatch.setattr(_Training, "_step", step)
+    again = train(resumed, data, recipe, tmp_path / "resumed")
+    assert steps == [*range(5), *range(4, 8 + 3)]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert [replace(one, seconds=0) for one in again] == [replace(one, seconds=0) for one in history]
+    assert not [*(tmp_path / "resumed").glob("part-*")]
 
 
 def test_splits_are_told_by_braces_or_by_a_file(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ class Scaled:
     macs: int
     faults: tuple[Record, ...]
     """Shards that failed each time, and units whose process died each time."""
+    left: int | None
+    """Images of these; None where they were not counted."""
     left_out: tuple[LeftOut, ...]
     """What lies in the source and is no image."""
 
@@ -319,13 +321,14 @@ def run(job: Job, config: ScaleConfig, engine: InProcess | RayEngine) -> Scaled:
                     f"{manifest.macs / (max(1, manifest.images) * dense):.1%} of the MACs", refresh=False
                 )
                 bar.update(record.images + record.unreadable)
-    died = f"its process died {job.tries} times"
+    died = f"its process died {job.tries} times, and what is left of it is not done"
     for number, _ in waiting:
         if not manifest.whole(number) and number not in faults:
             faults[number] = Record(f"{number:06d}-{len(manifest.finished.get(number, ())):06d}", fault=died)
     named = [replace(fault, fault=f"{units[fault.unit].name}: {fault.fault}") for fault in faults.values()]
-    share = manifest.macs / (max(1, manifest.images) * dense)
-    return Scaled(manifest.images, before, manifest.unreadable, share, manifest.macs, tuple(named), left_out)
+    share, total = manifest.macs / (max(1, manifest.images) * dense), earlier["images"]
+    left = None if total is None else total - manifest.images - manifest.unreadable
+    return Scaled(manifest.images, before, manifest.unreadable, share, manifest.macs, tuple(named), left, left_out)
 
 
 def _set_up(job: Job, config: ScaleConfig, engine: InProcess | RayEngine, units: Sequence[Unit]) -> dict[str, Any]:
@@ -370,7 +373,8 @@ def execute(arguments: Namespace) -> int:
     for record in done.faults[:NAMED]:
         say(f"adaptvit: shard {record.shard} failed {config.tries} times and is left out: {record.fault}", sys.stderr)
     if done.faults:
-        say(f"adaptvit: {len(done.faults)} shards failed; the same command tries them again", sys.stderr)
+        lost = "" if done.left is None else f", with {done.left} images"
+        say(f"adaptvit: {len(done.faults)} shards failed{lost}; the same command tries them again", sys.stderr)
     figures = {"images": done.images, "earlier": done.earlier, "share": done.share, "macs": done.macs}
     failed = [{"shard": record.shard, "fault": record.fault} for record in done.faults]
     tell_json(

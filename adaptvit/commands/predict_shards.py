@@ -195,7 +195,7 @@ class Job:
                 raise
             except Exception as error:  # of a filesystem or a format, each of its own kind
                 if attempt + 1 == self.tries:
-                    why = f"{unit.name}: {str(error) or fault(error)}"
+                    why = str(error) or fault(error)
                     yield _row(Record(f"{number:06d}-{done + 1:06d}", fault=why, full=_is_full(error)))
                 else:
                     time.sleep(PAUSE * 2**attempt)

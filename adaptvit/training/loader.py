@@ -46,7 +46,7 @@ def training_loader(data: Data, batch_size: int, pinned: bool) -> DataLoader:
         worker_init_fn=serve,
         pin_memory=pinned,
         persistent_workers=stays,
-        generator=torch.Generator() if stays else None,  # drawn from once, not in each epoch
+        generator=torch.Generator() if stays or sampler is None else None,  # whose seeds no other draw moves
     )
 
 

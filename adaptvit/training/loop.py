@@ -68,6 +68,7 @@ def train(
     """Train in place and return what happened, epoch by epoch; finished epochs of the same run are not repeated.
 
     Writes `checkpoint-XXXXXXXX.pt` and `log-XXXXXXXX.jsonl` in `output` after every epoch, each whole or not at all.
+    Within one, where the recipe says how often, `part-XXXXXXXX.pt`: a run of as many processes goes on at that step.
     The checkpoint of the epoch before is kept as `previous-XXXXXXXX.pt`: a training whose last one is damaged goes on
     from there, and says so.
     Started by torchrun, every process takes its share of the images of each epoch. The process group stays for the next
@@ -216,6 +217,7 @@ class _Training:
         self.history: list[Epoch] = []
         self.failure: BaseException | None = None
         self.unreadable: dict[str, str] = {}
+        self.part: dict[str, Any] | None = None  # of the next epoch, what was counted before
 
     def run(self, resume: bool) -> list[Epoch]:
         if self.checkpoints.are_there:
@@ -251,6 +253,8 @@ class _Training:
         start = time.perf_counter()
         # all randomness of an epoch hangs on its number, so that resuming is exact
         begin_stream("epoch", recipe.seed, number, accelerator.process_index)
+        if self.loader.generator is not None:
+            self.loader.generator.manual_seed(stream("workers", recipe.seed, number, accelerator.process_index))
         for part in (self.loader.sampler, self.loader.dataset):  # the seed of either's order, which processes share
             if hasattr(part, "set_epoch"):
                 part.set_epoch(stream("order", recipe.seed, number) % 2**31)
@@ -258,27 +262,47 @@ class _Training:
         if self.teacher is not None:
             self.teacher.eval()
         tally, batches = Tally(self.model, accelerator), self._batches()
+        if self.part is not None:
+            tally.go_on(self.part)
+            for _ in progress_bar(range(tally.steps), "passing over what was seen", unit="batch"):
+                self._batch(batches)
+            self._begin_part(number, tally)
+            self.part = None
         title, quiet = f"{self.name} {number}/{recipe.epochs}", not accelerator.is_local_main_process
         alone = accelerator.num_processes == 1
         with (
-            progress_bar(words=title, total=self.steps, stays=True, shown=not quiet) as bar,
+            progress_bar(words=title, total=self.steps, initial=tally.steps, stays=True, shown=not quiet) as bar,
             nullcontext() if alone else stopped_later() as stop,
         ):
-            for step in range((number - 1) * self.steps, number * self.steps):
+            for step in range((number - 1) * self.steps + tally.steps, number * self.steps):
                 batch = self._batch(batches)
                 if tally.losses and self._steers(step):
                     self._read(tally, number, stop)  # what a spoilt model costs says nothing
                 output, task, loss = self._step(step, batch)
                 tally.add(output, batch.labels, task, loss, len(batch.unreadable))
-                if tally.steps % READ_EVERY == 0 or tally.steps == self.steps:
+                parts = self._parts(tally)
+                if tally.steps % READ_EVERY == 0 or tally.steps == self.steps or parts:
                     self._read(tally, number, stop)
                     bar.update(tally.steps - bar.n)
                     bar.set_postfix_str(tally.line())
+                if parts:
+                    kept = tally.kept()
+                    from_all(partial(self._write_part, kept))
+                    self._begin_part(number, tally)
         test = None
         if recipe.evaluate_every and (number % recipe.evaluate_every == 0 or number == recipe.epochs):
             test = self._evaluate()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         return tally.epoch(number, learning_rate, time.perf_counter() - start, test)
+
+    def _parts(self, tally: Tally) -> bool:
+        """Whether a checkpoint within the epoch is written after a step."""
+        every = self.recipe.checkpoint_every
+        return every is not None and tally.steps < self.steps and tally.steps % (every * self.recipe.accumulate) == 0
+
+    def _begin_part(self, number: int, tally: Tally) -> None:
+        """What is drawn after a checkpoint within an epoch hangs on its place, so that resuming is exact."""
+        begin_stream("part", self.recipe.seed, number, tally.steps, self.accelerator.process_index)
 
     def _batches(self) -> Iterator[Batch]:
         """As many batches as an epoch has steps, so that processes take as many: a stream that ends begins again.
@@ -505,6 +529,16 @@ class _Training:
             self.checkpoints.write(self._state(), self.history)
         self.accelerator.log(_flat(self.history[-1]), step=len(self.history))
 
+    def _write_part(self, kept: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            knob = getattr(self.model.config, "knob", None)
+            value = None if knob is None else getattr(self.model.config, knob.field)
+            part = {"tally": kept, "knob": value, "readers": self._readers()}
+            self.checkpoints.write_part(self._state() | part, self.history)
+
+    def _readers(self) -> list[int]:
+        return [self.accelerator.num_processes, self.data.workers]
+
     def _state(self) -> dict[str, Any]:
         """What a checkpoint has beside the history."""
         return {
@@ -515,10 +549,15 @@ class _Training:
         }
 
     def _restore(self) -> None:
-        """Go back to the last checkpoint that can be read, as `Checkpoints.read` says."""
-        tells = self.accelerator.is_main_process
-        saved = self.checkpoints.read(self.accelerator.device, self.recipe.epochs, tells)
-        self.history = saved["history"]
+        """Go back to the last checkpoint that can be read, as `Checkpoints.read` and `read_part` say."""
+        tells, device = self.accelerator.is_main_process, self.accelerator.device
+        whole = self.checkpoints.read(device, self.recipe.epochs, tells)
+        done = 0 if whole is None else len(whole["history"])
+        part = self.checkpoints.read_part(device, done, self._readers(), tells)
+        saved = part or whole
+        if saved is None:
+            return
+        self.history, self.part = saved["history"], part and part["tally"]
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -527,10 +566,12 @@ class _Training:
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(self.checkpoints.last)!r} does not fit this training: {reason(error)}") from error
+            path = self.checkpoints.last if part is None else self.checkpoints.part
+            raise ValueError(f"{str(path)!r} does not fit this training: {reason(error)}") from error
         knob = getattr(self.model.config, "knob", None)
         if knob is not None and self.recipe.target is not None:
-            self.model.config = replace(self.model.config, **{knob.field: self.history[-1].knob})
+            value = self.history[-1].knob if part is None else part["knob"]
+            self.model.config = replace(self.model.config, **{knob.field: value})
         if tells:
             # it may have an epoch more, or one less where a process was killed before it wrote
             self.checkpoints.write_log(self.history)

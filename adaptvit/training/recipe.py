@@ -68,6 +68,8 @@ class Recipe:
     """Updates between two settings of the knob, each on the images at hand."""
     evaluate_every: Annotated[int, In("[0, inf)")] = 1
     """Epochs between two evaluations of the test split, the last epoch's always included; 0 never evaluates."""
+    checkpoint_every: Annotated[int | None, In("[1, inf)")] = None
+    """Updates between two checkpoints within an epoch, for epochs that take hours; None writes one after each alone."""
     tensorboard: bool = False
     """Also log to TensorBoard, in the run's folder."""
     seed: Annotated[int, In("[0, 4294967295]")] = 0

@@ -1,8 +1,9 @@
-"""What a training leaves after every epoch, and goes on from: its last checkpoint, the one before it, and its log."""
+"""What a training leaves and goes on from: checkpoints of the last two epochs and within the present one, its log."""
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ class Checkpoints:
         self.output = output
         self.checkpoint, self.log = output / f"checkpoint-{key}.pt", output / f"log-{key}.jsonl"
         self.previous = output / f"previous-{key}.pt"
+        self.part = output / f"part-{key}.pt"
         self.last: Path | None = None
 
     @property
     def are_there(self) -> bool:
         """Whether there is something to go on from."""
-        return self.checkpoint.exists() or self.previous.exists()
+        return self.checkpoint.exists() or self.previous.exists() or self.part.exists()
 
     def tell_of_others(self) -> None:
         """Say so where there is something to go on with, but not of this training."""
@@ -49,24 +51,42 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written; the one before it stays.
         """
-        with replacing(self.checkpoint) as partial:
+        with self._saved(self.checkpoint, state, history):
+            if self.last == self.checkpoint:  # or what is there is damaged, and the previous one better
+                os.replace(self.checkpoint, self.previous)
+        self.last = self.checkpoint
+        self.part.unlink(missing_ok=True)
+        self.write_log(history)
+
+    def write_part(self, state: dict[str, Any], history: Sequence[Epoch]) -> None:
+        """Write a checkpoint within the epoch after the last of the history, over the one before it.
+
+        Raises:
+            OSError: it cannot be written; the one before it stays.
+        """
+        with self._saved(self.part, state, history):
+            pass
+
+    @contextmanager
+    def _saved(self, path: Path, state: dict[str, Any], history: Sequence[Epoch]) -> Iterator[None]:
+        """A checkpoint beside its place, which it takes when the block ends."""
+        with replacing(path) as partial:
             try:
                 torch.save({**state, "history": [asdict(epoch) for epoch in history]}, partial)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(
-                    f"{str(self.checkpoint)!r} cannot be written (disk full?), the one before it stays: {reason(error)}"
+                    f"{str(path)!r} cannot be written (disk full?), the one before it stays: {reason(error)}"
                 ) from error
-            if self.last == self.checkpoint:  # or what is there is damaged, and the previous one better
-                os.replace(self.checkpoint, self.previous)
-        self.last = self.checkpoint
-        self.write_log(history)
+            yield
 
     def write_log(self, history: Sequence[Epoch]) -> None:
         """Write a line for each epoch."""
         write_atomically(self.log, "".join(as_json(asdict(epoch)) + "\n" for epoch in history))
 
-    def read(self, device: torch.device, epochs: int, tells: bool) -> dict[str, Any]:
-        """The last checkpoint, or the one before it where that is damaged; its `history` is made of `Epoch`s.
+    def read(self, device: torch.device, epochs: int, tells: bool) -> dict[str, Any] | None:
+        """The last checkpoint of a whole epoch, or the one before it where that is damaged; None where there is none.
+
+        Its `history` is made of `Epoch`s.
 
         Args:
             epochs: of the whole training.
@@ -92,7 +112,34 @@ class Checkpoints:
             if faults and tells:
                 warn(f"{faults[0]}; going on from {path.name}, after epoch {done}", stacklevel=5)
             return saved
-        raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
+        if faults:
+            raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
+        return None
+
+    def read_part(self, device: torch.device, done: int, readers: list[int], tells: bool) -> dict[str, Any] | None:
+        """The checkpoint within an epoch, where that is the next and these can go on from it; else None.
+
+        Args:
+            done: whole epochs.
+            readers: processes that train, and that decode for each: others have the images in another order.
+            tells: whether this process warns where there is one that is of no use.
+        """
+        if not self.part.exists():
+            return None
+        try:
+            saved = read_checkpoint(self.part, device)
+        except ValueError as error:
+            why = str(error)
+        else:
+            if len(saved["history"]) != done:  # who wrote it was stopped after the epoch, before it was removed
+                return None
+            if saved["readers"] == readers:
+                return saved
+            then, now = ("{} that train, {} that decode for each".format(*of) for of in (saved["readers"], readers))
+            why = f"{str(self.part)!r} is of other processes ({then}) than these ({now})"
+        if tells:
+            warn(f"{why}; epoch {done + 1} begins anew", stacklevel=5)
+        return None
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -118,6 +165,6 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         history = [Epoch(**epoch) for epoch in saved["history"]]
     except (KeyError, TypeError):
         history = []
-    if not history:
+    if not history and "readers" not in saved:
         raise ValueError(f"{str(path)!r} is no checkpoint of a training that this adaptvit can go on with")
     return saved | {"history": history}

@@ -88,6 +88,26 @@ class Tally:
         self._means["unreadable"] = unreadable
         return True
 
+    def kept(self) -> dict[str, Any]:
+        """What was counted, of all processes, which all call this; for `go_on`."""
+        assert self._sums is not None
+        counts = self._sums.new_tensor([self.images, self.unreadable])
+        images, unreadable, *sums = self.accelerator.reduce(torch.cat([self._wide(counts), self._sums]))
+        depths = None if self._depths is None else self.accelerator.gather(self._depths[None]).amax(dim=0)
+        return {
+            "steps": self.steps,
+            "images": int(images),
+            "unreadable": int(unreadable),
+            "sums": torch.stack(sums),
+            "depths": depths,
+        }
+
+    def go_on(self, kept: dict[str, Any]) -> None:
+        """Begin with what an earlier run has counted, in one process for all."""
+        self.steps, self._depths = kept["steps"], kept["depths"]
+        if self.accelerator.is_main_process:
+            self.images, self.unreadable, self._sums = kept["images"], kept["unreadable"], kept["sums"]
+
     def line(self) -> str:
         """The means of all processes as they were read, for a progress bar."""
         means = self._means
