@@ -183,6 +183,31 @@ def export(
     return Exported(path, len(content), len(logits), equal, difference, over, json.loads(as_json(facts)))
 
 
+def check_format(
+    path: Path, format: Format, layout: type[Tokens] = Dense, batch: Literal["dynamic"] | int = "dynamic"
+) -> None:
+    """Refuse a file that cannot be written, whatever the model.
+
+    Raises:
+        ValueError, FileNotFoundError, MissingLibrary: as `export` does.
+    """
+    if layout is Slab and batch == "dynamic":
+        raise ValueError("layout slab has as many rows as a batch of so many images needs: choose its batch, such as 8")
+    if path.suffix != SUFFIXES[format]:
+        raise ValueError(f"a file of format {format!r} ends in {SUFFIXES[format]}, got {path.name!r}")
+    if format == "onnx":
+        with needed("exporting to ONNX"):
+            import onnx as onnx
+            import onnxruntime as onnxruntime
+            import onnxscript as onnxscript
+    if format == "aoti":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ValueError(f"format aoti takes a C++ compiler, and none is here: {str(error)[:200]}") from error
+    check_output(path)
+
+
 def check_exportable(
     model: AdaptiveViT,
     path: Path,
@@ -201,6 +226,7 @@ def check_exportable(
         raise TypeError(f"export takes an adaptive model, got a {type(model).__name__}: FullConfig().build(vit) is one")
     if layout not in (Dense, Slab, Masked):
         raise ValueError(f"layout of a file must be adaptvit.Dense, adaptvit.Slab or adaptvit.Masked, got {layout!r}")
+    check_format(path, format, layout, batch)
     training = model.training
     try:
         even = model.train(False).even
@@ -214,26 +240,11 @@ def check_exportable(
         )
     if format == "aoti" and layout is Dense and not even:
         raise ValueError("format aoti has no shapes that depend on the image: choose onnx or torch, or layout slab")
-    if layout is Slab and batch == "dynamic":
-        raise ValueError("layout slab has as many rows as a batch of so many images needs: choose its batch, such as 8")
-    if path.suffix != SUFFIXES[format]:
-        raise ValueError(f"a file of format {format!r} ends in {SUFFIXES[format]}, got {path.name!r}")
-    if format == "onnx":
-        with needed("exporting to ONNX"):
-            import onnx as onnx
-            import onnxruntime as onnxruntime
-            import onnxscript as onnxscript
-    if format == "aoti":
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise ValueError(f"format aoti takes a C++ compiler, and none is here: {str(error)[:200]}") from error
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes, but there are {len(classes)} names of them")
     weigh = sum(tensor.numel() for tensor in model.state_dict().values()) * DTYPES[dtype].itemsize
     if format == "onnx" and weigh >= ONNX_LIMIT:
         raise ValueError(f"the weights are {weigh / 1e9:.1f} GB, and one ONNX file holds 2: choose float16, or torch")
-    check_output(path)
 
 
 def _program(served: _Served, size: tuple[int, int, int], batch: Literal["dynamic"] | int) -> ExportedProgram:

@@ -35,7 +35,16 @@ ELSEWHERE = (
     "asl24_",
 )
 """What a command that needs a network, or data that are not ours to bring, has in it."""
-NOT_HERE = ("torchrun", "playground", "--engine ray", " ...", "--config", "--print_config", "avit.safetensors")
+NOT_HERE = (
+    "torchrun",
+    "playground",
+    "adaptvit serve",
+    "--engine ray",
+    " ...",
+    "--config",
+    "--print_config",
+    "avit.safetensors",
+)
 FILES = {
     "vit_small_patch16_224": "vit.safetensors",
     "vit_tiny_patch16_224": "vit.safetensors",

@@ -92,7 +92,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
         ("deit_tiny_patch16_224 --batch-size 0", "BenchConfig.batch_size must be 1 or more, got 0"),
         ("deit_tiny_patch16_224 --batch-size 5", "images must be a multiple of batch_size, got 32 and 5"),
         ("deit_tiny_patch16_224 --dtype float8", "dtype must be one of float32, bfloat16, float16, got 'float8'"),
-        ("deit_tiny_patch16_224 --data /nowhere/at/all", "'/nowhere/at/all', which is not a folder"),
+        ("deit_tiny_patch16_224 --data /nowhere/at/all", "data folder '/nowhere/at/all' does not exist"),
         ("deit_tiny_patch16_224 --json /nowhere/at/all.json", "there is no folder '/nowhere/at'"),
         ("deit_tiny_patch16_224 --speed fast", "--speed"),
         ("", "model"),

@@ -25,7 +25,7 @@ from PIL import Image
 
 import adaptvit_cli
 from adaptvit import cli, load, save
-from adaptvit.commands import adapt, answers, bench, demo, evaluate, train
+from adaptvit.commands import answers, bench, demo, evaluate, train
 from adaptvit.commands.parsing import made_plain, parser_of, written_out
 from adaptvit.extras import EXTRAS
 from adaptvit.methods import METHODS as KINDS
@@ -658,15 +658,47 @@ def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    "words", ["evaluate vit_tiny_patch16_224 absent", "adapt vit_tiny_patch16_224 absent out.safetensors"]
+    ("words", "message"),
+    [
+        ("adapt NAME absent out", "data folder 'absent' does not exist"),
+        ("adapt NAME texts out", "has no images that can be read: none of its files, as 'a.txt', is one, or a clip"),
+        ("adapt NAME images out --target 2", "target must lie in (0, 1]"),
+        ("bench NAME --data texts", "has no images that can be read"),
+        ("compare methods NAME images absent.pth", "absent.pth does not exist"),
+        ("compare methods NAME images --class-names twice.txt", "has the name 'a' twice"),
+        ("compare methods NAME images --weights absent.pth", "absent.pth does not exist"),
+        ("draw NAME texts --per-class", "has no images that can be read"),
+        ("evaluate NAME absent", "data folder 'absent' does not exist"),
+        ("evaluate NAME images --split testing", "has no folder 'testing', but 'train', 'val'"),
+        ("evaluate NAME images --class-names twice.txt", "has the name 'a' twice"),
+        ("export NAME out.pt", "a file of format 'onnx' ends in .onnx, got 'out.pt'"),
+        ("export NAME out.onnx --target 2", "target must lie in (0, 1]"),
+        ("export NAME out.onnx --data texts", "data is 'texts', which holds no images"),
+        ("export NAME out.onnx --layout slab", "choose its batch"),
+        ("export NAME out.onnx --class-names absent.txt", "class_names is 'absent.txt', which is not a file"),
+        ("playground NAME absent.pth", "absent.pth does not exist"),
+        ("predict NAME texts", "has no images that can be read"),
+        ("predict NAME images --class-names empty.txt", "holds no names"),
+        ("train digits --weights absent.pth", "absent.pth does not exist"),
+    ],
 )
-def test_a_folder_is_looked_for_before_a_model(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_mistakes_are_told_before_a_model_is_opened(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    for module in (evaluate, adapt):
-        monkeypatch.setattr(module, "open_model", None)
-    assert cli.main(words.split()) == 2
-    assert said(capsys) == "adaptvit: data folder 'absent' does not exist\n"
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for kind in ("ant", "bee"):
+            Path("images", split, kind).mkdir(parents=True)
+            Path("images", split, kind, "0.png").touch()
+    Path("texts").mkdir()
+    for name, text in (("texts/a.txt", "a"), ("twice.txt", "a\na\n"), ("empty.txt", "\n")):
+        Path(name).write_text(text)
+    for module in ("adapt", "bench", "compare_methods", "draw", "evaluate", "export", "predict", "sessions"):
+        monkeypatch.setattr(f"adaptvit.commands.{module}.open_model", None)
+    monkeypatch.setattr(timm, "create_model", None)
+    assert cli.main(words.replace("NAME", "vit_tiny_patch16_224").split()) == 2
+    (line,) = said(capsys).splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize("what", ["methods", "models", "recipes"])

@@ -198,7 +198,7 @@ def test_a_model_of_other_channels_is_refused_by_every_command_before_any_work(t
     for call in (
         lambda: train_run(made),
         lambda: train_run(replace(made, data=DataConfig())),  # the digits
-        lambda: evaluate_model(EvaluateConfig(str(file), tmp_path)),
+        lambda: evaluate_model(EvaluateConfig(str(file), tmp_path, split="train")),
         lambda: predict(PredictConfig(str(file), tmp_path, tmp_path / "a.csv", top=1)),
         lambda: draw(DrawConfig(str(file), tmp_path / "train" / "a", tmp_path / "drawn")),
         lambda: set_budget(str(file), tmp_path, tmp_path / "new.safetensors"),

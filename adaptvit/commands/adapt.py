@@ -75,7 +75,7 @@ def set_budget(
     device = best_device() if device is None else device
     check_device("device", device)
     source = DataConfig(root=folder, strip=strip)
-    check_sources(source)
+    check_sources(source, "train")
     opened = open_model(model).to(device)
     split = open_split(source, preparation(opened, model), "train")
     config: MethodConfig = opened.config

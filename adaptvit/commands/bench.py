@@ -23,9 +23,11 @@ from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, tell_json
 from adaptvit.data import (
     Clips,
+    DataConfig,
     Samples,
     Unreadable,
     check_no_strip,
+    check_sources,
     in_channels,
     list_folder,
     open_pictures,
@@ -143,6 +145,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         TypeError: the model is not a ViT that the library reproduces.
         ValueError: the images cannot be read, the target cannot be met, or logits are not finite.
     """
+    if config.data is not None:
+        check_sources(DataConfig(root=config.data))
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device, dtype = torch.device(config.device), DTYPES[config.dtype]

@@ -65,7 +65,7 @@ from adaptvit.show.pictures import (
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import progress_bar, say, warn
 from adaptvit.weights.checkpoints import digest
-from adaptvit.weights.opening import open_model, start_from
+from adaptvit.weights.opening import check_name, open_model, start_from
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,12 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
         ValueError: the model is no plain ViT, a file or the data has other classes, or there are too few images.
     """
     check_output_folder(config.output)
-    check_sources(DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map))
+    check_sources(DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map), config.split)
+    if config.weights is not None and not timm.is_model(config.model):
+        raise ValueError(f"weights are for the name of a timm model, which {config.model!r} is not")
+    for name in (config.model, *config.files, config.weights):
+        if name is not None:
+            check_name(name)
     what = _Compared(config)
     budgets = tuple(dict.fromkeys(config.budgets))
     fitted = [Entry(name, share) for name in what.methods for share in budgets]
@@ -481,8 +486,6 @@ def _open_plain(config: MethodsConfig) -> AdaptiveViT:
             method = model.config.method
             raise ValueError(f"{config.model} is {method} already: give a plain ViT, and this file after the folder")
         return model
-    if not timm.is_model(config.model):
-        raise ValueError(f"weights are for the name of a timm model, which {config.model!r} is not")
     vit = timm.create_model(config.model)
     if not start_from(vit, config.weights):
         raise ValueError(f"{str(config.weights)!r} has no head of the {vit.num_classes} classes of {config.model}")

@@ -74,7 +74,7 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         ValueError: the model's classes are not those of the images, or no image can be read.
     """
     source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map, strip=config.strip)
-    check_sources(source)
+    check_sources(source, config.split)
     model = open_model(config.model).to(config.device)
     settings = preparation(model, config.model)
     data = open_split(source, settings, config.split)

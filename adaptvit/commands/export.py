@@ -12,8 +12,7 @@ from adaptvit.budget import check_target, measure_plan, meet_target
 from adaptvit.checks import In, OneOf, checked
 from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import first_of, list_folder, open_pictures, preparation, read_names, spread_over
-from adaptvit.export import DTYPES, Exported, Format, check_exportable, export
-from adaptvit.files import check_output
+from adaptvit.export import DTYPES, Exported, Format, check_exportable, check_format, export
 from adaptvit.methods import METHODS, is_dense, untrained
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import Dense, Masked, Slab, Tokens
@@ -56,10 +55,14 @@ def export_model(
         MissingLibrary: a library of the extra `onnx` is not there.
         ValueError: what cannot be exported, a target that cannot be met, or a file that has other logits.
     """
-    check_output(output)
-    opened = open_model(model)
+    layouts: dict[str, type[Tokens]] = {"dense": Dense, "slab": Slab, "masked": Masked}
+    kind = layouts[layout]
     if target is not None:
         check_target(target, "share")
+    check_format(output, format, kind, batch)
+    classes = None if class_names is None else read_names(class_names, "class_names")
+    listing = None if data is None else list_folder(data, "data")
+    opened = open_model(model)
     if method is not None and not is_dense(opened) and method != opened.config.method:
         raise ValueError(f"{model} is {opened.config.method} already; method {method!r} is for a plain ViT")
     if is_dense(opened):
@@ -67,19 +70,16 @@ def export_model(
             raise ValueError(f"{model} is a plain ViT, which costs what it costs: choose its method, such as tome")
         if method is not None:
             opened = METHODS[method]().build(opened.vit).eval()
-    classes = None if class_names is None else read_names(class_names, "class_names")
-    kinds: dict[str, type[Tokens]] = {"dense": Dense, "slab": Slab, "masked": Masked}
-    kind = kinds[layout]
     check_exportable(opened, output, format, dtype, kind, classes, batch)
-    if layout == "slab" and data is None and opened.plan is None:
+    if layout == "slab" and listing is None and opened.plan is None:
         raise ValueError("layout slab plans its rows by images: choose a folder of such as come, with --data")
     if target is not None:
         if not opened.even:  # what they cost depends on the images
             raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit adapt")
         meet_target(opened, torch.zeros(1, *input_size(opened.vit)).to(next(opened.parameters())), target)
     looked_at = None
-    if data is not None:
-        split = open_pictures(list_folder(data, "data"), preparation(opened, model))
+    if listing is not None:
+        split = open_pictures(listing, preparation(opened, model))
         batched = spread_over(split, images)
         if batched.unreadable:
             warn(f"{len(batched.unreadable)} images cannot be read{first_of(batched.unreadable)}", stacklevel=2)

@@ -28,10 +28,12 @@ from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_unused, tell_json, unused
 from adaptvit.data import (
     Clips,
+    DataConfig,
     FolderImages,
     LeftOut,
     Unreadable,
     check_no_strip,
+    check_sources,
     collate,
     list_folder,
     not_finite,
@@ -128,19 +130,21 @@ def predict(config: PredictConfig) -> Prediction:
         raise FileNotFoundError(f"PredictConfig.folder is {str(config.folder)!r}, which is not a folder")
     if not config.output.parent.is_dir():
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
-    if config.class_names is not None and not config.class_names.exists():
-        read_names(config.class_names, "PredictConfig.class_names")
+    check_sources(DataConfig(root=config.folder))
+    names = None if config.class_names is None else read_names(config.class_names, "PredictConfig.class_names")
     device = torch.device(config.device)
     check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
     with locked(config.output) if state.is_main_process else nullcontext():
-        return _predict(config, device, state)
+        return _predict(config, names, device, state)
 
 
-def _predict(config: PredictConfig, device: torch.device, state: PartialState) -> Prediction:
+def _predict(
+    config: PredictConfig, told: Sequence[str] | None, device: torch.device, state: PartialState
+) -> Prediction:
     rank, world = state.process_index, state.num_processes
     model = open_model(config.model).to(device if world == 1 else state.device)
-    classes = _classes(config, model)
+    classes = _classes(config, told, model)
     settings = preparation(model, config.model)
     images, left_out = _images(config, settings)
     names = list(images.names)
@@ -427,14 +431,13 @@ def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | ran
     ]
 
 
-def _classes(config: PredictConfig, model: AdaptiveViT) -> Sequence[str] | range:
-    """Names of the classes, or their numbers."""
+def _classes(config: PredictConfig, names: Sequence[str] | None, model: AdaptiveViT) -> Sequence[str] | range:
+    """Names of the classes, those of the file first, or their numbers."""
     count = model.num_classes
     if config.top > count:
         raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
-    if config.class_names is None:
+    if names is None:
         return model.class_names or range(count)
-    names = read_names(config.class_names, "PredictConfig.class_names")
     if len(names) != count:
         raise ValueError(f"{config.class_names} has {len(names)} names, but {config.model} has {count} classes")
     return names

@@ -60,7 +60,7 @@ from adaptvit.show.pictures import (
     usage_per_block,
 )
 from adaptvit.usage import Usage, join
-from adaptvit.weights.opening import open_model
+from adaptvit.weights.opening import check_name, open_model
 
 BUNDLED = Path(__file__).with_name("digits.safetensors")
 """A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""
@@ -358,6 +358,8 @@ class Playground:
         names = None
         if config.class_names is not None:
             names = read_names(config.class_names, "PlaygroundConfig.class_names")
+        for model in config.models:
+            check_name(model)
         for model in config.models:
             try:
                 self.subjects[model] = Subject.of(open_model(model), names)

@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,12 +24,12 @@ from torchvision.transforms import v2
 
 from adaptvit.checks import In, check_fields, checked, quoted
 from adaptvit.data.classes import label_number, read_class_map
-from adaptvit.data.folders import ClassFolders, LeftOut, Listing, LoosePictures, find_split
+from adaptvit.data.folders import IMAGE_SUFFIXES, TAR, ClassFolders, LeftOut, Listing, LoosePictures, find_split
 from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
-from adaptvit.data.video import ClipFolders, Clips, check_no_strip
+from adaptvit.data.video import VIDEO_SUFFIXES, ClipFolders, Clips, check_no_strip
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.process import place
 from adaptvit.terminal import progress_bar
@@ -507,19 +508,37 @@ def _root(config: DataConfig) -> Path:
     return config.root
 
 
-def check_sources(config: DataConfig) -> None:
-    """Refuse a folder, or a file of class names, that is not there or empty, before any model is opened.
+def check_sources(config: DataConfig, split: str = ".") -> None:
+    """Refuse what can be seen, before any model is opened, to be no images, or no class names.
 
+    Args:
+        split: that the folder is to have, unless it has none at all.
     Raises:
-        FileNotFoundError: naming it.
-        ValueError: there is no file in the folder.
+        FileNotFoundError: naming what is not there.
+        ValueError: no file in the folder is an image, a video or a tar, or the class names cannot be read.
     """
-    if not config.dataset:
-        root = _root(config)
-        if root.is_dir() and not any(names for _, _, names in os.walk(root, followlinks=True)):
+    if not config.dataset and (root := _root(config)).is_dir():
+        names = _files_in(root)
+        if (first := next(names, None)) is None:
             raise ValueError(f"{_where(config)} has no images that can be read: there is no file in it")
-    if config.class_map is not None and not config.class_map.exists():
+        kinds = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, TAR)
+        if not any(name.lower().endswith(kinds) for name in chain([first], names)):
+            raise ValueError(
+                f"{_where(config)} has no images that can be read: none of its files, as {first!r}, is one, or a clip"
+            )
+        find_split(root, split, _where(config))
+    if config.class_map is not None:
         read_class_map(config.class_map)
+
+
+def _files_in(root: Path) -> Iterator[str]:
+    """The names of the files in a folder and those below it, no folder twice, whatever links to it."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        yield from names
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in inside}
+        inside[:] = [name for name, place in places.items() if place not in seen]
+        seen |= {*places.values()}
 
 
 def _has_split(config: DataConfig, split: str) -> bool:

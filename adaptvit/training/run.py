@@ -35,7 +35,7 @@ from adaptvit.training.loop import check_shape, fingerprint, train
 from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.weights.checkpoints import digest, save
 from adaptvit.weights.names import method_of
-from adaptvit.weights.opening import open_model, remade, start_from
+from adaptvit.weights.opening import check_name, open_model, remade, start_from
 from adaptvit.weights.places import is_stored
 
 with needed("training"):
@@ -155,6 +155,9 @@ def train_run(
         And what `adaptvit.training.loop.train` raises.
     """
     check_output_folder(config.output)
+    for name in (config.model, config.weights, config.teacher):
+        if name is not None:
+            check_name(name)
     device = _process().device  # the processes of torchrun find each other, before any opens a stream that they share
     size = {} if config.img_size is None else {"img_size": config.img_size}
     arguments = {**config.model_args, **size}

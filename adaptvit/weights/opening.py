@@ -22,7 +22,7 @@ from adaptvit.methods import dense
 from adaptvit.model import AdaptiveViT
 from adaptvit.terminal import meant, warn
 from adaptvit.weights.names import method_of
-from adaptvit.weights.places import asked_of_the_hub, is_stored, told_model, weights_file
+from adaptvit.weights.places import HUBS, asked_of_the_hub, is_stored, told_model, weights_file
 from adaptvit.weights.published import (
     NOT_FITTED,
     Source,
@@ -63,17 +63,32 @@ def open_model(name: Path | str, pixels: bool = False) -> AdaptiveViT:
     return model
 
 
+def check_name(name: Path | str) -> None:
+    """Refuse the name of no model, and a file that is not there, without reading or downloading anything.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_model` does.
+    """
+    _, word = told_model(name)
+    if is_stored(name):
+        if not word.startswith(HUBS):
+            weights_file(word)
+        return
+    method_of(word)  # which makes the names of packages outside known
+    if not timm.is_model(word):
+        near = meant(word, timm.list_models())
+        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model{near}")
+
+
 def _opened(name: Path | str) -> AdaptiveViT:
     """Any model by its name, in evaluation mode."""
+    check_name(name)
     told, word = told_model(name)
     if is_stored(name):
         file = weights_file(word)
         opened = open_file(file, told) if told or file == Path(word) else open_in_folder(file)
         return opened.eval()
-    kind = method_of(word)  # which makes the names of packages outside known
-    if not timm.is_model(word):
-        near = meant(word, timm.list_models())
-        raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model{near}")
+    kind = method_of(word)
     try:
         with asked_of_the_hub() as unreachable:
             model = timm.create_model(word, pretrained=True)
