@@ -10,7 +10,6 @@ import sys
 import time
 import tomllib
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ from PIL import Image
 
 import adaptvit_cli
 from adaptvit import cli, load, save
-from adaptvit.commands import answers, bench, demo, evaluate, train
+from adaptvit.commands import bench, demo, evaluate, train
 from adaptvit.commands.parsing import made_plain, parser_of, written_out
 from adaptvit.extras import EXTRAS
 from adaptvit.methods import METHODS as KINDS
@@ -40,21 +39,6 @@ WRITTEN = json.loads(adaptvit_cli.ANSWERS.read_text())
 
 def said(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", WRITTEN)
-def test_what_is_written_down_is_what_the_command_says(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("COLUMNS", str(answers.COLUMNS))
-    with suppress(SystemExit):  # by which the parser ends after help
-        cli.main(words.split())
-    told = capsys.readouterr().out.split()
-    assert told == " ".join(WRITTEN[words]).split(), "python -m adaptvit.commands.answers writes it anew"
-
-
-def test_help_of_every_command_and_every_list_is_written_down() -> None:
-    assert set(WRITTEN) == set(answers.asked())
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture) -> None:

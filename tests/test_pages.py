@@ -1,7 +1,12 @@
-"""The pages of docs/: their Python runs as written, their commands are taken, and the site has all of them."""
+"""The pages of docs/: their Python runs as written, their commands are taken, and the site has all of them.
 
+Help of the commands, which is written down too, is what they say.
+"""
+
+import json
 import re
 import shlex
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +20,9 @@ from samples import picture
 from torch import nn
 
 from adaptvit import FullConfig, ToMeConfig, adapt, cli, save
+from adaptvit.commands import answers
 from adaptvit.methods import METHODS
+from adaptvit_cli import ANSWERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
@@ -28,6 +35,7 @@ ELSEWHERE = {
     "docs/video.md": "test_video.py",
 }
 """Pages whose Python another test runs."""
+WRITTEN = json.loads(ANSWERS.read_text())
 
 
 def python_of(page: str) -> str:
@@ -134,6 +142,21 @@ def test_the_commands_of_a_page_are_taken(page: str, tmp_path: Path, monkeypatch
         module: Any = import_module(f"adaptvit.commands.{cli.ALIASES.get(words[0], words[0])}")
         monkeypatch.setattr(module, "execute", lambda arguments: 0)
         assert cli.main(words) == 0, command
+
+
+@pytest.mark.parametrize("words", WRITTEN)
+def test_what_is_written_down_is_what_the_command_says(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(answers.COLUMNS))
+    with suppress(SystemExit):  # by which the parser ends after help
+        cli.main(words.split())
+    told = capsys.readouterr().out.split()
+    assert told == " ".join(WRITTEN[words]).split(), "python -m adaptvit.commands.answers writes it anew"
+
+
+def test_help_of_every_command_and_every_list_is_written_down() -> None:
+    assert set(WRITTEN) == set(answers.asked())
 
 
 def test_the_site_has_every_page() -> None:
