@@ -23,9 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from imagenet_samples import paired, prepared
+from matplotlib.figure import Figure
 from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -36,17 +36,12 @@ from adaptvit.files import as_json
 from adaptvit.methods import avit
 from adaptvit.methods.merging import MergingConfig
 from adaptvit.model import AdaptiveViT
+from adaptvit.show.pictures import INK, write_png
+from adaptvit.show.styles import styles
 from adaptvit.usage import Usage
 from adaptvit.weights.opening import open_model
 
 BATCH, BUDGETS = 50, ("0.5", "0.65")
-COLOURS = {
-    "avit": "tab:red",
-    "ats": "tab:green",
-    "merge": "tab:orange",
-    "dynamicvit": "tab:purple",
-    "adavit": "tab:blue",
-}
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -212,20 +207,26 @@ def draw(output: Path, picture: Path) -> None:
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     lines = [one for one in lines if one["method"] != "dynamicvit"]  # by top-k, whose probabilities are no thresholds
     names = [f"{one['method']} {float(one['budget']):.0%}\n{one['images']}" for one in lines]
-    figure, (left, right) = plt.subplots(2, 1, figsize=(10, 7), sharex=True)
+    looks = styles(one["method"] for one in lines)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     for place, one in enumerate(lines):
-        colour = COLOURS[one["method"]]
+        look = looks[one["method"]]
+        kind: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": ""}
         if "gain" in one:
-            left.errorbar(place, one["gain"], 2 * one["gain_error"], color=colour, marker="o", capsize=3)
-        right.plot(place, one["rank_dense_loss"], color=colour, marker="o")
-        right.plot(place, one["rank_entropy"], color=colour, marker="^")
-    left.axhline(0, color="black", linewidth=0.5)
-    left.set_ylabel("points of top-1 above equal counts\n(two standard errors)")
-    right.axhline(0, color="black", linewidth=0.5)
-    right.set_ylabel("rank correlation of MACs\nwith dense loss (dot), entropy (triangle)")
-    right.set_xticks(range(len(lines)), names)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
+            above.errorbar(place, one["gain"], 2 * one["gain_error"], capsize=3, **kind)
+        below.plot(place - 0.08, one["rank_dense_loss"], **kind)
+        below.plot(place + 0.08, one["rank_entropy"], fillstyle="none", **kind)
+    for axes in (above, below):
+        axes.axhline(0, color=INK, linewidth=0.5)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    above.set(
+        ylabel="gain over equal counts, points of top-1", title="Counts by image: whiskers are two standard errors"
+    )
+    below.set(ylabel="rank correlation of MACs", title="Do MACs follow the dense loss (filled) and the entropy (open)?")
+    below.set_xticks(range(len(lines)), names)
+    write_png(figure, picture)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every plot of these tables drawn anew, nothing measured: python benchmarks/redraw.py
 
-Not among them is `adavit_usage.png`, which `adaptvit draw --summary` drew of a trained model.
+Not among them is `adavit_usage.png`, which `adaptvit draw --summary` drew of a trained model: no table has its numbers.
 """
 
 import csv
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ats_imagenet
+import merging_speed
+import per_image
 import steering
 
 from adaptvit.commands.compare_methods import tradeoffs
@@ -49,6 +51,8 @@ def main() -> None:
         }
         figure, _ = drawn(spreads)["top1"]
         write_png(figure, summary.with_name("top1.png"))
+    merging_speed.drawn(table(HERE / "merging_speed.csv"), HERE / "merging_speed.png")
+    per_image.draw(HERE / "per_image.jsonl", HERE / "per_image.png")
     ats_imagenet.plot(table(HERE / "ats_imagenet.csv"), HERE / "ats_imagenet.png")
     steering.main()
 

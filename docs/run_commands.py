@@ -57,7 +57,7 @@ SMALL = {
     "evaluate": ["--rounds", "1", "--workers", "0"],
     "predict": ["--workers", "0", "--top", "2"],
     "compare methods": ["--rounds", "1", "--latencies", "2", "--timed", "2", "--workers", "0", "--pictures", "1"],
-    "compare": ["--epochs", "2", "--seeds", "2", "--processes", "1"],
+    "compare": ["--root", "images", "--epochs", "2", "--seeds", "2", "--processes", "1"],
     "adapt": ["--images", "4", "--target", "0.7"],
     "bench": ["--images", "2", "--batch-size", "2", "--rounds", "1"],
     "draw": ["--limit", "2"],

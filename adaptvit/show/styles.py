@@ -30,6 +30,9 @@ LOOKS = (
 )
 """Okabe and Ito's colours and Tol's muted ones, told apart by the colour-blind; the markers do it in grey."""
 
+FIRST = ("calibrated", "merge", "tome", "grid", "ats", "evit", "avit", "adavit", "dynamicvit", "runlength", "random")
+"""The methods whose looks come first: what was drawn once stays so, whatever methods come between these."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -40,11 +43,11 @@ class Style:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of each name: a method's own, by its place among the methods; of others, the next ones.
+    """The style of each name: a method's own, by its place in `FIRST` or after; of others, the next ones.
 
     A comma and what follows it, as in `evit, tuned`, is no part of a method's name.
     """
-    names, known = list(names), list(METHODS)
+    names, known = list(names), list(dict.fromkeys([*FIRST, *METHODS]))
     places = {name: known.index(_method(name)) for name in names if _method(name) in known}
     free = (place for place in count() if place not in places.values())
     return {name: Style(*LOOKS[(places[name] if name in places else next(free)) % len(LOOKS)]) for name in names}
