@@ -64,7 +64,7 @@ NO_KERNEL = """
     empty_strided lift_fresh diagonal movedim _local_scalar_dense dropout
 """
 """Views, allocations, and dropout, which does nothing in evaluation."""
-SEVERAL = {"compact": 2, "merge": 2, "sample": 2, "put": 2}
+SEVERAL = {"compact": 2, "sample": 2, "put": 2}
 """Kernels of operators of `adaptvit.tokens.fused`; of others it is one."""
 COPIES_FIRST = dict.fromkeys(
     ("masked_fill", "index_copy", "index_add", "index_put", "index_fill", "scatter", "scatter_add", "scatter_reduce"), 2

@@ -85,18 +85,47 @@ def test_halt(interpreted: ModuleType, lengths: list[int], stays: bool) -> None:
 def test_received(interpreted: ModuleType, lengths: list[int]) -> None:
     rows, total = sum(lengths) + 5, sum(lengths)
     qkv, slots = drawn(rows, 3, 2, 5), slots_of(lengths, rows)
-    for held, read in ((slots, 4), (None, 2), (slots, 0)):  # of images of a slot or two that are read, or of none
-        given = (qkv[:, 0], qkv[:, 1], held, offsets_of(lengths), N, read)
+    for read in (1, 4):  # of images of a slot or two that are read, or of none
+        given = (qkv[:, 0], qkv[:, 1], slots, offsets_of(lengths), N, read)
         found, wanted = (one.received(*given)[:total] for one in (interpreted, PLAIN))
         torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
-def test_mean_patch(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
+def test_attended(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
+    rows, total = sum(lengths) + 5, sum(lengths)
+    q, k, _ = drawn(rows, 3, 3, 5).unbind(1)
+    slots, offsets = slots_of(lengths, rows), offsets_of(lengths)
+    for held, read in ((slots, 4), (slots, 0), (None, 2)):
+        for over in (None, prefix):
+            given = (q, k, held, offsets, N, read, over)
+            found, wanted = (one.attended(*given)[:total] for one in (interpreted, PLAIN))
+            torch.testing.assert_close(found, wanted)
+    mean = PLAIN.received(q, k, slots, offsets, N, 4).mean(dim=1)
+    torch.testing.assert_close(PLAIN.attended(q, k, slots, offsets, N, 4, None), mean)
+
+
+def test_attended_of_as_many_in_every_image(interpreted: ModuleType) -> None:
+    q, k, _ = drawn(21, 3, 3, 5).bfloat16().unbind(1)
+    for read, prefix in ((1, 1), (0, 0), (2, None)):
+        found, wanted = (one.attended(q, k, None, None, 7, read, prefix) for one in (interpreted, PLAIN))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(wanted, PLAIN.attended(q, k, None, offsets_of([7, 7, 7]), 7, read, prefix))
+        if prefix is not None:
+            torch.testing.assert_close(wanted.view(3, 7)[:, prefix:].mean(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
+def test_with_mean(interpreted: ModuleType, lengths: list[int], prefix: int) -> None:
     rows = sum(lengths) + 5
-    given = (drawn(rows, 2, 70)[:, 1], slots_of(lengths, rows), offsets_of(lengths), N, prefix)
-    found, wanted = (one.mean_patch(*given)[: sum(lengths)] for one in (interpreted, PLAIN))
+    given = (drawn(rows, 2, 140)[:, 1], slots_of(lengths, rows), offsets_of(lengths), N, prefix)
+    found, wanted = (one.with_mean(*given)[: sum(lengths)] for one in (interpreted, PLAIN))
     torch.testing.assert_close(found, wanted)
+    even = drawn(21, 10).bfloat16()
+    found, wanted = (one.with_mean(even, None, None, 7, prefix) for one in (interpreted, PLAIN))
+    torch.testing.assert_close(found, wanted)
+    patches = even.view(3, 7, 10)[:, prefix:, 5:].float()
+    torch.testing.assert_close(wanted.view(3, 7, 10)[:, 6, 5:].float(), patches.mean(dim=1), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("lengths", "prefix"), list(zip(LENGTHS, (0, 1, 2), strict=True)))
@@ -111,11 +140,12 @@ def test_sample_and_above(interpreted: ModuleType, lengths: list[int], prefix: i
             (found, sound), (wanted, finite) = (one.sample(*given) for one in (interpreted, PLAIN))
             assert torch.equal(found, wanted)
             assert torch.equal(sound, finite)
-        score = weights[:, 0].log()
+        logits = torch.stack([weights[:, 0].log(), weights[:, 1]], dim=1)
         for least in (-1.0, -torch.inf):
-            given = (score, slots, offsets, N, prefix, least)
+            given = (logits, slots, offsets, N, prefix, least)
             (found, total), (wanted, wanted_total) = (one.above(*given) for one in (interpreted, PLAIN))
-            assert torch.equal(found, wanted)
+            numbers = ~wanted_total.isnan().flatten()  # else nothing of the image counts
+            assert torch.equal(found[numbers], wanted[numbers])
             torch.testing.assert_close(total, wanted_total, equal_nan=True)
     assert not PLAIN.sample(spoilt, v, slots, offsets, N, prefix, 4.5)[1].all()
 
@@ -125,42 +155,78 @@ def test_match_arrange_and_merge(interpreted: ModuleType, lengths: list[int], pr
     lengths = [max(length, prefix) for length in lengths]
     rows, offsets = sum(lengths) + 3, offsets_of(lengths)
     keys, importance, size = drawn(rows, 3, 2, 70)[:, 1], drawn(rows).abs(), drawn(rows + 1)[1:].abs() + 1
-    for weights, protection, size_cost in ((importance, 0.2, 0.0), (None, 0.0, 0.3), (importance, 0.2, 0.1)):
-        given = (keys, weights, size, offsets, N, prefix, protection, size_cost)
+    costs = ((importance, 0.2, 0.0, False), (None, 0.0, 0.3, True), (importance, 0.2, 0.1, False))
+    for weights, *numbers in costs:
+        given = (keys, weights, size, offsets, N, prefix, *numbers)
         score, target = PLAIN.match(*given)
         found = interpreted.match(*given)
         torch.testing.assert_close(found[0], score)
     compared = (score > -torch.inf) & (torch.tensor(lengths) > prefix + 1)[:, None]
     assert torch.equal(found[1][compared], target[compared])
+    target = target.clamp(max=(min(length for length in lengths if length > prefix + 1) - prefix) // 2 - 1)
     chosen = compared & (score > score.where(compared, 0).mean())
-    place, moved = PLAIN.arrange(chosen, score, target, offsets, N, prefix)
-    found_place, found_moved = interpreted.arrange(chosen, score, target, offsets, N, prefix)
     live = torch.arange(N) < torch.tensor(lengths)[:, None]
-    assert torch.equal(found_place[live], place[live])
-    assert torch.equal(found_moved, moved)
+    for given in ((None, 2, 0.0, 0.0), (None, None, 0.05, 0.5), (chosen, None, 0.0, 0.0)):
+        arguments = (given[0], score.where(compared, -torch.inf), target, offsets, N, prefix, *given[1:])
+        found, wanted = (one.arrange(*arguments) for one in (interpreted, PLAIN))
+        place, moved, left = wanted
+        assert torch.equal(found[0][live], place[live])
+        assert torch.equal(found[1] & live, moved & live)
+        assert torch.equal(found[2], left)
+        for row, count, length in zip(place, left.tolist(), lengths, strict=True):
+            assert set(row[:length].tolist()) == set(range(count))
+    assert torch.equal(left, offsets.diff() - chosen.sum(dim=1).int())
     given = (drawn(rows, 6), torch.arange(rows), drawn(rows).abs() + 1)
     weights = drawn(rows + 1)[1:]
     weights[1] = torch.nan
     for count, importance, keeps in ((4, None, False), (rows, None, True), (rows, weights, False), (4, weights, True)):
-        arguments = (*given, importance, place, moved, offsets, count, 11, keeps)
+        arguments = (*given, importance, place, moved, offsets, left, count, 11, keeps, 0.85, torch.float32)
         found, wanted = (one.merge(*arguments) for one in (interpreted, PLAIN))
-        held = torch.arange(count) < wanted[4][-1]
+        held = torch.arange(count) < wanted[5][-1]
         if count == rows:
             torch.testing.assert_close(found[0][held], wanted[0][held])
-        assert torch.equal(found[4], wanted[4])
-        assert torch.equal(found[5], wanted[5])
-        assert torch.equal(found[3], wanted[3])
+        for number in (4, 5, 6):
+            assert torch.equal(found[number], wanted[number])
         assert torch.equal(found[1][held], wanted[1][held])
-        torch.testing.assert_close(found[2], wanted[2])
+        torch.testing.assert_close(found[2:4], wanted[2:4])
+        torch.testing.assert_close(wanted[3], 0.85 * wanted[2].log())
 
 
-def test_merge_of_as_many_in_every_image(interpreted: ModuleType) -> None:
-    place = torch.tensor([[0, 1, 2, 1], [0, 1, 1, 2]])
-    moved = torch.tensor([[False, False, False, True], [False, True, False, False]])
-    given = (drawn(8, 6), torch.arange(8) % 4, drawn(8).abs() + 1, None, place, moved, offsets_of([4, 4]), 6, 3, False)
-    found, wanted = (one.merge(*given) for one in (interpreted, PLAIN))
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@pytest.mark.parametrize("images", [1, 3])
+def test_merging_of_as_many_in_every_image(interpreted: ModuleType, images: int, prefix: int) -> None:
+    x, size = drawn(images * N, 6).bfloat16(), drawn(images * N).abs() + 1
+    keys = drawn(images * N, 3, 2, 5).bfloat16()[:, 1]
+    keys[prefix : prefix + 6] = keys[prefix]  # which are all alike
+    given = (keys, None, size, None, N, prefix, 0.0, 0.0, True)
+    (score, target), found = PLAIN.match(*given), interpreted.match(*given)
+    torch.testing.assert_close(found[0], score)
+    torch.testing.assert_close(score, PLAIN.match(*given[:3], offsets_of([N] * images), *given[4:])[0])
+    decided = [
+        one.arrange(None, score.round(decimals=3), target, None, N, prefix, 3, 0.0, 0.0) for one in (interpreted, PLAIN)
+    ]
+    for one, other in zip(*decided, strict=True):
+        assert torch.equal(one, other)
+    place, moved, left = decided[1]
+    assert left.tolist() == [N - 3] * images
+    arguments = (size, None, place, moved, None, None, images * (N - 3), N - 3, False, 1.0, torch.bfloat16)
+    found, wanted = (one.merge(x, None, *arguments) for one in (interpreted, PLAIN))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
+    at = torch.arange(N).repeat(images)
+    for one, other in zip(PLAIN.merge(x, at, *arguments), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_of_a_score_that_is_no_number_places_stay_an_order(interpreted: ModuleType) -> None:
+    score = drawn(2, 6)
+    score[0, 2] = torch.nan
+    for numbers in ((3, 0.0, 0.0), (None, 0.1, 0.0)):
+        place, _, left = interpreted.arrange(
+            None, score, torch.zeros(2, 6, dtype=torch.int64), None, N - 1, 0, *numbers
+        )
+        for row, count in zip(place, left.tolist(), strict=True):
+            assert set(row.tolist()) == set(range(count))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -173,25 +239,45 @@ def test_gated_and_put(interpreted: ModuleType, lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_what_is_received_over_its_mean(interpreted: ModuleType, prefix: int) -> None:
-    lengths = [7, 13, 4]
-    received, offsets = drawn(30, 3).abs(), offsets_of(lengths)
-    found, wanted = (one.over_mean(received, offsets, N, prefix)[:24] for one in (interpreted, PLAIN))
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(wanted[7 + prefix : 20].mean(), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 2])
 def test_best_and_what_they_leave(interpreted: ModuleType, prefix: int) -> None:
-    score, x = drawn(3, 11), drawn(3, prefix + 11, 70)
+    n = prefix + 11
+    score, x, slots = drawn(3, n), drawn(3, n, 70), 2 * torch.arange(3 * n).view(3, n)
     score[0] = 1.0  # all alike
-    for count in (1, 5, 11):
-        index, last = interpreted.best(score, count, prefix)
-        wanted_index, wanted_last = PLAIN.best(score, count, prefix)
-        assert torch.equal(index[1:], wanted_index[1:])
-        assert torch.equal(last[1:], wanted_last[1:])
-        assert torch.equal(index[0], torch.arange(prefix + count))
-        given = (x, score.abs(), wanted_index, wanted_last)
-        torch.testing.assert_close(interpreted.take_fused(*given), PLAIN.take_fused(*given))
-    score[1, 3] = score[1, 7] = torch.nan
-    assert {3 + prefix, 7 + prefix} <= set(interpreted.best(score, 2, prefix)[0][1].tolist())
+    for count, held in ((1, None), (5, slots), (11, None)):
+        found, wanted = (one.best(score, held, count, prefix) for one in (interpreted, PLAIN))
+        for one, other in zip(found[:3], wanted[:3], strict=True):
+            assert torch.equal(one[1:], other[1:])
+        torch.testing.assert_close(found[3], wanted[3])
+        assert torch.equal(found[0][0], torch.arange(prefix + count))
+        index, _, last, _ = wanted
+        for given in ((score.abs(), last), (None, None)):
+            torch.testing.assert_close(*(one.take(x, index, *given, prefix) for one in (interpreted, PLAIN)))
+    odds = drawn(3, n, 2).bfloat16()
+    difference = odds[..., 0].float() - odds[..., 1].float()
+    found, wanted = interpreted.best(odds, None, 4, prefix), PLAIN.best(difference, None, 4, prefix)
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[3], wanted[3])
+    score[1, prefix + 3] = score[1, prefix + 7] = torch.nan
+    index, _, _, sums = interpreted.best(score, None, 2, prefix)
+    assert {3 + prefix, 7 + prefix} <= set(index[1].tolist())
+    assert sums.isfinite().flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_padded_and_back(interpreted: ModuleType, lengths: list[int]) -> None:
+    rows, offsets, images = sum(lengths) + 5, offsets_of(lengths), len(lengths)
+    qkv, few = drawn(rows, 3, 3, 5), [min(length, 2) for length in lengths]
+    for asking, bias in ((lengths, None), (few, drawn(rows)), (lengths, drawn(rows))):
+        q = qkv[: sum(asking) + 1, 0].bfloat16()
+        given = (q, qkv[:, 1].bfloat16(), qkv[:, 2].bfloat16(), bias, offsets_of(asking), offsets, N)
+        found, wanted = (one.padded(*given) for one in (interpreted, PLAIN))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+            assert one.stride() == other.stride()
+        live = torch.arange(N) < torch.tensor(lengths)[:, None]
+        assert torch.equal(wanted[3].view(images, N) > -torch.inf, live | ~live.any(dim=1, keepdim=True))
+        mixed = wanted[0].transpose(1, 2).contiguous().transpose(1, 2)
+        for t in (wanted[0], mixed):
+            back = [one.unpadded(t, offsets_of(asking), len(q)) for one in (interpreted, PLAIN)]
+            assert torch.equal(*back)
+        assert torch.equal(back[0], torch.cat([q[:-1], torch.zeros_like(q[:1])]))

@@ -1,8 +1,11 @@
 """What a forward asks of a device stays what it was when `benchmarks/launches.json` was written, or becomes less."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +20,49 @@ SPEC.loader.exec_module(launches)
 RECORDED = json.loads(launches.TABLE.read_text())
 
 
+class Launched:
+    """Kernels of Triton of which launches are counted, and nothing runs."""
+
+    def __init__(self) -> None:
+        self.module = import_module("adaptvit.tokens.triton_kernels")
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: Any, **__: Any) -> None:
+            self.count += 1
+
+        return launch
+
+    def of(self, name: str, given: tuple) -> int:
+        """Kernels of an operator of `adaptvit.tokens.fused`, what is copied and filled for them included."""
+        self.count = 0
+        with pytest.MonkeyPatch.context() as patch, launches.Counter() as torchs:
+            for own, kernel in vars(self.module).items():
+                if own.startswith("_") and hasattr(kernel, "__getitem__") and hasattr(kernel, "fn"):
+                    patch.setattr(self.module, own, self)
+            getattr(self.module, name)(*given)
+        return self.count + torchs.kernels
+
+
 @pytest.fixture(scope="module")
-def counted() -> dict:
-    return launches.table()
+def counted() -> Any:
+    if find_spec("triton") is None:
+        yield launches.table()
+        return
+    launched = Launched()
+
+    class Compared(launches.Counter):
+        """What is counted of an operator is what its kernels are."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "adaptvit":
+                name = func.overloadpacket.__name__
+                assert launched.of(name, args) == launches.SEVERAL.get(name, 1), name
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "Counter", Compared)
+        yield launches.table()
 
 
 def test_no_figure_rises(counted: dict) -> None:

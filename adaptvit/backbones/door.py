@@ -36,10 +36,20 @@ def attention_received(tokens: Tokens, projected: Projected, slots: int | None) 
         slots: the queries are those of the first so many slots; None takes all live tokens.
     """
     q, k, pairs = projected.q, projected.k, projected.pairs
-    few = slots is not None and slots <= fused.QUERIES
-    if slots is not None and few and pairs is None and isinstance(tokens, Dense | Slab) and fused.fuses(q, k):
+    if slots is not None and isinstance(tokens, Slab) and _is_fused(projected, slots):
         return tokens.received_from(q, k, slots)
     return tokens.received(tokens.rows(q) if slots is None else tokens.first(q, slots), k, pairs)
+
+
+def mean_attention_received(tokens: Tokens, projected: Projected, slots: int | None) -> Tensor:
+    """The mean of that over heads: features (...,)."""
+    if slots is not None and isinstance(tokens, Dense | Slab) and _is_fused(projected, slots):
+        return tokens.attended_from(projected.q, projected.k, slots)
+    return attention_received(tokens, projected, slots).mean(dim=-1)
+
+
+def _is_fused(projected: Projected, slots: int) -> bool:
+    return slots <= fused.QUERIES and projected.pairs is None and fused.fuses(projected.q, projected.k)
 
 
 Look = Callable[[Projected], Tensor | None]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +130,15 @@ class Predictor(nn.Module):
             prefix: leading slots that are no patches; what they get has no meaning.
             kept: (B, P) mask of the patches, with gradients; None is those that are live.
         """
-        local, shared = self.in_conv(tokens.x).chunk(2, dim=-1)
-        if kept is None and isinstance(tokens, Slab) and fused.fuses(shared):
-            mean = fused.mean_patch(shared, tokens.slots, tokens.offsets, tokens.shape[1], prefix)
-            return self._odds(torch.cat([local, mean], dim=-1))
+        keep, drop = self.logits(tokens, prefix, kept).unbind(dim=-1)
+        return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
+
+    def logits(self, tokens: Tokens, prefix: int, kept: Tensor | None = None) -> Tensor:
+        """Those of keeping and dropping each token, features (..., 2), as `forward` takes them."""
+        seen: Tensor = self.in_conv(tokens.x)
+        if kept is None and isinstance(tokens, Dense | Slab) and fused.fuses(seen):
+            return self.out_conv(tokens.with_mean(seen, prefix))
+        local, shared = seen.chunk(2, dim=-1)
         patches = tokens.rows(shared)[:, prefix:]
         if kept is not None:
             mean = (patches * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
@@ -141,12 +146,7 @@ class Predictor(nn.Module):
             mean = patches.sum(dim=1) / patches.shape[1]
         else:
             mean = patches.sum(dim=1) / tokens.live[:, prefix:].sum(dim=1, keepdim=True)
-        return self._odds(torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype))
-
-    def _odds(self, seen: Tensor) -> Tensor:
-        """Log-odds of keeping, from the features of tokens and of their images."""
-        keep, drop = self.out_conv(seen).unbind(dim=-1)
-        return keep.to(torch.promote_types(keep.dtype, torch.float32)) - drop
+        return self.out_conv(torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype))
 
     @staticmethod
     def macs(dim: int) -> int:
@@ -219,10 +219,11 @@ class DynamicViT(AdaptiveViT):
         for number in range(self.depth):
             if number in self.stages:
                 stage = self.stages.index(number)
-                score = self.score_predictor[stage](tokens, self.prefix)
-                if isinstance(tokens, Slab) and self.config.select == "threshold" and fused.fuses(tokens.x, score):
-                    tokens, total = self.drop_fused(tokens, score)
+                predictor: Any = self.score_predictor[stage]
+                if self._is_fused(tokens):
+                    tokens, total = self.drop_fused(tokens, predictor.logits(tokens, self.prefix), stage)
                 else:
+                    score = predictor(tokens, self.prefix)
                     total = tokens.rows(score).sum(dim=1, keepdim=True)
                     tokens = self.drop(tokens, score, stage)
                 sums.append(total)
@@ -253,8 +254,6 @@ class DynamicViT(AdaptiveViT):
             rows, count = rows[:, prefix:], self.count(stage, tokens.shape[1] - prefix)
             if count >= rows.shape[1]:
                 return tokens
-            if isinstance(tokens, Dense) and fused.fuses(tokens.x, rows):
-                return tokens.take(fused.best(rows, count, prefix)[0])
             best = rows.topk(count, dim=1).indices.sort(dim=1).values + prefix
             first = torch.arange(prefix, device=score.device).expand(best.shape[0], -1)
             return tokens.take(torch.cat([first, best], dim=1))
@@ -262,10 +261,19 @@ class DynamicViT(AdaptiveViT):
         chosen = above(score, config.threshold, live)
         return tokens.keep(torch.cat([torch.ones_like(tokens.live[:, :prefix]), chosen], dim=1))
 
-    def drop_fused(self, tokens: Slab, score: Tensor) -> tuple[Tokens, Tensor]:
-        """`drop` by a threshold, in a kernel, and the sum of each image's scores, (B, 1)."""
+    def _is_fused(self, tokens: Tokens) -> TypeGuard[Dense | Slab]:
+        """Whether a device decides in a kernel."""
+        fits = isinstance(tokens, Dense if self.config.select == "top-k" else Slab)
+        return fits and tokens.source.own is None and fused.fuses(tokens.x)
+
+    def drop_fused(self, tokens: Dense | Slab, logits: Tensor, stage: int) -> tuple[Tokens, Tensor]:
+        """`drop` in a kernel or two, by what `Predictor.logits` gave, and the sum of each image's log-odds, (B, 1)."""
+        if isinstance(tokens, Dense):
+            count = self.count(stage, tokens.shape[1] - self.prefix)
+            kept, _, total = tokens.best(logits, min(count, tokens.x.shape[1] - self.prefix), self.prefix, False)
+            return kept, total
         chosen, total = fused.above(
-            score, tokens.slots, tokens.offsets, tokens.shape[1], self.prefix, _logarithm(self.config.threshold)
+            logits, tokens.slots, tokens.offsets, tokens.shape[1], self.prefix, _logarithm(self.config.threshold)
         )
         return tokens.keep(chosen), total
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
-from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.backbones.door import Projected, mean_attention_received
 from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig, Published, around_deits
@@ -146,14 +146,6 @@ class EViT(AdaptiveViT):
             found.append(holder)
         return found
 
-    def fused_reduce(self, tokens: Dense, score: Tensor, count: int) -> tuple[Tokens, Tensor | None]:
-        """`reduce` of the best, in two kernels."""
-        index, last = fused.best(score, count + self.config.fuse, self.prefix)
-        if not self.config.fuse:
-            return tokens.take(index), None
-        x = fused.take_fused(tokens.x, score, index, last)
-        return tokens.bare.take(index).with_x(x), last
-
     def run_reducing(self, number: int, tokens: Tokens, count: int | Tensor) -> tuple[Tokens, Callable[[], Tensor]]:
         """A block that keeps `count` patches: what it leaves, and the slots of the fused token, (B, N) bool.
 
@@ -167,14 +159,19 @@ class EViT(AdaptiveViT):
             scores[:] = [self.score(tokens, projected)]
 
         def reduce(tokens: Tokens) -> Tokens:
+            reduced: Tokens
             if isinstance(count, Tensor):
-                reduced, slot = self.reduce_each(tokens, scores[0], best(scores[0]), count)
+                patches = scores[0][:, self.prefix :]
+                reduced, slot = self.reduce_each(tokens, patches, best(patches), count)
                 places[:] = [lambda: slot]
             else:
+                fuse, last = self.config.fuse, None
                 if isinstance(tokens, Dense) and fused.fuses(tokens.x, scores[0]):
-                    reduced, last = self.fused_reduce(tokens, scores[0], count)
+                    reduced, lowest, _ = tokens.best(scores[0], count + fuse, self.prefix, fuse)
+                    last = lowest if fuse else None
                 else:
-                    reduced, last = self.reduce(tokens, scores[0], best(scores[0]))
+                    patches = scores[0][:, self.prefix :]
+                    reduced, last = self.reduce(tokens, patches, best(patches))
                 places[:] = [partial(self.place, tokens.bare, last)]
             return reduced
 
@@ -222,12 +219,12 @@ class EViT(AdaptiveViT):
         return value
 
     def score(self, tokens: Tokens, projected: Projected) -> Tensor:
-        """c of the patches: `rows` of them, (B, R), in float32 or wider.
+        """c of the patches, and what has no meaning before them: `rows`, (B, R), in float32 or wider.
 
         Source: EViT, section 3.2: attention of the class token, mean over heads. The queries are the tokens that the
         classifier reads, their mean where a distillation token is another; of a ViT that pools its tokens they are all.
         """
-        return tokens.rows(attention_received(tokens, projected, self.read).mean(dim=-1))[:, self.prefix :]
+        return tokens.rows(mean_attention_received(tokens, projected, self.read))
 
     def best(self, tokens: Tokens, count: int | Tensor, score: Tensor) -> Tensor:
         """The `count` patches of highest score, and the one of the next highest where the rest are fused: (B, k).

@@ -20,7 +20,7 @@ from adaptvit.checks import In
 from adaptvit.methods.base import DEITS, Published, Role, around_deits
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.losses import divergence
-from adaptvit.methods.merging import Compared, MergingConfig, MergingViT, Weighing
+from adaptvit.methods.merging import Compared, MergingConfig, MergingViT, Rule, Weighing
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.model import AdaptiveViT, Knob
 from adaptvit.usage import check_finite
@@ -78,6 +78,9 @@ class MergeConfig(MergingConfig):
 
     def choose(self, score: Tensor, patches: int | Tensor, block: int, depth: int) -> Tensor:
         return self.score(score) >= self.schedule(depth)[block]
+
+    def rule(self, patches: int, block: int, depth: int) -> Rule:
+        return Rule(least=self.schedule(depth)[block], relative=self.relative)
 
     def score(self, cosine: Tensor) -> Tensor:
         """What the thresholds are for: (B, |A|), -inf for dead tokens, from the cosines of `match`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import normalize
 
-from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.backbones.door import Projected, mean_attention_received
 from adaptvit.checks import In, check_fields
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig
@@ -39,6 +39,16 @@ Weighing = Literal["patches", "importance"]
 NEEDS = frozenset({"attention", "token norms"})
 TINY = 1e-12
 """Length of a key that it is taken to have at least, as in torch's `normalize`."""
+
+
+class Rule(NamedTuple):
+    """Which tokens of A are merged, in numbers that a kernel goes by."""
+
+    most: int | None = None
+    """So many of every image, those that score highest; None goes by a threshold."""
+    least: float = 0.0
+    """Those that score this or more, less `relative` times the image's mean."""
+    relative: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +111,10 @@ class MergingConfig(MethodConfig):
             patches: of every image, or of each, (B, 1).
         """
 
+    def rule(self, patches: int, block: int, depth: int) -> Rule | None:
+        """What `choose` goes by, of images that have so many patches; None where numbers do not say it."""
+        return None
+
     def merged(self, patches: int, block: int, depth: int) -> int | None:
         """Tokens that a block merges in every image that has so many patches; None where images differ."""
         return None
@@ -119,9 +133,18 @@ class Seen(NamedTuple):
     """What attention showed of the tokens of a block, as token features in float32 or wider."""
 
     keys: Tensor
-    """(..., d or H d) of unit length; for a device's kernel as they are, (..., 1 or H, d)."""
+    """(..., d or H d) of unit length; for a device's kernel as they are, (..., H, d)."""
     importance: Tensor | None
     """(...,), where the method goes by it."""
+
+
+class Places(NamedTuple):
+    """For each slot, where its token goes, (B, N) int64, and whether it is merged into another there, bool."""
+
+    place: Tensor
+    moved: Tensor
+    lengths: Tensor | None = None
+    """(B,) int32, the tokens that are left of each image, where a device's kernel decided."""
 
 
 class Pairs(NamedTuple):
@@ -134,7 +157,7 @@ class Pairs(NamedTuple):
     into: Tensor
     """(B, r) numbers in B of what they join."""
 
-    def place(self, slots: int, prefix: int) -> Tensor:
+    def placed(self, slots: int, prefix: int) -> Tensor:
         """The slot that the token in each of so many slots goes to, (B, N) int64."""
         images, before = self.stay.shape
         place = torch.arange(slots, device=self.go.device).repeat(images, 1)
@@ -142,6 +165,9 @@ class Pairs(NamedTuple):
         after = place[:, : before + others.shape[1]]
         place = place.scatter(1, torch.cat([self.stay, others], dim=1), after)
         return place.scatter(1, self.go, before + self.into)
+
+
+Decided = Places | Pairs
 
 
 class MergingViT(AdaptiveViT):
@@ -169,9 +195,8 @@ class MergingViT(AdaptiveViT):
                 tokens = self.run_block(number, tokens, bias=bias)
                 went.append(None)
                 continue
-            tokens, place, size = self.run_merging(number, tokens, bias, size)
+            tokens, place, size, bias = self.run_merging(number, tokens, bias, size)
             went.append(place)
-            bias = self.bias(size)
         x = self.read_slots(tokens, tokens.x)
         if self.read is None:
             x = x.gather(1, held()[-1][..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
@@ -204,11 +229,12 @@ class MergingViT(AdaptiveViT):
 
     def run_merging(
         self, number: int, tokens: Tokens, bias: Tensor | None, size: Tensor
-    ) -> tuple[Tokens, Callable[[], Tensor], Tensor]:
-        """A block that merges tokens: what it leaves, what says where each slot's token went, the patches in each."""
-        slots, sizes, seen = tokens.shape[1], list[Tensor](), list[Seen]()
+    ) -> tuple[Tokens, Callable[[], Tensor], Tensor, Tensor | None]:
+        """A block that merges tokens: what it leaves, what says where each slot's token went, the patches in each, and
+        what these add to the logits of the block after."""
+        slots, sizes, seen = tokens.shape[1], list[tuple[Tensor, Tensor | None]](), list[Seen]()
         see = once(partial(self.see, tokens))
-        decide: Callable[..., Pairs | tuple[Tensor, Tensor]] = self.places
+        decide: Callable[..., Decided] = self.places
         if isinstance(tokens, Dense) and tokens.slots is None and not self._is_fused(tokens, tokens.x):
             decide = self.pairs
         decided = once(partial(decide, tokens, size, number))
@@ -219,37 +245,38 @@ class MergingViT(AdaptiveViT):
             seen[:] = [see(projected)]
 
         def merge(tokens: Tokens) -> Tokens:
-            merged, total = self.join(tokens, decided(seen[0]), size, seen[0].importance, left)
-            sizes[:] = [total]
+            merged, total, added = self.join(tokens, decided(seen[0]), size, seen[0].importance, left)
+            sizes[:] = [(total, added)]
             return merged
 
         after = self.run_block(number, tokens, bias=bias, look=look, between=merge)
 
         def place() -> Tensor:
             found = decided()
-            return found.place(slots, self.prefix) if isinstance(found, Pairs) else found[0]
+            return found.placed(slots, self.prefix) if isinstance(found, Pairs) else found.place
 
-        return after, place, sizes[0]
+        return after, place, *sizes[0]
 
     def join(
-        self,
-        tokens: Tokens,
-        decided: "Pairs | tuple[Tensor, Tensor]",
-        size: Tensor,
-        importance: Tensor | None,
-        left: int | None,
-    ) -> tuple[Tokens, Tensor]:
-        """Tokens merged into those that they were matched with, `left` of each image, and the patches in each."""
+        self, tokens: Tokens, decided: Decided, size: Tensor, importance: Tensor | None, left: int | None
+    ) -> tuple[Tokens, Tensor, Tensor | None]:
+        """Tokens merged into those that they were matched with, `left` of each image, the patches in each, and what
+        these add to the logits."""
+        merged: Tokens
         weight, by_importance = size, self.config.weighing == "importance"
-        if not isinstance(decided, Pairs) and self._is_fused(tokens, tokens.x) and self.config.position != "mean":
-            return tokens.join(*decided, size, importance if by_importance else None, self.config.keeps_length, left)
+        if isinstance(decided, Places) and decided.lengths is not None and self.config.position != "mean":
+            if self._is_fused(tokens, tokens.x):
+                counted, power = importance if by_importance else None, self.config.power
+                lengths, keeps = decided.lengths, self.config.keeps_length
+                joined = tokens.join(decided.place, decided.moved, lengths, size, counted, keeps, left, power)
+                merged, total, bias = joined
+                return merged, total, bias if self.config.proportional_attention else None
         if by_importance:
             assert importance is not None
             counted = importance.detach()
             weight = size * counted.where(counted > LEAST, LEAST)  # also where it is nan
         if self.config.keeps_length:
             tokens = tokens.with_x(torch.cat([tokens.x, _length(tokens.x).to(tokens.x.dtype)], dim=-1))
-        merged: Tokens
         if isinstance(decided, Pairs):
             assert isinstance(tokens, Dense)
             others = _halves(self.prefix)[1]
@@ -257,15 +284,15 @@ class MergingViT(AdaptiveViT):
             merged, totals = tokens.join_pairs(stay, others, go, into, weight, *([size] * by_importance))
             total = totals[-1]
         else:
-            merged, total = tokens.merge(*decided, weight, left)
+            merged, total = tokens.merge(decided.place, decided.moved, weight, left)
             if by_importance:
                 grid = tokens.grid(size)
-                sizes = torch.zeros_like(grid).scatter_add(1, decided[0], grid)
+                sizes = torch.zeros_like(grid).scatter_add(1, decided.place, grid)
                 total = merged.spread(sizes[:, : merged.shape[1]])
         if self.config.keeps_length:
             x, length = merged.x[..., :-1], merged.x[..., -1:]
             merged = merged.with_x((normalize(x.to(_wide(x)), dim=-1) * length).to(x.dtype))
-        return merged, total
+        return merged, total, self.bias(total)
 
     def alike(self, tokens: Tokens) -> bool:
         """Whether all images began with as many tokens."""
@@ -286,41 +313,38 @@ class MergingViT(AdaptiveViT):
     def see(self, tokens: Tokens, projected: Projected) -> Seen:
         """What attention shows of the tokens of a block."""
         keys = projected.k
-        if self._is_fused(tokens, keys):
-            keys = keys.mean(dim=-2, keepdim=True) if self.config.compared == "mean key" else keys
-        elif self.config.compared == "mean key":
-            keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
-        else:
-            keys = (keys / (_length(keys).clamp(min=TINY) * keys.shape[-2] ** 0.5)).flatten(-2)
+        if not self._is_fused(tokens, keys):
+            if self.config.compared == "mean key":
+                keys = normalize(keys.mean(dim=-2, dtype=_wide(keys)), dim=-1)
+            else:
+                keys = (keys / (_length(keys).clamp(min=TINY) * keys.shape[-2] ** 0.5)).flatten(-2)
         return Seen(keys, self.importance(tokens, projected) if self.config.by_importance else None)
 
     def importance(self, tokens: Tokens, projected: Projected) -> Tensor:
         """The importance of each token, token features (...,)."""
-        if self.read is not None:
-            received = attention_received(tokens, projected, self.read)
-        elif self._is_fused(tokens, projected.k):
-            received = tokens.received_from(projected.q, projected.k, 0)
+        q, k, read = projected.q, projected.k, self.read
+        few = read is None or (read <= fused.QUERIES and projected.pairs is None)
+        if few and self._is_fused(tokens, k):
+            return tokens.attended_from(q, k, read or 0, self.prefix)
+        if read is not None:
+            received = mean_attention_received(tokens, projected, read)
         else:
-            q = tokens.grid(projected.q)
+            q = tokens.grid(q)
             count = tokens.live.sum(dim=1).view(-1, 1, 1, 1)
-            received = tokens.received((q.sum(dim=1, keepdim=True) / count).to(q.dtype), projected.k)
-        if self._is_fused(tokens, received):
-            share: Tensor = fused.over_mean(received.flatten(0, -2), tokens.offsets, tokens.shape[1], self.prefix)
-            return share.view(received.shape[:-1])
-        received = received.mean(dim=-1)
+            received = tokens.received((q.sum(dim=1, keepdim=True) / count).to(q.dtype), k).mean(dim=-1)
         patches = tokens.grid(received)[:, self.prefix :]
         count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True)
         return received / tokens.spread(patches.sum(dim=1, keepdim=True) / count)
 
-    def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
-        """For each slot, where its token goes, and whether it is merged into another there: (B, N) int64 and bool."""
+    def places(self, tokens: Tokens, size: Tensor, block: int, seen: Seen) -> Places:
+        """Where tokens go."""
         if self._is_fused(tokens, seen.keys):
             return self._fused_places(tokens, size, block, seen)
         live = tokens.live
         score, target = match(tokens.grid(seen.keys), live, self.prefix, *self.costs(tokens, size, seen))
         patches = (tokens.shape[1] if self.alike(tokens) else live.sum(dim=1, keepdim=True)) - self.prefix
         chosen = self.choose(score, patches, block)
-        return arrange(chosen, score, target, live, self.prefix)
+        return Places(*arrange(chosen, score, target, live, self.prefix))
 
     def pairs(self, tokens: Dense, size: Tensor, block: int, seen: Seen) -> Pairs:
         """The same of images that have as many tokens, in their first slots, and merge as many: who joins whom."""
@@ -356,15 +380,27 @@ class MergingViT(AdaptiveViT):
         fits = isinstance(tokens, Slab) or (isinstance(tokens, Dense) and tokens.slots is None)
         return fits and self.alike(tokens) and fused.fuses(keys)
 
-    def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> tuple[Tensor, Tensor]:
-        keys, slots, offsets = seen.keys.flatten(0, -3), tokens.shape[1], tokens.offsets
-        protection = self.config.protection
-        importance = seen.importance.flatten() if protection and seen.importance is not None else None
+    def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> Places:
+        slots, patches, config = tokens.shape[1], tokens.shape[1] - self.prefix, self.config
+        offsets = tokens.offsets if isinstance(tokens, Slab) else None
+        importance = seen.importance.flatten() if config.protection and seen.importance is not None else None
         score, target = fused.match(
-            keys, importance, size.flatten(), offsets, slots, self.prefix, protection, self.config.size_cost
+            seen.keys.flatten(0, -3),
+            importance,
+            size.flatten(),
+            offsets,
+            slots,
+            self.prefix,
+            config.protection,
+            config.size_cost,
+            config.compared == "mean key",
         )
-        chosen = self.choose(score, slots - self.prefix, block)
-        return fused.arrange(chosen, score, target, offsets, slots, self.prefix)
+        chosen, rule = None, None
+        if type(self).choose is MergingViT.choose:
+            rule = config.rule(patches, block, self.depth)
+        if rule is None:
+            chosen, rule = self.choose(score, patches, block), Rule()
+        return Places(*fused.arrange(chosen, score, target, offsets, slots, self.prefix, *rule))
 
 
 def held_after(holder: Tensor, went: Sequence[Callable[[], Tensor] | None]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adaptvit.budget import BATCH
 from adaptvit.checks import In
 from adaptvit.methods.base import DEITS, Published, Role, around_deits
-from adaptvit.methods.merging import MergingConfig
+from adaptvit.methods.merging import MergingConfig, Rule
 from adaptvit.model import AdaptiveViT, Knob
 
 
@@ -81,6 +81,9 @@ class ToMeConfig(MergingConfig):
         best = score.topk(min(self.schedule(depth)[block], score.shape[1]), dim=1).indices
         merged = torch.arange(best.shape[1], device=best.device) < patches // 2
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, merged)
+
+    def rule(self, patches: int, block: int, depth: int) -> Rule:
+        return Rule(most=self.merged(patches, block, depth))
 
     def merged(self, patches: int, block: int, depth: int) -> int:
         return min(self.schedule(depth)[block], patches // 2)

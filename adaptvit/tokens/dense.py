@@ -128,7 +128,7 @@ class Dense(Tokens):
         if count is None:
             raise NotImplementedError("Dense merges as many tokens in every image, but these merge what is alike")
         if self.slots is None and fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
-            return self.join(place, moved, weight, None, False, count)
+            return self.join(place, moved, None, weight, None, False, count, 0.0)[:2]
         goes, moved = self.spread(place), self.spread(moved)
         stays, going = _held(goes, ~moved, count), _held(moved.cumsum(dim=1) - 1, moved, goes.shape[1] - count)
         merged, (total,) = self.join_pairs(None, stays, going, goes.gather(1, going), weight)
@@ -174,40 +174,56 @@ class Dense(Tokens):
         totals = [staying(t, total) for t, total in zip((weight, *sums), added, strict=True)]
         return type(self)(x, x.shape[1], None, where, self.source), totals
 
-    @property
-    def offsets(self) -> Tensor:
-        """(B + 1,) int32, the row that each image begins at."""
-        images, each = self.x.shape[:2]
-        return torch.arange(0, images * each + 1, each, device=self.x.device, dtype=torch.int32)
-
     def join(
         self,
         place: Tensor,
         moved: Tensor,
+        lengths: Tensor | None,
         size: Tensor,
         importance: Tensor | None,
         keeps_length: bool,
         count: int | None,
-    ) -> tuple[Self, Tensor]:
-        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it."""
+        power: float,
+    ) -> tuple[Self, Tensor, Tensor]:
+        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it.
+
+        Args:
+            lengths: what `fused.arrange` gave, which is known here.
+        Returns:
+            Beside tokens and sums, the logarithms of these times `power`, in the precision of the features.
+        """
         assert count is not None
         images, rows = self.x.shape[0], self.x.shape[0] * count
-        at = self.at.expand(self.x.shape[:2]).flatten()
-        counted = None if importance is None else importance.flatten()
-        x, where, sums, *_ = fused.merge(
+        x, where, sums, bias, *_ = fused.merge(
             self.x.flatten(0, 1),
-            at,
+            None if self.where is None else self.where.flatten(),
             size.flatten(),
-            counted,
+            None if importance is None else importance.flatten(),
             place,
             moved,
-            self.offsets,
+            None,
+            None,
             rows,
             count,
             keeps_length,
+            power,
+            self.x.dtype,
         )
-        x, where, sums = (t.view(images, count, *t.shape[1:]) for t in (x, where, sums))
-        return type(self)(x, count, None, where, self.source), sums
+        x, where, sums, bias = (t.view(images, count, *t.shape[1:]) for t in (x, where, sums, bias))
+        return type(self)(x, count, None, where, self.source), sums, bias
+
+    def best(self, score: Tensor, count: int, prefix: int, fuse: bool) -> tuple[Self, Tensor, Tensor]:
+        """`take` of the patches that score highest, in two kernels, as `fused.best` and `fused.take` have it.
+
+        Args:
+            fuse: the lowest of them becomes the sum of those that are left out, and itself.
+        Returns:
+            Beside tokens, the place of the lowest, (B, 1), and sums of scores, (B, 1).
+        """
+        index, slots, last, sums = fused.best(score, self.slots, count, prefix)
+        x = fused.take(self.x, index, *((score, last) if fuse else (None, None)), prefix)
+        where = None if self.where is None else _gather(self.where, index)
+        return replace(self, x=x, slots=slots, where=where), last, sums
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         pairs, mask = how.pairs, None if how.bias is None else how.bias[:, None, None].to(q.dtype)
@@ -218,10 +234,16 @@ class Dense(Tokens):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, mask, how.dropout, scale=how.scale).transpose(1, 2)
 
-    def received_from(self, q: Tensor, k: Tensor, read: int) -> Tensor:
-        """Attention that each token receives, in a kernel, as `fused.received` has it: (B, n, H)."""
-        found: Tensor = fused.received(q.flatten(0, 1), k.flatten(0, 1), None, self.offsets, k.shape[1], read)
-        return found.view(k.shape[:3])
+    def attended_from(self, q: Tensor, k: Tensor, read: int, prefix: int | None = None) -> Tensor:
+        """Attention that each token receives, in a kernel, as `fused.attended` has it: (B, n)."""
+        found = fused.attended(q.flatten(0, 1), k.flatten(0, 1), None, None, k.shape[1], read, prefix)
+        return found.view(k.shape[:2])
+
+    def with_mean(self, t: Tensor, prefix: int) -> Tensor:
+        """(B, n, D), in the second half of whose channels is the mean over patches, from place `prefix` on, in a
+        kernel."""
+        found: Tensor = fused.with_mean(t.flatten(0, 1), None, None, t.shape[1], prefix)
+        return found.view(t.shape)
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:
         wide = t.to(torch.promote_types(t.dtype, torch.float32))

@@ -62,6 +62,13 @@ def _places(offsets: Tensor, rows: int, n: int) -> Tensor:
     return torch.where(image < images, image * n + row - start, images * n)
 
 
+def _starts(offsets: Tensor | None, rows: Tensor, n: int) -> Tensor:
+    """`offsets`, or where these are None those of images that have n of the rows each."""
+    if offsets is not None:
+        return offsets
+    return torch.arange(0, len(rows) + 1, n, device=rows.device, dtype=torch.int32)
+
+
 def _grid(t: Tensor, places: Tensor, images: int, n: int) -> Tensor:
     """(T, ...) -> (B, n, ...), 0 where there is no row."""
     return t.new_zeros(images * n + 1, *t.shape[1:]).index_copy_(0, places, t)[:-1].view(images, n, *t.shape[1:])
@@ -146,20 +153,8 @@ def halt(
     return output + share.view_as(output), going & on, left
 
 
-def _of_received(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    return torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
-
-
-@_fused(_of_received)
-def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int, read: int) -> Tensor:
-    """Attention that each token receives, mean over the queries that ask: (T, H) in float32.
-
-    Args:
-        q, k: (T, H, d).
-        slots: (T,) int64; None where the first rows of every image are its first slots.
-        offsets: (B + 1,) int32.
-        read: the tokens that ask are those in the first so many slots; 0 is one query, the mean of all.
-    """
+def _received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int, read: int) -> Tensor:
+    """`received`, or where `slots` are None of images whose first rows are their first slots."""
     images, places = len(offsets) - 1, _places(offsets, len(k), n)
     live = torch.arange(n, device=k.device) < offsets.diff()[:, None]
     queries = _grid(q, places, images, n).float()
@@ -176,26 +171,77 @@ def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int
     return mean.mT.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
 
 
+def _of_received(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+
+
+@_fused(_of_received)
+def received(q: Tensor, k: Tensor, slots: Tensor, offsets: Tensor, n: int, read: int) -> Tensor:
+    """Attention that each token receives, mean over the queries that ask: (T, H) in float32.
+
+    Args:
+        q, k: (T, H, d).
+        slots: (T,) int64.
+        offsets: (B + 1,) int32.
+        read: the tokens that ask are those in the first so many slots.
+    """
+    return _received(q, k, slots, offsets, n, read)
+
+
+def _of_attended(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return torch.empty(k.shape[0], dtype=torch.float32, device=k.device)
+
+
+@_fused(_of_attended)
+def attended(
+    q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor | None, n: int, read: int, prefix: int | None
+) -> Tensor:
+    """Attention that each token receives, mean over the queries that ask and over heads: (T,) in float32.
+
+    Args:
+        q, k: (T, H, d).
+        slots: (T,) int64; None where the first rows of every image are its first slots.
+        offsets: (B + 1,) int32; None where every image has n rows.
+        read: the tokens that ask are those in the first so many slots; 0 is one query, the mean of all.
+        prefix: divide by the mean over the image's patches, which follow its first so many rows, unless this is 0;
+            None by nothing.
+    """
+    offsets = _starts(offsets, k, n)
+    mean, images = _received(q, k, slots, offsets, n, read).mean(dim=1), len(offsets) - 1
+    if prefix is None:
+        return mean
+    row = torch.arange(len(k), device=k.device)
+    image = torch.searchsorted(offsets[1:], row, right=True)
+    inside = image.clamp(max=images - 1)
+    patch = (image < images) & (row >= offsets.index_select(0, inside) + prefix)
+    total = mean.new_zeros(images + 1).index_add(0, image, mean * patch)[:-1]
+    share = total / (offsets.diff() - prefix).clamp(min=1)
+    return mean / share.masked_fill(share == 0, 1).index_select(0, inside)
+
+
 def _of_like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_fused(_of_like)
-def mean_patch(x: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
-    """In every row the mean of its image's patches, (T, D), as precise as `x`.
+def with_mean(x: Tensor, slots: Tensor | None, offsets: Tensor | None, n: int, prefix: int) -> Tensor:
+    """`x` (T, D), in the second half of whose channels is the mean of its image's patches: as precise as `x`.
 
     Args:
-        x: (T, D).
-        slots: (T,) int64; patches are those from slot `prefix` on.
-        offsets: (B + 1,) int32.
+        slots: (T,) int64; patches are those from slot `prefix` on. None is the number of a row in its image.
+        offsets: (B + 1,) int32; None where every image has n rows.
     """
+    offsets = _starts(offsets, x, n)
+    own, shared = x.chunk(2, dim=1)
     rows, images = len(x), len(offsets) - 1
+    at = _places(offsets, rows, n) if slots is None else slots
     image = torch.searchsorted(offsets[1:], torch.arange(rows, device=x.device), right=True)
-    patch = ((image < images) & (slots % n >= prefix))[:, None]
-    wide = torch.where(patch, x.float(), 0)
-    total = wide.new_zeros(images + 1, x.shape[1]).index_add(0, image, wide)
+    patch = ((image < images) & (at % n >= prefix))[:, None]
+    wide = torch.where(patch, shared.float(), 0)
+    total = wide.new_zeros(images + 1, shared.shape[1]).index_add(0, image, wide)
     count = wide.new_zeros(images + 1, 1).index_add(0, image, patch.float())
-    return (total / count.clamp(min=1)).index_select(0, image).to(x.dtype)
+    mean = (total / count.clamp(min=1)).index_select(0, image).to(x.dtype)
+    return torch.cat([own, mean], dim=1)
 
 
 def _of_sample(
@@ -233,24 +279,25 @@ def sample(
 
 
 def _of_above(
-    score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float
+    logits: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float
 ) -> tuple[Tensor, Tensor]:
-    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=score.device)
-    return chosen, score.new_empty(len(chosen), 1)
+    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=logits.device)
+    return chosen, torch.empty(len(chosen), 1, dtype=torch.float32, device=logits.device)
 
 
 @_fused(_of_above)
-def above(score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
+def above(logits: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
     """The patches whose probability has a logarithm above `least`, and of each image the likeliest.
 
     Args:
-        score: (T,) float32, log-odds.
+        logits: (T, 2), whose differences are log-odds.
         slots: (T,) int64, each row's place in the grid, B N of rows of no image; patches are from slot `prefix` on.
         offsets: (B + 1,) int32.
     Returns:
-        (B, N) bool, the slots that go on, prefix tokens among them, and the sums of scores, (B, 1), theirs included.
+        (B, N) bool, the slots that go on, prefix tokens among them, and the sums of log-odds, (B, 1) in float32,
+        theirs included.
     """
-    images = len(offsets) - 1
+    images, score = len(offsets) - 1, logits[:, 0].float() - logits[:, 1]
     live, grid = (_grid(t, slots, images, n) for t in (torch.ones_like(slots, dtype=torch.bool), score))
     patches = grid[:, prefix:].masked_fill(~live[:, prefix:], -torch.inf)
     likeliest = patches == patches.amax(dim=1, keepdim=True)
@@ -277,38 +324,19 @@ def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     return torch.cat([x, x.new_empty(1, x.shape[1])]).index_copy_(0, rows.clamp(max=len(x)), t)[:-1].clone()
 
 
-def _of_over_mean(received: Tensor, *_: Any) -> Tensor:
-    return received.new_empty(received.shape[0])
-
-
-@_fused(_of_over_mean)
-def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
-    """Mean over heads, (T,), over the mean of that over the image's patches, which follow its first `prefix` rows.
-
-    Args:
-        received: (T, H) float32.
-        offsets: (B + 1,) int32.
-    """
-    mean, rows, images = received.mean(dim=1), len(received), len(offsets) - 1
-    row = torch.arange(rows, device=received.device)
-    image = torch.searchsorted(offsets[1:], row, right=True)
-    inside = image.clamp(max=images - 1)
-    patch = (image < images) & (row >= offsets.index_select(0, inside) + prefix)
-    total = mean.new_zeros(images + 1).index_add(0, image, mean * patch)[:-1]
-    return mean / (total / (offsets.diff() - prefix)).index_select(0, inside)
-
-
 def _of_match(
     keys: Tensor,
     importance: Tensor | None,
     size: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     n: int,
     prefix: int,
     protection: float,
     size_cost: float,
+    mean_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    images, count = len(offsets) - 1, (n - prefix + (prefix + 1) % 2) // 2
+    images = len(keys) // n if offsets is None else len(offsets) - 1
+    count = (n - prefix + (prefix + 1) % 2) // 2
     score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
     return score, torch.empty_like(score, dtype=torch.int64)
 
@@ -318,11 +346,12 @@ def match(
     keys: Tensor,
     importance: Tensor | None,
     size: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     n: int,
     prefix: int,
     protection: float,
     size_cost: float,
+    mean_key: bool,
 ) -> tuple[Tensor, Tensor]:
     """`adaptvit.methods.merging.match`, of rows, by the mean over heads of the cosine of their keys.
 
@@ -330,10 +359,13 @@ def match(
         keys: (T, H, d).
         importance: (T,) float32; `protection` times the root of the product of two is taken off their similarity.
         size: (T,) float32; `size_cost` times the sum of the logarithms of two is.
-        offsets: (B + 1,) int32.
+        offsets: (B + 1,) int32; None where every image has n rows.
+        mean_key: by the cosine of the mean over heads of their keys instead.
     """
+    offsets = _starts(offsets, keys, n)
     images, places = len(offsets) - 1, _places(offsets, len(keys), n)
-    unit = normalize(keys.float(), dim=-1).flatten(1) / keys.shape[1] ** 0.5
+    keys = keys.float().mean(dim=1, keepdim=True) if mean_key else keys.float()
+    unit = normalize(keys, dim=-1).flatten(1) / keys.shape[1] ** 0.5
     grid = _grid(unit, places, images, n)
     live = torch.arange(n, device=keys.device) < offsets.diff()[:, None]
     even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
@@ -349,37 +381,57 @@ def match(
 
 
 def _of_arrange(
-    chosen: Tensor, score: Tensor, target: Tensor, offsets: Tensor, n: int, prefix: int
-) -> tuple[Tensor, Tensor]:
-    place = target.new_empty(len(offsets) - 1, n)
-    return place, torch.empty_like(place, dtype=torch.bool)
+    chosen: Tensor | None, score: Tensor, target: Tensor, offsets: Tensor | None, n: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    place = target.new_empty(target.shape[0], n)
+    return place, torch.empty_like(place, dtype=torch.bool), place.new_empty(place.shape[0], dtype=torch.int32)
 
 
 @_fused(_of_arrange)
 def arrange(
-    chosen: Tensor, score: Tensor, target: Tensor, offsets: Tensor, n: int, prefix: int
-) -> tuple[Tensor, Tensor]:
+    chosen: Tensor | None,
+    score: Tensor,
+    target: Tensor,
+    offsets: Tensor | None,
+    n: int,
+    prefix: int,
+    count: int | None,
+    least: float,
+    relative: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`adaptvit.methods.merging.arrange`, of images whose tokens are in their first slots.
 
     Args:
-        chosen, score, target: (B, A).
-        offsets: (B + 1,) int32.
+        chosen, score, target: (B, A). Where `chosen` is None, those of A are merged that follow from the numbers.
+        offsets: (B + 1,) int32; None where every image has n rows.
+        count: so many of an image, those that score highest; None goes by a threshold.
+        least: those that score this or more, less `relative` times the image's mean.
+    Returns:
+        (B, N) where each goes and whether it is merged, and (B,) int32, the tokens that are left of each image.
     """
-    images = len(offsets) - 1
-    live = torch.arange(n, device=chosen.device) < offsets.diff()[:, None]
+    images = len(target)
+    lengths = score.new_full((images,), n, dtype=torch.int32) if offsets is None else offsets.diff()
+    live = torch.arange(n, device=score.device) < lengths[:, None]
     even, odd = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
+    if chosen is None and count is not None:
+        order = score.argsort(dim=1, descending=True, stable=True)
+        chosen = (order.argsort(dim=1) < count) & (score != -torch.inf) & live[:, even]
+    elif chosen is None:
+        there = score > -torch.inf
+        mean = score.where(there, 0).sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True).clamp(min=1)
+        chosen = score - relative * mean >= least
     staying = live[:, even] & ~chosen
     if prefix:
         rank = staying.cumsum(dim=1) - 1
     else:
         order = score.masked_fill(~staying, -torch.inf).argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)
-    place = torch.arange(n, device=chosen.device).repeat(images, 1)
+    place = torch.arange(n, device=score.device).repeat(images, 1)
     moved = torch.zeros_like(live)
     moved[:, even] = chosen
     place[:, odd] = prefix + staying.sum(dim=1, keepdim=True) + torch.arange(live[:, odd].shape[1], device=live.device)
     place[:, even] = torch.where(chosen, place[:, odd].gather(1, target), prefix + rank)
-    return place, moved
+    return place, moved, (lengths - chosen.sum(dim=1)).int()
 
 
 LEAST = 1e-6
@@ -388,53 +440,64 @@ LEAST = 1e-6
 
 def _of_merge(
     x: Tensor,
-    at: Tensor,
+    at: Tensor | None,
     size: Tensor,
     importance: Tensor | None,
     place: Tensor,
     moved: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, sums = at.new_empty(count), size.new_empty(count)
-    left = torch.empty_like(offsets)
-    return x.new_empty(count, x.shape[1]), rows, sums, torch.empty_like(rows), left, torch.empty_like(left)
+    power: float,
+    bias: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, sums = place.new_empty(count), size.new_empty(count)
+    left = place.new_empty(len(place) + 1, dtype=torch.int32)
+    added = torch.empty_like(sums, dtype=bias)
+    return x.new_empty(count, x.shape[1]), rows, sums, added, torch.empty_like(rows), left, torch.empty_like(left)
 
 
 @_fused(_of_merge)
 def merge(
     x: Tensor,
-    at: Tensor,
+    at: Tensor | None,
     size: Tensor,
     importance: Tensor | None,
     place: Tensor,
     moved: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    power: float,
+    bias: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Tokens.merge`, of images whose tokens are in their first slots.
 
     Args:
-        x, at, size: (T, D), (T,) int64 and (T,) float32.
+        x, at, size: (T, D), (T,) int64 and (T,) float32; `at` None is the number of a row in its image.
         importance: (T,) float32, by which a token counts in the mean beside its size, `LEAST` where it is less or none.
         place, moved: (B, N).
-        offsets: (B + 1,) int32.
+        offsets: (B + 1,) int32; None where every image has N rows.
+        lengths: (B,) int32, the tokens that are left of each image; None is `slots`.
         count: C.
         slots: of an image afterwards.
         keeps_length: a mean is made as long as its parts are in the mean.
+        power, bias: of the logarithms, and their type.
     Returns:
-        `x` and `at`, the sums of the sizes, 1 of rows that hold nothing, slots, and offsets, as they would be with rows
-        enough, and bounded by C.
+        `x` and `at`, the sums of the sizes, 1 of rows that hold nothing, the logarithms of these times `power`, slots,
+        and offsets, as they would be with rows enough, and bounded by C.
     """
     images, n = place.shape
+    offsets = _starts(offsets, x, n)
     places = _places(offsets, len(x), n)
     inside = places.clamp(max=images * n - 1)
-    live = torch.arange(n, device=x.device) < offsets.diff()[:, None]
-    left = torch.cat([offsets.new_zeros(1), (live & ~moved).sum(dim=1).cumsum(0).int()])
+    at = inside % n if at is None else at
+    lengths = offsets.new_full((images,), slots) if lengths is None else lengths
+    left = torch.cat([offsets.new_zeros(1), lengths.cumsum(0).int()])
     rows = (place + left[:-1, None]).flatten().index_select(0, inside).clamp(max=count)
     rows = rows.masked_fill(places == images * n, count)
     sums = size.new_zeros(count + 1).index_add(0, rows, size)
@@ -447,48 +510,110 @@ def merge(
         mean = normalize(mean, dim=1) * length[:, None]
     stays = rows.masked_fill(moved.flatten().index_select(0, inside), count)
     held = at.new_zeros(count + 1).index_copy(0, stays, at)[:-1]
-    empty = torch.arange(count, device=x.device) >= left[-1]
+    sums = sums[:-1].masked_fill(torch.arange(count, device=x.device) >= left[-1], 1)
     return (
         mean[:-1].to(x.dtype),
         held,
-        sums[:-1].masked_fill(empty, 1),
+        sums,
+        (power * sums.log()).to(bias),
         _places(left, count, slots),
         left,
         left.clamp(max=count),
     )
 
 
-def _of_best(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
+def _of_best(score: Tensor, slots: Tensor | None, count: int, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = torch.empty(score.shape[0], prefix + count, dtype=torch.int64, device=score.device)
-    return index, index.new_empty(score.shape[0], 1)
+    sums = torch.empty(score.shape[0], 1, dtype=torch.float32, device=score.device)
+    return index, torch.empty_like(index), index.new_empty(score.shape[0], 1), sums
 
 
 @_fused(_of_best)
-def best(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """The places of the first `prefix` rows and of the `count` patches of highest score, of (B, P): ascending.
+def best(score: Tensor, slots: Tensor | None, count: int, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The places of the first `prefix` rows and of the `count` patches behind them that score highest: ascending.
 
+    Args:
+        score: (B, N), or (B, N, 2), whose differences are the scores.
+        slots: (B, N) int64; None where they are the places.
     Returns:
-        (B, prefix + count) int64, and the place of the patch of them with the lowest score, (B, 1).
+        (B, prefix + count) int64, the slots there, the place of the patch of them with the lowest score, (B, 1), and
+        the sums of all rows' scores, (B, 1) in float32.
     """
-    found = score.topk(count, dim=1).indices + prefix
+    wide = score.float()
+    wide = wide if wide.ndim == 2 else wide[..., 0] - wide[..., 1]
+    found = wide[:, prefix:].topk(count, dim=1).indices + prefix
     first = torch.arange(prefix, device=score.device).expand(score.shape[0], -1)
-    return torch.cat([first, found.sort(dim=1).values], dim=1), found[:, -1:].clone()
+    index = torch.cat([first, found.sort(dim=1).values], dim=1)
+    held = index.clone() if slots is None else slots.gather(1, index)
+    return index, held, found[:, -1:].clone(), wide.sum(dim=1, keepdim=True)
 
 
-def _of_take(x: Tensor, score: Tensor, index: Tensor, last: Tensor) -> Tensor:
+def _of_take(x: Tensor, index: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*index.shape, x.shape[2])
 
 
 @_fused(_of_take)
-def take_fused(x: Tensor, score: Tensor, index: Tensor, last: Tensor) -> Tensor:
-    """The rows at `index`, (B, n), of `x`, (B, N, D), that at `last`, (B, 1), being the sum of what is left out.
+def take(x: Tensor, index: Tensor, score: Tensor | None, last: Tensor | None, prefix: int) -> Tensor:
+    """The rows at `index`, (B, n), of `x`, (B, N, D).
 
     Args:
-        score: (B, P) of the last P rows, by which the sum is weighted; that at `last` is part of it.
+        score: (B, N); then the row at `last`, (B, 1), is the sum of the patches that are left out, and its own,
+            weighted by these; patches are from row `prefix` on.
     """
-    prefix = x.shape[1] - score.shape[1]
-    weight = torch.cat([score.new_zeros(score.shape[0], prefix), score], dim=1)
+    found = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    if score is None or last is None:
+        return found
+    weight = torch.cat([torch.zeros_like(score[:, :prefix]), score[:, prefix:]], dim=1)
     out = weight.scatter(1, index, 0).scatter(1, last, weight.gather(1, last))
     fused = (out[:, None].to(x.dtype) @ x).to(x.dtype)
-    found = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
     return torch.where((index == last)[..., None], fused, found)
+
+
+def _of_padded(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Tensor, offsets: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images = len(offsets) - 1
+    mask = q.new_empty(images, 1, 1, (n + 7) // 8 * 8)[..., :n]  # aligned, or attention copies it
+    of_queries, keys, values = (t.new_empty(images, n, *t.shape[1:]) for t in (q, k, v))
+    return of_queries, keys, values, mask
+
+
+@_fused(_of_padded)
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Tensor, offsets: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens of images of different lengths as (B, n, H, d), 0 behind an image's last.
+
+    Args:
+        q: (R, H, d).
+        k, v: (T, H, d).
+        bias: (T,), of the keys; None is 0.
+        queries, offsets: (B + 1,) int32, of `q`, and of keys and values.
+    Returns:
+        `q`, `k`, `v`, and what is added to the logits, (B, 1, 1, n) as precise as `q`: the bias, -inf where there is no
+        key, and 0 throughout an image that has none.
+    """
+    images, places = len(offsets) - 1, _places(offsets, len(k), n)
+    of_queries = _grid(q, _places(queries, len(q), n), images, n)
+    length = offsets.diff()[:, None]
+    hidden = (torch.arange(n, device=k.device) >= length) & (length > 0)
+    added = hidden.new_zeros(images, n, dtype=q.dtype) if bias is None else _grid(bias.to(q.dtype), places, images, n)
+    mask = _of_padded(q, k, v, bias, queries, offsets, n)[3].copy_(added.masked_fill(hidden, -torch.inf)[:, None, None])
+    return of_queries, _grid(k, places, images, n), _grid(v, places, images, n), mask
+
+
+def _of_unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    return t.new_empty(rows, *t.shape[2:])
+
+
+@_fused(_of_unpadded)
+def unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """What `padded` laid out, (B, n, H, d), end to end in so many rows, 0 in those of no image.
+
+    Args:
+        offsets: (B + 1,) int32.
+    """
+    images, n = t.shape[:2]
+    places = _places(offsets, rows, n)
+    found = t.flatten(0, 1).index_select(0, places.clamp(max=images * n - 1))
+    return found.masked_fill((places == images * n)[:, None, None], 0)

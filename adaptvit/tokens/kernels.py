@@ -303,6 +303,14 @@ FLASH_FIRST = Lock()
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
+    from adaptvit.tokens import fused  # which asks here what a host is
+
+    if how.pairs is None and fused.fuses(q, k, v):
+        *grids, mask = fused.padded(q, k, v, how.bias, queries.offsets, keys.offsets, keys.shape[1])
+        across, over, values = (t.transpose(1, 2) for t in grids)
+        out = scaled_dot_product_attention(across, over, values, mask, how.dropout, scale=how.scale)
+        found: Tensor = fused.unpadded(out.transpose(1, 2), queries.offsets, len(q))
+        return found
     added = None if how.bias is None else keys.grid(how.bias)[:, None, None]
     if how.pairs is not None:
         pairs = by_place(how.pairs, queries.grid(queries.at), keys.grid(keys.at))

@@ -237,7 +237,8 @@ class Slab(Tokens):
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         images, slots = self.shape[0], self.shape[1] if count is None else count
         if fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
-            return self.join(place, moved, weight, None, False, count)
+            lengths = self.offsets.diff() - moved.sum(dim=1, dtype=torch.int32)
+            return self.join(place, moved, lengths, weight, None, False, count, 0.0)[:2]
         x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
         every = type(self).of(x.view(images, slots, -1))
         every = replace(every, calls=self.calls, where=where, source=self.source)
@@ -250,12 +251,20 @@ class Slab(Tokens):
         self,
         place: Tensor,
         moved: Tensor,
+        lengths: Tensor,
         size: Tensor,
         importance: Tensor | None,
         keeps_length: bool,
         count: int | None,
-    ) -> tuple[Self, Tensor]:
-        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it."""
+        power: float,
+    ) -> tuple[Self, Tensor, Tensor]:
+        """`merge` in a kernel; tokens count by `importance` too, and are as long as before, as `fused.merge` has it.
+
+        Args:
+            lengths: (B,) int32, the tokens that are left of each image.
+        Returns:
+            Beside tokens and sums, the logarithms of these times `power`, in float32.
+        """
         images, rows, calls = self.shape[0], self.x.shape[0], self.calls
         slots = self.shape[1] if count is None else count
         plan = None if self.source is None else self.source.plan
@@ -263,14 +272,26 @@ class Slab(Tokens):
             rows = images * count
         elif plan is not None:
             rows = min(plan[calls], rows)
-        x, where, sums, places, left, offsets = fused.merge(
-            self.x, self.at, size, importance, place, moved, self.offsets, rows, slots, keeps_length
+        x, where, sums, bias, places, left, offsets = fused.merge(
+            self.x,
+            None if self.where is None and self.full else self.at,
+            size,
+            importance,
+            place,
+            moved,
+            self.offsets,
+            lengths,
+            rows,
+            slots,
+            keeps_length,
+            power,
+            torch.float32,
         )
         if count is None and self.source is not None:
             self.source.left.append((left, rows))
             calls += 1
         full = count is not None
-        return type(self)(x, (images, slots), places, offsets, calls, where, self.source, full), sums
+        return type(self)(x, (images, slots), places, offsets, calls, where, self.source, full), sums, bias
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, queries: Self, how: AttentionOptions = PLAIN) -> Tensor:
         if self.full and queries.full:
@@ -289,6 +310,17 @@ class Slab(Tokens):
     def received_from(self, q: Tensor, k: Tensor, read: int) -> Tensor:
         """Attention that each token receives, in a kernel, as `fused.received` has it: (C, H)."""
         found: Tensor = fused.received(q, k, self.slots, self.offsets, self.shape[1], read)
+        return found
+
+    def attended_from(self, q: Tensor, k: Tensor, read: int, prefix: int | None = None) -> Tensor:
+        """The mean of that over heads, as `fused.attended` has it: (C,)."""
+        found: Tensor = fused.attended(q, k, self.slots, self.offsets, self.shape[1], read, prefix)
+        return found
+
+    def with_mean(self, t: Tensor, prefix: int) -> Tensor:
+        """Token features (C, D), in the second half of whose channels is the mean over their image's patches, from
+        slot `prefix` on, in a kernel."""
+        found: Tensor = fused.with_mean(t, self.slots, self.offsets, self.shape[1], prefix)
         return found
 
     def standardise(self, t: Tensor, eps: float) -> Tensor:

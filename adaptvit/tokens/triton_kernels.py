@@ -21,6 +21,16 @@ ROWS = 16
 
 
 @triton.jit
+def _bounds(offsets, image, N: tl.constexpr):
+    """The first row of an image and the one behind its last; without offsets all have N."""
+    if offsets is None:
+        start, end = image * N, image * N + N
+    else:
+        start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    return start, end
+
+
+@triton.jit
 def _taken(chosen, slots, row, end, total, BY_SLOT: tl.constexpr):
     """Whether rows are chosen, and their slots."""
     slot = tl.load(slots + row, mask=row < end, other=total)
@@ -38,11 +48,11 @@ def _count(chosen, slots, offsets, counts, total, BY_SLOT: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _copy(source, target, rows, places, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _copy(source, target, rows, places, mask, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(0, WIDTH, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = mask[:, None] & (column < WIDTH)[None]
-        values = tl.load(source + rows.to(tl.int64)[:, None] * WIDTH + column[None], mask=inside, other=0)
+        values = tl.load(source + rows.to(tl.int64)[:, None] * stride + column[None], mask=inside, other=0)
         tl.store(target + places.to(tl.int64)[:, None] * WIDTH + column[None], values, mask=inside)
 
 
@@ -73,6 +83,8 @@ def _compact(
     count,
     total,
     chunks,
+    x_stride,
+    other_stride,
     BY_SLOT: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
@@ -99,8 +111,8 @@ def _compact(
         kept = some & (place < count)
         tl.store(new_slots + place, slot, mask=kept)
         tl.store(new_rows + place, row.to(tl.int64), mask=kept)
-        _copy(x, new_x, row, place, kept, D, BD)
-        _copy(other, new_other, row, place, kept, W, BW)
+        _copy(x, new_x, row, place, kept, x_stride, D, BD)
+        _copy(other, new_other, row, place, kept, other_stride, W, BW)
         if chunk == 0:
             tl.store(left + image, base)
             tl.store(bounded + image, tl.minimum(base, count))
@@ -117,13 +129,23 @@ def _compact(
         _clear(new_other, place, empty, W, BW)
 
 
+def _whole(t: Tensor) -> Tensor:
+    """(T, ...) whose rows are each in one piece, as they are of queries beside keys."""
+    size = 1
+    for length, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
+        if length > 1 and stride != size:
+            return t.contiguous()
+        size *= length
+    return t
+
+
 def compact(
     chosen: Tensor, slots: Tensor, offsets: Tensor, x: Tensor, other: Tensor, count: int, total: int, by_slot: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images = len(offsets) - 1
     n = max(1, total // max(1, images))
-    x, other = x.contiguous(), other.contiguous()
-    width, other_width = (max(1, t[:1].numel()) for t in (x, other))
+    x, other = _whole(x), _whole(other)
+    width, other_width = (math.prod(t.shape[1:]) for t in (x, other))
     chosen, counts = chosen.contiguous(), offsets.new_empty(images)
     left, bounded = torch.empty_like(offsets), torch.empty_like(offsets)
     places, rows = slots.new_empty(count), slots.new_empty(count)
@@ -147,14 +169,16 @@ def compact(
         count,
         total,
         chunks,
+        x.stride(0),
+        other.stride(0),
         BY_SLOT=by_slot,
         D=width,
         W=other_width,
         BLOCK=block,
         IMAGES=next_power_of_2(images),
         ROWS=ROWS,
-        BD=min(256, next_power_of_2(width)),
-        BW=min(256, next_power_of_2(other_width)),
+        BD=min(256, next_power_of_2(max(1, width))),
+        BW=min(256, next_power_of_2(max(1, other_width))),
     )
     return left, bounded, places, rows, new_x, new_other
 
@@ -173,6 +197,7 @@ def _halt(
     scale,
     center,
     epsilon,
+    state_stride,
     N: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -186,7 +211,7 @@ def _halt(
     real = row < end
     place = (tl.load(slots + row, mask=real, other=N - 1) % N).to(tl.int32)
     reading = real & (place < R)
-    score = 1 / (1 + tl.exp(center - scale * tl.load(state + row, mask=real, other=0.0)))
+    score = 1 / (1 + tl.exp(center - scale * tl.load(state + row * state_stride, mask=real, other=0.0)))
     if STAYS:
         score = tl.where(reading, 0.0, score)
     before = tl.load(remainder + row, mask=real, other=0.0)
@@ -223,9 +248,9 @@ def halt(
     center: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, state, remainder, output = (t.contiguous() for t in (x, state, remainder, output))
+    x, remainder, output = (t.contiguous() for t in (x, remainder, output))
     new_output, left = torch.empty_like(output), torch.empty_like(remainder)
-    going = torch.empty_like(state, dtype=torch.bool)
+    going = torch.empty_like(remainder, dtype=torch.bool)
     images, read, width = output.shape
     _halt[(images,)](
         x,
@@ -240,21 +265,22 @@ def halt(
         scale,
         center,
         epsilon,
+        state.stride(0),
         N=n,
         R=read,
         D=width,
         STAYS=stays,
         BLOCK=next_power_of_2(n),
-        BD=min(256, next_power_of_2(width)),
+        BD=min(256, next_power_of_2(max(1, width))),
     )
     return new_output, going, left
 
 
 @triton.jit
-def _asks(slots, row, end, BY_SLOT: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+def _asks(slots, row, end, N: tl.constexpr, R: tl.constexpr):
     """1 of a row whose token is in the first R slots, else 0."""
     asks = row < end
-    if BY_SLOT:
+    if slots is not None:
         asks = asks & (tl.load(slots + tl.maximum(tl.minimum(row, end - 1), 0)) % N < R)
     return asks.to(tl.int32)
 
@@ -271,10 +297,8 @@ def _received(
     query_head_stride,
     row_stride,
     head_stride,
-    BY_SLOT: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
-    ASKED: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
@@ -286,23 +310,13 @@ def _received(
     inside = column < D
     many = 0
     for one in range(0, R):
-        many += _asks(slots, start + one, end, BY_SLOT, N, R)
+        many += _asks(slots, start + one, end, N, R)
     share = 1.0 / tl.maximum(many, 1).to(tl.float32)
-    for one in range(0, ASKED):
-        if R > 0:
-            asked = _asks(slots, start + one, end, BY_SLOT, N, R).to(tl.float32) * share
-            at = tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
-            query = tl.load(q + at + head * query_head_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
-            query = tl.where(asked > 0, query, 0.0)
-        else:
-            asked = 1.0
-            query = tl.zeros((BD,), tl.float32)
-            for first in range(0, N, BN):
-                row = start + first + tl.arange(0, BN)
-                at = row.to(tl.int64)[:, None] * query_stride + head * query_head_stride + column[None]
-                some = tl.load(q + at, mask=(row < end)[:, None] & inside[None], other=0.0).to(tl.float32)
-                query += tl.sum(some, axis=0)
-            query = query / tl.maximum(end - start, 1).to(tl.float32) * scale
+    for one in range(0, R):
+        asked = _asks(slots, start + one, end, N, R).to(tl.float32) * share
+        at = tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
+        query = tl.load(q + at + head * query_head_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
+        query = tl.where(asked > 0, query, 0.0)
         most, total = -float("inf"), 0.0
         for first in range(0, N, BN):
             row = start + first + tl.arange(0, BN)
@@ -332,14 +346,14 @@ def _received(
             tl.store(at, weight, mask=row < end)
 
 
-def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int, read: int) -> Tensor:
+def received(q: Tensor, k: Tensor, slots: Tensor, offsets: Tensor, n: int, read: int) -> Tensor:
     images, (_, heads, size) = len(offsets) - 1, k.shape
     q, k = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k))
-    out = torch.zeros(k.shape[:2], dtype=torch.float32, device=k.device)
+    out = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
     _received[(images, heads)](
         q,
         k,
-        offsets if slots is None else slots,
+        slots,
         offsets,
         out,
         size**-0.5,
@@ -347,14 +361,121 @@ def received(q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor, n: int
         q.stride(1),
         k.stride(0),
         k.stride(1),
-        BY_SLOT=slots is not None,
         N=n,
         R=read,
-        ASKED=max(read, 1),
         H=heads,
         D=size,
         BN=64,
         BD=next_power_of_2(size),
+    )
+    return out
+
+
+@triton.jit
+def _attended(
+    q,
+    k,
+    slots,
+    offsets,
+    logits,
+    out,
+    scale,
+    query_stride,
+    query_head_stride,
+    row_stride,
+    head_stride,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    ASKED: tl.constexpr,
+    PREFIX: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+):
+    image = tl.program_id(0)
+    start, end = _bounds(offsets, image, N)
+    head, column = tl.arange(0, BH), tl.arange(0, BD)
+    inside = (head < H)[:, None] & (column < D)[None]
+    row = start + tl.arange(0, BLOCK)
+    every = row.to(tl.int64)[:, None] * H + head[None]
+    there = (row < end)[:, None] & (head < H)[None]
+    many = 0
+    for one in range(0, R):
+        many += _asks(slots, start + one, end, N, R)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for one in range(0, ASKED):
+        if R > 0:
+            asked = _asks(slots, start + one, end, N, R).to(tl.float32) / tl.maximum(many, 1).to(tl.float32)
+            at = tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
+            at = q + at + head[:, None] * query_head_stride + column[None]
+            query = tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale
+        else:
+            asked = 1.0
+            query = tl.zeros((BH, BD), tl.float32)
+            for first in range(0, N, BN):
+                some = start + first + tl.arange(0, BN)
+                at = some.to(tl.int64)[:, None, None] * query_stride
+                at = q + at + (head[:, None] * query_head_stride + column[None])[None]
+                mask = (some < end)[:, None, None] & inside[None]
+                query += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0)
+            query = query / tl.maximum(end - start, 1).to(tl.float32) * scale
+        for first in range(0, N, BN):
+            some = start + first + tl.arange(0, BN)
+            at = some.to(tl.int64)[:, None, None] * row_stride
+            at = k + at + (head[:, None] * head_stride + column[None])[None]
+            mask = (some < end)[:, None, None] & inside[None]
+            products = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * query[None], axis=2)
+            at = logits + some.to(tl.int64)[:, None] * H + head[None]
+            tl.store(at, products, mask=(some < end)[:, None] & (head < H)[None])
+        tl.debug_barrier()  # other threads have written what is read now
+        own = tl.load(logits + every, mask=there, other=-float("inf"))
+        most = tl.max(own, axis=0)
+        weight = tl.exp(own - tl.where(most == -float("inf"), 0.0, most)[None])
+        total = tl.sum(weight, axis=0)
+        mean += tl.sum(weight / tl.where(total == 0, 1.0, total)[None], axis=1) * (asked / H)
+        tl.debug_barrier()
+    if PREFIX is not None:
+        patches = tl.sum(tl.where((row >= start + PREFIX) & (row < end), mean, 0.0), axis=0)
+        patches = patches / tl.maximum(end - start - PREFIX, 1).to(tl.float32)
+        mean = mean / tl.where(patches == 0, 1.0, patches)
+    tl.store(out + row, mean, mask=row < end)
+
+
+def attended(
+    q: Tensor, k: Tensor, slots: Tensor | None, offsets: Tensor | None, n: int, read: int, prefix: int | None
+) -> Tensor:
+    rows, heads, size = k.shape
+    images = rows // n if offsets is None else len(offsets) - 1
+    q, k = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k))
+    logits = torch.empty(rows, heads, dtype=torch.float32, device=k.device)
+    out = torch.empty(rows, dtype=torch.float32, device=k.device)
+    wide, long = next_power_of_2(heads), next_power_of_2(size)
+    _attended[(images,)](
+        q,
+        k,
+        slots,
+        offsets,
+        logits,
+        out,
+        size**-0.5,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        N=n,
+        R=read,
+        ASKED=max(read, 1),
+        PREFIX=prefix,
+        H=heads,
+        D=size,
+        BLOCK=next_power_of_2(n),
+        BN=max(1, min(64, 8192 // (wide * long))),
+        BH=wide,
+        BD=long,
+        num_warps=8,
     )
     return out
 
@@ -367,6 +488,8 @@ def _gated(
     out,
     rows,
     images,
+    image_stride,
+    head_stride,
     W: tl.constexpr,
     H: tl.constexpr,
     IMAGES: tl.constexpr,
@@ -378,7 +501,7 @@ def _gated(
     ends = tl.load(offsets + 1 + number, mask=number < images, other=rows + 1)
     image = tl.sum((ends[None] <= row[:, None]).to(tl.int32), axis=1)
     inside = (row < rows)[:, None] & (column < W)[None]
-    head = image[:, None] * H + (column // (W // H))[None]
+    head = image[:, None] * image_stride + (column // (W // H))[None] * head_stride
     on = tl.load(heads + head, mask=inside & (image < images)[:, None], other=0) != 0
     at = row.to(tl.int64)[:, None] * W + column[None]
     tl.store(out + at, tl.load(x + at, mask=inside & on, other=0.0), mask=inside)
@@ -390,11 +513,13 @@ def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
     size = min(128, next_power_of_2(width))
     _gated[(cdiv(rows, ROWS), cdiv(width, size))](
         x,
-        heads.contiguous(),
+        heads,
         offsets,
         out,
         rows,
         images,
+        heads.stride(0),
+        heads.stride(1),
         W=width,
         H=count,
         IMAGES=next_power_of_2(images),
@@ -408,7 +533,7 @@ def gated(x: Tensor, heads: Tensor, offsets: Tensor) -> Tensor:
 def _put(out, rows, t, count, total, W: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr):
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.load(rows + number, mask=number < count, other=total)
-    _copy(t, out, number, row, row < total, W, BW)
+    _copy(t, out, number, row, row < total, W, W, BW)
 
 
 def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
@@ -421,7 +546,7 @@ def put(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
 
 
 @triton.jit
-def _mean_patch(
+def _with_mean(
     x,
     slots,
     offsets,
@@ -434,27 +559,34 @@ def _mean_patch(
     BW: tl.constexpr,
 ):
     image = tl.program_id(0)
-    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    start, end = _bounds(offsets, image, N)
     column = tl.program_id(1) * BW + tl.arange(0, BW)
     total, count = tl.zeros((BW,), tl.float32), 0
     for first in range(0, N, BN):
         row = start + first + tl.arange(0, BN)
-        patch = (row < end) & (tl.load(slots + row, mask=row < end, other=0) % N >= PREFIX)
-        at = row.to(tl.int64)[:, None] * stride + column[None]
+        if slots is None:
+            patch = (row < end) & (row >= start + PREFIX)
+        else:
+            patch = (row < end) & (tl.load(slots + row, mask=row < end, other=0) % N >= PREFIX)
+        at = row.to(tl.int64)[:, None] * stride + W + column[None]
         total += tl.sum(tl.load(x + at, mask=patch[:, None] & (column < W)[None], other=0.0).to(tl.float32), axis=0)
         count += tl.sum(patch.to(tl.int32), axis=0)
     mean = (total / tl.maximum(count, 1).to(tl.float32)).to(out.dtype.element_ty)
     for first in range(0, N, BN):
         row = start + first + tl.arange(0, BN)
-        at = row.to(tl.int64)[:, None] * W + column[None]
-        tl.store(out + at, tl.zeros((BN, BW), mean.dtype) + mean[None], mask=(row < end)[:, None] & (column < W)[None])
+        inside = (row < end)[:, None] & (column < W)[None]
+        own = tl.load(x + row.to(tl.int64)[:, None] * stride + column[None], mask=inside, other=0.0)
+        at = out + row.to(tl.int64)[:, None] * (2 * W) + column[None]
+        tl.store(at, own, mask=inside)
+        tl.store(at + W, tl.zeros((BN, BW), mean.dtype) + mean[None], mask=inside)
 
 
-def mean_patch(x: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
+def with_mean(x: Tensor, slots: Tensor | None, offsets: Tensor | None, n: int, prefix: int) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
-    images, width, out = len(offsets) - 1, x.shape[1], torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    images = len(x) // n if offsets is None else len(offsets) - 1
+    width, out = x.shape[1] // 2, torch.empty_like(x, memory_format=torch.contiguous_format)
     size = min(64, next_power_of_2(width))
-    _mean_patch[(images, cdiv(width, size))](
+    _with_mean[(images, cdiv(width, size))](
         x, slots, offsets, out, x.stride(0), N=n, W=width, PREFIX=prefix, BN=64, BW=size
     )
     return out
@@ -542,13 +674,14 @@ def sample(
 
 
 @triton.jit
-def _above(score, slots, offsets, chosen, sums, least, N: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+def _above(logits, slots, offsets, chosen, sums, least, N: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
     image = tl.program_id(0)
     start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
     row = start + tl.arange(0, BLOCK)
     slot = tl.load(slots + row, mask=row < end, other=0)
     patch = (row < end) & (slot % N >= PREFIX)
-    own = tl.load(score + row, mask=row < end, other=0.0)
+    own = tl.load(logits + 2 * row, mask=row < end, other=0.0).to(tl.float32)
+    own -= tl.load(logits + 2 * row + 1, mask=row < end, other=0.0).to(tl.float32)
     logarithm = tl.minimum(own, 0.0) - tl.log(1 + tl.exp(-tl.abs(own)))
     likeliest = tl.max(tl.where(patch, own, -float("inf")), axis=0)
     kept = (row < end) & ((slot % N < PREFIX) | (patch & ((logarithm > least) | (own == likeliest))))
@@ -556,41 +689,14 @@ def _above(score, slots, offsets, chosen, sums, least, N: tl.constexpr, PREFIX: 
     tl.store(sums + image, tl.sum(own, axis=0))
 
 
-def above(score: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
+def above(logits: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float) -> tuple[Tensor, Tensor]:
     images = len(offsets) - 1
-    chosen = torch.empty(images, n, dtype=torch.bool, device=score.device)
-    sums = score.new_empty(images, 1)
+    chosen = torch.empty(images, n, dtype=torch.bool, device=logits.device)
+    sums = torch.empty(images, 1, dtype=torch.float32, device=logits.device)
     _above[(images,)](
-        score.contiguous(), slots, offsets, chosen, sums, least, N=n, PREFIX=prefix, BLOCK=next_power_of_2(n)
+        logits.contiguous(), slots, offsets, chosen, sums, least, N=n, PREFIX=prefix, BLOCK=next_power_of_2(n)
     )
     return chosen, sums
-
-
-@triton.jit
-def _over_mean(
-    received,
-    offsets,
-    out,
-    H: tl.constexpr,
-    PREFIX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    image = tl.program_id(0)
-    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
-    row = start + tl.arange(0, BLOCK)
-    mean = tl.zeros((BLOCK,), tl.float32)
-    for head in range(0, H):
-        mean += tl.load(received + row.to(tl.int64) * H + head, mask=row < end, other=0.0)
-    mean = mean / H
-    patches = tl.sum(tl.where((row >= start + PREFIX) & (row < end), mean, 0.0), axis=0)
-    tl.store(out + row, mean / (patches / (end - start - PREFIX).to(tl.float32)), mask=row < end)
-
-
-def over_mean(received: Tensor, offsets: Tensor, n: int, prefix: int) -> Tensor:
-    images, (rows, heads) = len(offsets) - 1, received.shape
-    out = torch.zeros(rows, dtype=received.dtype, device=received.device)
-    _over_mean[(images,)](received.contiguous(), offsets, out, H=heads, PREFIX=prefix, BLOCK=next_power_of_2(n))
-    return out
 
 
 @triton.jit
@@ -608,8 +714,8 @@ def _match(
     A: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
+    EACH: tl.constexpr,
     D: tl.constexpr,
-    PRODUCT: tl.constexpr,
     TOTAL: tl.constexpr,
     EVEN: tl.constexpr,
     ODD: tl.constexpr,
@@ -618,13 +724,13 @@ def _match(
     BW: tl.constexpr,
 ):
     image = tl.program_id(0)
-    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    start, end = _bounds(offsets, image, N)
     number = tl.program_id(1) * BA + tl.arange(0, BA)
     a = start + EVEN + 2 * number
     column = tl.arange(0, BW)
     products = tl.zeros((BA,), tl.float32)
     totals = tl.zeros((BA,), tl.float32)
-    if PRODUCT:
+    if importance is not None:
         products = tl.sqrt(protection * tl.load(importance + a, mask=a < end, other=0.0))
     if TOTAL:
         totals = size_cost * tl.log(tl.load(sizes + a, mask=a < end, other=1.0))
@@ -634,27 +740,31 @@ def _match(
         other = first + tl.arange(0, BB)
         b = start + ODD + 2 * other
         alike = tl.zeros((BA, BB), tl.float32)
-        for head in range(0, H):
+        for first_head in range(0, H, EACH):
             dot = tl.zeros((BA, BB), tl.float32)
             long = tl.zeros((BA,), tl.float32)
             wide = tl.zeros((BB,), tl.float32)
             for at in range(0, D, BW):
-                left = tl.load(
-                    keys + a.to(tl.int64)[:, None] * row_stride + head * head_stride + at + column[None],
-                    mask=(a < end)[:, None] & (at + column < D)[None],
-                    other=0.0,
-                ).to(tl.float32)
-                right = tl.load(
-                    keys + b.to(tl.int64)[None] * row_stride + head * head_stride + at + column[:, None],
-                    mask=(b < end)[None] & (at + column < D)[:, None],
-                    other=0.0,
-                ).to(tl.float32)
+                left = tl.zeros((BA, BW), tl.float32)
+                right = tl.zeros((BW, BB), tl.float32)
+                for head in range(first_head, first_head + EACH):
+                    left += tl.load(
+                        keys + a.to(tl.int64)[:, None] * row_stride + head * head_stride + at + column[None],
+                        mask=(a < end)[:, None] & (at + column < D)[None],
+                        other=0.0,
+                    ).to(tl.float32)
+                    right += tl.load(
+                        keys + b.to(tl.int64)[None] * row_stride + head * head_stride + at + column[:, None],
+                        mask=(b < end)[None] & (at + column < D)[:, None],
+                        other=0.0,
+                    ).to(tl.float32)
+                left, right = left / EACH, right / EACH
                 dot += tl.dot(left, right, input_precision="ieee")
                 long += tl.sum(left * left, axis=1)
                 wide += tl.sum(right * right, axis=0)
             alike += dot / (tl.maximum(tl.sqrt(long), 1e-12)[:, None] * tl.maximum(tl.sqrt(wide), 1e-12)[None])
-        alike = alike / H
-        if PRODUCT:
+        alike = alike / (H // EACH)
+        if importance is not None:
             others = tl.sqrt(protection * tl.load(importance + b, mask=b < end, other=0.0))
             alike -= products[:, None] * others[None]
         if TOTAL:
@@ -673,20 +783,22 @@ def match(
     keys: Tensor,
     importance: Tensor | None,
     size: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     n: int,
     prefix: int,
     protection: float,
     size_cost: float,
+    mean_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    images, even, odd = len(offsets) - 1, prefix + prefix % 2, prefix + 1 - prefix % 2
+    images = len(keys) // n if offsets is None else len(offsets) - 1
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     count = (n - even + 1) // 2
     keys = keys if keys.stride(2) == 1 else keys.contiguous()
     score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
     target = torch.empty_like(score, dtype=torch.int64)
     _match[(images, cdiv(count, 32))](
         keys,
-        size if importance is None else importance.contiguous(),
+        None if importance is None else importance.contiguous(),
         size.contiguous(),
         offsets,
         score,
@@ -698,8 +810,8 @@ def match(
         A=count,
         N=n,
         H=keys.shape[1],
+        EACH=keys.shape[1] if mean_key else 1,
         D=keys.shape[2],
-        PRODUCT=importance is not None,
         TOTAL=size_cost != 0,
         EVEN=even,
         ODD=odd,
@@ -711,6 +823,16 @@ def match(
 
 
 @triton.jit
+def _score_at(chosen, score, at, mask, COUNT: tl.constexpr):
+    """What tokens of A are ranked by: those already chosen last, what is no number first where they are counted."""
+    own = tl.load(score + at, mask=mask, other=-float("inf"))
+    own = tl.where(own == own, own, -float("inf") if COUNT is None else float("inf"))
+    if chosen is not None:
+        own = tl.where(tl.load(chosen + at, mask=mask, other=0) != 0, -float("inf"), own)
+    return own
+
+
+@triton.jit
 def _arrange(
     chosen,
     score,
@@ -718,6 +840,10 @@ def _arrange(
     offsets,
     place,
     moved,
+    lengths,
+    least,
+    relative,
+    COUNT: tl.constexpr,
     A: tl.constexpr,
     N: tl.constexpr,
     PREFIX: tl.constexpr,
@@ -727,25 +853,38 @@ def _arrange(
     STEP: tl.constexpr,
 ):
     image = tl.program_id(0)
-    length = tl.load(offsets + image + 1) - tl.load(offsets + image)
+    start, end = _bounds(offsets, image, N)
+    length = end - start
     number = tl.arange(0, BLOCK)
     there = number < A
-    goes = tl.load(chosen + image * A + number, mask=there, other=0) != 0
-    staying = there & (EVEN + 2 * number < length) & (goes == 0)
+    live = there & (EVEN + 2 * number < length)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    if PREFIX == 0 or COUNT is not None:
+        own = _score_at(chosen, score, image * A + number, there, COUNT)
+        for first in range(0, A, STEP):
+            other = first + tl.arange(0, STEP)
+            counts = other < A
+            theirs = _score_at(chosen, score, image * A + other, counts, COUNT)
+            if chosen is not None:
+                counts = counts & (tl.load(chosen + image * A + other, mask=counts, other=1) == 0)
+            before = (theirs[None] > own[:, None]) | ((theirs[None] == own[:, None]) & (other[None] < number[:, None]))
+            rank += tl.sum((before & counts[None]).to(tl.int32), axis=1)
+    if chosen is not None:
+        goes = tl.load(chosen + image * A + number, mask=there, other=0) != 0
+    elif COUNT is not None:
+        goes = live & (rank < COUNT) & (own > -float("inf"))
+    else:
+        raw = tl.load(score + image * A + number, mask=there, other=-float("inf"))
+        known = raw > -float("inf")
+        mean = tl.sum(tl.where(known, raw, 0.0), axis=0) / tl.maximum(tl.sum(known.to(tl.int32), axis=0), 1)
+        goes = live & (raw - relative * mean >= least)
+    gone = tl.sum(goes.to(tl.int32), axis=0)
+    staying = live & (goes == 0)
     stay = tl.sum(staying.to(tl.int32), axis=0)
     if PREFIX > 0:
         rank = tl.cumsum(staying.to(tl.int32), axis=0) - 1
-    else:
-        own = tl.where(staying, tl.load(score + image * A + number, mask=there, other=0.0), -float("inf"))
-        rank = tl.zeros((BLOCK,), tl.int32)
-        for first in range(0, A, STEP):
-            other = first + tl.arange(0, STEP)
-            there_too = other < A
-            left = tl.load(chosen + image * A + other, mask=there_too, other=0) != 0
-            stays = there_too & (EVEN + 2 * other < length) & (left == 0)
-            theirs = tl.where(stays, tl.load(score + image * A + other, mask=there_too, other=0.0), -float("inf"))
-            before = (theirs[None] > own[:, None]) | ((theirs[None] == own[:, None]) & (other[None] < number[:, None]))
-            rank += tl.sum((before & there_too[None]).to(tl.int32), axis=1)
+    elif chosen is None:  # those that go are the first
+        rank -= gone
     into = tl.load(target + image * A + number, mask=there, other=0).to(tl.int32)
     at = image * N + EVEN + 2 * number
     even = there & (EVEN + 2 * number < N)
@@ -756,39 +895,44 @@ def _arrange(
     tl.store(moved + image * N + ODD + 2 * number, number < 0, mask=odd)
     tl.store(place + image * N + number, number.to(tl.int64), mask=number < PREFIX)
     tl.store(moved + image * N + number, number < 0, mask=number < PREFIX)
+    tl.store(lengths + image, length - gone)
 
 
 def arrange(
-    chosen: Tensor, score: Tensor, target: Tensor, offsets: Tensor, n: int, prefix: int
-) -> tuple[Tensor, Tensor]:
-    images, count = chosen.shape
+    chosen: Tensor | None,
+    score: Tensor,
+    target: Tensor,
+    offsets: Tensor | None,
+    n: int,
+    prefix: int,
+    count: int | None,
+    least: float,
+    relative: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, of = target.shape
     place = target.new_empty(images, n)
     moved = torch.empty_like(place, dtype=torch.bool)
+    lengths = place.new_empty(images, dtype=torch.int32)
     _arrange[(images,)](
-        chosen.contiguous(),
+        None if chosen is None else chosen.contiguous(),
         score.contiguous(),
         target.contiguous(),
         offsets,
         place,
         moved,
-        A=count,
+        lengths,
+        float(least),
+        float(relative),
+        COUNT=count,
+        A=of,
         N=n,
         PREFIX=prefix,
         EVEN=prefix + prefix % 2,
         ODD=prefix + 1 - prefix % 2,
-        BLOCK=next_power_of_2(max(count, prefix, (n + 1) // 2)),
+        BLOCK=next_power_of_2(max(of, prefix, (n + 1) // 2)),
         STEP=16,
     )
-    return place, moved
-
-
-@triton.jit
-def _lengths(moved, offsets, counts, N: tl.constexpr, BLOCK: tl.constexpr):
-    image = tl.program_id(0)
-    length = tl.load(offsets + image + 1) - tl.load(offsets + image)
-    slot = tl.arange(0, BLOCK)
-    gone = tl.load(moved + image * N + slot, mask=slot < length, other=1) != 0
-    tl.store(counts + image, tl.sum((gone == 0).to(tl.int32), axis=0))
+    return place, moved, lengths
 
 
 @triton.jit
@@ -800,10 +944,11 @@ def _merge(
     place,
     moved,
     offsets,
-    counts,
+    lengths,
     new_x,
     new_at,
     sums,
+    added,
     new_slots,
     left,
     bounded,
@@ -811,9 +956,9 @@ def _merge(
     count,
     slots,
     total,
+    power,
     N: tl.constexpr,
     D: tl.constexpr,
-    IMPORTANCE: tl.constexpr,
     KEEPS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -823,25 +968,33 @@ def _merge(
     program = tl.program_id(0)
     image, goal = program // N, program % N
     number = tl.arange(0, IMAGES)
-    each = tl.load(counts + number, mask=number < images, other=0)
+    if lengths is None:
+        each = tl.where(number < images, slots, 0)
+    else:
+        each = tl.load(lengths + number, mask=number < images, other=0)
     column = tl.arange(0, BD)
     if image < images:
         base = tl.sum(tl.where(number < image, each, 0), axis=0)
         mine = tl.sum(tl.where(number == image, each, 0), axis=0)
-        start = tl.load(offsets + image)
-        length = tl.load(offsets + image + 1) - start
+        start, end = _bounds(offsets, image, N)
         slot = tl.arange(0, BLOCK)
-        here = (slot < length) & (tl.load(place + image * N + slot, mask=slot < length, other=-1) == goal)
+        here = slot < end - start
+        here = here & (tl.load(place + image * N + slot, mask=here, other=-1) == goal)
         row = base + goal
         if (goal < mine) & (row < count):
             weights = tl.load(size + start + slot, mask=here, other=0.0)
-            tl.store(sums + row, tl.sum(weights, axis=0))
-            if IMPORTANCE:
+            patches = tl.sum(weights, axis=0)
+            tl.store(sums + row, patches)
+            tl.store(added + row, (power * tl.log(patches)).to(added.dtype.element_ty))
+            if importance is not None:
                 important = tl.load(importance + start + slot, mask=here, other=0.0)
                 weights = weights * tl.where(important > LEAST, important, LEAST)
             all_of_it = tl.sum(weights, axis=0)
             stays = here & (tl.load(moved + image * N + slot, mask=here, other=1) == 0)
-            own = tl.sum(tl.where(stays, tl.load(at + start + slot, mask=stays, other=0), 0), axis=0)
+            if at is None:
+                own = tl.sum(tl.where(stays, slot, 0), axis=0).to(tl.int64)
+            else:
+                own = tl.sum(tl.where(stays, tl.load(at + start + slot, mask=stays, other=0), 0), axis=0)
             tl.store(new_at + row, own)
             tl.store(new_slots + row, (image * slots + goal).to(tl.int64))
             mean = tl.zeros((BD,), tl.float32)
@@ -868,6 +1021,7 @@ def _merge(
         row = program - images * N
         if row >= tl.sum(each, axis=0):
             tl.store(sums + row, 1.0)
+            tl.store(added + row, tl.zeros((), added.dtype.element_ty))
             tl.store(new_at + row, tl.zeros((), tl.int64))
             tl.store(new_slots + row, tl.zeros((), tl.int64) + total)
             nothing = tl.zeros((BD,), dtype=new_x.dtype.element_ty)
@@ -876,35 +1030,37 @@ def _merge(
 
 def merge(
     x: Tensor,
-    at: Tensor,
+    at: Tensor | None,
     size: Tensor,
     importance: Tensor | None,
     place: Tensor,
     moved: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
     count: int,
     slots: int,
     keeps_length: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    power: float,
+    bias: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, n = place.shape
-    new_x, new_at, sums = x.new_empty(count, x.shape[1]), at.new_empty(count), size.new_empty(count)
-    new_slots, counts = torch.empty_like(new_at), offsets.new_empty(images)
-    left, bounded = torch.empty_like(offsets), torch.empty_like(offsets)
-    block = next_power_of_2(n)
-    place, moved = place.contiguous(), moved.contiguous()
-    _lengths[(images,)](moved, offsets, counts, N=n, BLOCK=block)
-    _merge[(images * n + count,)](
+    new_x, new_at, sums = x.new_empty(count, x.shape[1]), place.new_empty(count), size.new_empty(count)
+    new_slots, added = torch.empty_like(new_at), torch.empty_like(sums, dtype=bias)
+    left = place.new_empty(images + 1, dtype=torch.int32)
+    bounded = torch.empty_like(left)
+    _merge[(images * n + (0 if lengths is None else count),)](
         x.contiguous(),
-        at.contiguous(),
+        None if at is None else at.contiguous(),
         size.contiguous(),
-        size if importance is None else importance.contiguous(),
-        place,
-        moved,
+        None if importance is None else importance.contiguous(),
+        place.contiguous(),
+        moved.contiguous(),
         offsets,
-        counts,
+        lengths,
         new_x,
         new_at,
         sums,
+        added,
         new_slots,
         left,
         bounded,
@@ -912,75 +1068,100 @@ def merge(
         count,
         slots,
         images * slots,
+        float(power),
         N=n,
         D=x.shape[1],
-        IMPORTANCE=importance is not None,
         KEEPS=keeps_length,
         LEAST=LEAST,
-        BLOCK=block,
+        BLOCK=next_power_of_2(n),
         IMAGES=next_power_of_2(images),
         BD=next_power_of_2(x.shape[1]),
     )
-    return new_x, new_at, sums, new_slots, left, bounded
+    return new_x, new_at, sums, added, new_slots, left, bounded
+
+
+@triton.jit
+def _score_of(score, number, stride, mask, PAIRS: tl.constexpr):
+    """A row's score, or the difference of two."""
+    own = tl.load(score + number * stride, mask=mask, other=-float("inf")).to(tl.float32)
+    if PAIRS:
+        own -= tl.load(score + number * stride + 1, mask=mask, other=0.0).to(tl.float32)
+    return own
 
 
 @triton.jit
 def _best(
     score,
+    slots,
     index,
+    held,
     last,
+    sums,
+    stride,
     count,
-    P: tl.constexpr,
+    N: tl.constexpr,
     PREFIX: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
     image = tl.program_id(0)
+    score += image * N * stride
     number = tl.arange(0, BLOCK)
-    there = number < P
-    own = tl.load(score + image * P + number, mask=there, other=-float("inf")).to(tl.float32)
-    own = tl.where(own == own, own, float("inf"))
+    patch = (number >= PREFIX) & (number < N)
+    raw = _score_of(score, number, stride, number < N, PAIRS)
+    tl.store(sums + image, tl.sum(tl.where(number < N, raw, 0.0), axis=0))
+    own = tl.where(raw == raw, raw, float("inf"))
     rank = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, P, STEP):
+    for first in range(PREFIX, N, STEP):
         other = first + tl.arange(0, STEP)
-        theirs = tl.load(score + image * P + other, mask=other < P, other=-float("inf")).to(tl.float32)
+        theirs = _score_of(score, other, stride, other < N, PAIRS)
         theirs = tl.where(theirs == theirs, theirs, float("inf"))
         before = (theirs[None] > own[:, None]) | ((theirs[None] == own[:, None]) & (other[None] < number[:, None]))
-        rank += tl.sum((before & (other < P)[None]).to(tl.int32), axis=1)
-    taken = there & (rank < count)
-    at = index + image * (PREFIX + count)
-    tl.store(at + PREFIX + tl.cumsum(taken.to(tl.int32), axis=0) - 1, (number + PREFIX).to(tl.int64), mask=taken)
-    tl.store(at + number, number.to(tl.int64), mask=number < PREFIX)
-    tl.store(last + image, tl.sum(tl.where(there & (rank == count - 1), number + PREFIX, 0), axis=0).to(tl.int64))
+        rank += tl.sum((before & (other < N)[None]).to(tl.int32), axis=1)
+    taken = (number < PREFIX) | (patch & (rank < count))
+    at = image * (PREFIX + count) + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+    tl.store(index + at, number.to(tl.int64), mask=taken)
+    slot = number.to(tl.int64)
+    if slots is not None:
+        slot = tl.load(slots + image * N + number, mask=taken, other=0)
+    tl.store(held + at, slot, mask=taken)
+    tl.store(last + image, tl.sum(tl.where(patch & (rank == count - 1), number, 0), axis=0).to(tl.int64))
 
 
-def best(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
-    images, patches = score.shape
+def best(score: Tensor, slots: Tensor | None, count: int, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, n = score.shape[:2]
     index = torch.empty(images, prefix + count, dtype=torch.int64, device=score.device)
-    last = index.new_empty(images, 1)
+    held, last = torch.empty_like(index), index.new_empty(images, 1)
+    sums = torch.empty(images, 1, dtype=torch.float32, device=score.device)
     _best[(images,)](
         score.contiguous(),
+        None if slots is None else slots.contiguous(),
         index,
+        held,
         last,
+        sums,
+        score.ndim - 1,
         count,
-        P=patches,
+        N=n,
         PREFIX=prefix,
-        BLOCK=next_power_of_2(max(patches, prefix)),
+        PAIRS=score.ndim == 3,
+        BLOCK=next_power_of_2(n),
         STEP=16,
     )
-    return index, last
+    return index, held, last, sums
 
 
 @triton.jit
-def _take_fused(
+def _take(
     x,
-    score,
     index,
+    score,
     last,
     out,
     count,
     N: tl.constexpr,
-    P: tl.constexpr,
+    PREFIX: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
@@ -989,14 +1170,17 @@ def _take_fused(
 ):
     image, chunk = tl.program_id(0), tl.program_id(1)
     column = tl.program_id(2) * BD + tl.arange(0, BD)
-    fused = tl.load(last + image)
-    if chunk > 0:
-        number = (chunk - 1) * ROWS + tl.arange(0, ROWS)
+    if chunk * ROWS < count:
+        number = chunk * ROWS + tl.arange(0, ROWS)
         row = tl.load(index + image * count + number, mask=number < count, other=0)
-        mask = ((number < count) & (row != fused))[:, None] & (column < D)[None]
+        inside = number < count
+        if score is not None:
+            inside = inside & (row != tl.load(last + image))
+        mask = inside[:, None] & (column < D)[None]
         values = tl.load(x + (image * N + row)[:, None] * D + column[None], mask=mask, other=0.0)
         tl.store(out + (image * count + number)[:, None].to(tl.int64) * D + column[None], values, mask=mask)
-    else:
+    elif score is not None:
+        fused = tl.load(last + image)
         every = tl.arange(0, BK)
         kept = tl.load(index + image * count + every, mask=every < count, other=-1)
         place = tl.sum(tl.where(kept == fused, every, 0), axis=0)
@@ -1004,8 +1188,8 @@ def _take_fused(
         for first in range(0, N, BN):
             row = first + tl.arange(0, BN)
             stays = tl.sum(((row[:, None] == kept[None]) & (kept != fused)[None]).to(tl.int32), axis=1) > 0
-            some = (row >= N - P) & (row < N) & (stays == 0)
-            share = tl.load(score + image * P + row - (N - P), mask=some, other=0.0).to(tl.float32)
+            some = (row >= PREFIX) & (row < N) & (stays == 0)
+            share = tl.load(score + image * N + row, mask=some, other=0.0).to(tl.float32)
             values = tl.load(
                 x + (image * N + row)[:, None].to(tl.int64) * D + column[None],
                 mask=some[:, None] & (column < D)[None],
@@ -1017,24 +1201,154 @@ def _take_fused(
         )
 
 
-def take_fused(x: Tensor, score: Tensor, index: Tensor, last: Tensor) -> Tensor:
+def take(x: Tensor, index: Tensor, score: Tensor | None, last: Tensor | None, prefix: int) -> Tensor:
     images, n, width = x.shape
     count = index.shape[1]
     out = x.new_empty(images, count, width)
     size = min(64, next_power_of_2(width))
-    _take_fused[(images, 1 + cdiv(count, ROWS), cdiv(width, size))](
+    _take[(images, cdiv(count, ROWS) + (score is not None), cdiv(width, size))](
         x.contiguous(),
-        score.contiguous(),
         index.contiguous(),
-        last.contiguous(),
+        None if score is None else score.contiguous(),
+        None if last is None else last.contiguous(),
         out,
         count,
         N=n,
-        P=score.shape[1],
+        PREFIX=prefix,
         D=width,
         ROWS=ROWS,
         BN=16,
         BK=next_power_of_2(count),
         BD=size,
+    )
+    return out
+
+
+@triton.jit
+def _lay(source, target, rows, places, there, inside, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows into places of `target`, 0 where nothing is `there`."""
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        within = (column < WIDTH)[None]
+        at = source + rows.to(tl.int64)[:, None] * stride + column[None]
+        values = tl.load(at, mask=there[:, None] & within, other=0.0)
+        tl.store(target + places.to(tl.int64)[:, None] * WIDTH + column[None], values, mask=inside[:, None] & within)
+
+
+@triton.jit
+def _padded(
+    q,
+    k,
+    v,
+    bias,
+    queries,
+    offsets,
+    new_q,
+    new_k,
+    new_v,
+    mask,
+    q_stride,
+    k_stride,
+    v_stride,
+    mask_stride,
+    N: tl.constexpr,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BW: tl.constexpr,
+):
+    image, place = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside, at = place < N, image * N + place
+    start, end = tl.load(queries + image), tl.load(queries + image + 1)
+    _lay(q, new_q, start + place, at, start + place < end, inside, q_stride, W, BW)
+    start, end = tl.load(offsets + image), tl.load(offsets + image + 1)
+    there = start + place < end
+    _lay(k, new_k, start + place, at, there, inside, k_stride, W, BW)
+    _lay(v, new_v, start + place, at, there, inside, v_stride, V, BW)
+    added = tl.zeros((ROWS,), tl.float32)
+    if bias is not None:
+        added = tl.load(bias + start + place, mask=there, other=0.0).to(tl.float32)
+    added = tl.where(there | (start == end), added, -float("inf"))
+    tl.store(mask + image * mask_stride + place, added.to(mask.dtype.element_ty), mask=inside)
+
+
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Tensor, offsets: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, (q, k, v) = len(offsets) - 1, (_whole(t) for t in (q, k, v))
+    new_q, new_k, new_v = (t.new_empty(images, n, *t.shape[1:]) for t in (q, k, v))
+    mask = q.new_empty(images, 1, 1, (n + 7) // 8 * 8)[..., :n]
+    _padded[(images, cdiv(n, ROWS))](
+        q,
+        k,
+        v,
+        None if bias is None else bias.contiguous(),
+        queries,
+        offsets,
+        new_q,
+        new_k,
+        new_v,
+        mask,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        mask.stride(0),
+        N=n,
+        W=q.shape[1] * q.shape[2],
+        V=v.shape[1] * v.shape[2],
+        ROWS=ROWS,
+        BW=min(256, next_power_of_2(q.shape[1] * q.shape[2])),
+    )
+    return new_q, new_k, new_v, mask
+
+
+@triton.jit
+def _unpadded(
+    t,
+    offsets,
+    out,
+    rows,
+    images,
+    image_stride,
+    stride,
+    head_stride,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BW: tl.constexpr,
+):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BW + tl.arange(0, BW)
+    number = tl.arange(0, IMAGES)
+    ends = tl.load(offsets + 1 + number, mask=number < images, other=rows + 1)
+    image = tl.sum((ends[None] <= row[:, None]).to(tl.int32), axis=1)
+    there = (row < rows) & (image < images)
+    place = row - tl.load(offsets + image, mask=there, other=0)
+    at = image.to(tl.int64) * image_stride + place.to(tl.int64) * stride
+    at = t + at[:, None] + (column // D * head_stride + column % D)[None]
+    values = tl.load(at, mask=there[:, None] & (column < W)[None], other=0.0)
+    tl.store(
+        out + row.to(tl.int64)[:, None] * W + column[None], values, mask=(row < rows)[:, None] & (column < W)[None]
+    )
+
+
+def unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    t = t if t.stride(3) == 1 else t.contiguous()
+    images, _, heads, size = t.shape
+    out, block = t.new_empty(rows, heads, size), min(128, next_power_of_2(heads * size))
+    _unpadded[(cdiv(rows, ROWS), cdiv(heads * size, block))](
+        t,
+        offsets,
+        out,
+        rows,
+        images,
+        t.stride(0),
+        t.stride(1),
+        t.stride(2),
+        W=heads * size,
+        D=size,
+        IMAGES=next_power_of_2(images),
+        ROWS=ROWS,
+        BW=block,
     )
     return out
