@@ -87,7 +87,8 @@ class RaggedAdaViT(AdaViT):
 
     def decide(self, block: int, tokens: Tokens) -> tuple[Policies, Tensor | None]:
         policies, normed = super().decide(block, tokens)
-        return replace(policies, patches=(marks(tokens) > block).to(policies.patches.dtype)), normed
+        recorded = (marks(tokens) > block).to(policies.patches.dtype)
+        return replace(policies, patches=recorded, attended=None, updated=None), normed
 
 
 def build(method: str, vit: nn.Module, model: str, share: float) -> AdaptiveViT:

@@ -229,6 +229,30 @@ def test_of_a_score_that_is_no_number_places_stay_an_order(interpreted: ModuleTy
             assert set(row.tolist()) == set(range(count))
 
 
+@pytest.mark.parametrize(("images", "prefix"), [(1, 0), (3, 1), (3, 2)])
+def test_gates(interpreted: ModuleType, images: int, prefix: int) -> None:
+    normed, state = drawn(images * N, 20), drawn(images, 4, 20)[:, 1]
+    normed[5] = torch.nan
+    patch, sublayer, head = drawn(1, 20), drawn(2, 20), drawn(3, 20)
+    every = (patch, drawn(1), sublayer, drawn(2), head, drawn(3))
+    for maps, both, dtype in (
+        (every, True, torch.float32),
+        ((*every[:2], None, None, None, None), False, torch.float32),
+        ((None, None, *every[2:]), False, torch.float16),
+    ):
+        some = [None if t is None else t.to(dtype) for t in (normed, state, *maps)]
+        given = (*some, N, prefix, 3, 0.4, -0.2, both)
+        found, wanted = (one.gates(*given) for one in (interpreted, PLAIN))
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+        patches, _, sublayers, attended, updated = wanted
+        assert torch.equal(attended[:, prefix:], patches & sublayers[:, :1])
+        assert torch.equal(
+            updated[:, prefix:], patches & sublayers[:, 1:] if both else sublayers[:, 1:].expand_as(patches)
+        )
+    assert PLAIN.gates(*given[:2], *every, *given[8:])[0].view(-1)[5 - prefix]  # what is no number is on
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_gated_and_put(interpreted: ModuleType, lengths: list[int]) -> None:
     rows, heads = sum(lengths) + 5, drawn(len(lengths), 3) > 0

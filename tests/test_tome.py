@@ -22,7 +22,7 @@ from adaptvit import (
 from adaptvit.backbones.door import Projected
 from adaptvit.methods import METHODS, of_today
 from adaptvit.methods.merge import fit_thresholds
-from adaptvit.methods.merging import arrange, match
+from adaptvit.methods.merging import Places, arrange, match
 
 UNEQUAL = ("tokens to token", "rotary")
 """Flavours whose patches overlap, or are turned by their places, so that there are no equal ones."""
@@ -201,7 +201,9 @@ def test_a_merged_token_is_as_long_as_its_parts_and_counts_them_by_importance(la
     place = torch.tensor([[0, 1, 2, 1, 1], [0, 0, 1, 2, 2]])
     moved = torch.tensor([[False, True, False, True, False], [False, True, False, False, True]])
     model, tokens = CalibratedConfig().build(small_vit(dtype=torch.float64)), layout.of(x)
-    merged, patches = model.join(tokens, (place, moved), tokens.spread(size), tokens.spread(importance), 3)
+    decided = Places(place, moved)
+    merged, patches, bias = model.join(tokens, decided, tokens.spread(size), tokens.spread(importance), 3)
+    assert torch.equal(bias, model.config.power * patches.log())
     found, patches = merged.grid(merged.x), merged.grid(patches)
     for image, slot in itertools.product(range(2), range(3)):
         parts = place[image] == slot

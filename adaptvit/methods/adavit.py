@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from adaptvit.backbones.base import cores, model_name, patch_grid
 from adaptvit.backbones.blocks import attention_reads, is_sharded
 from adaptvit.backbones.gated import HEADS_NEED, NEEDS, Gates, Takes, check_gated, gated_macs, has_plain_mlp, run_gated
+from adaptvit.backbones.maps import is_plain
 from adaptvit.backbones.standin import stand_in
 from adaptvit.budget import BATCH, OutOfReach
 from adaptvit.checks import In, OneOf, check_fields
@@ -31,7 +32,7 @@ from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, p
 from adaptvit.methods.regression import Regression, importance, see
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
-from adaptvit.tokens import Masked, Packed, Tokens
+from adaptvit.tokens import Masked, Packed, Slab, Tokens, fused
 from adaptvit.usage import Usage, check_finite
 
 KINDS = ("patches", "heads", "sublayers")
@@ -155,6 +156,10 @@ class Policies:
     """(B, L', H) of the blocks that decide."""
     sublayer_logits: Tensor | None = None
     """(B, L', 2) of the blocks that decide."""
+    attended: Tensor | None = None
+    """Of one block, (B, N) bool, the tokens that its attention updates, where a device's kernel said so."""
+    updated: Tensor | None = None
+    """Those that its MLP does."""
 
 
 class AdaViT(AdaptiveViT):
@@ -267,6 +272,8 @@ class AdaViT(AdaptiveViT):
         state = self.state(tokens)
         if key in self.policy_norm:
             state = self.policy_norm[key](state)
+        if self._is_fused(tokens, key):
+            return self.decide_fused(block, tokens, state)
         wide = torch.promote_types(state.dtype, torch.float32)
         on = torch.ones((), dtype=wide if masked else torch.bool, device=state.device)
         sublayers, sublayer_logits = on.expand(count, 2), None
@@ -285,6 +292,29 @@ class AdaViT(AdaptiveViT):
         if tokens.at_first is not None:
             chosen = chosen * tokens.at_first[:, self.prefix :]
         return Policies(chosen, heads, sublayers, head_logits, sublayer_logits), normed
+
+    def _is_fused(self, tokens: Tokens, block: str) -> TypeGuard[Slab]:
+        """Whether a device decides in a kernel."""
+        if not isinstance(tokens, Slab) or tokens.at_first is not None or self.config.random:
+            return False
+        maps = [part[block] for part in self._policies() if block in part]
+        return bool(maps) and all(map(is_plain, maps)) and fused.fuses(tokens.x)
+
+    def _policies(self) -> tuple[nn.ModuleDict, nn.ModuleDict, nn.ModuleDict]:
+        return self.patch_policy, self.sublayer_policy, self.head_policy
+
+    def decide_fused(self, block: int, tokens: Slab, state: Tensor) -> tuple[Policies, Tensor | None]:
+        """`decide` in a kernel, from what `state` gave, normed."""
+        key, config = str(block), self.config
+        normed = attention_reads(block, tokens) if key in self.patch_policy else None
+        maps: list[Any] = [dict(part).get(key) for part in self._policies()]
+        weights = [t for policy in maps for t in ((None, None) if policy is None else (policy.weight, policy.bias))]
+        least = (log_odds(threshold) - config.lean for threshold in (config.patch_threshold, config.threshold))
+        both = config.patches_skip == "attention and mlp"
+        patches, heads, sublayers, attended, updated = fused.gates(
+            normed, state, *weights, tokens.shape[1], self.prefix, self.heads[0], *least, both
+        )
+        return Policies(patches, heads, sublayers, attended=attended, updated=updated), normed
 
     def state(self, tokens: Tokens) -> Tensor:
         """What the policies over heads and sub-layers read: (B, D), the class token or else the mean of all tokens."""
@@ -311,11 +341,18 @@ class AdaViT(AdaptiveViT):
 
     def gates(self, policies: Policies) -> Gates:
         """One block's decisions as its gates; what is not decided at all is None."""
-        on = self.config.policies
+        on, both = self.config.policies, self.config.patches_skip == "attention and mlp"
+        if policies.attended is not None:
+            some = "sublayers" in on
+            return Gates(
+                heads=policies.heads if "heads" in on else None,
+                attention_tokens=policies.attended if some or "patches" in on else None,
+                mlp_tokens=policies.updated if some or ("patches" in on and both) else None,
+            )
         tokens = None
         if "patches" in on:
             tokens = torch.cat([torch.ones_like(policies.patches[:, :1]).expand(-1, self.prefix), policies.patches], 1)
-        mlp_tokens = tokens if self.config.patches_skip == "attention and mlp" else None
+        mlp_tokens = tokens if both else None
         return Gates(
             attention=policies.sublayers[:, 0] if "sublayers" in on else None,
             mlp=policies.sublayers[:, 1] if "sublayers" in on else None,

@@ -264,13 +264,12 @@ class MergingViT(AdaptiveViT):
         these add to the logits."""
         merged: Tokens
         weight, by_importance = size, self.config.weighing == "importance"
-        if isinstance(decided, Places) and decided.lengths is not None and self.config.position != "mean":
-            if self._is_fused(tokens, tokens.x):
-                counted, power = importance if by_importance else None, self.config.power
-                lengths, keeps = decided.lengths, self.config.keeps_length
-                joined = tokens.join(decided.place, decided.moved, lengths, size, counted, keeps, left, power)
-                merged, total, bias = joined
-                return merged, total, bias if self.config.proportional_attention else None
+        lengths = decided.lengths if isinstance(decided, Places) and self.config.position != "mean" else None
+        if isinstance(decided, Places) and lengths is not None and self._is_fused(tokens, tokens.x):
+            counted = importance if by_importance else None
+            numbers = self.config.keeps_length, left, self.config.power
+            merged, total, bias = tokens.join(decided.place, decided.moved, lengths, size, counted, *numbers)
+            return merged, total, bias if self.config.proportional_attention else None
         if by_importance:
             assert importance is not None
             counted = importance.detach()

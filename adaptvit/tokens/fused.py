@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, normalize
+from torch.nn.functional import linear, logsigmoid, normalize
 
 from adaptvit.tokens import kernels
 
@@ -303,6 +303,70 @@ def above(logits: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, l
     likeliest = patches == patches.amax(dim=1, keepdim=True)
     chosen = live[:, prefix:] & ((logsigmoid(patches) > least) | likeliest)
     return torch.cat([live[:, :prefix], chosen], dim=1), grid.sum(dim=1, keepdim=True)
+
+
+def _of_gates(
+    normed: Tensor | None,
+    state: Tensor,
+    patch: Tensor | None,
+    patch_bias: Tensor | None,
+    sublayer: Tensor | None,
+    sublayer_bias: Tensor | None,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    n: int,
+    prefix: int,
+    heads: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    widths = (n - prefix, heads, 2, n, n)
+    patches, of_heads, sublayers, attended, updated = (
+        torch.empty(len(state), width, dtype=torch.bool, device=state.device) for width in widths
+    )
+    return patches, of_heads, sublayers, attended, updated
+
+
+@_fused(_of_gates)
+def gates(
+    normed: Tensor | None,
+    state: Tensor,
+    patch: Tensor | None,
+    patch_bias: Tensor | None,
+    sublayer: Tensor | None,
+    sublayer_bias: Tensor | None,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    n: int,
+    prefix: int,
+    heads: int,
+    patch_least: float,
+    least: float,
+    both: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """AdaViT's decisions of a block: what has a logit above `least`, or none that is a number, is on.
+
+    Args:
+        normed: (B n, D), which the patches' map reads.
+        state: (B, D), which the others read.
+        patch, sublayer, head: weights (1, D), (2, D) and (H, D), and their biases; what has none is on.
+        prefix: rows of an image before its patches.
+        heads: H.
+        patch_least, least: of patches, and of the others.
+        both: patches that are off are left out of the MLP too.
+    Returns:
+        (B, P), (B, H) and (B, 2) bool; and (B, n) each, the tokens that attention and that the MLP update.
+    """
+
+    def above(x: Tensor | None, weight: Tensor | None, bias: Tensor | None, bound: float, width: int) -> Tensor:
+        if x is None or weight is None or bias is None:
+            return torch.ones(len(state), width, dtype=torch.bool, device=state.device)
+        return ~(linear(x.float(), weight.float(), bias.float()) <= bound).view(len(state), -1)
+
+    rows = above(normed, patch, patch_bias, patch_least, n)
+    sublayers, on = above(state, sublayer, sublayer_bias, least, 2), above(state, head, head_bias, least, heads)
+    rows[:, :prefix] = True
+    attention, mlp = sublayers[:, :1], sublayers[:, 1:]
+    return rows[:, prefix:].clone(), on, sublayers, rows & attention, rows & mlp if both else mlp.repeat(1, n)
 
 
 @_fused(_of_like)

@@ -340,10 +340,10 @@ def _received(
                 other=0.0,
             ).to(tl.float32)
             weight = tl.exp(tl.sum(keys * query[None], axis=1) - most) / total * asked
-            at = out + row.to(tl.int64) * H + head
+            place = out + row.to(tl.int64) * H + head
             if one > 0:
-                weight += tl.load(at, mask=row < end, other=0.0)
-            tl.store(at, weight, mask=row < end)
+                weight += tl.load(place, mask=row < end, other=0.0)
+            tl.store(place, weight, mask=row < end)
 
 
 def received(q: Tensor, k: Tensor, slots: Tensor, offsets: Tensor, n: int, read: int) -> Tensor:
@@ -409,27 +409,27 @@ def _attended(
     for one in range(0, ASKED):
         if R > 0:
             asked = _asks(slots, start + one, end, N, R).to(tl.float32) / tl.maximum(many, 1).to(tl.float32)
-            at = tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
-            at = q + at + head[:, None] * query_head_stride + column[None]
-            query = tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale
+            asking = q + tl.maximum(tl.minimum(start + one, end - 1), 0).to(tl.int64) * query_stride
+            asking += head[:, None] * query_head_stride + column[None]
+            query = tl.load(asking, mask=inside, other=0.0).to(tl.float32) * scale
         else:
             asked = 1.0
             query = tl.zeros((BH, BD), tl.float32)
             for first in range(0, N, BN):
                 some = start + first + tl.arange(0, BN)
-                at = some.to(tl.int64)[:, None, None] * query_stride
-                at = q + at + (head[:, None] * query_head_stride + column[None])[None]
+                asking = q + some.to(tl.int64)[:, None, None] * query_stride
+                asking += (head[:, None] * query_head_stride + column[None])[None]
                 mask = (some < end)[:, None, None] & inside[None]
-                query += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), axis=0)
+                query += tl.sum(tl.load(asking, mask=mask, other=0.0).to(tl.float32), axis=0)
             query = query / tl.maximum(end - start, 1).to(tl.float32) * scale
         for first in range(0, N, BN):
             some = start + first + tl.arange(0, BN)
-            at = some.to(tl.int64)[:, None, None] * row_stride
-            at = k + at + (head[:, None] * head_stride + column[None])[None]
+            keys = k + some.to(tl.int64)[:, None, None] * row_stride
+            keys += (head[:, None] * head_stride + column[None])[None]
             mask = (some < end)[:, None, None] & inside[None]
-            products = tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * query[None], axis=2)
-            at = logits + some.to(tl.int64)[:, None] * H + head[None]
-            tl.store(at, products, mask=(some < end)[:, None] & (head < H)[None])
+            products = tl.sum(tl.load(keys, mask=mask, other=0.0).to(tl.float32) * query[None], axis=2)
+            places = logits + some.to(tl.int64)[:, None] * H + head[None]
+            tl.store(places, products, mask=(some < end)[:, None] & (head < H)[None])
         tl.debug_barrier()  # other threads have written what is read now
         own = tl.load(logits + every, mask=there, other=-float("inf"))
         most = tl.max(own, axis=0)
@@ -478,6 +478,131 @@ def attended(
         num_warps=8,
     )
     return out
+
+
+@triton.jit
+def _on(x, weight, bias, least, D: tl.constexpr, BD: tl.constexpr):
+    """Whether the product of one row is not `least` or less; without weights it is on."""
+    if weight is None:
+        on = least == least
+    else:
+        total = tl.zeros((BD,), tl.float32)
+        for first in range(0, D, BD):
+            column = first + tl.arange(0, BD)
+            own = tl.load(x + column, mask=column < D, other=0.0).to(tl.float32)
+            total += own * tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        on = (tl.sum(total, axis=0) + tl.load(bias).to(tl.float32) <= least) == 0
+    return on
+
+
+@triton.jit
+def _gates(
+    normed,
+    state,
+    patch,
+    patch_bias,
+    sublayer,
+    sublayer_bias,
+    head,
+    head_bias,
+    patches,
+    heads,
+    sublayers,
+    attended,
+    updated,
+    stride,
+    state_stride,
+    patch_least,
+    least,
+    N: tl.constexpr,
+    PREFIX: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    image, place = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    own = state + image.to(tl.int64) * state_stride
+    attention = _on(own, sublayer, sublayer_bias, least, D, BD)
+    mlp = _on(
+        own,
+        None if sublayer is None else sublayer + D,
+        None if sublayer is None else sublayer_bias + 1,
+        least,
+        D,
+        BD,
+    )
+    if tl.program_id(1) == 0:
+        tl.store(sublayers + 2 * image, attention)
+        tl.store(sublayers + 2 * image + 1, mlp)
+        for one in range(0, H):
+            on = _on(
+                own, None if head is None else head + one * D, None if head is None else head_bias + one, least, D, BD
+            )
+            tl.store(heads + image * H + one, on)
+    on = place < N
+    if patch is not None:
+        total = tl.zeros((ROWS,), tl.float32)
+        row = (image * N + place).to(tl.int64)
+        for first in range(0, D, BD):
+            column = first + tl.arange(0, BD)
+            inside = (place < N)[:, None] & (column < D)[None]
+            values = tl.load(normed + row[:, None] * stride + column[None], mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(patch + column, mask=column < D, other=0.0).to(tl.float32)
+            total += tl.sum(values * weight[None], axis=1)
+        on = (place < PREFIX) | ((total + tl.load(patch_bias).to(tl.float32) <= patch_least) == 0)
+    at = image * N + place
+    tl.store(patches + at - (image + 1) * PREFIX, on, mask=(place >= PREFIX) & (place < N))
+    tl.store(attended + at, on & attention, mask=place < N)
+    tl.store(updated + at, (on & mlp) if BOTH else ((place < N) & mlp), mask=place < N)
+
+
+def gates(
+    normed: Tensor | None,
+    state: Tensor,
+    patch: Tensor | None,
+    patch_bias: Tensor | None,
+    sublayer: Tensor | None,
+    sublayer_bias: Tensor | None,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    n: int,
+    prefix: int,
+    heads: int,
+    patch_least: float,
+    least: float,
+    both: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, width = state.shape
+    state = state if state.stride(1) == 1 else state.contiguous()
+    normed = normed if normed is None or normed.stride(1) == 1 else normed.contiguous()
+    maps = (patch, patch_bias, sublayer, sublayer_bias, head, head_bias)
+    patches, on, sublayers, attended, updated = (
+        torch.empty(images, width, dtype=torch.bool, device=state.device) for width in (n - prefix, heads, 2, n, n)
+    )
+    _gates[(images, cdiv(n, ROWS))](
+        normed,
+        state,
+        *(None if t is None else t.contiguous() for t in maps),
+        patches,
+        on,
+        sublayers,
+        attended,
+        updated,
+        0 if normed is None else normed.stride(0),
+        state.stride(0),
+        patch_least,
+        least,
+        N=n,
+        PREFIX=prefix,
+        H=heads,
+        D=width,
+        BOTH=both,
+        ROWS=ROWS,
+        BD=min(256, next_power_of_2(width)),
+    )
+    return patches, on, sublayers, attended, updated
 
 
 @triton.jit
