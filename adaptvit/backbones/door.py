@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from adaptvit.tokens import AttentionOptions, Dense, Slab, Tokens, fused
+from adaptvit.tokens import AttentionOptions, Dense, Slab, Tokens, fused, kernels
 
 
 class Projected(NamedTuple):
@@ -49,7 +49,7 @@ def mean_attention_received(tokens: Tokens, projected: Projected, slots: int | N
 
 
 def _is_fused(projected: Projected, slots: int) -> bool:
-    return slots <= fused.QUERIES and projected.pairs is None and fused.fuses(projected.q, projected.k)
+    return slots <= fused.QUERIES and projected.pairs is None and kernels.fuses(projected.q, projected.k)
 
 
 Look = Callable[[Projected], Tensor | None]

@@ -32,7 +32,7 @@ from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, p
 from adaptvit.methods.regression import Regression, importance, see
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
-from adaptvit.tokens import Masked, Packed, Slab, Tokens, fused
+from adaptvit.tokens import Masked, Packed, Slab, Tokens, fused, kernels
 from adaptvit.usage import Usage, check_finite
 
 KINDS = ("patches", "heads", "sublayers")
@@ -298,7 +298,7 @@ class AdaViT(AdaptiveViT):
         if not isinstance(tokens, Slab) or tokens.at_first is not None or self.config.random:
             return False
         maps = [part[block] for part in self._policies() if block in part]
-        return bool(maps) and all(map(is_plain, maps)) and fused.fuses(tokens.x)
+        return bool(maps) and all(map(is_plain, maps)) and kernels.fuses(tokens.x)
 
     def _policies(self) -> tuple[nn.ModuleDict, nn.ModuleDict, nn.ModuleDict]:
         return self.patch_policy, self.sublayer_policy, self.head_policy

@@ -23,7 +23,7 @@ from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits
 from adaptvit.model import AdaptiveViT, Knob, Left, once
 from adaptvit.process import widest
-from adaptvit.tokens import Slab, Tokens, fused
+from adaptvit.tokens import Slab, Tokens, fused, kernels
 from adaptvit.usage import Usage
 
 MOST_POINTS = 65536
@@ -157,7 +157,7 @@ class ATS(AdaptiveViT):
 
     def _is_fused(self, tokens: Tokens, projected: Projected) -> TypeGuard[Slab]:
         """Whether a device samples in a kernel."""
-        return isinstance(tokens, Slab) and fused.fuses(projected.q, projected.v)
+        return isinstance(tokens, Slab) and kernels.fuses(projected.q, projected.v)
 
     def score(self, tokens: Tokens, projected: Projected, live: Tensor) -> Tensor:
         """S of the patches: (B, P), 0 where dead, each row summing to 1.

@@ -23,7 +23,7 @@ from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.priors import PRIORS, halting_prior, mixture
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.terminal import warn
-from adaptvit.tokens import Slab, Tokens, fused
+from adaptvit.tokens import Slab, Tokens, fused, kernels
 from adaptvit.tokens.kernels import on_host
 from adaptvit.usage import Usage
 
@@ -213,7 +213,7 @@ class AViT(AdaptiveViT):
             entered.append(tokens.bare)
             tokens = self.run_block(number - 1, tokens, bias=self.presence(remainder), summed=kept)
             lost = None if kept is None else kept.lost
-            if early_exit and self.read and isinstance(tokens, Slab) and fused.fuses(tokens.x):
+            if early_exit and self.read and isinstance(tokens, Slab) and kernels.fuses(tokens.x):
                 output, going, remainder = self.fused_halt(tokens, remainder, output, lost)
                 tokens, (remainder, *rest) = tokens.filter(going, remainder, *([] if kept is None else [kept.lost]))
                 if kept is not None:

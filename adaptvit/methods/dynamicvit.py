@@ -25,7 +25,7 @@ from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob, Left
-from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused
+from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused, kernels
 from adaptvit.usage import Usage
 
 FAR, HALVINGS = 40.0, 32
@@ -136,7 +136,7 @@ class Predictor(nn.Module):
     def logits(self, tokens: Tokens, prefix: int, kept: Tensor | None = None) -> Tensor:
         """Those of keeping and dropping each token, features (..., 2), as `forward` takes them."""
         seen: Tensor = self.in_conv(tokens.x)
-        if kept is None and isinstance(tokens, Dense | Slab) and fused.fuses(seen):
+        if kept is None and isinstance(tokens, Dense | Slab) and kernels.fuses(seen):
             return self.out_conv(tokens.with_mean(seen, prefix))
         local, shared = seen.chunk(2, dim=-1)
         patches = tokens.rows(shared)[:, prefix:]
@@ -264,7 +264,7 @@ class DynamicViT(AdaptiveViT):
     def _is_fused(self, tokens: Tokens) -> TypeGuard[Dense | Slab]:
         """Whether a device decides in a kernel."""
         fits = isinstance(tokens, Dense if self.config.select == "top-k" else Slab)
-        return fits and tokens.source.own is None and fused.fuses(tokens.x)
+        return fits and tokens.source.own is None and kernels.fuses(tokens.x)
 
     def drop_fused(self, tokens: Dense | Slab, logits: Tensor, stage: int) -> tuple[Tokens, Tensor]:
         """`drop` in a kernel or two, by what `Predictor.logits` gave, and the sum of each image's log-odds, (B, 1)."""

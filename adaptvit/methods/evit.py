@@ -23,7 +23,7 @@ from adaptvit.checks import Ascending, In, check_fields, valid
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig, Published, around_deits
 from adaptvit.model import AdaptiveViT, Knob, Left, once
-from adaptvit.tokens import Dense, Tokens, fused
+from adaptvit.tokens import Dense, Tokens, kernels
 from adaptvit.usage import Usage
 
 KeepRate = Annotated[float | Sequence[float], In("(0, 1]")]
@@ -166,7 +166,7 @@ class EViT(AdaptiveViT):
                 places[:] = [lambda: slot]
             else:
                 fuse, last = self.config.fuse, None
-                if isinstance(tokens, Dense) and fused.fuses(tokens.x, scores[0]):
+                if isinstance(tokens, Dense) and kernels.fuses(tokens.x, scores[0]):
                     reduced, lowest, _ = tokens.best(scores[0], count + fuse, self.prefix, fuse)
                     last = lowest if fuse else None
                 else:

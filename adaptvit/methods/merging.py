@@ -22,7 +22,7 @@ from adaptvit.checks import In, check_fields
 from adaptvit.macs import sublayer_macs
 from adaptvit.methods.base import MethodConfig
 from adaptvit.model import AdaptiveViT, Left, once
-from adaptvit.tokens import Dense, Slab, Tokens, fused
+from adaptvit.tokens import Dense, Slab, Tokens, fused, kernels
 from adaptvit.tokens.fused import LEAST
 from adaptvit.usage import Usage
 
@@ -377,7 +377,7 @@ class MergingViT(AdaptiveViT):
     def _is_fused(self, tokens: Tokens, keys: Tensor) -> TypeGuard[Dense | Slab]:
         """Whether a device matches these in a kernel."""
         fits = isinstance(tokens, Slab) or (isinstance(tokens, Dense) and tokens.slots is None)
-        return fits and self.alike(tokens) and fused.fuses(keys)
+        return fits and self.alike(tokens) and kernels.fuses(keys)
 
     def _fused_places(self, tokens: Dense | Slab, size: Tensor, block: int, seen: Seen) -> Places:
         slots, patches, config = tokens.shape[1], tokens.shape[1] - self.prefix, self.config

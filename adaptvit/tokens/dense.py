@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from adaptvit.tokens import fused
+from adaptvit.tokens import fused, kernels
 from adaptvit.tokens.base import Tokens
 from adaptvit.tokens.kernels import PLAIN, AttentionOptions, by_place, mean_received, rows_at, slots_of
 
@@ -127,7 +127,7 @@ class Dense(Tokens):
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         if count is None:
             raise NotImplementedError("Dense merges as many tokens in every image, but these merge what is alike")
-        if self.slots is None and fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
+        if self.slots is None and kernels.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
             return self.join(place, moved, None, weight, None, False, count, 0.0)[:2]
         goes, moved = self.spread(place), self.spread(moved)
         stays, going = _held(goes, ~moved, count), _held(moved.cumsum(dim=1) - 1, moved, goes.shape[1] - count)

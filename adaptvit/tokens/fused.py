@@ -1,7 +1,7 @@
 """Steps of decisions that a CUDA device takes in a kernel or two, `adaptvit.tokens.triton_kernels`, and others in many.
 
-Each is a function of plain tensors and an operator of torch, which `torch.compile` takes as it is. `fuses` says where
-they are used: on a device, without gradients. Where Triton is not there, or on another device, they are torch's.
+Each is a function of plain tensors and an operator of torch, which `torch.compile` takes as it is. `kernels.fuses` says
+where they are used: on a device, without gradients. Where Triton is not there, or on another device, they are torch's.
 
 Letters: B images, N token slots, T rows, of which those of image b are offsets[b] to offsets[b + 1] in slot order, C
 rows that are left, R slots that are read, D channels, H heads, d channels per head, A and P patches.
@@ -17,15 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid, normalize
-
-from adaptvit.tokens import kernels
-
-
-def fuses(*tensors: Tensor) -> bool:
-    """Whether these go through one kernel: on a device, without gradients, and not in float64."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not (learns or kernels.on_host(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors))
-
 
 QUERIES = 4
 """So many of an image are asked for the attention that tokens receive in one kernel, at most."""

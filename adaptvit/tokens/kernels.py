@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from adaptvit.tokens import fused
+
 
 def on_host(device: torch.device) -> bool:
     """Whether numbers on a device can be read without waiting for it."""
     return device.type == "cpu"
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether these go through operators of `fused`: on a device, without gradients, and not in float64."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not (learns or on_host(tensors[0].device) or any(t.dtype == torch.float64 for t in tensors))
 
 
 class AttentionOptions(NamedTuple):
@@ -303,9 +311,7 @@ FLASH_FIRST = Lock()
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
-    from adaptvit.tokens import fused  # which asks here what a host is
-
-    if how.pairs is None and fused.fuses(q, k, v):
+    if how.pairs is None and fuses(q, k, v):
         *grids, mask = fused.padded(q, k, v, how.bias, queries.offsets, keys.offsets, keys.shape[1])
         across, over, values = (t.transpose(1, 2) for t in grids)
         out = scaled_dot_product_attention(across, over, values, mask, how.dropout, scale=how.scale)

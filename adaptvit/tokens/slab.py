@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adaptvit.tokens import fused
+from adaptvit.tokens import fused, kernels
 from adaptvit.tokens.base import Tokens, merge_to_grid
 from adaptvit.tokens.kernels import (
     PLAIN,
@@ -115,14 +115,14 @@ class Slab(Tokens):
         if some.full:
             return some
         rows = self._rows_of(some)
-        if fused.fuses(self.x, some.x):
+        if kernels.fuses(self.x, some.x):
             return replace(self, x=fused.put(self.x, rows, some.x), calls=some.calls)
         x = torch.cat([self.x, self.x.new_zeros(1, *self.x.shape[1:])]).index_copy_(0, rows, some.x)
         return replace(self, x=x[:-1], calls=some.calls)
 
     def by_heads(self, t: Tensor, heads: Tensor) -> Tensor:
         """Token features (C, D), with 0 in the channels of heads that are off in their image, (B, H) bool."""
-        if fused.fuses(t):
+        if kernels.fuses(t):
             found: Tensor = fused.gated(t, heads, self.offsets)
             return found
         return t * self.spread(heads.repeat_interleave(t.shape[-1] // heads.shape[1], dim=1)[:, None])
@@ -147,7 +147,7 @@ class Slab(Tokens):
         Args:
             by_slot: `chosen` is (B, N) instead of token features.
         """
-        if fused.fuses(self.x, *others):
+        if kernels.fuses(self.x, *others):
             return self._fused_some(chosen, count, *others, by_slot=by_slot)
         if by_slot:
             chosen = self.spread(chosen)
@@ -236,7 +236,7 @@ class Slab(Tokens):
 
     def merge(self, place: Tensor, moved: Tensor, weight: Tensor, count: int | None = None) -> tuple[Self, Tensor]:
         images, slots = self.shape[0], self.shape[1] if count is None else count
-        if fused.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
+        if kernels.fuses(self.x) and (self.where is None or not self.where.is_floating_point()):
             lengths = self.offsets.diff() - moved.sum(dim=1, dtype=torch.int32)
             return self.join(place, moved, lengths, weight, None, False, count, 0.0)[:2]
         x, where, sums = merge_to_grid(self, self.real, place, moved, weight, slots)
