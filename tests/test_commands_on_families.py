@@ -26,7 +26,6 @@ from adaptvit.measure.evaluate import evaluate
 from adaptvit.weights.opening import open_model
 
 NO_GATE = re.compile("fitting a gate needs a class token|the residual stream of .* cannot be turned")
-KINDS = ("Eva", "Hugging Face")
 SMALL: dict[str, Any] = {"images": 8, "batch_size": 4, "rounds": 1, "threads": 1}
 TOLD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": {"height": 64, "width": 64}}
 
@@ -52,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("Eva", marks=pytest.mark.long), "Hugging Face"])
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A plain ViT of two classes for images of 64 x 64."""
     folder = tmp_path_factory.mktemp("model")

@@ -80,7 +80,7 @@ def test_every_variant_is_trained_with_every_seed_and_spreads_are_over_seeds(
     assert 'src="http' not in report
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_what_is_finished_is_not_run_again_and_the_rest_comes_out_the_same(
     comparison: Comparison, finished: tuple[Path, list[VariantRow]], folder: Path, processes: int
 ) -> None:

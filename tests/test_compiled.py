@@ -27,7 +27,8 @@ def build(method: str) -> AdaptiveViT:
 
 
 @pytest.mark.parametrize(
-    ("method", "layout"), [(name, None) for name in ("evit", "tome")] + [(name, Masked) for name in ("avit", "merge")]
+    ("method", "layout"),
+    [("tome", None), ("avit", Masked)] + [pytest.param(*case, marks=pytest.mark.long) for case in (("evit", None), ("merge", Masked))],
 )
 def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: type | None) -> None:
     model, backend = build(method), CompileCounterWithBackend("aot_eager")
@@ -40,7 +41,7 @@ def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: typ
     assert backend.frame_count == 1
 
 
-@pytest.mark.parametrize("method", ["ats", "adavit"])
+@pytest.mark.parametrize("method", ["ats", pytest.param("adavit", marks=pytest.mark.long)])
 def test_a_slab_is_one_graph_whatever_images_keep(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, backend = build(method), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)

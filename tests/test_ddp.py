@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptvit.model import AdaptiveViT
 
-UPDATES, ACCUMULATE, SIZES = 2, 2, (3, 2)
+ACCUMULATE, SIZES = 2, (3, 2)
 """Of the second process batches are smaller."""
 SHARDED = ("full", "avit", "adavit", "dynamicvit", "tome")
 HALF = torch.bfloat16
@@ -47,19 +47,17 @@ def loss_of(model: Any, rank: int, step: int) -> Tensor:
 
 
 def stepped(model: AdaptiveViT, called: Any, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-    """Weights and their moving average after updates of several steps each."""
+    """Weights and their moving average after an update by several steps."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     average = ModelEmaV3(model, 0.5)
     model.terms_scale = 1 / (ACCUMULATE * len(ranks))
-    for step in range(UPDATES * ACCUMULATE):
-        last = (step + 1) % ACCUMULATE == 0
+    for step in range(ACCUMULATE):
+        last = step + 1 == ACCUMULATE
         for rank in ranks:
             with nullcontext() if last or called is model else called.no_sync():
                 (loss_of(called, rank, step) / (ACCUMULATE * len(ranks))).backward()
-        if last:
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update(model)
+    optimizer.step()
+    average.update(model)
     means = {f"average of {name}": value for name, value in average.module.state_dict().items()}
     return {name: value.clone() for name, value in (model.state_dict() | means).items()}
 

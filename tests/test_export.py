@@ -24,7 +24,7 @@ from adaptvit.data import list_folder, open_pictures, preparation
 from adaptvit.model import AdaptiveViT
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
-EVEN = ("tome", "evit", "dynamicvit")
+LONG = pytest.mark.long
 
 
 def of(method: str, **settings: Any) -> AdaptiveViT:
@@ -57,7 +57,7 @@ def dinov3() -> nn.Module:
     return vit
 
 
-@pytest.mark.parametrize("method", EVEN)
+@pytest.mark.parametrize("method", ["tome", pytest.param("evit", marks=LONG), pytest.param("dynamicvit", marks=LONG)])
 def test_an_onnx_file_takes_any_batch(method: str, tmp_path: Path) -> None:
     model, path = of(method), tmp_path / "model.onnx"
     found = adaptvit.export(model, path)
@@ -72,7 +72,7 @@ def test_an_onnx_file_takes_any_batch(method: str, tmp_path: Path) -> None:
     assert b"/adaptvit/" not in path.read_bytes()  # where this machine has its files
 
 
-@pytest.mark.parametrize("host", [hugging, dinov3])
+@pytest.mark.parametrize("host", [pytest.param(hugging, marks=LONG), dinov3])
 def test_hosts_of_others_are_exported(host: Any, tmp_path: Path) -> None:
     model, path = ToMeConfig(r=4).build(host()), tmp_path / "model.onnx"
     found = adaptvit.export(model, path)
@@ -81,7 +81,7 @@ def test_hosts_of_others_are_exported(host: Any, tmp_path: Path) -> None:
     assert found.facts["classes"] == (["cat", "dog", "owl"] if host is hugging else [])
 
 
-@pytest.mark.parametrize("method", ["tome", "evit"])
+@pytest.mark.parametrize("method", [pytest.param("tome", marks=LONG), "evit"])
 def test_a_program_of_torch_takes_any_batch_and_says_the_same(method: str, tmp_path: Path) -> None:
     model, path = of(method), tmp_path / "model.pt2"
     found = adaptvit.export(model, path, "torch", classes=list("abcdefg"))
@@ -112,6 +112,7 @@ def test_a_file_says_how_images_are_prepared_and_what_was_made_of_the_model(tmp_
     assert (given.name, given.shape, given.type) == ("logits", [2, 7], "tensor(float)")
 
 
+@LONG
 def test_masked_is_exact_for_what_each_image_needs_and_saves_nothing(tmp_path: Path) -> None:
     model, path = of("merge"), tmp_path / "model.onnx"
     found = adaptvit.export(model, path, layout=Masked)
@@ -120,7 +121,7 @@ def test_masked_is_exact_for_what_each_image_needs_and_saves_nothing(tmp_path: P
     assert found.facts["share"] == 1
 
 
-@pytest.mark.parametrize("method", ["avit", "merge"])
+@pytest.mark.parametrize("method", ["avit", pytest.param("merge", marks=LONG)])
 def test_one_image_at_a_time_drops_what_it_does_not_need(method: str, tmp_path: Path) -> None:
     model, path = of(method), tmp_path / "model.onnx"
     others = images(model.vit, count=6, seed=5)
@@ -131,7 +132,7 @@ def test_one_image_at_a_time_drops_what_it_does_not_need(method: str, tmp_path: 
     assert "NonZero" in {node.op_type for node in onnx.load(path).graph.node}
 
 
-@pytest.mark.parametrize("method", ["avit", "adavit"])
+@pytest.mark.parametrize("method", ["avit", pytest.param("adavit", marks=LONG)])
 def test_a_slab_tells_that_its_rows_are_too_few(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptvit.tokens.slab.TILE", 1)
     model, path = of(method), tmp_path / "model.onnx"

@@ -158,6 +158,7 @@ def test_the_command_line_counts_them_and_exits_1(
 
 def test_draw_names_what_has_no_finite_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(METHODS["avit"].build(small_vit()), tmp_path / "model.safetensors")
+    monkeypatch.setattr(draw, "write_png", lambda figure, path: path.write_bytes(b"drawn"))
     opened = draw.open_model
     monkeypatch.setattr(draw, "open_model", lambda model: fails_on_dark(opened(model)))
     for kind in ({"summary": True}, {"per_class": True}):

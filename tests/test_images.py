@@ -223,7 +223,7 @@ def both_kinds(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_every_command_turns_grey_and_colour_into_what_a_rectangular_model_takes(channels: int, tmp_path: Path) -> None:
     size = (32, 16)
     root, file = both_kinds(tmp_path / "images"), str(tmp_path / "model.safetensors")

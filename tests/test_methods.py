@@ -49,7 +49,7 @@ def pairs(methods: Iterable[str], flavours: Iterable[str], hosts: Iterable[str] 
     """One setting of each method on these flavours and hosts, and every setting on a class token and on a mean, as they
     take."""
     of_methods = [name for name in ONE_OF_EACH if name in methods]
-    found = [*product(of_methods, flavours), *product(methods, ("class token", MEAN)), *product(methods, hosts)]
+    found = [*product(of_methods, [*flavours, *hosts]), *product(methods, ("class token", MEAN))]
     return [pair for pair in dict.fromkeys(found) if takes(*pair)]
 
 

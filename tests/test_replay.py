@@ -54,19 +54,11 @@ def spoil(path: Path, changes: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(case))
 
 
-def test_what_is_not_rebuilt_fails_by_name(tmp_path: Path) -> None:
+def test_what_is_not_rebuilt_or_has_other_numbers_fails(tmp_path: Path) -> None:
     recorder.ats(tmp_path)
     recorder.adavit(tmp_path)
     spoil(tmp_path / "ats" / "scaled.json", lambda case: case["config"].update(HYBRID_BACKBONE="resnet50"))
     spoil(tmp_path / "adavit" / "four_channels.json", lambda case: case["config"].update(use_full_head=True))
-    code, passed, faults = replay(tmp_path)
-    assert code == pytest.ExitCode.TESTS_FAILED
-    assert not passed
-    for words in ("scaled.json has a HYBRID_BACKBONE", "four_channels has use_full_head=True"):
-        assert any(words in fault for fault in faults), words
-
-
-def test_other_numbers_fail(tmp_path: Path) -> None:
     recorder.tome(tmp_path)
     arrays = dict(np.load(tmp_path / "tome" / "one_channel.npz"))
     arrays["logits"] = arrays["logits"] + np.float32(1e-4)
@@ -74,7 +66,9 @@ def test_other_numbers_fail(tmp_path: Path) -> None:
     code, passed, faults = replay(tmp_path)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert not passed
-    assert len(faults) == 2  # in both layouts
+    for words in ("scaled.json has a HYBRID_BACKBONE", "four_channels has use_full_head=True"):
+        assert any(words in fault for fault in faults), words
+    assert sum("logits" in fault for fault in faults) >= 2  # in both layouts
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_digits_recipe_takes_images_of_its_own(folder: Path, tmp_path: Path) -> 
     assert outcome.model.pretrained_cfg["mean"] == pytest.approx((0.5,), abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["imagenette_evit", "imagenette_dynamicvit"])
+@pytest.mark.parametrize("name", ["imagenette_evit", pytest.param("imagenette_dynamicvit", marks=pytest.mark.long)])
 def test_recipes_of_methods_with_fixed_counts_meet_their_target(name: str, folder: Path, tmp_path: Path) -> None:
     made = RECIPES[name]()
     recipe = replace(made.recipe, epochs=2, batch_size=8, target=0.7, steer_every=1)
@@ -143,7 +143,9 @@ def test_recipes_of_methods_with_fixed_counts_meet_their_target(name: str, folde
     assert again.config == outcome.model.config
 
 
-@pytest.mark.parametrize("method", ["calibrated", "merge", "ats", "avit", "evit"])
+@pytest.mark.parametrize(
+    "method", ["calibrated", "merge", *(pytest.param(name, marks=pytest.mark.long) for name in ("ats", "avit", "evit"))]
+)
 def test_a_budget_is_met_without_training(method: str, folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **SMALL)

@@ -1,4 +1,5 @@
 import warnings
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -73,9 +74,10 @@ def images(vit: nn.Module, count: int = 3, seed: int = 0) -> torch.Tensor:
 def small(name: str, **settings: object) -> nn.Module:
     """The named architecture at three patches a side and two blocks, its zero-initialised tokens made visible."""
     torch.manual_seed(0)
-    patch = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
-    size = 64 if "_r_" in name else 3 * patch
-    vit = timm.create_model(name, **{"img_size": size, "depth": 2, "num_classes": 11, **settings})
+    side = timm.create_model(name, num_classes=0, device="meta").patch_embed.patch_size[0]
+    size = 64 if "_r_" in name else 3 * side
+    with patch("timm.layers.weight_init._trunc_normal_"):  # slow, and what it draws is drawn anew
+        vit = timm.create_model(name, **{"img_size": size, "depth": 2, "num_classes": 11, **settings})
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else parameter.data.add_(
             0.05 * torch.randn_like(parameter)
