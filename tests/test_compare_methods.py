@@ -163,6 +163,7 @@ def test_a_model_in_half_precision_is_given_images_of_its_own(command: str, fold
             root,
             *quick,
             "--latencies=2",
+            "--methods=[merge]",
             "--budgets=[0.7]",
             f"--output={tmp_path}",
         ],

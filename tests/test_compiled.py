@@ -28,7 +28,8 @@ def build(method: str) -> AdaptiveViT:
 
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [("tome", None), ("avit", Masked)] + [pytest.param(*case, marks=pytest.mark.long) for case in (("evit", None), ("merge", Masked))],
+    [("tome", None), ("avit", Masked)]
+    + [pytest.param(*case, marks=pytest.mark.long) for case in (("evit", None), ("merge", Masked))],
 )
 def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: type | None) -> None:
     model, backend = build(method), CompileCounterWithBackend("aot_eager")

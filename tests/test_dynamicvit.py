@@ -230,7 +230,9 @@ def test_a_predictors_macs_are_those_of_its_maps() -> None:
     [
         pytest.param("evit_small_patch16_224", {}, EViTConfig(), marks=pytest.mark.long),
         ("evit_small_patch16_224", {"keep_rate": 0.5, "fuse": False}, EViTConfig(keep_rate=0.5, fuse=False)),
-        pytest.param("dynamicvit_small_patch16_224", {"keep_rate": 0.8}, DynamicViTConfig(keep_rate=0.8), marks=pytest.mark.long),
+        pytest.param(
+            "dynamicvit_small_patch16_224", {"keep_rate": 0.8}, DynamicViTConfig(keep_rate=0.8), marks=pytest.mark.long
+        ),
         ("dynamicvit_small_patch16_224", {"keep_rate": [0.8, 0.5, 0.4]}, DynamicViTConfig(keep_rate=(0.8, 0.5, 0.4))),
         pytest.param("dynamicvit_256_patch16_224", {}, DynamicViTConfig(), marks=pytest.mark.long),
     ],

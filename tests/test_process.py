@@ -560,6 +560,7 @@ def compiled(rank: str, port: str, output: Path, told: Any) -> None:
         told.put((compiles, [parameter.detach().numpy() for parameter in model.parameters()]))
 
 
+@pytest.mark.long
 @forks
 def test_two_processes_train_compiled_as_without(tmp_path: Path) -> None:
     weights: dict[bool, list[Any]] = {False: [], True: []}

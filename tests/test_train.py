@@ -145,7 +145,7 @@ def test_the_log_has_one_line_per_epoch(data: Data, tmp_path: Path) -> None:
         assert all(torch.tensor([epoch.loss, *epoch.terms.values()]).isfinite())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_a_compiled_training_is_the_eager_one(
     precision: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,7 +281,8 @@ def _compiled(vit: nn.Module, model: AdaptiveViT, batch: Tensor) -> dict[str, An
             for run in passes.values():
                 run(batch)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        warn(f"torch.compile finds no compiler here, so that nothing compiled is timed: {error}", stacklevel=2)
+        said = str(error).splitlines()[0]
+        warn(f"torch.compile finds no compiler here, so that nothing compiled is timed: {said}", stacklevel=2)
         return {}
     return passes
 
