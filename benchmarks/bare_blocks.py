@@ -1,10 +1,10 @@
-"""What a ViT's blocks gain by fewer tokens where nobody decides which: the most that a method can gain, eager and compiled.
+"""What a ViT's blocks gain by fewer tokens where nobody decides which: the most that a method can gain.
 
-    python benchmarks/bare_blocks.py vit_tiny_patch16_224 128 1     # model, image size, batch; appends to bare_blocks.jsonl
+    python benchmarks/bare_blocks.py vit_tiny_patch16_224 128 1     # model, image size, batch; to bare_blocks.jsonl
 
 `bare` is timm's own model whose blocks are given the first so many tokens, as many as ToMe or EViT have at 60 % of the
 MACs, by slices, which cost nothing. Each model, the plain one, the bare one and the method, runs as it is and compiled
-by inductor, in turns in one process; ratios are of realised to ideal speed-up against the plain one run in the same way.
+by inductor, in turns in one process; ratios are of realised to ideal gain over the plain one run in the same way.
 """
 
 import argparse
