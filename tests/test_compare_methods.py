@@ -17,11 +17,22 @@ from models import small_vit
 from PIL import Image
 from timm.data import resolve_model_data_config
 
-from adaptvit import AdaptiveViT, AViTConfig, DynamicViTConfig, FullConfig, MethodConfig, adapt, load, macs, save
+from adaptvit import (
+    AdaptiveViT,
+    AViTConfig,
+    DynamicViTConfig,
+    FullConfig,
+    MethodConfig,
+    ToMeConfig,
+    adapt,
+    load,
+    macs,
+    save,
+)
 from adaptvit.cli import main
 from adaptvit.commands import compare_methods
 from adaptvit.commands.compare_methods import EntryRow, MethodsConfig, MethodsOutcome, methods_table
-from adaptvit.data import DataConfig, open_split
+from adaptvit.data import DataConfig, list_folder, open_pictures, open_split, preparation
 from adaptvit.show.pictures import one_below_another
 
 QUICK = {"workers": 0, "timed": 4, "rounds": 1, "latencies": 2, "calibration": 8, "pictures": 1}
@@ -334,3 +345,29 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not output.exists()
+
+
+def test_embeddings_are_compared_by_their_cosine_whatever_folders_and_head_there_are(
+    folder: Path, tmp_path: Path
+) -> None:
+    for number, path in enumerate(sorted((folder / "images").rglob("*.png"))[:12]):
+        shutil.copy(path, tmp_path / f"{number}.png")
+    config = settings(folder, tmp_path / "out", root=tmp_path, methods=("tome",), budgets=(0.7,), task="embedding")
+    config = replace(config, calibration=4, files=(str(folder / "tuned.safetensors"),))
+    dense, tome, tuned = compare_methods.compare_methods(config).rows
+    assert dense.record["cosine"] == pytest.approx(1)
+    vit = load(folder / "vit.safetensors").vit.eval()
+    vit.reset_classifier(0)
+    data = open_pictures(list_folder(tmp_path, "root", below=False), preparation(load(folder / "vit.safetensors")))
+    images = torch.stack([data[place][0] for place in range(12) if place % 3])  # of which a third were set aside
+    model = adapt(vit, torch.stack([data[place][0] for place in range(0, 12, 3)]), 0.7, ToMeConfig())
+    with torch.inference_mode():
+        cosines = torch.nn.functional.cosine_similarity(model.eval()(images), vit(images))
+    assert tome.record["cosines"] == pytest.approx(cosines.tolist(), abs=1e-4)
+    assert tome.record["cosine"] == pytest.approx(cosines.mean().item(), abs=1e-4)
+    assert tuned.record["cosine"] < 1
+    (head, *_), line, *_ = [one.split(",") for one in (tmp_path / "out" / "methods.csv").read_text().splitlines()]
+    assert head == "name"
+    assert line[0] == "dense"
+    table = methods_table([dense, tome, tuned], "embedding")
+    assert table.columns[1:4] == ["cosine", "±", "p10"]

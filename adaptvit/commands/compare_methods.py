@@ -1,5 +1,7 @@
 """Methods side by side on one pretrained ViT: accuracy against MACs and against measured speed, at several budgets.
 
+Where there are no classes, as of DINO's, embeddings take the place of accuracy: the cosine of each to the dense one.
+
 calibration images -> each method that needs no training, at each budget
 fine-tuned files, each at its own budget                                 -> the other images -> a record each
 all records        -> all speeds in turns -> methods.csv, conditions.json, two plots, report.html
@@ -15,12 +17,13 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import quantiles
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from adaptvit.adapt import adapt
@@ -37,11 +40,14 @@ from adaptvit.data import (
     Unreadable,
     check_sources,
     first_of,
+    list_folder,
+    open_pictures,
     open_split,
     pixels,
     preparation,
     spread_over,
 )
+from adaptvit.data.folders import find_split
 from adaptvit.files import as_json, check_output_folder, write_atomically, write_csv
 from adaptvit.macs import Shape, macs
 from adaptvit.measure.evaluate import outputs
@@ -67,6 +73,22 @@ from adaptvit.terminal import progress_bar, say, warn
 from adaptvit.weights.checkpoints import digest
 from adaptvit.weights.opening import check_name, open_model, start_from
 
+Task = Literal["classes", "embedding"]
+
+
+class Judged(NamedTuple):
+    """What a task judges models by: a figure of each image, of which records have the mean by its name."""
+
+    name: str
+    label: str
+    """On a plot's axis."""
+
+
+JUDGED: dict[Task, Judged] = {
+    "classes": Judged("top1", "top-1"),
+    "embedding": Judged("cosine", "cosine to the dense model's embedding"),
+}
+
 
 @dataclass(frozen=True)
 class MethodsConfig:
@@ -75,7 +97,11 @@ class MethodsConfig:
     model: str
     """A file, folder, repository (`hf-hub:OWNER/NAME`) or timm name of a plain ViT."""
     root: Path
-    """Folder with a folder for each class, or with such a folder for the split; or a tar file."""
+    """Folder with a folder for each class, or with such a folder for the split; or a tar file. For embeddings a folder
+    of pictures, whatever folders they lie in."""
+    task: Task = "classes"
+    """What is compared: accuracy in `classes`, or, without classes and whatever head there is, the cosine of what the
+    classifier would be given, the `embedding` of each image, to the dense model's."""
     dataset: str = ""
     """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
@@ -151,8 +177,8 @@ class EntryRow:
     record: dict[str, Any]
     """As it is stored: why it could not be done, `refused`, or None there and the figures."""
     against_dense: tuple[float, float] | None
-    """Difference in top-1 from the dense model, image by image: mean and its standard error; None of dense itself and
-    where it could not be done."""
+    """Difference in top-1, or in cosine, from the dense model, image by image: mean and its standard error; None of
+    dense itself and where it could not be done."""
     against_reference: tuple[float, float] | None
     """The same from the reference, ToMe, at the same budget; None where that was not measured too."""
     speed: dict[str, float]
@@ -216,31 +242,38 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
     if tell is not None:
         tell(rows)
     conditions = what.conditions() | {name: value for name, value in timed.items() if name.startswith("load")}
-    lines = [_line(row) for row in rows]
+    lines = [_line(row, config.task) for row in rows]
     write_csv(config.output / "methods.csv", lines)
     write_atomically(config.output / "conditions.json", as_json(conditions | timed["machine"], indent=2) + "\n")
     tuned = {entry.name: model.config.method for entry, model in models.items() if entry.budget is None}
-    plots = tradeoffs(lines, tuned, f"{config.model} on {config.dataset or config.root}")
+    plots = tradeoffs(lines, tuned, f"{config.model} on {config.dataset or config.root}", config.task)
     for name, (figure, _) in plots.items():
         write_png(figure, config.output / f"{name}.png")
     shown = sorted(budgets)[(len(budgets) - 1) // 2] if budgets else None
     sections = [
-        Section("Accuracy against cost", [Illustration(data_uri(figure), said) for figure, said in plots.values()])
+        Section(
+            "Accuracy against cost" if config.task == "classes" else "Likeness against cost",
+            [Illustration(data_uri(figure), said) for figure, said in plots.values()],
+        )
     ]
     drawn = {entry: model for entry, model in models.items() if entry != DENSE and entry.budget in (shown, None)}
     if drawn and config.pictures:
         sections.append(Section("What is kept, or merged", what.pictures(drawn)))
     report = Report(
         title="adaptvit compare methods",
-        headline=_headline(rows, shown),
+        headline=_headline(rows, shown, config.task),
         introduction=what.introduction(records[DENSE]),
-        table=methods_table(rows),
+        table=methods_table(rows, config.task),
         sections=sections,
         facts={"Conditions": conditions, "Machine": timed["machine"]},
     )
     write_report(report, config.output / "report.html")
     unreadable = [*what.unreadable, *(Unreadable(*one) for one in records[DENSE]["unreadable"])]
     return MethodsOutcome(rows, unreadable, config.output / "report.html", what.left_out)
+
+
+class _Strays(ValueError):
+    """Embeddings that are not finite."""
 
 
 class _Compared:
@@ -253,12 +286,17 @@ class _Compared:
         aside, measured: numbers of the images in the split.
         calibration: the images that are set aside.
         unreadable: those of them that cannot be decoded.
+        embeddings: the dense model's of the images measured, (images, D), once they were asked for.
     """
 
     def __init__(self, config: MethodsConfig) -> None:
         self.config = config
         self.dense = _open_plain(config).to(config.device)
         self.files = {file: open_model(file).to(config.device) for file in config.files}
+        if config.task == "embedding":
+            for model in (self.dense, *self.files.values()):
+                if model.num_classes:
+                    model.reset_classifier(0)
         for file, model in self.files.items():
             if model.num_classes != self.dense.num_classes:
                 raise ValueError(
@@ -270,7 +308,8 @@ class _Compared:
         split = self.split(self.dense)
         if isinstance(split, IterableDataset):
             raise ValueError(f"{config.dataset} is a stream, of which no images can be set aside")
-        check_classes(split, self.dense, config.root, config.class_map)
+        if config.task == "classes":
+            check_classes(split, self.dense, config.root, config.class_map)
         self.left_out = split.left_out if isinstance(split, Samples | Clips) else ()
         self.aside, self.measured = _divided(len(split), config)  # type: ignore[arg-type]
         aside = spread_over(Subset(split, self.aside), len(self.aside))
@@ -279,10 +318,14 @@ class _Compared:
         self.images = [contents(path) for path in (config.root, config.class_map)]
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
         self.prepared: dict[str, nn.Module] = {}  # by method, for all of its budgets
+        self.embeddings: Tensor | None = None
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
         config = self.config
+        if config.task == "embedding" and not config.dataset and "frames" not in preparation(model):
+            folder = find_split(config.root, config.split, str(config.root)) if config.root.is_dir() else None
+            return open_pictures(list_folder(config.root / (folder or "."), "root"), preparation(model))
         source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map, strip=config.strip)
         return open_split(source, preparation(model), self.config.split)
 
@@ -301,6 +344,7 @@ class _Compared:
         told = (
             version(),
             entry,
+            self.config.task,
             default,
             weights,
             self.known_by,
@@ -325,11 +369,26 @@ class _Compared:
             record["refused"] = " ".join(str(error).split())
         else:
             record["config"] = asdict(model.config)
-            runs = model.vit if entry == DENSE else model
-            data = Subset(self.split(model), self.measured)
-            record |= _measured(runs, model.shape, data, self.config.batch_size, self.config.workers)
+            try:
+                record |= self.measure(entry, model)
+            except _Strays as error:
+                record["refused"] = str(error)
         _keep(path, record)
         return dict(json.loads(as_json(record)))  # the same, tuples and lists, whether found out now or earlier
+
+    def measure(self, entry: Entry, model: AdaptiveViT) -> dict[str, Any]:
+        """What `_measured` finds of an entry's model."""
+        config, data = self.config, Subset(self.split(model), self.measured)
+        like = None
+        if config.task == "embedding":
+            if self.embeddings is None:
+                own = Subset(self.split(self.dense), self.measured)
+                found = outputs(self.dense.vit, own, None, config.batch_size, config.workers, labelled=False)
+                self.embeddings = torch.cat([output.logits for _, output in found if output is not None])
+            like = self.embeddings
+        return _measured(
+            model.vit if entry == DENSE else model, model.shape, data, config.batch_size, config.workers, like
+        )
 
     def made(self, entry: Entry) -> AdaptiveViT:
         """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
@@ -436,10 +495,11 @@ class _Compared:
         }
 
 
-def methods_table(rows: Sequence[EntryRow]) -> Table:
+def methods_table(rows: Sequence[EntryRow], task: Task = "classes") -> Table:
     """What was found, a line an entry."""
+    judged = ("top-1, %", "against dense", "±") if task == "classes" else ("cosine", "±", "p10")
     columns = [
-        *("", "top-1, %", "against dense", "±", "GMACs", "p10", "p90", "of dense, %"),
+        *("", *judged, "GMACs", "p10", "p90", "of dense, %"),
         *("masked, images/s", "packed, images/s", "gain", "ideal", "ms", "ms, p95"),
     ]
     refused = any(row.record["refused"] for row in rows)
@@ -450,8 +510,12 @@ def methods_table(rows: Sequence[EntryRow]) -> Table:
         if record["refused"]:
             cells.append([row.entry.label, *["-"] * (len(columns) - 1), record["refused"]])
             continue
-        line = [row.entry.label, f"{100 * record['top1']:.1f}"]
-        line += ["", ""] if gap is None else [f"{100 * gap[0]:+.1f}", f"{100 * gap[1]:.1f}"]
+        if task == "classes":
+            line = [row.entry.label, f"{100 * record['top1']:.1f}"]
+            line += ["", ""] if gap is None else [f"{100 * gap[0]:+.1f}", f"{100 * gap[1]:.1f}"]
+        else:
+            line = [row.entry.label, f"{record['cosine']:.4f}"]
+            line += ["", ""] if gap is None else [f"{gap[1]:.4f}", f"{record['cosine_p10']:.4f}"]
         line += [f"{record[name]:.3f}" for name in ("gmacs", "gmacs_p10", "gmacs_p90")]
         line.append(f"{100 * record['gmacs'] / dense:.1f}")
         if row.entry == DENSE:
@@ -461,8 +525,12 @@ def methods_table(rows: Sequence[EntryRow]) -> Table:
             line += [f"{speed[name]:.2f}" for name in ("realised", "ideal")]
         line += [f"{1e3 * speed[name]:.1f}" for name in ("p50", "p95")]
         cells.append(line + [""] * refused)
+    first = {
+        "classes": "Against dense: difference in top-1 in points, image by image, and ± its standard error.",
+        "embedding": "Cosine of an image's embedding to the dense one: mean, ± its standard error, 10th percentile.",
+    }
     note = (
-        "Against dense: difference in top-1 in points, image by image, and ± its standard error. GMACs: executed, in "
+        f"{first[task]} GMACs: executed, in "
         "10⁹ multiply-accumulates, mean, 10th and 90th percentile over images. Gain: speed of the packed batch over "
         "that of the dense model, which is in its column, all models in turns; ideal: dense MACs over executed MACs. "
         "ms: one image at a time, median and 95th percentile."
@@ -487,7 +555,7 @@ def _open_plain(config: MethodsConfig) -> AdaptiveViT:
             raise ValueError(f"{config.model} is {method} already: give a plain ViT, and this file after the folder")
         return model
     vit = timm.create_model(config.model)
-    if not start_from(vit, config.weights):
+    if not start_from(vit, config.weights) and config.task == "classes":
         raise ValueError(f"{str(config.weights)!r} has no head of the {vit.num_classes} classes of {config.model}")
     return dense(vit).eval()
 
@@ -511,47 +579,63 @@ def _divided(count: int, config: MethodsConfig) -> tuple[list[int], list[int]]:
 
 
 def _measured(
-    model: AdaptiveViT | nn.Module, shape: Shape, data: Dataset, batch_size: int, workers: int
+    model: AdaptiveViT | nn.Module, shape: Shape, data: Dataset, batch_size: int, workers: int, like: Tensor | None
 ) -> dict[str, Any]:
-    """Figures of a model over a data set, with a digit of each image: whether it was classified rightly.
+    """Figures of a model over a data set, with one of each image: whether it was classified rightly, or its cosine.
 
+    Args:
+        like: (images, D) the dense model's embeddings of those that can be read; None is to compare with labels.
     Raises:
+        _Strays: an embedding is not finite where the dense model's is.
         ValueError: fewer than two images can be read.
     """
-    right, costs, attended = [], [], torch.zeros(shape.depth, dtype=torch.long)
+    each, costs, attended = [], [], torch.zeros(shape.depth, dtype=torch.long)
     unreadable: list[Unreadable] = []
-    for batch, output in outputs(model, data, None, batch_size, workers):
+    seen = 0
+    for batch, output in outputs(model, data, None, batch_size, workers, labelled=like is None):
         unreadable += batch.unreadable
         if output is not None:
-            right.append(output.logits.argmax(dim=1).cpu() == batch.labels)
+            if like is None:
+                each.append(output.logits.argmax(dim=1).cpu() == batch.labels)
+            else:
+                rows = like[seen : seen + len(output.logits)]
+                each.append(cosine_similarity(output.logits[: len(rows)].float(), rows.float()).cpu())
+                seen += len(output.logits)
             costs.append(in_float64(macs(output.usage, shape)).cpu() / 1e9)
             attended += output.usage.attended.sum(dim=0).cpu()
-    count = sum(map(len, right))
+    count = sum(map(len, costs))
+    if like is not None and count != len(like):
+        raise _Strays(f"embeddings of {count} images are finite, but the dense model's of {len(like)}")
     if count < 2:
         raise ValueError(
             "two images or more must be readable and have finite logits to be measured, got "
             f"{count} of {count + len(unreadable)}{first_of(unreadable)}"
         )
-    correct, gmacs = torch.cat(right), torch.cat(costs)
-    return {
+    figures, gmacs = in_float64(torch.cat(each)), torch.cat(costs)
+    judged: dict[str, Any]
+    if like is None:
+        judged = {"top1": figures.mean().item(), "correct": "".join(map(str, figures.int().tolist()))}
+    else:
+        judged = {"cosine": figures.mean().item(), "cosine_p10": figures.quantile(0.1).item()}
+        judged |= {"cosines": [round(one, 6) for one in figures.tolist()]}
+    return judged | {
         "images": count,
-        "top1": in_float64(correct).mean().item(),
         "gmacs": gmacs.mean().item(),
         "gmacs_p10": gmacs.quantile(0.1).item(),
         "gmacs_p90": gmacs.quantile(0.9).item(),
         "tokens_per_block": (attended / count).tolist(),
         "unreadable": unreadable,
-        "correct": "".join(map(str, correct.int().tolist())),
     }
 
 
 def _paired_by_image(record: dict[str, Any], base: dict[str, Any]) -> tuple[float, float] | None:
-    """Mean and standard error of the difference in top-1, image by image; None of `base` itself, where refused, and
-    where the two are of other images, as the logits of one are not finite for some."""
+    """Mean and standard error of the difference in what is judged, image by image; None of `base` itself, where
+    refused, and where the two are of other images, as the logits of one are not finite for some."""
     if record is base or record["refused"] or base["refused"] or record["unreadable"] != base["unreadable"]:
         return None
     own, other = (
-        torch.tensor([float(digit) for digit in one["correct"]], dtype=torch.float64) for one in (record, base)
+        torch.tensor([*map(float, one["correct" if "correct" in one else "cosines"])], dtype=torch.float64)
+        for one in (record, base)
     )
     gap = own - other
     return gap.mean().item(), (gap.std() / len(gap) ** 0.5).item()
@@ -563,16 +647,16 @@ def _one_by_one(model: Callable[[Tensor], object], images: Tensor) -> Callable[[
     return lambda: model(next(turns))
 
 
-def _line(row: EntryRow) -> dict[str, Any]:
+def _line(row: EntryRow, task: Task) -> dict[str, Any]:
     """A line of `methods.csv`."""
-    record, gap = row.record, row.against_dense
+    record, gap, judged = row.record, row.against_dense, JUDGED[task].name
     line: dict[str, Any] = {"name": row.entry.name, "budget": row.entry.budget, "refused": record["refused"]}
     if record["refused"]:
         return line
-    line |= {name: record[name] for name in ("images", "top1")}
-    line |= {"top1_minus_dense": gap and gap[0], "standard_error": gap and gap[1]}
+    line |= {name: record[name] for name in ("images", judged)}
+    line |= {f"{judged}_minus_dense": gap and gap[0], "standard_error": gap and gap[1]}
     name, other = named("reference"), row.against_reference
-    line |= {f"top1_minus_{name}": other and other[0], f"standard_error_{name}": other and other[1]}
+    line |= {f"{judged}_minus_{name}": other and other[0], f"standard_error_{name}": other and other[1]}
     line |= {name: record[name] for name in ("gmacs", "gmacs_p10", "gmacs_p90")}
     line |= {f"{name}_images_per_s": row.speed.get(name) for name in ("dense", "masked", "packed")}
     line |= {f"{name}_gain": row.speed.get(name) for name in ("ideal", "realised")}
@@ -582,7 +666,7 @@ def _line(row: EntryRow) -> dict[str, Any]:
 
 
 def tradeoffs(
-    lines: Sequence[Mapping[str, Any]], tuned: Mapping[str, str], title: str
+    lines: Sequence[Mapping[str, Any]], tuned: Mapping[str, str], title: str, task: Task = "classes"
 ) -> dict[str, tuple[Figure, str]]:
     """Plots by file name, each with its caption.
 
@@ -592,43 +676,52 @@ def tradeoffs(
         title: of both.
     """
     dense, *others = [line for line in lines if not line["refused"]]
+    judged = JUDGED[task]
+    label = judged.label[0].upper() + judged.label[1:]
 
     def plot(x: Callable[[Mapping[str, Any]], float], label: str, better: Literal["less", "more"]) -> Figure:
         curves: dict[str, list[Point]] = {}
         for line in others:
             name = f"{tuned[line['name']]}, tuned" if line["name"] in tuned else line["name"]
-            curves.setdefault(name, []).append((x(line), line["top1"], line["standard_error"] or 0.0))
+            curves.setdefault(name, []).append((x(line), line[judged.name], line["standard_error"] or 0.0))
         gmacs = dense["gmacs"] if better == "less" else None
-        return tradeoff(curves, (1.0, dense["top1"]), label, (named("control"),), better, title, gmacs)
+        star = (1.0, dense[judged.name])
+        return tradeoff(curves, star, label, (named("control"),), better, title, gmacs, judged.label)
 
     whiskers = "whiskers are one standard error of the difference from it, image by image."
     return {
         "accuracy_gmacs": (
             plot(lambda line: line["gmacs"] / dense["gmacs"], "share of the dense MACs, mean over images", "less"),
-            "Top-1 against executed MACs: further left is cheaper. The star is the dense model, the dashed line the "
-            f"frontier; {whiskers}",
+            f"{label} against executed MACs: further left is cheaper. The star is the dense model, the dashed line "
+            f"the frontier; {whiskers}",
         ),
         "accuracy_speed": (
             plot(lambda line: line["realised_gain"] or 1.0, "measured speed over the dense model's", "more"),
-            "Top-1 against speed, measured in turns: further right is faster. Star, line and whiskers as above.",
+            f"{label} against speed, measured in turns: further right is faster. Star, line and whiskers as above.",
         ),
     }
 
 
-def _headline(rows: Sequence[EntryRow], budget: float | None) -> str:
+def _headline(rows: Sequence[EntryRow], budget: float | None, task: Task) -> str:
     """The best of the methods at one budget."""
     able = [
         row for row in rows if row.against_dense and row.entry.budget == budget and row.entry.name != named("control")
     ]
     if budget is None or not able:
         return f"{sum(row.against_dense is not None for row in rows)} models beside the dense one."
-    best = max(able, key=lambda row: (row.record["top1"], -row.record["gmacs"]))
+    best = max(able, key=lambda row: (row.record[JUDGED[task].name], -row.record["gmacs"]))
     alike = [row for row in able if row is best or _within_error(best, row)]
     assert best.against_dense is not None
     gap, error = (100 * part for part in best.against_dense)
-    against = f"{gap:+.1f} ± {error:.1f} points against dense, at {best.speed['realised']:.2f} times the speed"
+    against, kept = f"{gap:+.1f} ± {error:.1f} points against dense", "most of the accuracy"
+    if task == "embedding":
+        against, kept = (
+            f"a cosine of {best.record['cosine']:.4f} to the dense embedding",
+            "embeddings nearest to the dense",
+        )
+    against += f", at {best.speed['realised']:.2f} times the speed"
     if len(alike) == 1:
-        return f"At {budget:.0%} of the MACs {best.entry.name} keeps most of the accuracy without training: {against}."
+        return f"At {budget:.0%} of the MACs {best.entry.name} keeps {kept} without training: {against}."
     names = ", ".join(row.entry.name for row in alike[:-1])
     return (
         f"At {budget:.0%} of the MACs, without training, {names} and {alike[-1].entry.name} are within two standard "
@@ -666,7 +759,8 @@ def execute(arguments: Namespace) -> int:
     """Run what is not finished, and print the table; 1 where images could not be read."""
     check_json(arguments.json)
     arguments.files = tuple(arguments.files)
-    outcome = compare_methods(config_of(MethodsConfig, arguments), lambda rows: say_table(methods_table(rows)))
+    config = config_of(MethodsConfig, arguments)
+    outcome = compare_methods(config, lambda rows: say_table(methods_table(rows, config.task)))
     say(f"{outcome.report}: the report")
-    tell_json(arguments.json, [_line(row) for row in outcome.rows])
+    tell_json(arguments.json, [_line(row, config.task) for row in outcome.rows])
     return say_unused(outcome.unreadable, outcome.left_out)

@@ -182,11 +182,14 @@ def outputs(
     layout: type[Tokens] | None = None,
     batch_size: Annotated[int, In("[1, inf)")] = 120,
     workers: Annotated[int, In("[0, 1024]")] = 0,
+    labelled: bool = True,
 ) -> Iterator[tuple[Batch, Output | None]]:
     """Each batch of a data set and what a model makes of it, in its present mode; None where no image can be read.
 
     An image whose logits are not finite is left out of both and named with the unreadable ones.
 
+    Args:
+        labelled: labels are the model's classes.
     Raises:
         ValueError: a label that the model's head does not have.
     """
@@ -198,7 +201,7 @@ def outputs(
     for batch in progress_bar(loader, "evaluating"):
         batch = batch._replace(labels=batch.labels.clone())  # a tensor of a worker that is kept keeps a file open
         output = _forward(model, batch.images.to(like, non_blocking=True), layout) if len(batch.labels) else None
-        if output is not None:
+        if output is not None and labelled:
             _check_labels(batch.labels, output.logits.shape[1])
         items = range(seen, seen + len(batch.labels) + len(batch.unreadable))
         seen = items.stop

@@ -383,6 +383,7 @@ def tradeoff(
     better: Literal["less", "more"] = "less",
     title: str = "",
     dense_gmacs: float | None = None,
+    what: str = "top-1",
 ) -> Figure:
     """Accuracy against what it costs: a line for each name, a star for the dense model, behind them the frontier.
 
@@ -396,8 +397,9 @@ def tradeoff(
         dotted: names whose lines are dotted.
         better: whether `less` of it is better, or `more`.
         dense_gmacs: where the cost is a share of the dense MACs, what these are: a second scale above has GMACs.
+        what: the accuracy, or what stands in its place.
     """
-    figure, axes = _plot(label, "top-1")
+    figure, axes = _plot(label, what)
     figure.set_size_inches(6.4, 4.4)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     sign = {"less": 1, "more": -1}[better]
@@ -423,7 +425,8 @@ def tradeoff(
         above.set_xlabel("GMACs an image", fontsize=8.5, color=INK)
         above.tick_params(labelsize=8, colors=INK, length=3)
         above.spines[:].set_visible(False)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if what == "top-1":
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
