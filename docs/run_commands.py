@@ -1,4 +1,4 @@
-"""Run the commands of the pages, scaled down, in an empty folder: python docs/run_commands.py [WORD ...]
+"""Run the commands of the pages, scaled down, each page's in its own folder: python docs/run_commands.py [WORD ...]
 
 With words only those commands that have all of them. Names of models become a small ViT's file, folders small ones, and
 trainings an epoch. A line for each: `done`, `network` (it needs one), `not here` (torchrun, Ray, a served page, a
@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -35,6 +36,8 @@ ELSEWHERE = (
     "asl24_",
 )
 """What a command that needs a network, or data that are not ours to bring, has in it."""
+COMMAND = r"(?:^ {4}|\| `(?=adaptvit \S+ ))((?:torchrun .*--no-python )?adaptvit [^`\n]+)"
+"""In a block, or begins a cell of a table and has arguments."""
 NOT_HERE = (
     "torchrun",
     "playground",
@@ -71,7 +74,7 @@ def commands() -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = re.sub(r"\\\n\s*", "", page.read_text())
-        for command in re.findall(r"(?:^ {4}|\| `)((?:torchrun .*--no-python )?adaptvit [^`\n]+)", text, flags=re.M):
+        for command in re.findall(COMMAND, text, flags=re.M):
             found.setdefault(command.split(" #")[0].split(" > ")[0].strip(), str(page.relative_to(ROOT)))
     return [(page, command) for command, page in found.items()]
 
@@ -82,7 +85,7 @@ def prepare() -> None:
     for split in ("train", "val"):
         for label in ("ant", "bee", "wasp"):
             Path("images", split, label).mkdir(parents=True)
-            for number in range(4):
+            for number in range(44 if split == "train" else 4):  # of which a comparison takes 128 at a time
                 pixels = random.integers(0, 255, (48, 48, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(Path("images", split, label, f"{number}.png"))
     Image.fromarray(pixels).save("images/one.png")
@@ -144,10 +147,15 @@ def main(*words: str) -> int:
     """Run them; the exit code."""
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+        begun = Path(folder, "begun")
+        begun.mkdir()
+        os.chdir(begun)
         prepare()
         for page, command in commands():
             if all(word in command for word in words):
+                if not (own := Path(folder, page.replace("/", "-"))).exists():
+                    shutil.copytree(begun, own)
+                os.chdir(own)
                 found = outcome(command)
                 failed += found.startswith("FAILED")
                 print(f"{page}: {command}\n    {found}", flush=True)
