@@ -7,7 +7,7 @@
     grouping    how batches of like cost differ from batches as they come
 
 FOLDER has a few thousand real images, repeated in parquet files of their bytes. MODEL is `small` for four blocks of
-A-ViT at 32 pixels, in which it is Ray that takes the time. A line of JSON for each figure.
+A-ViT at 32 pixels and images of 64, so that it is Ray that takes the time. A line of JSON for each figure.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import timm
 import torch
@@ -55,16 +57,14 @@ def small(place: Path) -> str:
     return str(file)
 
 
-def repeated(folder: Path, place: Path, images: int, each: int = 2000, side: int | None = None) -> Path:
-    """Parquet files with the bytes of so many images, `each` in a file; the command's source.
+def pictures(folder: Path, images: int, side: int | None) -> list[bytes]:
+    """The bytes of so many images of a folder or all, as they are, or with the shorter side of `side`."""
+    contents = [(folder / name).read_bytes() for name in find_images(folder)[:images]]
+    return contents if side is None else [_of_side(content, side) for content in contents]
 
-    Args:
-        side: of the shorter side, to which they are scaled first; None leaves them as they are.
-    """
-    names = find_images(folder)[:images]
-    contents = [(folder / name).read_bytes() for name in names]
-    if side is not None:
-        contents = [_of_side(content, side) for content in contents]
+
+def repeated(contents: list[bytes], place: Path, images: int, each: int = 2000) -> Path:
+    """Parquet files with so many images, `each` in a file; the command's source."""
     place.mkdir(parents=True, exist_ok=True)
     for start in range(0, images, each):
         numbers = range(start, min(start + each, images))
@@ -159,17 +159,10 @@ def _finished(output: Path) -> int:
 def _below(driver: int, command: str) -> list[int]:
     """Processes below a driver whose command line has a word: `ray::Map` of those that decode or predict."""
     found = []
-    below = {driver}
-    for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        try:
-            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if parent in below:
-            below.add(int(path.name))
-            if command in words:
-                found.append(int(path.name))
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found += [process.pid] * (command in " ".join(process.cmdline()))
     return found
 
 
@@ -189,37 +182,41 @@ def once(config: ScaleConfig, engine: Any) -> float:
     return time.perf_counter() - start
 
 
-def throughput(model: str, source: Path, images: int, rounds: int, place: Path) -> None:
-    """Ray with one actor and one task beside the loop, with one thread of torch's each, and the loop with two."""
-    config = ScaleConfig(model, str(source), str(place / "out"), actors=1, shard=max(32, images // 8), device="cpu")
+def throughput(model: str, source: Path, images: int, rounds: int, threads: int, place: Path) -> None:
+    """Ray with one actor beside the loop, in turns, with as many threads of torch's.
+
+    The start, up to the first shard that is written, is told apart: Ray imports torch in it, and decodes ahead.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # which Ray hands on
+    torch.set_num_threads(threads)
+    config = ScaleConfig(model, str(source), str(place / "out"), actors=1, shard=32, device="cpu")
     engine = RayEngine(config)
     engine.start()
-    once(config, engine)  # workers start, and import torch
+    predictor = job_of(config).predictor
+    predictor.predict(np.zeros((64, *predictor.settings["input_size"]), np.uint8))
     for turn in range(rounds):
-        seconds = {}
-        for name, threads in (("loop", 1), ("ray", 1), ("loop, 2 threads", 2)):
-            torch.set_num_threads(threads)
-            seconds[name] = once(config, engine if name == "ray" else InProcess())
-        tell(
-            what="throughput",
-            turn=turn,
-            images=images,
-            **{name: round(images / s, 2) for name, s in seconds.items()},
-            over_loop=round(seconds["loop"] / seconds["ray"], 3),
-            over_loop_of_two=round(seconds["loop, 2 threads"] / seconds["ray"], 3),
-        )
+        told: dict[str, float] = {}
+        for name in ("loop", "ray") if turn % 2 else ("ray", "loop"):
+            began = time.time()
+            once(config, engine if name == "ray" else InProcess())
+            written = sorted(path.stat().st_mtime for path in (place / "out" / "manifest").iterdir())
+            told[f"{name}_images_per_s"] = round((images - config.shard) / (written[-1] - written[0]), 2)
+            told[f"{name}_start_s"] = round(written[0] - began, 1)
+            told[f"{name}_whole_s"] = round(written[-1] - began, 1)
+        ratio = round(told["ray_images_per_s"] / told["loop_images_per_s"], 3)
+        tell(what="throughput", turn=turn, images=images, threads=threads, **told, ray_over_loop=ratio)
     engine.close()
 
 
-def growth(model: str, folder: Path, counts: list[int], place: Path) -> None:
+def growth(model: str, contents: list[bytes], counts: list[int], place: Path) -> None:
     """Seconds for each image, and the driver's memory, as the job grows."""
     config = ScaleConfig(model, "", str(place / "out"), actors=1, shard=256, device="cpu")
     engine = RayEngine(config)
     engine.start()
-    warm = repeated(folder, place / "warm", 256, 256)
+    warm = repeated(contents, place / "warm", 256, 256)
     once(replace(config, source=str(warm)), engine)
     for images in counts:
-        source = repeated(folder, place / f"in{images}", images, 1000)
+        source = repeated(contents, place / f"in{images}", images, 1000)
         seconds = once(replace(config, source=str(source)), engine)
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -306,18 +303,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, nargs="+", default=[20_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place, images = Path(folder), told.images[0]
-        model = small(place) if told.model == "small" else told.model
+        model, side = (small(place), 64) if told.model == "small" else (told.model, None)
         if told.what == "kills":
-            source = repeated(told.folder, place / "in", images, -(-images // 10), 64)
+            source = repeated(pictures(told.folder, images, side), place / "in", images, -(-images // 10))
             kills(model, source, images, told.seed, place)
         elif told.what == "throughput":
-            throughput(model, repeated(told.folder, place / "in", images), images, told.rounds, place)
+            source = repeated(pictures(told.folder, images, side), place / "in", images)
+            throughput(model, source, images, told.rounds, told.threads, place)
         elif told.what == "growth":
-            growth(model, told.folder, told.images, place)
+            growth(model, pictures(told.folder, 1000, side), told.images, place)
         elif told.what == "decoding":
             decoding(model, told.folder, images)
         else:

@@ -379,8 +379,24 @@ def test_a_filesystem_without_its_package_is_told(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         "adaptvit.data.storage.fs", type("fs", (), {"FileSystem": type("F", (), {"from_uri": lacking})})
     )
-    with pytest.raises(ModuleNotFoundError, match=r"'gcsx://a' needs a package that is not here: Please install gcsfs"):
+    with pytest.raises(ValueError, match=r"'gcsx://a' needs a package that is not here: Please install gcsfs"):
         open_place("gcsx://a")
+
+
+def test_several_files_of_a_bucket_are_named_as_several_here_are() -> None:
+    """Of which no URI may have the braces."""
+    assert open_place("s3://anonymous@bucket/in/{0..9}.tar?region=eu-west-1")[1] == "bucket/in/{0..9}.tar"
+    assert open_place("memory://in/train-{0..9}.tar")[1] == "/in/train-{0..9}.tar"
+
+
+def test_a_filesystem_that_nobody_answers_for_is_told_in_a_sentence(monkeypatch: Any) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("Name or\nservice not known")  # as the libraries behind fsspec have errors of their own
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", lost)
+    for place in (Source("memory://a/b"), Store("memory://a/b")):
+        with pytest.raises(ConnectionError, match="'memory://a/b' cannot be reached: Name or service not known"):
+            assert place._place
 
 
 def test_other_settings_are_refused() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from adaptvit.data.images import NOT_FINITE
 from adaptvit.data.sources import Picture, Source, Unit, chunks
-from adaptvit.data.storage import found, open_place, write_whole
+from adaptvit.data.storage import found, reach_place, write_whole
 from adaptvit.extras import needed
 from adaptvit.files import as_json
 from adaptvit.measure.predictor import Predictor, expected_costs
@@ -111,7 +111,7 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        return open_place(self.address)
+        return reach_place(self.address)
 
     def write(self, name: str, content: bytes) -> None:
         """A file that is whole or not there."""

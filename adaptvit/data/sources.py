@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from adaptvit.data.folders import IMAGE_SUFFIXES, NO_IMAGES, LeftOut, list_images, natural, told
 from adaptvit.data.shards import expanded
-from adaptvit.data.storage import found, is_local, open_place
+from adaptvit.data.storage import found, is_local, open_place, reach_place
 from adaptvit.extras import needed
 from adaptvit.files import open_file
 
@@ -64,7 +64,7 @@ class Source:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        return open_place(self.address)
+        return reach_place(self.address)
 
     @property
     def _folder(self) -> str:

@@ -13,25 +13,54 @@ with needed("reading from any filesystem"):
 
 NATIVE = ("file", "gs", "gcs", "hdfs", "hf", "s3", "viewfs")
 """What pyarrow itself knows; others are fsspec's."""
+PATIENCE = "retry_limit_seconds=20"
+"""Of Google's client, which else tries for a quarter of an hour."""
 
 
 def open_place(address: str) -> tuple[Any, str]:
     """A filesystem of pyarrow's, and the path in it.
 
     Raises:
-        ModuleNotFoundError: the filesystem is of a package that is not here.
         OSError: it cannot be reached.
-        ValueError: there is no such filesystem.
+        ValueError: there is no such filesystem, or not without a package that is not here.
     """
     scheme, there, _ = address.partition("://")
     if not there:
         return fs.LocalFileSystem(), os.path.abspath(address)
+    uri, _, query = address.partition("?")
+    cut = uri.rindex("/", 0, uri.index("{")) if "{" in uri else len(uri)  # no URI has a brace
+    uri, names = uri[:cut], uri[cut:]
+    asked = [query] if query else []
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        asked.append(PATIENCE)
+    if asked:
+        uri += "?" + "&".join(asked)
     try:
-        return fs.FileSystem.from_uri(address if scheme in NATIVE else f"fsspec+{address}")
+        filesystem, path = fs.FileSystem.from_uri(uri if scheme in NATIVE else f"fsspec+{uri}")
+        return filesystem, path + names
     except ImportError as error:
-        raise ModuleNotFoundError(f"{address!r} needs a package that is not here: {error}") from None
+        raise ValueError(f"{address!r} needs a package that is not here: {error}") from None
     except (ArrowException, ValueError) as error:
         raise ValueError(f"{address!r} is on no filesystem that pyarrow or fsspec knows: {error}") from None
+
+
+def reach_place(address: str) -> tuple[Any, str]:
+    """`open_place`, after a look whether anybody answers there.
+
+    Raises:
+        ConnectionError: nobody does.
+        ValueError: there is no such filesystem, or not without a package that is not here.
+    """
+    try:
+        filesystem, path = open_place(address)
+        if not is_local(filesystem):
+            filesystem.get_file_info(path)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a library behind fsspec raises
+        told = " ".join((str(error) or type(error).__name__).split())
+        raise ConnectionError(f"{address!r} cannot be reached: {told}") from None
+    return filesystem, path
 
 
 def is_local(filesystem: Any) -> bool:
