@@ -189,7 +189,7 @@ class AdaptiveViT(nn.Module, ABC):
         self.depth, self.heads = self._shape.depth, self._shape.heads
         block = max(self._shape.blocks, key=lambda block: block.mlp_per_token)
         self._token_macs = 4 * self._shape.dim * block.attention_width + block.mlp_per_token
-        self._reads_map = family_of(vit).map_head is not None
+        self._reads_map = find(vit, family_of(vit).map_head) is not None
         self.training = vit.training  # and no part of the ViT is asked to change its own
 
     def forward(

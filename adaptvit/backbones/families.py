@@ -123,7 +123,8 @@ class Family:
     heads: tuple[str, ...] = ("head", "head_dist")
     """Classifiers."""
     map_head: str | None = None
-    """What is read in the place of a classifier's tokens: a head on the map of all patches."""
+    """What is read in the place of a classifier's tokens: a head on the map of all patches, or a projector that takes
+    neighbours together; None, or a part that is not there, is none."""
     checkpointing: str = "grad_checkpointing"
     """What says whether its blocks are to be run again for the gradients."""
     pieces: Pieces | None = None
@@ -267,6 +268,7 @@ _PATHS = (
     "checkpointing",
     "frames",
     "tubelet",
+    "map_head",
 )
 
 
@@ -437,14 +439,9 @@ _QWEN = Family(
     reads=None,
     any_size=True,
     needs_grid=True,
-    refused=(Refused("merger", f"its merger {_GRID} global_pool='avg'"),),
+    map_head="merger",
 )
-_DEEPSEEK = replace(
-    _QWEN,
-    models=("timm.models.deepseek_vit.DeepseekVitEncoder",),
-    norm="norm",
-    refused=(Refused("aligner", f"its aligner {_GRID} global_pool='avg'"),),
-)
+_DEEPSEEK = replace(_QWEN, models=("timm.models.deepseek_vit.DeepseekVitEncoder",), norm="norm", map_head="aligner")
 _GEMMA = replace(
     _QWEN,
     models=("timm.models.gemma4_vit.Gemma4VitEncoder",),
@@ -452,19 +449,22 @@ _GEMMA = replace(
     stem=None,
     size=None,
     patch="patch_size",
+    map_head=None,
     refused=(Refused("global_pool", f"its pooler {_GRID} global_pool='avg'", "soft"),),
 )
 
 
 def _classifier(family: Family) -> Family:
     """The family of a tower's classifier."""
-    (refused,) = family.refused
-    why = refused.why.replace("global_pool='avg'", "encoder_pool=''")
+    refused = (
+        one._replace(name=f"encoder.{one.name}", why=one.why.replace("global_pool='avg'", "encoder_pool=''"))
+        for one in family.refused
+    )
     return replace(
         _with_head("encoder", family, family.models[0].replace("Encoder", "Classifier"), channels="in_chans"),
         classes="num_classes",
         heads=("head",),
-        refused=(refused._replace(name=f"encoder.{refused.name}", why=why),),
+        refused=tuple(refused),
     )
 
 

@@ -57,11 +57,15 @@ def shape_of(vit: nn.Module) -> Shape:
         prefix=prefix_tokens(vit),
         head=head_macs(vit),
         pool=pool,
-        pool_per_patch=pool_per_patch + _map_macs(find(vit, family_of(vit).map_head)),
+        pool_per_patch=pool_per_patch + _map_macs(vit, dim),
         pool_per_pair=pool_per_pair,
         stem=stem_fixed + _bias_macs(vit, family_of(vit).bias),
         stem_per_pair=stem_per_pair,
     )
+
+
+_WHOLE = (6, 6)
+"""Rows and columns of whole groups of neighbours."""
 
 
 def head_macs(vit: nn.Module) -> int:
@@ -69,10 +73,16 @@ def head_macs(vit: nn.Module) -> int:
     return sum(_linear_macs(find(vit, name)) for name in family_of(vit).heads)
 
 
-def _map_macs(head: nn.Module | None) -> int:
-    """MACs for each patch of a head on the map of patches, whose convolutions keep its size."""
-    parts = () if head is None else head.modules()
-    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Conv2d))
+def _map_macs(vit: nn.Module, dim: int) -> int:
+    """MACs for each patch of a head on the map of patches: of convolutions that keep its size, or of a projector.
+
+    A projector takes 2 x 2 or 3 x 3 patches together, for which it is run once; a grid's rest that it pads counts less.
+    """
+    head: Any = find(vit, family_of(vit).map_head)
+    if head is None:
+        return 0
+    maps = [part.weight.numel() for part in head.modules() if isinstance(part, nn.Conv2d)]
+    return sum(maps) if maps else _counted(head.forward, vit, 1, *_WHOLE, dim) // math.prod(_WHOLE)
 
 
 def _pool_macs(vit: nn.Module, dim: int) -> tuple[int, int, int]:
