@@ -64,7 +64,7 @@ def kept(weights: Path, pictures: Path) -> None:
 
 def timed() -> None:
     torch.manual_seed(0)
-    tower: Any = timm.create_model("qwen3_vit_88m_merge", img_size=448).eval()
+    tower: Any = timm.create_model("qwen3_vit_88m_enc", img_size=448).eval()
     images = torch.randn(max(BATCHES), 3, 448, 448)
     for target in TARGETS:
         models = {name: config.fit(tower, images[:2], target).eval() for name, config in METHODS.items()}
@@ -82,7 +82,7 @@ def timed() -> None:
                     usage = model(some, detailed=True).usage
                     ideal = dense_macs(model.shape, usage.grid) / macs(usage, model.shape).double().mean().item()
                     gain = statistics.median(a / b for a, b in zip(taken["dense"], taken[name], strict=True))
-                    told = {"tower": "qwen3_vit_88m_merge", "method": name, "target": target, "batch": batch}
+                    told = {"tower": "qwen3_vit_88m_enc", "method": name, "target": target, "batch": batch}
                     tell(told | {"dense_s": statistics.median(taken["dense"]), "gain": gain, "ideal": ideal})
 
 
