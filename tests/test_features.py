@@ -101,6 +101,25 @@ def test_with_nothing_dropped_maps_are_timms(name: str) -> None:
     assert model.feature_info[0]["reduction"] == vit.feature_info[0]["reduction"]
 
 
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "SiglipVision"])
+def test_with_nothing_dropped_maps_are_the_hidden_states_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=96)
+    vit = getattr(transformers, f"{kind}Model")(config).double().eval()
+    batch = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = FullConfig().build(vit)
+    with torch.no_grad():
+        told = vit(batch, output_hidden_states=True)
+        for layout in (Masked, Packed):
+            maps = model.features(batch, layers=range(3), norm=False, layout=layout)
+            for found, wanted in zip(maps, told.hidden_states[1:], strict=True):
+                torch.testing.assert_close(found.flatten(2).mT, wanted[:, model.prefix :], atol=1e-10, rtol=1e-10)
+            last = model.features(batch, layout=layout)
+            wanted = told.last_hidden_state[:, model.prefix :]
+            torch.testing.assert_close(last.flatten(2).mT, wanted, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("method", "flavour"),
     [*((name, "class token") for name in METHODS), *((name, MEAN) for name in ONE_OF_EACH if name != RELEASED)],
