@@ -42,6 +42,19 @@ def test_a_forward_is_one_graph_for_batches_of_any_size(method: str, layout: typ
     assert backend.frame_count == 1
 
 
+@pytest.mark.long
+def test_what_was_decided_is_part_of_the_graph() -> None:
+    model, backend = build("adavit"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        for count in (3, 5):
+            batch = images(model.vit, count=count)
+            torch._dynamo.maybe_mark_dynamic(batch, 0)
+            found, wanted = (call(batch, layout=Masked, detailed=True).usage for call in (compiled, model))
+            assert torch.equal(found.executed, wanted.executed)
+    assert backend.frame_count == 1
+
+
 @pytest.mark.parametrize("method", ["ats", pytest.param("adavit", marks=pytest.mark.long)])
 def test_a_slab_is_one_graph_whatever_images_keep(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, backend = build(method), CompileCounterWithBackend("aot_eager")

@@ -222,15 +222,23 @@ def varlen_reference(
     return out
 
 
-def test_accelerator_kernels_agree_with_the_host_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def varlen_without_scale(*given: Any) -> Tensor:
+    """That of older torch."""
+    return varlen_reference(*given, scale=None)
+
+
+@pytest.mark.parametrize("flash", [varlen_reference, varlen_without_scale])
+def test_accelerator_kernels_agree_with_the_host_one(flash: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, queries, qkv = ragged()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     for scale in (None, 0.3):
         how = AttentionOptions(scale=scale)
         expected = packed.attend(*qkv, queries, how)
         for kernel in (kernels.attend_varlen, kernels.attend_padded, kernels.attend_each):
             torch.testing.assert_close(kernel(*qkv, packed, queries, how), expected)
     bias = random(len(packed.x), seed=4)
+    how = AttentionOptions(bias=bias, scale=0.3)
+    torch.testing.assert_close(kernels.attend_varlen(*qkv, packed, queries, how), packed.attend(*qkv, queries, how))
     for pairs in (None, random(1, HEADS, 9, 9, seed=5), random(5, 1, 9, 9, seed=6)):
         how = AttentionOptions(bias=bias, pairs=pairs, scale=0.3)
         expected = packed.attend(*qkv, queries, how)

@@ -25,7 +25,7 @@ from adaptvit.backbones.maps import is_plain
 from adaptvit.backbones.standin import stand_in
 from adaptvit.budget import BATCH, OutOfReach
 from adaptvit.checks import In, OneOf, check_fields
-from adaptvit.macs import dense_macs, macs
+from adaptvit.macs import dense_macs, dense_macs_of, macs
 from adaptvit.methods.adavit_files import PUBLISHED
 from adaptvit.methods.base import MethodConfig, Published
 from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
@@ -379,7 +379,7 @@ class AdaViT(AdaptiveViT):
             all_tokens = (own + self.prefix).expand_as(keys)
         through_mlp = keys if self.config.patches_skip == "attention and mlp" else all_tokens
         if self.read is not None and not whole:
-            read = keys.new_full((len(keys), 1), self.read)
+            read = keys.new_full((keys.shape[0], 1), self.read)
             queries, through_mlp = (torch.cat([t[:, :-1], read], dim=1) for t in (keys, through_mlp))
         else:
             queries = keys
@@ -459,12 +459,14 @@ class AdaViT(AdaptiveViT):
         """Executed over dense MACs, mean over the batch, with the gradients of the gates."""
         executed, deciding = self.block_macs(policies, whole=whole)
         blocks = (executed + deciding).sum(dim=1)
-        return ((blocks + self._fixed_macs(grid)) / dense_macs(self.shape, grid)).mean()
+        (dense,) = dense_macs_of(self.shape, torch.tensor([math.prod(grid)]))
+        return ((blocks + self._fixed_macs(grid)) / dense).mean()
 
-    def _fixed_macs(self, grid: tuple[int, ...]) -> int:
-        """MACs of stem and head, which no policy saves."""
+    def _fixed_macs(self, grid: tuple[int, ...]) -> Tensor:
+        """MACs of stem and head, which no policy saves: () int64, which a graph is not asked for."""
         nothing = torch.zeros(1, 0, dtype=torch.long)
-        return int(macs(Usage(nothing, nothing, nothing, nothing, nothing, grid, self.prefix), self.shape))
+        (fixed,) = macs(Usage(nothing, nothing, nothing, nothing, nothing, grid, self.prefix), self.shape)
+        return fixed
 
     def _check_target(self, target: float) -> None:
         grid = patch_grid(self.vit)

@@ -238,8 +238,8 @@ def with_mean(x: Tensor, slots: Tensor | None, offsets: Tensor | None, n: int, p
 def _of_sample(
     received: Tensor, v: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, points: float
 ) -> tuple[Tensor, Tensor]:
-    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=v.device)
-    return chosen, chosen.new_empty(len(chosen), 1)
+    chosen = torch.empty(offsets.shape[0] - 1, n, dtype=torch.bool, device=v.device)
+    return chosen, chosen.new_empty(chosen.shape[0], 1)
 
 
 @_fused(_of_sample)
@@ -272,8 +272,8 @@ def sample(
 def _of_above(
     logits: Tensor, slots: Tensor, offsets: Tensor, n: int, prefix: int, least: float
 ) -> tuple[Tensor, Tensor]:
-    chosen = torch.empty(len(offsets) - 1, n, dtype=torch.bool, device=logits.device)
-    return chosen, torch.empty(len(chosen), 1, dtype=torch.float32, device=logits.device)
+    chosen = torch.empty(offsets.shape[0] - 1, n, dtype=torch.bool, device=logits.device)
+    return chosen, torch.empty(chosen.shape[0], 1, dtype=torch.float32, device=logits.device)
 
 
 @_fused(_of_above)
@@ -312,7 +312,7 @@ def _of_gates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     widths = (n - prefix, heads, 2, n, n)
     patches, of_heads, sublayers, attended, updated = (
-        torch.empty(len(state), width, dtype=torch.bool, device=state.device) for width in widths
+        torch.empty(state.shape[0], width, dtype=torch.bool, device=state.device) for width in widths
     )
     return patches, of_heads, sublayers, attended, updated
 
@@ -390,7 +390,7 @@ def _of_match(
     size_cost: float,
     mean_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    images = len(keys) // n if offsets is None else len(offsets) - 1
+    images = keys.shape[0] // n if offsets is None else offsets.shape[0] - 1
     count = (n - prefix + (prefix + 1) % 2) // 2
     score = torch.empty(images, count, dtype=torch.float32, device=keys.device)
     return score, torch.empty_like(score, dtype=torch.int64)
@@ -509,7 +509,7 @@ def _of_merge(
     bias: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, sums = place.new_empty(count), size.new_empty(count)
-    left = place.new_empty(len(place) + 1, dtype=torch.int32)
+    left = place.new_empty(place.shape[0] + 1, dtype=torch.int32)
     added = torch.empty_like(sums, dtype=bias)
     return x.new_empty(count, x.shape[1]), rows, sums, added, torch.empty_like(rows), left, torch.empty_like(left)
 
@@ -627,7 +627,7 @@ def take(x: Tensor, index: Tensor, score: Tensor | None, last: Tensor | None, pr
 def _of_padded(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, queries: Tensor, offsets: Tensor, n: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images = len(offsets) - 1
+    images = offsets.shape[0] - 1
     mask = q.new_empty(images, 1, 1, (n + 7) // 8 * 8)[..., :n]  # aligned, or attention copies it
     of_queries, keys, values = (t.new_empty(images, n, *t.shape[1:]) for t in (q, k, v))
     return of_queries, keys, values, mask

@@ -6,6 +6,7 @@ Letters: B images, N token slots, T live tokens over the batch, R queries, H hea
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from inspect import signature
 from threading import Lock
 from typing import NamedTuple, Protocol
 
@@ -270,11 +271,24 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
     if how.bias is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k, v = with_bias(q, k, v, how.bias, scale)
+    given = {"scale": scale} if takes_scale(varlen.varlen_attn) else {}
+    if not given and scale is not None:
+        q = q * (scale * q.shape[-1] ** 0.5)
     with FLASH_FIRST, sdpa_kernel(FLASH, set_priority=True):
-        out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, scale=scale)
+        out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, **given)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
     out, real = out[..., :channels], queries.real
     return out if real is None else out.where(real[:, None, None], 0)  # which it does not write
+
+
+@cache
+def takes_scale(attention: Callable[..., object]) -> bool:
+    """Whether variable-length attention is told a scale, which that of older torch is not."""
+    try:
+        signature(attention).bind_partial(scale=None)
+    except TypeError:
+        return False
+    return True
 
 
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,7 +329,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
         *grids, mask = fused.padded(q, k, v, how.bias, queries.offsets, keys.offsets, keys.shape[1])
         across, over, values = (t.transpose(1, 2) for t in grids)
         out = scaled_dot_product_attention(across, over, values, mask, how.dropout, scale=how.scale)
-        found: Tensor = fused.unpadded(out.transpose(1, 2), queries.offsets, len(q))
+        found: Tensor = fused.unpadded(out.transpose(1, 2), queries.offsets, q.shape[0])
         return found
     added = None if how.bias is None else keys.grid(how.bias)[:, None, None]
     if how.pairs is not None:
