@@ -305,3 +305,22 @@ def test_padded_and_back(interpreted: ModuleType, lengths: list[int]) -> None:
             back = [one.unpadded(t, offsets_of(asking), len(q)) for one in (interpreted, PLAIN)]
             assert torch.equal(*back)
         assert torch.equal(back[0], torch.cat([q[:-1], torch.zeros_like(q[:1])]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_with_bias(interpreted: ModuleType, dtype: torch.dtype) -> None:
+    qkv, bias = drawn(11, 3, 3, 5).to(dtype), drawn(11).abs()
+    given = (qkv[:4, 0], qkv[:, 1], qkv[:, 2], bias, 0.3)
+    found, wanted = (one.with_bias(*given) for one in (interpreted, PLAIN))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    logits, plain = (torch.einsum("qhd,khd->hqk", *pair) for pair in (wanted[:2], given[:2]))
+    torch.testing.assert_close(0.3 * logits, 0.3 * plain + bias.to(dtype), atol=4e-3, rtol=4e-3)
+
+
+def test_rows_of_no_image_become_0(interpreted: ModuleType) -> None:
+    wide, offsets = drawn(12, 3, 8), offsets_of([4, 0, 5])
+    wide[9:] = torch.nan
+    found, wanted = (one.unpadded(wide[None, ..., :5], offsets[::3], 12) for one in (interpreted, PLAIN))
+    assert torch.equal(found, wanted)
+    assert torch.equal(wanted, torch.cat([wide[:9, :, :5], torch.zeros(3, 3, 5)]))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, logsigmoid, normalize
+from torch.nn.functional import linear, logsigmoid, normalize, pad
 
 QUERIES = 4
 """So many of an image are asked for the attention that tokens receive in one kernel, at most."""
@@ -655,6 +655,33 @@ def padded(
     added = hidden.new_zeros(images, n, dtype=q.dtype) if bias is None else _grid(bias.to(q.dtype), places, images, n)
     mask = _of_padded(q, k, v, bias, queries, offsets, n)[3].copy_(added.masked_fill(hidden, -torch.inf)[:, None, None])
     return of_queries, _grid(k, places, images, n), _grid(v, places, images, n), mask
+
+
+def width(head_dim: int) -> int:
+    """Channels of a head that carries a bias: two more, and as many as flash attention takes, a multiple of 8."""
+    return 8 * math.ceil((head_dim + 2) / 8)
+
+
+def _of_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = width(q.shape[-1])
+    queries, keys, values = (t.new_empty(*t.shape[:-1], wide) for t in (q, k, v))
+    return queries, keys, values
+
+
+@_fused(_of_with_bias)
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (T, H, d) whose products have the bias (T,) of the keys in them: (T, H, `width(d)`).
+
+    Two channels of the keys have it, as they round it and what is left, and those of all queries are 1. So it is twice
+    as precise as in a mask of their type.
+    """
+    own, wide = q.shape[-1], width(q.shape[-1])
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) / scale
+    rounded = bias.to(k.dtype)
+    carried = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
+    none = k.new_zeros(()).expand(*k.shape[:-1], wide - own - 2)
+    k = torch.cat([k, carried, none], dim=-1)
+    return pad(q, (0, wide - own), value=1.0), k, pad(v, (0, wide - v.shape[-1]))
 
 
 def _of_unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from inspect import signature
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from adaptvit.tokens import fused
 
@@ -149,6 +149,10 @@ class Ragged(Protocol):
         """(B, N) bool, the slots that hold a token."""
 
     @property
+    def spare(self) -> bool:
+        """Whether there may be rows that hold no token."""
+
+    @property
     def real(self) -> Tensor | None:
         """(T,) bool, the rows that hold a token; None is all."""
 
@@ -270,15 +274,22 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
     slots, channels, scale = keys.shape[1], v.shape[-1], how.scale
     if how.bias is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k, v = with_bias(q, k, v, how.bias, scale)
-    given = {"scale": scale} if takes_scale(varlen.varlen_attn) else {}
+        carry = fused.with_bias if fuses(q, k, v) else fused.PLAIN.with_bias
+        q, k, v = carry(q, k, v, how.bias, scale)
+    given: dict[str, Any] = {"scale": scale} if takes_scale(varlen.varlen_attn) else {}
     if not given and scale is not None:
         q = q * (scale * q.shape[-1] ** 0.5)
     with FLASH_FIRST, sdpa_kernel(FLASH, set_priority=True):
         out = varlen.varlen_attn(q, k, v, queries.offsets, keys.offsets, slots, slots, **given)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
-    out, real = out[..., :channels], queries.real
-    return out if real is None else out.where(real[:, None, None], 0)  # which it does not write
+    out = out[..., :channels]
+    if not queries.spare:
+        return out
+    if fuses(out):  # all rows but those of no image, which it does not write, are those of one
+        found: Tensor = fused.unpadded(out[None], queries.offsets[:: queries.shape[0]], out.shape[0])
+        return found
+    assert queries.real is not None
+    return out.where(queries.real[:, None, None], 0)
 
 
 @cache
@@ -289,26 +300,6 @@ def takes_scale(attention: Callable[..., object]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (T, H, d) whose products have the bias (T,) of the keys in them: (T, H, `width(d)`).
-
-    Two channels of the keys have it, as they round it and what is left, and those of all queries are 1. So it is twice
-    as precise as in a mask of their type.
-    """
-    own, wide = q.shape[-1], width(q.shape[-1])
-    bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) / scale
-    rounded = bias.to(k.dtype)
-    carried = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
-    none = k.new_zeros(()).expand(*k.shape[:-1], wide - own - 2)
-    k = torch.cat([k, carried, none], dim=-1)
-    return pad(q, (0, wide - own), value=1.0), k, pad(v, (0, wide - v.shape[-1]))
-
-
-def width(head_dim: int) -> int:
-    """Channels of a head that carries a bias: two more, and as many as flash attention takes, a multiple of 8."""
-    return 8 * math.ceil((head_dim + 2) / 8)
 
 
 FLASH = [
@@ -340,7 +331,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
 
 def is_flash(facts: Facts) -> bool:
     """Whether variable-length flash attention does it: NVIDIA's from Ampere on, half precision, nothing by pairs."""
-    channels = width(facts.head_dim) if facts.biased else facts.head_dim
+    channels = fused.width(facts.head_dim) if facts.biased else facts.head_dim
     return (
         facts.device == "cuda"
         and facts.capability >= (8, 0)

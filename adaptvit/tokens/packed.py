@@ -58,6 +58,10 @@ class Packed(Tokens):
         return self.shape[1] if self.full else self.each
 
     @property
+    def spare(self) -> bool:
+        return False
+
+    @property
     def real(self) -> None:
         """Every row holds a token."""
 

@@ -79,6 +79,10 @@ class Slab(Tokens):
         return replace(type(self).of(self.grid(self.x)), calls=self.calls, source=self.source)
 
     @property
+    def spare(self) -> bool:
+        return not self.full
+
+    @property
     def real(self) -> Tensor | None:
         """(C,) bool, the rows that hold a token; None is all."""
         return None if self.full else self.slots < self.shape[0] * self.shape[1]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from adaptvit.tokens.fused import LEAST
+from adaptvit.tokens.fused import LEAST, width
 
 ROWS = 16
 """Rows that a program copies."""
@@ -1428,12 +1428,97 @@ def padded(
 
 
 @triton.jit
+def _lines(t, row, head, mask, stride, head_stride, D: tl.constexpr, BW: tl.constexpr):
+    """Heads of rows, and 0 behind their channels."""
+    column = tl.arange(0, BW)
+    at = row.to(tl.int64)[:, None] * stride + head[:, None] * head_stride + column[None]
+    return tl.load(t + at, mask=mask[:, None] & (column < D)[None], other=0.0)
+
+
+@triton.jit
+def _with_bias(
+    q,
+    k,
+    v,
+    bias,
+    new_q,
+    new_k,
+    new_v,
+    queries,
+    rows,
+    scale,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    LINES: tl.constexpr,
+    BW: tl.constexpr,
+):
+    line, column = tl.program_id(0) * LINES + tl.arange(0, LINES), tl.arange(0, BW)
+    row, head = line // H, line % H
+    at = line.to(tl.int64)[:, None] * W + column[None]
+    within = (column < W)[None]
+    one = tl.full((LINES,), 1.0, tl.float32)
+    mask = row < queries
+    values = _lines(q, row, head, mask, q_stride, q_head_stride, D, BW)
+    values = tl.where((column >= D)[None], one[:, None].to(values.dtype), values)
+    tl.store(new_q + at, values, mask=mask[:, None] & within)
+    mask = row < rows
+    added = tl.load(bias + row, mask=mask, other=0.0).to(tl.float32) / scale
+    values = _lines(k, row, head, mask, k_stride, k_head_stride, D, BW)
+    rounded = added.to(values.dtype)
+    values = tl.where((column == D)[None], rounded[:, None], values)
+    values = tl.where((column == D + 1)[None], (added - rounded.to(tl.float32)).to(values.dtype)[:, None], values)
+    tl.store(new_k + at, values, mask=mask[:, None] & within)
+    values = _lines(v, row, head, mask, v_stride, v_head_stride, V, BW)
+    tl.store(new_v + at, values, mask=mask[:, None] & within)
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+    wide, heads = width(q.shape[2]), q.shape[1]
+    new_q, new_k, new_v = (t.new_empty(*t.shape[:2], wide) for t in (q, k, v))
+    _with_bias[(cdiv(max(len(q), len(k)) * heads, 2 * ROWS),)](
+        q,
+        k,
+        v,
+        bias.contiguous(),
+        new_q,
+        new_k,
+        new_v,
+        len(q),
+        len(k),
+        scale,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        H=heads,
+        D=q.shape[2],
+        V=v.shape[2],
+        W=wide,
+        LINES=2 * ROWS,
+        BW=next_power_of_2(wide),
+    )
+    return new_q, new_k, new_v
+
+
+@triton.jit
 def _unpadded(
     t,
     offsets,
     out,
     rows,
     images,
+    offsets_stride,
     image_stride,
     stride,
     head_stride,
@@ -1445,10 +1530,10 @@ def _unpadded(
 ):
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BW + tl.arange(0, BW)
     number = tl.arange(0, IMAGES)
-    ends = tl.load(offsets + 1 + number, mask=number < images, other=rows + 1)
+    ends = tl.load(offsets + (1 + number) * offsets_stride, mask=number < images, other=rows + 1)
     image = tl.sum((ends[None] <= row[:, None]).to(tl.int32), axis=1)
     there = (row < rows) & (image < images)
-    place = row - tl.load(offsets + image, mask=there, other=0)
+    place = row - tl.load(offsets + image * offsets_stride, mask=there, other=0)
     at = image.to(tl.int64) * image_stride + place.to(tl.int64) * stride
     at = t + at[:, None] + (column // D * head_stride + column % D)[None]
     values = tl.load(at, mask=there[:, None] & (column < W)[None], other=0.0)
@@ -1467,6 +1552,7 @@ def unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:
         out,
         rows,
         images,
+        offsets.stride(0),
         t.stride(0),
         t.stride(1),
         t.stride(2),
