@@ -662,14 +662,7 @@ def width(head_dim: int) -> int:
     return 8 * math.ceil((head_dim + 2) / 8)
 
 
-def _of_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    wide = width(q.shape[-1])
-    queries, keys, values = (t.new_empty(*t.shape[:-1], wide) for t in (q, k, v))
-    return queries, keys, values
-
-
-@_fused(_of_with_bias)
-def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def carried(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (T, H, d) whose products have the bias (T,) of the keys in them: (T, H, `width(d)`).
 
     Two channels of the keys have it, as they round it and what is left, and those of all queries are 1. So it is twice
@@ -682,6 +675,18 @@ def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tu
     none = k.new_zeros(()).expand(*k.shape[:-1], wide - own - 2)
     k = torch.cat([k, carried, none], dim=-1)
     return pad(q, (0, wide - own), value=1.0), k, pad(v, (0, wide - v.shape[-1]))
+
+
+def _of_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = width(q.shape[-1])
+    queries, keys, values = (t.new_empty(*t.shape[:-1], wide) for t in (q, k, v))
+    return queries, keys, values
+
+
+@_fused(_of_with_bias)
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`carried`, without gradients."""
+    return carried(q, k, v, bias, scale)
 
 
 def _of_unpadded(t: Tensor, offsets: Tensor, rows: int) -> Tensor:

@@ -274,7 +274,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
     slots, channels, scale = keys.shape[1], v.shape[-1], how.scale
     if how.bias is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        carry = fused.with_bias if fuses(q, k, v) else fused.PLAIN.with_bias
+        carry = fused.with_bias if fuses(q, k, v) else fused.carried
         q, k, v = carry(q, k, v, how.bias, scale)
     given: dict[str, Any] = {"scale": scale} if takes_scale(varlen.varlen_attn) else {}
     if not given and scale is not None:
