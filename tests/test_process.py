@@ -327,8 +327,23 @@ def losses_in_float64(batch_size: int, output: Path, key: str | None = None) -> 
 
 
 def half_of_it(rank: str, port: str, output: Path, told: Any) -> None:
+    """Stopped after the second epoch's second step, of three, and gone on with."""
     join_as(rank, port)
+    step = loop._Training._step
+
+    def stopped(self: Any, number: int, batch: Any) -> Any:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Training, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            losses_in_float64(8, output)
+    steps: list[int] = []
+    loop._Training._step = lambda self, number, batch: steps.append(number) or step(self, number, batch)
     told.put((rank, losses_in_float64(8, output)))
+    assert steps == [5, 6, 7, 8]
 
 
 @forks

@@ -269,8 +269,8 @@ def test_a_training_goes_on_within_an_epoch_of_a_stream_as_if_nothing_had_happen
     kept = Checkpoints(part.parent, part.stem.removeprefix("part-"))
     told = rf"other processes \(1 that train, {workers} that decode .* \(2 that train, .*; epoch 2 begins anew"
     with pytest.warns(UserWarning, match=told):
-        assert kept.read_part(torch.device("cpu"), 1, [2, workers], tells=True) is None
-    assert kept.read_part(torch.device("cpu"), 2, [1, workers], tells=True) is None
+        assert kept.read_part(1, [2, workers], tells=True) is None
+    assert kept.read_part(2, [1, workers], tells=True) is None
     monkeypatch.setattr(_Training, "_step", step)
     again = train(resumed, data, recipe, tmp_path / "resumed")
     assert steps == [*range(5), *range(4, 8 + 3)]

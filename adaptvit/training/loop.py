@@ -550,10 +550,10 @@ class _Training:
 
     def _restore(self) -> None:
         """Go back to the last checkpoint that can be read, as `Checkpoints.read` and `read_part` say."""
-        tells, device = self.accelerator.is_main_process, self.accelerator.device
-        whole = self.checkpoints.read(device, self.recipe.epochs, tells)
+        tells = self.accelerator.is_main_process
+        whole = self.checkpoints.read(self.recipe.epochs, tells)
         done = 0 if whole is None else len(whole["history"])
-        part = self.checkpoints.read_part(device, done, self._readers(), tells)
+        part = self.checkpoints.read_part(done, self._readers(), tells)
         saved = part or whole
         if saved is None:
             return

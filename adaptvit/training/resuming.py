@@ -83,7 +83,7 @@ class Checkpoints:
         """Write a line for each epoch."""
         write_atomically(self.log, "".join(as_json(asdict(epoch)) + "\n" for epoch in history))
 
-    def read(self, device: torch.device, epochs: int, tells: bool) -> dict[str, Any] | None:
+    def read(self, epochs: int, tells: bool) -> dict[str, Any] | None:
         """The last checkpoint of a whole epoch, or the one before it where that is damaged; None where there is none.
 
         Its `history` is made of `Epoch`s.
@@ -99,7 +99,7 @@ class Checkpoints:
             if not path.exists():
                 continue
             try:
-                saved = read_checkpoint(path, device)
+                saved = read_checkpoint(path)
             except ValueError as error:
                 faults.append(str(error))
                 continue
@@ -116,7 +116,7 @@ class Checkpoints:
             raise ValueError(f"{'; '.join(faults)}: remove what is damaged to train from the start")
         return None
 
-    def read_part(self, device: torch.device, done: int, readers: list[int], tells: bool) -> dict[str, Any] | None:
+    def read_part(self, done: int, readers: list[int], tells: bool) -> dict[str, Any] | None:
         """The checkpoint within an epoch, where that is the next and these can go on from it; else None.
 
         Args:
@@ -127,7 +127,7 @@ class Checkpoints:
         if not self.part.exists():
             return None
         try:
-            saved = read_checkpoint(self.part, device)
+            saved = read_checkpoint(self.part)
         except ValueError as error:
             why = str(error)
         else:
@@ -142,8 +142,8 @@ class Checkpoints:
         return None
 
 
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a training resumes from, its checksums compared.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a training resumes from, on the CPU, its checksums compared.
 
     torch's file is a zip archive, which has a checksum (CRC-32) of every tensor and of all that says what they are;
     torch itself does not compare them.
@@ -160,7 +160,7 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(f"{str(path)!r} is damaged: {reason(error)}") from error
     if damaged is not None:
         raise ValueError(f"{str(path)!r} is damaged: the checksum of {damaged} is wrong")
-    saved = read_torch(path, device)
+    saved = read_torch(path)
     try:
         history = [Epoch(**epoch) for epoch in saved["history"]]
     except (KeyError, TypeError):

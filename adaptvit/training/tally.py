@@ -104,9 +104,10 @@ class Tally:
 
     def go_on(self, kept: dict[str, Any]) -> None:
         """Begin with what an earlier run has counted, in one process for all."""
-        self.steps, self._depths = kept["steps"], kept["depths"]
+        device = self.accelerator.device
+        self.steps, self._depths = kept["steps"], None if kept["depths"] is None else kept["depths"].to(device)
         if self.accelerator.is_main_process:
-            self.images, self.unreadable, self._sums = kept["images"], kept["unreadable"], kept["sums"]
+            self.images, self.unreadable, self._sums = kept["images"], kept["unreadable"], kept["sums"].to(device)
 
     def line(self) -> str:
         """The means of all processes as they were read, for a progress bar."""
