@@ -120,7 +120,7 @@ def dense(path: Path, vit: torch.nn.Module, real: Any) -> None:
 
 def write(path: Path, found: Exported, real: Any) -> None:
     """What is known of an exported file."""
-    told = {name: getattr(found, name) for name in ("images", "equal", "difference", "overflowed")}
+    told = {name: getattr(found, name) for name in ("images", "equal", "difference", "turned", "overflowed")}
     tell(path, told | {"share": found.facts["share"]} | accuracy(path, real))
 
 

@@ -214,6 +214,29 @@ def test_a_file_with_other_logits_is_not_written(tmp_path: Path, monkeypatch: py
     assert not any(tmp_path.iterdir())
 
 
+def test_an_image_of_which_rounding_turns_a_decision_is_counted_and_others_are_not_let_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, model, path = sys.modules["adaptvit.export"], of("tome"), tmp_path / "model.pt2"
+    batch = images(model.vit, count=6)
+    with torch.no_grad():
+        wanted = model(batch)
+
+    def off(rows: int) -> Any:
+        made = wanted.clone()
+        made[:rows] += 0.1 * wanted.abs().max()
+        return lambda *_: (b"", lambda given: [made])
+
+    monkeypatch.setattr(module, "_program", lambda *_: None)
+    monkeypatch.setattr(module, "_torch", off(1))
+    found = adaptvit.export(model, path, "torch", images=batch)
+    assert (found.turned, found.equal, found.images) == (1, 6, 6)
+    assert found.difference < 1e-5
+    monkeypatch.setattr(module, "_torch", off(2))
+    with pytest.raises(ValueError, match="logits differ by up to"):
+        adaptvit.export(model, path, "torch", images=batch)
+
+
 def test_the_command_meets_a_target_compares_on_images_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -112,8 +112,10 @@ def execute(arguments: Namespace) -> None:
     say(f"{found.path}: {found.size / 1e6:.1f} MB, {facts['gmacs']:.3f} GMACs, {facts['share']:.1%} of the dense MACs")
     what = "images" if arguments.data else "images of noise"
     say(f"as the model on {found.equal} of {found.images} {what}, logits differ by {found.difference:.1g} at most")
+    if found.turned:
+        say(f"for {found.turned} of them rounding turned a decision, so that other tokens were kept or merged")
     if found.overflowed:
         say(f"{found.overflowed} {what} were in batches for which the rows are too few, which the file tells")
     checked = {"bytes": found.size, "images": found.images, "equal": found.equal, "difference": found.difference}
-    checked |= {"overflowed": found.overflowed}
+    checked |= {"turned": found.turned, "overflowed": found.overflowed}
     tell_json(where, {"file": str(found.path), **facts, **checked})
