@@ -671,9 +671,9 @@ def carried(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tupl
     own, wide = q.shape[-1], width(q.shape[-1])
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) / scale
     rounded = bias.to(k.dtype)
-    carried = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
+    both = torch.stack([rounded, (bias - rounded).to(k.dtype)], dim=-1)[:, None].expand(-1, k.shape[1], -1)
     none = k.new_zeros(()).expand(*k.shape[:-1], wide - own - 2)
-    k = torch.cat([k, carried, none], dim=-1)
+    k = torch.cat([k, both, none], dim=-1)
     return pad(q, (0, wide - own), value=1.0), k, pad(v, (0, wide - v.shape[-1]))
 
 

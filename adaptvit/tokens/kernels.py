@@ -274,7 +274,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged
     slots, channels, scale = keys.shape[1], v.shape[-1], how.scale
     if how.bias is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        carry = fused.with_bias if fuses(q, k, v) else fused.carried
+        carry = fused.with_bias if fuses(q, k, v, how.bias) else fused.carried
         q, k, v = carry(q, k, v, how.bias, scale)
     given: dict[str, Any] = {"scale": scale} if takes_scale(varlen.varlen_attn) else {}
     if not given and scale is not None:
@@ -316,7 +316,7 @@ FLASH_FIRST = Lock()
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, keys: Ragged, queries: Ragged, how: AttentionOptions) -> Tensor:
     """In a grid of as many slots as there are, dead ones hidden."""
-    if how.pairs is None and fuses(q, k, v):
+    if how.pairs is None and fuses(q, k, v, *(() if how.bias is None else (how.bias,))):
         *grids, mask = fused.padded(q, k, v, how.bias, queries.offsets, keys.offsets, keys.shape[1])
         across, over, values = (t.transpose(1, 2) for t in grids)
         out = scaled_dot_product_attention(across, over, values, mask, how.dropout, scale=how.scale)
