@@ -21,6 +21,7 @@ from pyarrow import fs, parquet
 from samples import encoded, picture
 
 from adaptvit import AViTConfig, save
+from adaptvit.cli import main
 from adaptvit.commands import predict_ray
 from adaptvit.commands.predict import PredictConfig, options, predict
 from adaptvit.commands.predict_ray import InProcess, ScaleConfig, Scaled, run
@@ -265,8 +266,8 @@ def test_an_image_that_is_repaired_before_its_shard_is_done_again_is_no_error_an
     assert not rows(tmp_path / "out", "errors")
 
 
-def test_a_shard_that_always_fails_is_named_skipped_and_tried_again_later(
-    folder: Path, weights: Path, whole: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: Any
+def test_a_shard_that_always_fails_is_named_skipped_counted_and_tried_again_later(
+    folder: Path, weights: Path, whole: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr("adaptvit.commands.predict_shards.PAUSE", 0)
     tries = []
@@ -285,7 +286,14 @@ def test_a_shard_that_always_fails_is_named_skipped_and_tried_again_later(
     assert [one.shard for one in done.faults] == ["000001-000000"]
     assert "a4.png to a6.png" in done.faults[0].fault
     assert "the model breaks on it" in done.faults[0].fault
-    assert done.images == IMAGES - 3
+    assert (done.images, done.left) == (IMAGES - 3, 4)  # one of them cannot be read
+    monkeypatch.setattr(predict_ray, "predict_at_scale", lambda _: done)
+    assert main(["predict", str(weights), str(folder), str(tmp_path / "out"), "--engine", "ray", "--tries", "2"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "shard 000001-000000 failed 2 times and is left out: a4.png to a6.png: RuntimeError: the model" in told
+    )
+    assert "1 shards failed, with 4 images; the same command tries them again" in told
     do(folder, tmp_path / "out", weights)
     agree(rows(tmp_path / "out"), whole)
 
