@@ -290,9 +290,7 @@ def test_a_shard_that_always_fails_is_named_skipped_counted_and_tried_again_late
     monkeypatch.setattr(predict_ray, "predict_at_scale", lambda _: done)
     assert main(["predict", str(weights), str(folder), str(tmp_path / "out"), "--engine", "ray", "--tries", "2"]) == 1
     told = capsys.readouterr().err
-    assert (
-        "shard 000001-000000 failed 2 times and is left out: a4.png to a6.png: RuntimeError: the model" in told
-    )
+    assert "shard 000001-000000 failed 2 times and is left out: a4.png to a6.png: RuntimeError: the model" in told
     assert "1 shards failed, with 4 images; the same command tries them again" in told
     do(folder, tmp_path / "out", weights)
     agree(rows(tmp_path / "out"), whole)
