@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -136,13 +136,14 @@ def predict_at_scale(config: ScaleConfig) -> Scaled:
     shard = images_of_lot(config.shard, predictor)
     job = Job(Source(config.source, config.column), Store(config.output), predictor, shard, config.tries)
     engine = RayEngine(config)
-    try:
-        with locked(Path(config.output, SETTINGS)) if here else nullcontext():
-            return run(job, config, engine)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; the same command goes on with {config.output!r}") from None
-    finally:
-        engine.close()
+    with redirect_stdout(sys.stderr):  # of what Ray says when a process dies
+        try:
+            with locked(Path(config.output, SETTINGS)) if here else nullcontext():
+                return run(job, config, engine)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; the same command goes on with {config.output!r}") from None
+        finally:
+            engine.close()
 
 
 class InProcess:
@@ -378,6 +379,7 @@ def execute(arguments: Namespace) -> int:
     figures = {"images": done.images, "earlier": done.earlier, "share": done.share, "macs": done.macs}
     failed = [{"shard": record.shard, "fault": record.fault} for record in done.faults]
     tell_json(
-        arguments.json, {"output": str(config.output), **figures, "unreadable": done.unreadable, "faults": failed}
+        arguments.json,
+        {"output": config.output, **figures, "unreadable": done.unreadable, "faults": failed, "left": done.left},
     )
     return 1 if done.unreadable or done.faults else 0
