@@ -26,7 +26,6 @@ from adaptvit.cli import main as adaptvit
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = (
     "hf-hub:",
-    "--pretrained true",
     "hfds/",
     "s3://",
     "imagenet_samples",
@@ -36,7 +35,7 @@ ELSEWHERE = (
     "asl24_",
 )
 """What a command that needs a network, or data that are not ours to bring, has in it."""
-COMMAND = r"(?:^ {4}|\| `(?=adaptvit \S+ ))((?:torchrun .*--no-python )?adaptvit [^`\n]+)"
+COMMAND = r"(?:^ {4}|\| `(?=adaptvit [^`\s]+ ))((?:torchrun .*--no-python )?adaptvit [^`\n]+)"
 """In a block, or begins a cell of a table and has arguments."""
 NOT_HERE = (
     "torchrun",
@@ -113,7 +112,7 @@ def scaled_down(command: str) -> list[str]:
     if name == "adapt" and "--method" not in words and "fast.safetensors" not in words[1:2]:
         words += ["--method", "tome"]
     if name == "train" and words[1].startswith("imagenette"):
-        words += FROM_A_FILE
+        words = [word for word in words if word not in ("--pretrained", "true")] + FROM_A_FILE
     if name in ("compare methods", "draw"):
         words = ["images/val" if word == "images" and "--summary" not in words else word for word in words]
     if name == "draw" and "--per-class" not in words and "--summary" not in words:

@@ -95,7 +95,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
         ("deit_tiny_patch16_224 --data /nowhere/at/all", "data folder '/nowhere/at/all' does not exist"),
         ("deit_tiny_patch16_224 --json /nowhere/at/all.json", "there is no folder '/nowhere/at'"),
         ("deit_tiny_patch16_224 --speed fast", "--speed"),
-        ("", "model"),
+        ("", "no MODEL"),
     ],
     ids=lambda value: value[:40],
 )

@@ -663,7 +663,8 @@ def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, c
         ("playground NAME absent.pth", "absent.pth does not exist"),
         ("predict NAME texts", "has no images that can be read"),
         ("predict NAME images --class-names empty.txt", "holds no names"),
-        ("train digits --weights absent.pth", "absent.pth does not exist"),
+        ("train digits --weights absent.pth", "absent.pth does not exist: --weights names others"),
+        ("evaluate NAME", "no ROOT; --help tells what is taken"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_opened(

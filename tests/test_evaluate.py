@@ -174,7 +174,7 @@ def test_the_timed_batch_is_one_that_can_be_read(model_file: Path, pictures: Pat
 def test_other_classes_than_the_models_are_refused(model_file: Path, pictures: Path, tmp_path: Path) -> None:
     for path in (pictures / "val" / "cow").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"the model has 3 classes, but '.*images' has 2; .* pass class_map"):
+    with pytest.raises(ValueError, match=r"the model has 3 classes, but '.*images' has 2; .* by --class-names"):
         evaluate_model(EvaluateConfig(str(model_file), pictures, workers=0, rounds=0))
     names = tmp_path / "names.txt"
     names.write_text("ant\nbee\ncow\n")

@@ -109,7 +109,7 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
         without = f" {', '.join(map(repr, empty[:3]))} without images," if empty else ""
         raise ValueError(
             f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)};{without} "
-            "if they are some of the model's, pass class_map"
+            "if they are some of the model's, name all of these in a file by --class-names (class_map)"
         )
     named = class_names(data, class_map)
     if class_map is not None and len(named) != model.num_classes:

@@ -473,6 +473,8 @@ def answers_html(view: View) -> str:
     dense, adaptive = view.dense, view.adaptive
     unit, scale = macs_unit(dense.gmacs)
     gain = f": {adaptive.gmacs / dense.gmacs:.0%} of the dense MACs, {adaptive.times:.2f} times as fast"
+    if adaptive.times < 1:
+        gain += "; one image in so small a model saves MACs, not time: larger models and batches save both"
     columns = [
         _answer("Dense: the same weights, nothing left out", dense, f"{scale * dense.gmacs:.3g} {unit}"),
         _answer(f"Adaptive: {METHODS[view.method].title}", adaptive, f"{scale * adaptive.gmacs:.3g} {unit}", gain),

@@ -107,7 +107,10 @@ def tell_model(arguments: Namespace) -> None:
 
 
 def in_other_words(error: ArgumentError, parser: ArgumentParser) -> ArgumentError:
-    """The same error; of an option that there is not, with the one that may have been meant."""
+    """The same error; of an option that there is not, with the one that may have been meant; of places left empty."""
+    if empty := re.search(r"the following arguments are required: (.*)", str(error)):
+        places = [name.rpartition(".")[2].upper().replace("_", "-") for name in empty[1].split(", ")]
+        return ArgumentError(None, f"no {' and no '.join(places)}; --help tells what is taken")
     found = re.search(r"unrecognized arguments: (?:.* )?(--[^\s=]+)|Option '([^']+)' is not accepted", str(error))
     if found is None:
         return error

@@ -76,8 +76,15 @@ def execute(arguments: Namespace) -> None:
         for group in ("method", "data", "recipe")
     }
     rest = {field.name: arguments[field.name] for field in fields(Run) if field.name not in parts}
+    run = Run(**rest, **parts)
     try:
-        outcome = train_run(Run(**rest, **parts), arguments.resume, tell=lambda result: say_listed(result.figures))
+        outcome = train_run(run, arguments.resume, tell=lambda result: say_listed(result.figures))
+    except FileNotFoundError as error:
+        if str(error) != f"{run.weights} does not exist":
+            raise
+        raise FileNotFoundError(
+            f"{error}: --weights names others, --weights null --pretrained true takes timm's"
+        ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; with --resume the same command goes on after the last epoch") from None
     if is_main():
