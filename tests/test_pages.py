@@ -13,15 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from models import images, small_vit
 from samples import picture
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from adaptvit import FullConfig, ToMeConfig, adapt, cli, save
 from adaptvit.commands import answers
 from adaptvit.methods import METHODS
+from adaptvit.model import AdaptiveViT
 from adaptvit_cli import ANSWERS
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,7 @@ ELSEWHERE = {
     "docs/video.md": "test_video.py",
 }
 """Pages whose Python another test runs."""
+METHOD_PAGES = ("adavit", "ats", "avit", "dynamicvit", "evit", "tome")
 WRITTEN = json.loads(ANSWERS.read_text())
 
 
@@ -94,6 +98,26 @@ def test_the_page_of_segmentation_runs() -> None:
     exec(python_of("docs/segmentation.md"), space)
     assert space["logits"].shape == (4, 11, 64, 96)
     assert space["usage"].share.mean().item() == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("page", ["parts", *(f"methods/{name}" for name in METHOD_PAGES)])
+def test_the_lines_that_a_page_begins_with_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = re.search(
+        r"(?:^(?: {4}.*)?\n)*^    import timm, adaptvit\n(?:^(?: {4}.*)?\n)*", PAGES[f"docs/{page}.md"], re.M
+    )
+    assert lines is not None
+    code = "\n".join(line[4:] for line in lines[0].splitlines() if not line.startswith("    adaptvit "))
+    make = timm.create_model
+
+    def small(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
+        size = {} if name == "parts_vit" else {"img_size": 64, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+        return make(name, **size | settings)
+
+    monkeypatch.setattr(timm, "create_model", small)
+    torch.manual_seed(0)
+    space = {"images": torch.randn(4, 3, 64, 64), "labels": torch.tensor([0, 1, 2, 3]), "cross_entropy": cross_entropy}
+    exec(code, space)
+    assert isinstance(space["model"], AdaptiveViT)
 
 
 class Engine:
