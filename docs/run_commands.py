@@ -120,7 +120,9 @@ def scaled_down(command: str) -> list[str]:
         words = ["images/val/ant" if word == "images/val" else word for word in words]
     if name == "compare":  # what the pages ask for takes longest
         words = [word for word, before in zip(words, ["", *words], strict=False) if "--seeds" not in (word, before)]
-    known = {word for word in words if word.startswith("--")}
+    left_out = {"predict": "--top", "compare methods": "--weights"}.get(name)  # of three classes; of a file
+    words = [word for word, before in zip(words, ["", *words], strict=False) if left_out not in (word, before)]
+    known = {word for word in words if word.startswith("--") and name != "train"}  # whose last word counts
     for option, value in zip(SMALL.get(name, [])[::2], SMALL.get(name, [])[1::2], strict=True):
         words += [] if option in known else [option, value]
     return words
