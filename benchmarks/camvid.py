@@ -51,6 +51,7 @@ from adaptvit.methods import METHODS
 from adaptvit.methods.ats import RandomConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.show.pictures import laid_over, mean_colours
+from adaptvit.terminal import say
 from adaptvit.training.recipes import camvid_dense
 
 BUDGETS = (0.6, 0.75, 0.5)
@@ -210,6 +211,11 @@ def speed(file: str, folder: str, output: str, batch: str = "8", *names: str) ->
     split = camvid(Path(folder), dense, "test")
     images = spread_over(split, int(batch)).images
     models = {name: rebuilt(rows[name], dense.vit) for name in wanted if name in rows}
+    for name in [
+        name for name, model in models.items() if any(not key.startswith("vit.") for key in model.state_dict())
+    ]:
+        say(f"{name} has weights of its own, which OUTPUT does not have: it is left out")
+        del models[name]
     shares = {name: model(images, detailed=True).usage.share.mean().item() for name, model in models.items()}
     calls: dict[str, Callable[[], object]] = {"dense": lambda: dense.vit(images)}
     calls |= {name: partial(model, images) for name, model in models.items()}

@@ -318,7 +318,7 @@ def code() -> tuple[str, ...]:
 
 
 def test_the_page_runs() -> None:
-    features, pyramid, detector, embeddings = code()
+    features, pyramid, detector, embeddings, tower = code()
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec("\n".join((features, pyramid, embeddings)), names)
@@ -332,3 +332,5 @@ def test_the_page_runs() -> None:
     blocks = names["model"].vit.blocks
     assert all(parameter.grad.isfinite().all() for parameter in blocks.parameters())
     assert blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    exec(tower, names)
+    assert names["tokens"].shape == names["tower"](torch.zeros(2, 3, 64, 64)).shape == (2, 4, 1024)
