@@ -44,6 +44,8 @@ METHODS = Methods(
 """Config types by name."""
 DEFAULT = CalibratedConfig.method
 """What a ViT becomes unless told."""
+IN_PLOTS = ("calibrated", "merge", "tome", "grid", "ats", "evit", "avit", "adavit", "dynamicvit", "runlength", "random")
+"""The methods that have the first looks in plots: one that is drawn keeps its own, whatever comes between these."""
 
 
 def untrained(clips: bool = False) -> tuple[str, ...]:
@@ -69,6 +71,7 @@ def is_dense(model: AdaptiveViT) -> bool:
 
 __all__ = [
     "DEFAULT",
+    "IN_PLOTS",
     "METHODS",
     "MethodConfig",
     "Named",

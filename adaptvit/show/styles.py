@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 
-from adaptvit.methods import METHODS
+from adaptvit.methods import IN_PLOTS, METHODS
 
 LOOKS = (
     ("#d55e00", "o"),
@@ -30,9 +30,6 @@ LOOKS = (
 )
 """Okabe and Ito's colours and Tol's muted ones, told apart by the colour-blind; the markers do it in grey."""
 
-FIRST = ("calibrated", "merge", "tome", "grid", "ats", "evit", "avit", "adavit", "dynamicvit", "runlength", "random")
-"""The methods whose looks come first: what was drawn once stays so, whatever methods come between these."""
-
 
 @dataclass(frozen=True)
 class Style:
@@ -43,11 +40,11 @@ class Style:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of each name: a method's own, by its place in `FIRST` or after; of others, the next ones.
+    """The style of each name: a method's own, by its place in `IN_PLOTS` or after; of others, the next ones.
 
     A comma and what follows it, as in `evit, tuned`, is no part of a method's name.
     """
-    names, known = list(names), list(dict.fromkeys([*FIRST, *METHODS]))
+    names, known = list(names), list(dict.fromkeys([*IN_PLOTS, *METHODS]))
     places = {name: known.index(_method(name)) for name in names if _method(name) in known}
     free = (place for place in count() if place not in places.values())
     return {name: Style(*LOOKS[(places[name] if name in places else next(free)) % len(LOOKS)]) for name in names}

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from recordings import apart, filled, images, terms_of, vit_of
-from torch import Tensor
 
 from adaptvit import Masked, Packed, ToMeConfig
-from adaptvit.methods.merging import MergingViT, arrange, match
+from adaptvit.methods.merging import MergingViT, Places, arrange, match
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
@@ -40,7 +39,7 @@ def test_the_released_groups_and_logits(tome_case: Path, layout: type, monkeypat
     model, given = recorded_model(case), case["input"]
     places = model.places
 
-    def recorded_places(*arguments: object) -> tuple[Tensor, Tensor]:
+    def recorded_places(*arguments: object) -> Places:
         maps.append(places(*arguments))
         return maps[-1]
 
@@ -50,7 +49,7 @@ def test_the_released_groups_and_logits(tome_case: Path, layout: type, monkeypat
     merging = case["effective_r"]
     assert len(maps) >= len(merging)  # the released code does not count blocks that find one patch only
     for number, r in enumerate(merging):
-        place, moved = maps[number]
+        place, moved = maps[number].place, maps[number].moved
         assert place.tolist() == arrays[f"map_{number}"].tolist(), f"merge {number}"
         assert moved.sum(dim=1).tolist() == [r] * given["batch"]
     groups = arrays["final_group"]
