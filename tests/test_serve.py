@@ -55,6 +55,15 @@ def figures(client: Any) -> dict[str, float]:
     return {sample.name + "".join(sample.labels.values()): sample.value for one in families for sample in one.samples}
 
 
+def until_waiting(client: Any, count: int) -> None:
+    """Until so many wait, within a minute."""
+    for _ in range(6000):
+        if client.get("/health").json()["waiting"] == count:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{count} requests were to wait, but {client.get('/health').json()['waiting']} do")
+
+
 def test_an_image_is_answered_as_the_predictor_has_it(client: Any, weights: str) -> None:
     told = client.post("/predict", content=PICTURES[0], headers={"Content-Type": "image/png"})
     assert told.status_code == 200
@@ -85,8 +94,7 @@ def test_those_who_wait_run_together_and_get_their_own(client: Any, monkeypatch:
         first = pool.submit(client.post, "/predict", content=PICTURES[0])
         assert begun.wait(60)
         others = [pool.submit(client.post, "/predict", content=content) for content in PICTURES[1:]]
-        while client.get("/health").json()["waiting"] < len(others):
-            time.sleep(0.01)
+        until_waiting(client, len(others))
         go.set()
         together = [answer.result().json() for answer in (first, *others)]
     assert sizes == [1, 5]
@@ -153,17 +161,19 @@ def test_a_model_that_fails_answers_those_alone(client: Any, monkeypatch: pytest
 
 
 def test_more_than_may_wait_are_told_to_come_again(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, compute = threading.Event(), Batches.compute
+    begun, go, compute = threading.Event(), threading.Event(), Batches.compute
 
     def gated(self: Batches, pixels: np.ndarray) -> Any:
+        begun.set()
         assert go.wait(60)
         return compute(self, pixels)
 
     monkeypatch.setattr(Batches, "compute", gated)
     with ThreadPoolExecutor(8) as pool:
-        taken = [pool.submit(client.post, "/predict", content=PICTURES[0]) for _ in range(8)]
-        while client.get("/health").json()["waiting"] < 7:
-            time.sleep(0.01)
+        taken = [pool.submit(client.post, "/predict", content=PICTURES[0])]
+        assert begun.wait(60)  # or two might be taken together
+        taken += [pool.submit(client.post, "/predict", content=PICTURES[0]) for _ in range(7)]
+        until_waiting(client, 7)
         told = client.post("/predict", content=PICTURES[0])
         go.set()
         assert [answer.result().status_code for answer in taken] == [200] * 8
@@ -254,7 +264,7 @@ def test_who_has_asked_is_answered_when_the_server_is_stopped(
                 return answer.status
 
     def stop() -> list[int]:
-        while True:
+        for _ in range(3000):
             with socket.socket() as tried:
                 if not tried.connect_ex(("127.0.0.1", port)):
                     break
