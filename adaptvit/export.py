@@ -180,7 +180,7 @@ def export(
     same = (ran.argmax(dim=1) == logits.argmax(dim=1)).view(len(ran), -1).all(dim=1)
     turned, equal = int((~near).sum()), int(same.sum())
     allowed = max(1, int(TURNED * len(ran))) if executed < dense and len(ran) > 1 else 0
-    if turned > allowed or (dtype == "float32" and not same[near].all()):
+    if turned > allowed or not ran.isfinite().all() or (dtype == "float32" and not same[near].all()):
         raise ValueError(
             f"{str(path)!r} is not written: of {len(logits)} images it predicts {len(logits) - equal} otherwise than "
             f"the model, and logits differ by up to {apart.max().item():.2g}"

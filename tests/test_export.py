@@ -232,6 +232,11 @@ def test_an_image_of_which_rounding_turns_a_decision_is_counted_and_others_are_n
     found = adaptvit.export(model, path, "torch", images=batch)
     assert (found.turned, found.equal, found.images) == (1, 6, 6)
     assert found.difference < 1e-5
+    nowhere = wanted.clone()
+    nowhere[0, 0] = torch.nan
+    monkeypatch.setattr(module, "_torch", lambda *_: (b"", lambda given: [nowhere]))
+    with pytest.raises(ValueError, match="is not written"):
+        adaptvit.export(model, path, "torch", images=batch)
     monkeypatch.setattr(module, "_torch", off(2))
     with pytest.raises(ValueError, match="logits differ by up to"):
         adaptvit.export(model, path, "torch", images=batch)
