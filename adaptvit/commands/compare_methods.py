@@ -287,6 +287,7 @@ class _Compared:
         calibration: the images that are set aside.
         unreadable: those of them that cannot be decoded.
         embeddings: the dense model's of the images measured, (images, D), once they were asked for.
+        without: those of which it has none.
     """
 
     def __init__(self, config: MethodsConfig) -> None:
@@ -319,6 +320,7 @@ class _Compared:
         self.known_by = digest(self.dense, (self.dense.config, self.dense.shape))
         self.prepared: dict[str, nn.Module] = {}  # by method, for all of its budgets
         self.embeddings: Tensor | None = None
+        self.without: list[Unreadable] = []
 
     def split(self, model: AdaptiveViT) -> Dataset:
         """All images, as a model takes them."""
@@ -384,11 +386,15 @@ class _Compared:
             if self.embeddings is None:
                 own = Subset(self.split(self.dense), self.measured)
                 found = outputs(self.dense.vit, own, None, config.batch_size, config.workers, labelled=False)
-                self.embeddings = torch.cat([output.logits for _, output in found if output is not None])
+                parts = [(batch.unreadable, output) for batch, output in found]
+                self.embeddings = torch.cat([output.logits for _, output in parts if output is not None])
+                self.without = [one for unreadable, _ in parts for one in unreadable]
             like = self.embeddings
-        return _measured(
-            model.vit if entry == DENSE else model, model.shape, data, config.batch_size, config.workers, like
-        )
+        runs = model.vit if entry == DENSE else model
+        record = _measured(runs, model.shape, data, config.batch_size, config.workers, like)
+        if like is not None and record["unreadable"] != self.without:
+            raise _Strays("the images that have finite embeddings are others than the dense model's")
+        return record
 
     def made(self, entry: Entry) -> AdaptiveViT:
         """The model of an entry, fitted to its budget if it has one; what `adapt` raises where that cannot be done."""
