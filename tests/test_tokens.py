@@ -289,7 +289,9 @@ def test_flash_is_preferred_while_it_runs_and_no_longer(monkeypatch: pytest.Monk
     assert chosen == [SDPBackend.FLASH_ATTENTION.value]
 
 
-A100 = kernels.Facts("cuda", (8, 0), torch.bfloat16, 64, dropout=False, biased=False, pairs=False, counted=False)
+A100 = kernels.Facts(
+    "cuda", (8, 0), torch.bfloat16, 64, dropout=False, biased=False, pairs=False, counted=False, learns=False
+)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +311,8 @@ A100 = kernels.Facts("cuda", (8, 0), torch.bfloat16, 64, dropout=False, biased=F
         ({"device": "mps", "capability": (0, 0)}, "attend_padded"),
         ({"device": "cpu", "capability": (0, 0)}, "attend_padded"),
         ({"device": "cpu", "capability": (0, 0), "counted": True, "dropout": True, "biased": True}, "attend_each"),
+        ({"device": "cpu", "capability": (0, 0), "counted": True, "learns": True}, "attend_padded"),
+        ({"device": "cpu", "dtype": torch.float32, "counted": True, "learns": True}, "attend_each"),
     ],
     ids=str,
 )
@@ -332,7 +336,9 @@ def test_somebody_elses_kernel_comes_first_where_it_applies(layout: type, monkey
     assert torch.equal(laid.attend(q, q, q, laid, AttentionOptions(scale=0.5)), -q)
     others = laid.attend(q, q, q, laid, AttentionOptions(dropout=0.5, scale=0.5))
     assert not torch.equal(others, -q)
-    facts = kernels.Facts("cpu", (0, 0), torch.float64, HEAD_DIM, False, False, False, counted=layout is Packed)
+    facts = kernels.Facts(
+        "cpu", (0, 0), torch.float64, HEAD_DIM, False, False, False, counted=layout is Packed, learns=False
+    )
     assert seen == [facts, facts._replace(dropout=True)]
 
 

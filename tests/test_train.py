@@ -5,6 +5,7 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from filelock import FileLock
 from models import small_vit
 from torch import Tensor
 from torch._dynamo import lookup_backend
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
 
 import adaptvit.training.loop
@@ -26,6 +29,7 @@ from adaptvit.data import Data, Images, Unreadable, open_digits
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.model import Dial
 from adaptvit.training.loop import fingerprint, train
+from adaptvit.training.products import Products
 from adaptvit.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=16, learning_rate=1e-3)
@@ -196,6 +200,18 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Names(TorchDispatchMode):
+    """Which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     "config", [FullConfig(), DynamicViTConfig(blocks=(1,)), AVIT], ids=lambda config: config.method
 )
@@ -212,6 +228,40 @@ def test_a_step_waits_for_the_device_less_than_once(config: Any, data: Data, tmp
         del more[line]  # of the layout, and of a warning that is for CPUs alone
     assert more.total() < 22, more
     assert more.total() > 0, waits  # the tally is read
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.tensor([[True, False, True, True, True]]), torch.arange(5.0)[None]], ids=str
+)
+def test_attention_by_products_is_torchs(mask: Tensor | None) -> None:
+    exact = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    grad = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    found = []
+    for dtype, mode in ((torch.float64, nullcontext()), (torch.bfloat16, Products())):
+        given = exact.detach().to(dtype).requires_grad_()
+        with mode, Names() as seen:
+            out = scaled_dot_product_attention(
+                *given, mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+            )
+        out.backward(grad.to(dtype))
+        found.append((out, given.grad, set(seen.names)))
+    (out, gradient, _), (half, half_gradient, names) = found
+    assert not any("scaled_dot_product" in name for name in names)
+    torch.testing.assert_close(half.double(), out, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(half_gradient.double(), gradient, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_attends_by_products_in_half_precision_alone(precision: str, data: Data, tmp_path: Path) -> None:
+    with Names() as seen:
+        train(
+            model(FullConfig()),
+            data,
+            replace(RECIPE, epochs=1, warmup_epochs=0, evaluate_every=0, precision=precision),
+            tmp_path,
+        )
+    torchs = any("scaled_dot_product" in name for name in seen.names)
+    assert torchs == (precision == "float32")
 
 
 def test_training_learns(data: Data, tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ class Facts(NamedTuple):
     """Whether there is a table of pairs."""
     counted: bool
     """Whether the host knows `lengths`; else to ask for them is to wait for the device."""
+    learns: bool
+    """Whether a gradient is wanted."""
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, Ragged, AttentionOptions], Tensor]
@@ -219,6 +221,7 @@ def attend_ragged(
         how.bias is not None,
         how.pairs is not None,
         counted,
+        torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
     return choose(facts)(q, k, v, keys, queries, how)
 
@@ -342,8 +345,13 @@ def is_flash(facts: Facts) -> bool:
     )
 
 
+def is_host(facts: Facts) -> bool:
+    """Whether a call per image does it: on the host, but for half precision with gradients, in small products."""
+    return facts.device == "cpu" and facts.counted and not (facts.learns and facts.dtype == torch.bfloat16)
+
+
 KERNELS: list[tuple[Applies, Kernel]] = [
-    (lambda facts: facts.device == "cpu" and facts.counted, attend_each),
+    (is_host, attend_each),
     (is_flash, attend_varlen),
     (lambda _: True, attend_padded),
 ]

@@ -39,6 +39,7 @@ from adaptvit.seeds import begin_stream, stream
 from adaptvit.terminal import progress_bar, shown, warn
 from adaptvit.tokens import Dense, Masked, Tokens
 from adaptvit.training.loader import end, training_loader
+from adaptvit.training.products import Products
 from adaptvit.training.recipe import Epoch, Recipe
 from adaptvit.training.resuming import Checkpoints
 from adaptvit.training.tally import READ_EVERY, Tally
@@ -203,6 +204,9 @@ class _Training:
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.called: Any = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        half = accelerator.device.type == "cpu" and recipe.precision == "bfloat16"
+        # a compiled one has its own; what is run again for its gradients is run outside of this
+        self.by_products = half and not (recipe.compile or model.checkpoints)
         least = recipe.learning_rate / 100 if recipe.least_learning_rate is None else recipe.least_learning_rate
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -424,7 +428,8 @@ class _Training:
         layout: type[Tokens] | None = None
         if recipe.compile:  # what is packed is no graph
             layout = Dense if self.model.even else Masked
-        output = self._output(images, layout, patches)
+        with Products() if self.by_products else nullcontext():
+            output = self._output(images, layout, patches)
         if output.means and self.accelerator.num_processes > 1:
             output = replace(output, terms=self.model.terms(over_processes(output.means)))
         logits = output.logits.float()
