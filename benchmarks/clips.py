@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptvit import ATSConfig, CalibratedConfig, EViTConfig, RunLengthConfig, RunLengthMergeConfig, ToMeConfig
+from adaptvit import (
+    ATSConfig,
+    AViTConfig,
+    CalibratedConfig,
+    EViTConfig,
+    MergeConfig,
+    RunLengthConfig,
+    RunLengthMergeConfig,
+    ToMeConfig,
+)
 from adaptvit.budget import meet_target
 from adaptvit.commands.draw import spearman
 from adaptvit.data import DataConfig, open_split, preparation, spread_over
@@ -34,10 +43,12 @@ CALIBRATION = 32
 METHODS_MEASURED = {
     "runlength": RunLengthConfig(),
     "calibrated": CalibratedConfig(),
+    "merge": MergeConfig(),
     "tome": ToMeConfig(),
     "ats": ATSConfig(blocks=range(1, 12)),
     "evit": EViTConfig(blocks=(1, 4, 7)),
     "runlength_merge": RunLengthMergeConfig(threshold=0.02),
+    "avit": AViTConfig(class_token="stays"),
 }
 LINES = Path(__file__).with_suffix(".jsonl")
 BATCHES = (4, 1)

@@ -77,6 +77,7 @@ def test_predict_tells_of_each_clip_and_names_the_bad(root: Path, stored: str, t
         "cannot read b/uneven.png: its height of 129 pixels is no whole number of pixels for each of 4 frames" in said
     )
     assert "cannot read a/empty.png" in said
+    assert "clips could not be read and are left out" in said
     lines = list(csv.DictReader(output.read_text().splitlines()))
     assert [line["file"] for line in lines] == [f"{'ab'[at % 2]}/{at}.png" for at in (0, 2, 4, 6, 1, 3, 5, 7)]
     assert lines[0]["tokens_1"] == str(1 + FRAMES * 16)
@@ -86,12 +87,27 @@ def test_predict_tells_of_each_clip_and_names_the_bad(root: Path, stored: str, t
     assert {**line, "file": "a/2.png"} == lines[1]
 
 
+def test_a_video_that_is_none_or_was_cut_off_is_said_to_be_that(stored: str, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("av", reason="videos are read by PyAV, the extra video")
+    (tmp_path / "text.avi").write_text("no video")
+    words = ["--top", "1", "--workers", "0", "--output", str(tmp_path / "told.csv")]
+    assert main(["predict", stored, str(tmp_path / "text.avi"), *words]) == 1
+    assert "cannot read text.avi: it is no video, or truncated or damaged: Invalid data" in capsys.readouterr().err
+
+
+def test_pictures_of_frames_without_classes_are_told_of_strips(root: Path, stored: str, capsys: Any) -> None:
+    assert main(["evaluate", stored, str(root / "val")]) == 2
+    assert "has clips, but no folders of classes: 'a' lies in none; where its pictures" in capsys.readouterr().err
+    assert main(["export", stored, str(root / "a.onnx"), "--data", str(root / "val" / "a")]) == 2
+    assert "the model takes clips of 4 frames" in capsys.readouterr().err
+
+
 def test_a_clip_that_is_named_itself_is_a_video_or_a_folder(stored: str, tmp_path: Path, capsys: Any) -> None:
     for at in range(5):
         Image.effect_noise((32, 32), 50).save(tmp_path / f"{at}.png")
     words = ["--top", "1", "--workers", "0", "--output"]
     assert main(["predict", stored, str(tmp_path), *words, str(tmp_path / "told.csv")]) == 0
-    for name, said in (("short", "it has 2 frames, but 4 are asked for"), ("empty", "")):
+    for name, said in (("short", "it has 2 frames, but 4 are asked for"), ("empty", "it is empty")):
         if name == "short":
             pytest.importorskip("av", reason="videos are read by PyAV, the extra video")
             write_gif(tmp_path / "short.gif", 2)
@@ -116,7 +132,7 @@ def test_what_takes_pictures_refuses_a_model_of_clips(stored: str) -> None:
         Predictor(stored)
 
 
-@pytest.mark.filterwarnings("ignore:.*images cannot be read")
+@pytest.mark.filterwarnings("ignore:.*clips cannot be read")
 def test_a_budget_is_met_on_clips_and_evaluated(root: Path, stored: str, tmp_path: Path, capsys: Any) -> None:
     file = str(tmp_path / "fast.safetensors")
     assert main(["adapt", stored, str(root), file, "--target", "0.7", "--method", "runlength", "--strip", "4"]) == 0

@@ -10,9 +10,11 @@ from adaptvit.backbones.blocks import run_block
 from adaptvit.backbones.door import Acts, Projected, attention_received
 from adaptvit.backbones.fast import project
 from adaptvit.backbones.forward import enter
+from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.backbones.turn import set_channel
 from adaptvit.methods.avit_gate import fit_gate
 from adaptvit.tokens import Masked
+from adaptvit.video import inflate
 
 FLAVOURS = {
     "plain": {},
@@ -54,6 +56,25 @@ def test_turning_the_stream_changes_no_logit_and_puts_the_direction_in_channel_0
     size = len(u)
     expected = tokens.mean(dim=-1) + (1 - 1 / size) ** 0.5 * tokens @ (u / u.norm())
     torch.testing.assert_close(turned[..., 0], expected)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])  # with a last norm before the head, and without
+def test_the_stream_of_a_vit_for_pixels_or_for_clips_turns_and_neither_notices(pool: str) -> None:
+    scenes = SegmentingViT(small_vit(global_pool=pool).double(), 3, width=8).eval()
+    moving = inflate(small_vit(global_pool=pool).double(), frames=4).eval()
+    torch.manual_seed(0)
+    for vit, x in ((scenes, images(scenes.vit)), (moving, images(moving.vit, 8).unflatten(0, (2, 4))[:, :, :3])):
+        with torch.no_grad():
+            for parameter in vit.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        direction = torch.randn(vit.vit.embed_dim, dtype=torch.float64)
+        with torch.inference_mode():
+            logits, tokens = vit(x), enter(vit, x, Masked).x
+            set_channel(vit, direction)
+            torch.testing.assert_close(vit(x), logits)
+            turned = enter(vit, x, Masked).x[..., 0]
+        u, size = direction - direction.mean(), len(direction)
+        torch.testing.assert_close(turned, tokens.mean(dim=-1) + (1 - 1 / size) ** 0.5 * tokens @ (u / u.norm()))
 
 
 def test_what_cannot_be_turned_is_refused() -> None:

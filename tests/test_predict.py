@@ -309,7 +309,7 @@ def test_what_is_missing_is_told_before_anything_is_written(config: PredictConfi
     few.write_text("one\ntwo\n")
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"folder": tmp_path / "none"}, FileNotFoundError, "folder is .*none', which is not a folder"),
-        ({"folder": empty}, ValueError, "folder .*empty' has no images that can be read: there is no file in it"),
+        ({"folder": empty}, ValueError, "folder .*empty' has no images or clips that can be read: there is no file"),
         ({"output": tmp_path / "none" / "out.csv"}, FileNotFoundError, "output lies in .*none', which is not"),
         ({"class_names": tmp_path / "none"}, FileNotFoundError, "class_names is .*none', which is not a file"),
         ({"class_names": few}, ValueError, "has 2 names, but .* has 7 classes"),

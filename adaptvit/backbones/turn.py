@@ -7,12 +7,16 @@ from torch import Tensor, nn
 
 from adaptvit.backbones.base import check_offers, model_name
 from adaptvit.backbones.parts import RepresentationHead
+from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.backbones.t2t import TokensToToken
+from adaptvit.backbones.video import SpaceTimeViT
 from adaptvit.process import in_float64
 
 
-def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
+def set_channel(vit: nn.Module, direction: Tensor) -> None:
     """Turn the residual stream, in place, so that channel 0 carries a direction of it; the ViT computes what it did.
+
+    It is a timm `VisionTransformer`, or one that `SegmentingViT` or `inflate` was given.
 
     A rotation that keeps the all-ones vector commutes with layer norm once its weights are folded into the linear maps
     that follow, and every linear map can be turned to match. The rotation is the reflection that takes channel 0 to
@@ -25,6 +29,7 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
             blocks, an attention pool, gated attention, or a linear map without the bias that a norm's would go to.
         ValueError: the direction is constant.
     """
+    outer, vit = vit, vit.vit if isinstance(vit, SegmentingViT | SpaceTimeViT) else vit
     _check_rotatable(vit)
     size = vit.embed_dim
     u = in_float64(direction) - in_float64(direction).mean()
@@ -34,7 +39,11 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
     v = identity[0] - (1 / size + (1 - 1 / size) ** 0.5 * u / u.norm())
     rotation = identity - 2 * torch.outer(v, v) / v.dot(v)
     with torch.no_grad():
-        for norm, readers in _readers(vit):
+        pairs = _readers(vit)
+        if isinstance(outer, SegmentingViT):
+            pairs.pop()
+            _turn_map_head(vit.norm, outer.head[0], rotation)
+        for norm, readers in pairs:
             for reader in readers:
                 if reader.bias is not None:
                     _assign(reader.bias, in_float64(reader.bias) + in_float64(reader.weight) @ in_float64(norm.bias))
@@ -57,6 +66,19 @@ def set_channel(vit: VisionTransformer, direction: Tensor) -> None:
             table = getattr(vit, name, None)
             if table is not None:
                 _assign(table, in_float64(table) @ rotation)
+        if isinstance(outer, SpaceTimeViT):
+            _assign(outer.time_embed, in_float64(outer.time_embed) @ rotation)
+
+
+def _turn_map_head(norm: nn.Module, conv: nn.Conv2d, rotation: Tensor) -> None:
+    """Of a convolution that pads its map with zeros: the last norm's scale is folded into it, and the bias is not."""
+    weight = in_float64(conv.weight)
+    if isinstance(norm, nn.LayerNorm):
+        scale = in_float64(norm.weight)
+        weight = weight * scale[:, None, None]
+        _assign(norm.bias, rotation @ (in_float64(norm.bias) / scale))
+        norm.weight.fill_(1)
+    _assign(conv.weight, torch.einsum("oihw,ij->ojhw", weight, rotation))
 
 
 def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]]]:

@@ -86,7 +86,8 @@ def set_budget(
         warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     batch = spread_over(split, images)
     if batch.unreadable:
-        warn(f"{len(batch.unreadable)} images cannot be read{first_of(batch.unreadable)}", stacklevel=2)
+        kind = batch.unreadable[0].kind
+        warn(f"{len(batch.unreadable)} {kind} cannot be read{first_of(batch.unreadable)}", stacklevel=2)
     labels = batch.labels.to(device) if len(class_names(split)) == opened.num_classes else None
     looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better

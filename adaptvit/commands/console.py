@@ -75,5 +75,5 @@ def say_unused(unreadable: Sequence[Unreadable], left_out: Sequence[LeftOut]) ->
     spoilt = sum(one.decoded for one in unreadable)
     for count, what in ((len(unreadable) - spoilt, "could not be read"), (spoilt, "have logits that are not finite")):
         if count:
-            say(f"adaptvit: {count} images {what} and are left out", sys.stderr)
+            say(f"adaptvit: {count} {unreadable[0].kind} {what} and are left out", sys.stderr)
     return 1 if unreadable else 0

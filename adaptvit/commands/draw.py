@@ -402,7 +402,8 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 def _none_readable(unreadable: list[Unreadable], folder: Path) -> ValueError:
     done = "be drawn" if unreadable[0].decoded else "be read"
-    return ValueError(f"none of {len(unreadable)} pictures in {str(folder)!r} can {done}{first_of(unreadable)}")
+    kind = "pictures" if unreadable[0].kind == "images" else unreadable[0].kind
+    return ValueError(f"none of {len(unreadable)} {kind} in {str(folder)!r} can {done}{first_of(unreadable)}")
 
 
 def _check_tracked(model: AdaptiveViT, usage: Usage) -> None:

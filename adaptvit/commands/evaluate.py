@@ -100,13 +100,16 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
     """
     classes, reader = class_names(data), getattr(data, "reader", None)
     empty: tuple[str, ...] = ()
+    kind, strips = "images", ""
     if isinstance(reader, ClassFolders | ClipFolders):
         empty = reader.empty
+        if isinstance(reader, ClipFolders):
+            kind, strips = "clips", "; where its pictures are strips of frames, strip says of how many"
         if not classes:
             first = reader.filename(0)
-            raise ValueError(f"{str(root)!r} has images, but no folders of classes: {first!r} lies in none")
+            raise ValueError(f"{str(root)!r} has {kind}, but no folders of classes: {first!r} lies in none{strips}")
     if classes and class_map is None and (empty or len(classes) != model.num_classes):
-        without = f" {', '.join(map(repr, empty[:3]))} without images," if empty else ""
+        without = f" {', '.join(map(repr, empty[:3]))} without {kind}," if empty else ""
         raise ValueError(
             f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)};{without} "
             "if they are some of the model's, name all of these in a file by --class-names (class_map)"

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -107,6 +107,8 @@ class Prediction:
     their paths."""
     left_out: tuple[LeftOut, ...] = ()
     """What lies in the folder and is no image."""
+    kind: Literal["images", "clips"] = "images"
+    """What the model takes."""
 
 
 @as_found()
@@ -209,6 +211,7 @@ def _predict(
         earlier=len(done),
         unreadable=tuple(sorted(found, key=lambda one: order[one.name])),
         left_out=left_out,
+        kind="clips" if "frames" in settings else "images",
     )
 
 
@@ -493,7 +496,7 @@ def execute(arguments: Namespace) -> int:
     if not PartialState().is_main_process:
         return 0
     earlier = f", {result.earlier} of them from an earlier run" if result.earlier else ""
-    say(f"{result.output}: {result.images} images{earlier}")
+    say(f"{result.output}: {result.images} {result.kind}{earlier}")
     told = {"output": str(result.output), "images": result.images, "earlier": result.earlier}
     tell_json(arguments.json, told | unused(result.unreadable, result.left_out))
     return say_unused(result.unreadable, result.left_out)

@@ -50,6 +50,11 @@ class Unreadable(NamedTuple):
     """What the decoder said, or `NOT_FINITE`."""
 
     @property
+    def kind(self) -> str:
+        """What it would be one of."""
+        return "images"
+
+    @property
     def decoded(self) -> bool:
         """Whether it is the model that failed on it."""
         return self.reason == NOT_FINITE

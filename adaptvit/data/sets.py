@@ -327,7 +327,8 @@ def spread_over(split: Dataset, count: int) -> Batch:
     places = progress_bar(range(min(count, size)), "reading images", unit="image", delay=1)
     batch = collate([split[index * size // min(count, size)] for index in places])
     if not len(batch.images):
-        raise ValueError(f"none of the images looked at can be read{first_of(batch.unreadable)}")
+        kind = batch.unreadable[0].kind
+        raise ValueError(f"none of the {kind} looked at can be read{first_of(batch.unreadable)}")
     return batch
 
 
@@ -357,11 +358,11 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         raise ValueError(f"{_where(config)} has no {kind} of {_some(reader.empty)} to train on")
     classes = class_names(train, config.class_map)
     if not classes and not config.dataset:
-        raise ValueError(f"{_where(config)} has images, but no folders of classes: {train.name(0)!r} lies in none")  # type: ignore[attr-defined]
+        raise ValueError(f"{_where(config)} has {kind}, but no folders of classes: {train.name(0)!r} lies in none")  # type: ignore[attr-defined]
     if not classes:
         raise ValueError(f"{_where(config)} does not name its classes: pass class_map")
     if len(classes) < 2:
-        raise ValueError(f"{_where(config)} has images of the class {classes[0]!r} only to train on; two are the least")
+        raise ValueError(f"{_where(config)} has {kind} of the class {classes[0]!r} only to train on; two are the least")
     tested = class_names(test, config.class_map)
     if tested != classes:
         told = ", ".join(
@@ -474,7 +475,13 @@ def _of_library(config: DataConfig, split: str, augment: bool) -> Dataset:
 
 
 def open_pictures(listing: Listing, settings: dict[str, Any]) -> Samples:
-    """Images without classes, prepared as the model expects them; their label is -1."""
+    """Images without classes, prepared as the model expects them; their label is -1.
+
+    Raises:
+        ValueError: the model takes clips.
+    """
+    if "frames" in settings:
+        raise ValueError(f"the model takes clips of {settings['frames']} frames, and here images alone are read")
     return Samples(LoosePictures(listing), settings["input_size"][0], create_transform(**settings))
 
 
@@ -520,7 +527,7 @@ def check_sources(config: DataConfig, split: str = ".") -> None:
     if not config.dataset and (root := _root(config)).is_dir():
         names = _files_in(root)
         if (first := next(names, None)) is None:
-            raise ValueError(f"{_where(config)} has no images that can be read: there is no file in it")
+            raise ValueError(f"{_where(config)} has no images or clips that can be read: there is no file in it")
         kinds = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, TAR)
         if not any(name.lower().endswith(kinds) for name in chain([first], names)):
             raise ValueError(

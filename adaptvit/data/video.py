@@ -93,13 +93,18 @@ def _of_video(source: Any, frames: int, channels: int) -> list[Image.Image]:
     with needed("reading videos"):
         import av
     file = str(source) if isinstance(source, Path) else source
+    if isinstance(source, Path) and not source.stat().st_size:
+        raise ValueError("it is empty")
 
     def each() -> Any:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise ValueError("it has no pictures")
-            yield container.streams.video[0].frames
-            yield from container.decode(video=0)
+        try:
+            with av.open(file) as container:
+                if not container.streams.video:
+                    raise ValueError("it has no pictures")
+                yield container.streams.video[0].frames
+                yield from container.decode(video=0)
+        except av.FFmpegError as error:
+            raise ValueError(f"it is no video, or truncated or damaged: {error.strerror}") from error
 
     decoded = each()
     told_count = next(decoded)
@@ -121,6 +126,15 @@ def _check_sizes(sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> None
                 f"its frames are of different sizes: {names[0]} has {sizes[0][0]} x {sizes[0][1]} pixels, {name} has "
                 f"{size[0]} x {size[1]}"
             )
+
+
+class UnreadableClip(Unreadable):
+    """What stands where a clip cannot be decoded."""
+
+    @property
+    def kind(self) -> str:
+        """What it would be one of."""
+        return "clips"
 
 
 class Clips(Dataset):
@@ -184,7 +198,7 @@ class Clips(Dataset):
         except ModuleNotFoundError:
             raise  # of the reader itself
         except Exception as error:  # Pillow and FFmpeg raise a dozen kinds
-            return Unreadable(name, str(error) or type(error).__name__)
+            return UnreadableClip(name, str(error) or type(error).__name__)
         return self.prepared(images), label
 
     def prepared(self, images: Sequence[Image.Image]) -> Tensor:

@@ -145,7 +145,8 @@ def each_batch(
     unreadable = [one for part in parts for names, _ in part for one in names]
     kept = [one for part in parts for _, one in part if one is not None]
     if not kept:
-        needed = "at least one image that can be read and has finite logits"
+        one = unreadable[0].kind.removesuffix("s") if unreadable else "image"
+        needed = f"at least one {one} that can be read and has finite logits"
         raise ValueError(f"evaluate needs {needed}, and the data set has none{first_of(unreadable)}")
     return kept, unreadable
 

@@ -168,7 +168,7 @@ def run_starts(clips: Tensor, grid: tuple[int, ...], threshold: float) -> Tensor
     """
     steps, rows, columns = grid
     tubelets = clips.to(torch.promote_types(clips.dtype, torch.float32)).unflatten(1, (steps, -1))
-    moved = tubelets.diff(dim=1).abs().mean(dim=(2, 3))
+    moved = tubelets.diff(dim=1).abs_().mean(dim=(2, 3))
     moved = adaptive_avg_pool2d(moved, (rows, columns))
     return pad(~(moved < threshold), (0, 0, 0, 0, 1, 0), value=True)
 
