@@ -15,6 +15,7 @@ from adaptvit.methods.evit import EViTConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
 from adaptvit.methods.released import ReleasedAdaViTConfig
+from adaptvit.methods.run_length import RunLengthConfig
 from adaptvit.methods.tome import ToMeConfig
 from adaptvit.training.recipe import Recipe
 from adaptvit.training.run import Run
@@ -288,16 +289,23 @@ def camvid_dense() -> Run:
 
 def camvid_merge() -> Run:
     """Merging by similarity at 60 % of the dense MACs, from what `camvid_dense` left."""
-    dense = camvid_dense()
+    return _at_budget(
+        camvid_dense(), "camvid_merge", MergeConfig(), target=0.6, learning_rate=5e-5, head_learning_rate=4.0
+    )
+
+
+def _at_budget(dense: Run, name: str, method: MethodConfig, **recipe: Any) -> Run:
+    """An epoch more of a dense model that is trained, with a method that is fitted to it, at a budget."""
     return replace(
         dense,
-        model="runs/camvid_dense/model.safetensors",
+        model=str(dense.output / "model.safetensors"),
         img_size=None,
+        frames=None,
         weights=None,
-        method=MergeConfig(),
+        method=method,
         fit=True,
-        recipe=replace(dense.recipe, epochs=1, learning_rate=5e-5, head_learning_rate=4.0, target=0.6),
-        output=Path("runs/camvid_merge"),
+        recipe=replace(dense.recipe, epochs=1, warmup_epochs=0, **recipe),
+        output=Path("runs") / name,
     )
 
 
@@ -335,6 +343,19 @@ def hockey_dense() -> Run:
     )
 
 
+def asl24_runlength() -> Run:
+    """Run-length tokens at 40 % of the dense MACs, from what `asl24_dense` left."""
+    return _at_budget(asl24_dense(), "asl24_runlength", RunLengthConfig(), **CLIPS_AT_BUDGET)
+
+
+def hockey_runlength() -> Run:
+    """Run-length tokens at 40 % of the dense MACs, from what `hockey_dense` left."""
+    return _at_budget(hockey_dense(), "hockey_runlength", RunLengthConfig(), **CLIPS_AT_BUDGET)
+
+
+CLIPS_AT_BUDGET: dict[str, Any] = {"target": 0.4, "learning_rate": 5e-5, "steer_every": 10, "evaluate_every": 0}
+
+
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -358,7 +379,9 @@ RECIPES: dict[str, Callable[[], Run]] = {
         camvid_merge,
         imagenette_calibrated,
         asl24_dense,
+        asl24_runlength,
         hockey_dense,
+        hockey_runlength,
     )
 }
 """What `adaptvit train` knows by name."""

@@ -42,7 +42,9 @@ with needed("training"):
     from accelerate import PartialState  # type: ignore[import-untyped]
 
 CALIBRATION = {"classes": 256, "pixels": 16}
-"""Training images that gate and knob are calibrated on, spread over the split; logits of pixels take much memory."""
+CALIBRATION_CLIPS = 64
+"""Training images that gate and knob are calibrated on, spread over the split; logits of pixels take much memory, and
+clips much time."""
 SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
 """How images with masks are prepared."""
 PREPARED = ("interpolation", "crop_pct")
@@ -220,7 +222,8 @@ def train_run(
     key = fingerprint(method.build(vit), data, config.recipe, (config.fit, taught, known_by))
 
     def calibration() -> Tensor:
-        return spread_over(data.calibration, CALIBRATION[data.task]).images.to(device)
+        count = CALIBRATION[data.task] if data.frames is None else CALIBRATION_CLIPS
+        return spread_over(data.calibration, count).images.to(device)
 
     if config.fit:
         assert config.target is not None
