@@ -104,8 +104,7 @@ def difference(own: Tensor, other: Tensor) -> tuple[float, float]:
 
 def fitted(config: MethodConfig, vit: nn.Module, images: Tensor, budget: float) -> AdaptiveViT:
     """What `adapt` makes of a config, without the dial that it measures for other budgets."""
-    bare = config.method == "avit"  # whose gate is fitted for a classifier alone
-    model = config.build(vit).eval() if bare else config.fitted(vit, images, budget)
+    model = config.fitted(vit, images, budget)
     meet_target(model, images, budget)
     return model
 
@@ -181,7 +180,7 @@ def restored(file: str, folder: str, output: str) -> None:
         row = accurate.get(f"{method} 0.6")
         if row is None or "refused" in row:
             continue
-        model = METHODS[row["method"]](**row["config"]).build(dense.vit).eval()
+        model = rebuilt(row, dense, folder)
         confusions: dict[str, Tensor] = {}
         gone = []
         for image, label in chosen:
@@ -197,9 +196,13 @@ def restored(file: str, folder: str, output: str) -> None:
         tell(rows, {"method": method, "without a token": sum(gone) / len(gone), "images": len(chosen), **mious})
 
 
-def rebuilt(row: dict[str, Any], vit: nn.Module) -> AdaptiveViT:
-    """The model of a row, on any weights: what it costs goes by the images."""
-    return METHODS[row["method"]](**row["config"]).build(vit).eval()
+def rebuilt(row: dict[str, Any], dense: AdaptiveViT, folder: str) -> AdaptiveViT:
+    """The model of a row: of a file that was trained, or on the dense weights, fitted as it was."""
+    if Path(row["name"]).is_file():
+        return load(row["name"]).eval()
+    config = METHODS[row["method"]](**row["config"])
+    images = spread_over(camvid(Path(folder), dense, "train"), CALIBRATION).images
+    return config.build(config.prepared(dense.vit, images)).eval()
 
 
 @torch.inference_mode()
@@ -210,12 +213,11 @@ def speed(file: str, folder: str, output: str, batch: str = "8", *names: str) ->
     rows = {row["name"]: row for row in told(Path(output + ".jsonl")) if "refused" not in row}
     split = camvid(Path(folder), dense, "test")
     images = spread_over(split, int(batch)).images
-    models = {name: rebuilt(rows[name], dense.vit) for name in wanted if name in rows}
-    for name in [
-        name for name, model in models.items() if any(not key.startswith("vit.") for key in model.state_dict())
-    ]:
-        say(f"{name} has weights of its own, which OUTPUT does not have: it is left out")
-        del models[name]
+    models = {name: rebuilt(rows[name], dense, folder) for name in wanted if name in rows}
+    for name, model in [*models.items()]:
+        if not Path(name).is_file() and any(not key.startswith("vit.") for key in model.state_dict()):
+            say(f"{name} has weights of its own, which OUTPUT does not have: it is left out")
+            del models[name]
     shares = {name: model(images, detailed=True).usage.share.mean().item() for name, model in models.items()}
     calls: dict[str, Callable[[], object]] = {"dense": lambda: dense.vit(images)}
     calls |= {name: partial(model, images) for name, model in models.items()}
@@ -237,7 +239,7 @@ def drawn(file: str, folder: str, output: str) -> None:
     picked = [split[index] for index in (10, 90, 170)]
     images, labels = torch.stack([one for one, _ in picked]), torch.stack([one for _, one in picked])
     accurate = {row["name"]: row for row in told(Path(output + ".jsonl")) if "refused" not in row}
-    models = {name: rebuilt(accurate[name], dense.vit) for name in ("merge 0.6", "ats 0.6") if name in accurate}
+    models = {name: rebuilt(accurate[name], dense, folder) for name in ("merge 0.6", "ats 0.6") if name in accurate}
     seen = pixels(images, preparation(dense))
     palette = torch.tensor(COLOURS, dtype=torch.float32) / 255
 

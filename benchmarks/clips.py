@@ -1,8 +1,9 @@
 """Methods on clips: accuracy against MACs off the shelf, tuned files beside them, and clips per second in turns.
 
 python benchmarks/clips.py accuracy NAME DENSE ROOT [TUNED ...]    adds lines to benchmarks/clips.jsonl
-python benchmarks/clips.py speed NAME DENSE ROOT                   the same, of all models that there are lines of
+python benchmarks/clips.py speed NAME DENSE ROOT [TUNED ...]       the same, of all models that there are lines of
 python benchmarks/clips.py table                                   the lines as a table
+python benchmarks/clips.py signers ASL24 ROOT                      links: one person's clips to train on, the other's
 
 ROOT is a set of `shared/data`, unpacked or a tar's folder; DENSE what `adaptvit train asl24_dense` or `hockey_dense`
 leaves. Methods are fitted to 32 training clips at the middle budget and turned to each on the same.
@@ -10,6 +11,7 @@ leaves. Methods are fitted to 32 training clips at the middle budget and turned 
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -99,14 +101,16 @@ def turned_to(model: AdaptiveViT, images: Tensor, budget: float) -> AdaptiveViT 
     return model
 
 
-def accuracy(name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path]) -> None:
+def accuracy(
+    name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path], budgets: Sequence[float] = BUDGETS
+) -> None:
     settings, found = preparation(dense), known(name)
     data = open_split(source, settings, "val")
     if "dense" not in found:
         keep({"set": name, "label": "dense", "budget": None, **measured(dense.vit, data, dense.shape)})
     images = spread_over(open_split(source, settings, "train"), CALIBRATION).images
     models: dict[str, AdaptiveViT] = {}
-    for budget, method in product(BUDGETS, METHODS_MEASURED):
+    for budget, method in product(budgets, METHODS_MEASURED):
         line = {"set": name, "label": f"{method} {budget:g}", "method": method, "budget": budget}
         if line["label"] in found:
             continue
@@ -127,17 +131,28 @@ def accuracy(name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path
             keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
 
 
-def speed(name: str, dense: AdaptiveViT, source: DataConfig, rounds: int) -> None:
+def rebuilt(line: dict[str, Any], dense: AdaptiveViT, images: Tensor, tuned: Mapping[str, Path]) -> AdaptiveViT:
+    """The model of a line: of its file, or on the dense weights, fitted to `images` as it was."""
+    if line["label"] in tuned:
+        return open_model(tuned[line["label"]]).eval()
+    told = {key: value for key, value in line["config"].items() if key != "method"}
+    config = METHODS[line["method"]](**told)
+    return config.build(config.prepared(dense.vit, images)).eval()
+
+
+def speed(
+    name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path], rounds: int, budgets: Sequence[float]
+) -> None:
+    files = {f"{file.parent.name}, tuned": file for file in tuned}
     lines = {
         label: line
         for label, line in known(name).items()
-        if "config" in line and line["budget"] is not None and "gain" not in line
+        if "config" in line and (line["budget"] in budgets or label in files)
     }
-    images = spread_over(open_split(source, preparation(dense), "val"), 12).images
-    models = {}
-    for label, line in lines.items():
-        told = {key: value for key, value in line["config"].items() if key != "method"}
-        models[label] = METHODS[line["method"]](**told).build(dense.vit).eval()
+    settings = preparation(dense)
+    images = spread_over(open_split(source, settings, "val"), 12).images
+    fitting = spread_over(open_split(source, settings, "train"), CALIBRATION).images
+    models = {label: rebuilt(line, dense, fitting, files) for label, line in lines.items()}
     gains: dict[str, dict[str, Any]] = {label: {} for label in models}
     for size in BATCHES:
         parts = [images[at : at + size] for at in range(0, 12, max(size, 4))][:3]
@@ -168,21 +183,33 @@ def table() -> None:
             print(f"| {' | '.join(cells)} |")
 
 
+def signers(asl24: Path, root: Path) -> None:
+    """Links to the clips of person s1 that are to be trained on, and to all clips of s2, by letters."""
+    for split, clips in (("train", asl24.glob("train/*/s1_*.jpg")), ("val", asl24.glob("*/*/s2_*.jpg"))):
+        for clip in clips:
+            link = root / split / clip.parent.name / clip.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(clip.resolve())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["accuracy", "speed", "table"])
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("what", choices=["accuracy", "speed", "table", "signers"])
+    parser.add_argument("name", nargs="?", help="of the set, in the lines")
     parser.add_argument("dense", nargs="?", type=Path)
     parser.add_argument("root", nargs="?", type=Path)
     parser.add_argument("tuned", nargs="*", type=Path)
+    parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
     parser.add_argument("--rounds", type=int, default=5)
     told = parser.parse_args()
     if told.what == "table":
         return table()
+    if told.what == "signers":
+        return signers(Path(told.name), told.dense)
     dense, source = open_model(told.dense), DataConfig(root=told.root, strip=16)
     if told.what == "accuracy":
-        return accuracy(told.name, dense, source, told.tuned)
-    return speed(told.name, dense, source, told.rounds)
+        return accuracy(told.name, dense, source, told.tuned, told.budgets)
+    return speed(told.name, dense, source, told.tuned, told.rounds, told.budgets)
 
 
 if __name__ == "__main__":
