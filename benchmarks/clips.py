@@ -6,7 +6,8 @@ python benchmarks/clips.py table                                   the lines as 
 python benchmarks/clips.py signers ASL24 ROOT                      links: one person's clips to train on, the other's
 
 ROOT is a set of `shared/data`, unpacked or a tar's folder; DENSE what `adaptvit train asl24_dense` or `hockey_dense`
-leaves. Methods are fitted to 32 training clips at the middle budget and turned to each on the same.
+leaves. Methods are fitted to 32 training clips at the middle budget and turned to each on the same. TUNED are files in
+folders of their own, by whose names they are known: of `adaptvit train hockey_runlength`, say, or of `adaptvit adapt`.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def accuracy(
         keep({**line, "config": model.config.to_dict(), **measured(model, data, model.shape)})
         say(f"{name} {method} {budget}")
     for file in tuned:
-        label = f"{file.parent.name}, tuned"
+        label = file.parent.name
         if label not in found:
             model = open_model(file)
             method = model.config.method
@@ -143,7 +144,7 @@ def rebuilt(line: dict[str, Any], dense: AdaptiveViT, images: Tensor, tuned: Map
 def speed(
     name: str, dense: AdaptiveViT, source: DataConfig, tuned: list[Path], rounds: int, budgets: Sequence[float]
 ) -> None:
-    files = {f"{file.parent.name}, tuned": file for file in tuned}
+    files = {file.parent.name: file for file in tuned}
     lines = {
         label: line
         for label, line in known(name).items()

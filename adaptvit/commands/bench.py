@@ -371,7 +371,8 @@ def _some(found: Samples | Clips, folder: Path, count: int, what: str) -> Tensor
     for index in range(0, size, size // count)[:count]:
         item = found[index]
         if isinstance(item, Unreadable):
-            raise ValueError(f"{str(folder / item.name)!r} cannot be read as {what}: {item.reason}")
+            name = folder if folder.name == item.name else folder / item.name
+            raise ValueError(f"{str(name)!r} cannot be read as {what}: {item.reason}")
         images.append(item[0])
     return torch.stack(images)
 

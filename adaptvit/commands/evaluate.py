@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from adaptvit.checks import In, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_listed, say_unused, tell_json
 from adaptvit.data import (
+    PERHAPS_STRIPS,
     ClassFolders,
     ClipFolders,
     Clips,
@@ -104,7 +105,7 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
     if isinstance(reader, ClassFolders | ClipFolders):
         empty = reader.empty
         if isinstance(reader, ClipFolders):
-            kind, strips = "clips", "; where its pictures are strips of frames, strip says of how many"
+            kind, strips = "clips", PERHAPS_STRIPS
         if not classes:
             first = reader.filename(0)
             raise ValueError(f"{str(root)!r} has {kind}, but no folders of classes: {first!r} lies in none{strips}")

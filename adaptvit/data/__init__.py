@@ -54,12 +54,13 @@ from adaptvit.data.sets import (
     photographs,
     spread_over,
 )
-from adaptvit.data.video import ClipFolders, Clips, check_no_strip, may_have_clips, read_clip
+from adaptvit.data.video import PERHAPS_STRIPS, ClipFolders, Clips, check_no_strip, may_have_clips, read_clip
 
 __all__ = [
     "HELD_OUT",
     "IGNORED",
     "IMAGE_SUFFIXES",
+    "PERHAPS_STRIPS",
     "Batch",
     "ClassFolders",
     "ClipFolders",

@@ -29,7 +29,7 @@ from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
 from adaptvit.data.preparation import check_settings, pixels
 from adaptvit.data.shards import Shards, Split, find_shards, flow, open_sample
-from adaptvit.data.video import VIDEO_SUFFIXES, ClipFolders, Clips, check_no_strip
+from adaptvit.data.video import PERHAPS_STRIPS, VIDEO_SUFFIXES, ClipFolders, Clips, check_no_strip
 from adaptvit.extras import MissingLibrary, needed
 from adaptvit.process import place
 from adaptvit.terminal import progress_bar
@@ -358,7 +358,9 @@ def open_data(config: DataConfig, settings: dict[str, Any]) -> Data:
         raise ValueError(f"{_where(config)} has no {kind} of {_some(reader.empty)} to train on")
     classes = class_names(train, config.class_map)
     if not classes and not config.dataset:
-        raise ValueError(f"{_where(config)} has {kind}, but no folders of classes: {train.name(0)!r} lies in none")  # type: ignore[attr-defined]
+        first = train.name(0)  # type: ignore[attr-defined]
+        strips = PERHAPS_STRIPS if isinstance(reader, ClipFolders) else ""
+        raise ValueError(f"{_where(config)} has {kind}, but no folders of classes: {first!r} lies in none{strips}")
     if not classes:
         raise ValueError(f"{_where(config)} does not name its classes: pass class_map")
     if len(classes) < 2:

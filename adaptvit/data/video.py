@@ -28,6 +28,9 @@ from adaptvit.files import open_file
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 """Of the files that count as videos, readable or not."""
 
+PERHAPS_STRIPS = "; where its pictures are strips of frames, strip says of how many"
+"""What is added where clips are found in no folders of classes: a folder of pictures is one clip."""
+
 
 def evenly(count: int, frames: int) -> list[int]:
     """The numbers, from 0, of so many frames in the middles of equal parts of a clip of `count` frames.
