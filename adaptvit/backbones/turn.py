@@ -13,24 +13,22 @@ from adaptvit.backbones.video import SpaceTimeViT
 from adaptvit.process import in_float64
 
 
-def set_channel(vit: nn.Module, direction: Tensor) -> None:
+def set_channel(whole: nn.Module, direction: Tensor) -> None:
     """Turn the residual stream, in place, so that channel 0 carries a direction of it; the ViT computes what it did.
-
-    It is a timm `VisionTransformer`, or one that `SegmentingViT` or `inflate` was given.
 
     A rotation that keeps the all-ones vector commutes with layer norm once its weights are folded into the linear maps
     that follow, and every linear map can be turned to match. The rotation is the reflection that takes channel 0 to
     mean(x) + sqrt(1 - 1/D) u.x, u being the direction without its mean, of unit length.
 
     Args:
+        whole: a timm `VisionTransformer`, or one that was made for pixels (`SegmentingViT`) or clips (`inflate`).
         direction: (D,), not constant, on the ViT's device.
     Raises:
         TypeError: the ViT has a part that no rotation passes through: another norm than layer norm, a norm before the
             blocks, an attention pool, gated attention, or a linear map without the bias that a norm's would go to.
         ValueError: the direction is constant.
     """
-    outer, vit = vit, vit.vit if isinstance(vit, SegmentingViT | SpaceTimeViT) else vit
-    _check_rotatable(vit)
+    vit = _rotatable(whole.vit if isinstance(whole, SegmentingViT | SpaceTimeViT) else whole)
     size = vit.embed_dim
     u = in_float64(direction) - in_float64(direction).mean()
     if not u.norm() > 0:
@@ -40,9 +38,9 @@ def set_channel(vit: nn.Module, direction: Tensor) -> None:
     rotation = identity - 2 * torch.outer(v, v) / v.dot(v)
     with torch.no_grad():
         pairs = _readers(vit)
-        if isinstance(outer, SegmentingViT):
+        if isinstance(whole, SegmentingViT):
             pairs.pop()
-            _turn_map_head(vit.norm, outer.head[0], rotation)
+            _turn_map_head(vit.norm, whole.head[0], rotation)
         for norm, readers in pairs:
             for reader in readers:
                 if reader.bias is not None:
@@ -66,12 +64,13 @@ def set_channel(vit: nn.Module, direction: Tensor) -> None:
             table = getattr(vit, name, None)
             if table is not None:
                 _assign(table, in_float64(table) @ rotation)
-        if isinstance(outer, SpaceTimeViT):
-            _assign(outer.time_embed, in_float64(outer.time_embed) @ rotation)
+        if isinstance(whole, SpaceTimeViT):
+            _assign(whole.time_embed, in_float64(whole.time_embed) @ rotation)
 
 
-def _turn_map_head(norm: nn.Module, conv: nn.Conv2d, rotation: Tensor) -> None:
+def _turn_map_head(norm: nn.Module, conv: nn.Module, rotation: Tensor) -> None:
     """Of a convolution that pads its map with zeros: the last norm's scale is folded into it, and the bias is not."""
+    assert isinstance(conv, nn.Conv2d)
     weight = in_float64(conv.weight)
     if isinstance(norm, nn.LayerNorm):
         scale = in_float64(norm.weight)
@@ -90,7 +89,8 @@ def _readers(vit: VisionTransformer) -> list[tuple[nn.LayerNorm, list[nn.Linear]
     return [*pairs, (vit.norm if isinstance(vit.norm, nn.LayerNorm) else vit.fc_norm, heads)]
 
 
-def _check_rotatable(vit: VisionTransformer) -> None:
+def _rotatable(vit: nn.Module) -> VisionTransformer:
+    """The ViT, if its residual stream can be turned."""
     name = model_name(vit)
     if not isinstance(vit, VisionTransformer):
         raise TypeError(f"the residual stream of {name} cannot be turned: it is no VisionTransformer of timm's")
@@ -114,6 +114,7 @@ def _check_rotatable(vit: VisionTransformer) -> None:
             raise TypeError(f"{name} has {type(norm).__name__}; only with LayerNorm can the residual stream be turned")
         if any(reader.bias is None and norm.bias.any() for reader in readers):
             raise TypeError(f"{name} has a linear map without bias after a norm with one, which cannot be turned")
+    return vit
 
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
