@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from fnmatch import filter as matching
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -38,6 +39,8 @@ ALIASES = {"budget": "adapt"}
 """Earlier names of commands, taken until the next version."""
 ANSWERS = Path(__file__).parent / "adaptvit" / "commands" / "answers.json"
 """Lines by the words that ask for them, as `python -m adaptvit.commands.answers` wrote them."""
+MODELS = ANSWERS.with_name("models.json")
+"""Names of models with a sentence each, written likewise, and the version of timm that they are of."""
 
 
 def answer(words: Sequence[str]) -> str | None:
@@ -64,10 +67,26 @@ def answer(words: Sequence[str]) -> str | None:
 def written(words: Sequence[str]) -> str | None:
     """Help of one command, or a list, as it was written down; None where the command itself is to say."""
     asked = " ".join("--help" if word == "-h" else word for word in words)
-    lines = json.loads(ANSWERS.read_text(encoding="utf-8")).get(asked)
-    if lines is None or entry_points(group="adaptvit.methods"):  # methods of other packages are in no such file
+    lines = json.loads(ANSWERS.read_text(encoding="utf-8")).get(asked) or models_like(words)
+    if not lines or entry_points(group="adaptvit.methods"):  # methods of other packages are in no such file
         return None
     return "\n".join(lines)
+
+
+def models_like(words: Sequence[str]) -> list[str]:
+    """Models of the names that `list models PATTERN` asks for; none where the command itself is to say."""
+    if len(words) != 3 or [*words[:2]] != ["list", "models"] or words[2].startswith("-"):
+        return []
+    known = json.loads(MODELS.read_text(encoding="utf-8"))
+    if known["timm"] != version("timm"):
+        return []
+    return aligned({name: known["models"][name] for name in matching(known["models"], words[2])})
+
+
+def aligned(sentences: dict[str, str]) -> list[str]:
+    """A line each, names in a column."""
+    width = max(map(len, sentences), default=0)
+    return [f"{name:{width}}  {sentence}" for name, sentence in sentences.items()]
 
 
 def overview() -> str:

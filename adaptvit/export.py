@@ -249,11 +249,16 @@ def check_exportable(
         )
     if format == "aoti" and layout is Dense and not even:
         raise ValueError("format aoti has no shapes that depend on the image: choose onnx or torch, or layout slab")
-    if classes is not None and len(classes) != model.num_classes:
-        raise ValueError(f"the model has {model.num_classes} classes, but there are {len(classes)} names of them")
+    check_names(classes, model.num_classes)
     weigh = sum(tensor.numel() for tensor in model.state_dict().values()) * DTYPES[dtype].itemsize
     if format == "onnx" and weigh >= ONNX_LIMIT:
         raise ValueError(f"the weights are {weigh / 1e9:.1f} GB, and one ONNX file holds 2: choose float16, or torch")
+
+
+def check_names(classes: Sequence[str] | None, count: int | None) -> None:
+    """Refuse names of more or fewer classes than a model has, as far as both are known."""
+    if classes is not None and count is not None and len(classes) != count:
+        raise ValueError(f"the model has {count} classes, but there are {len(classes)} names of them")
 
 
 def _program(served: _Served, size: tuple[int, int, int], batch: Literal["dynamic"] | int) -> ExportedProgram:

@@ -549,6 +549,7 @@ def test_every_command_has_a_file() -> None:
 
 def test_help_imports_nothing_of_weight() -> None:
     words = [[], ["--help"], ["--version"], ["evaluate", "-h"], *(asked.split() for asked in WRITTEN), ["fly"]]
+    words.insert(0, ["list", "models", "vit_*"])
     program = (
         "import sys, adaptvit_cli\n"
         f"codes = [adaptvit_cli.main(words) for words in {words}]\n"
@@ -651,18 +652,31 @@ def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, c
         ("compare methods NAME images absent.pth", "absent.pth does not exist"),
         ("compare methods NAME images --class-names twice.txt", "has the name 'a' twice"),
         ("compare methods NAME images --weights absent.pth", "absent.pth does not exist"),
+        ("compare methods NAME loose", "has images, but no folders of classes: '0.png' lies in none"),
+        ("compare methods NAME images", "the model has 1000 classes, but 'images' has 2"),
         ("draw NAME texts --per-class", "has no images that can be read"),
+        ("draw NAME loose --per-class", "has images, but no folders of classes: '0.png' lies in none"),
         ("evaluate NAME absent", "data folder 'absent' does not exist"),
         ("evaluate NAME images --split testing", "has no folder 'testing', but 'train', 'val'"),
         ("evaluate NAME images --class-names twice.txt", "has the name 'a' twice"),
+        ("evaluate NAME images --class-names other.txt", "class_map names none of its folders, the first being 'ant'"),
+        ("evaluate NAME images --class-names some.txt", "has 1000 classes, but class_map 'some.txt' has 1"),
+        ("evaluate NAME images", "the model has 1000 classes, but 'images' has 2"),
+        ("evaluate NAME loose", "has images, but no folders of classes: '0.png' lies in none"),
         ("export NAME out.pt", "a file of format 'onnx' ends in .onnx, got 'out.pt'"),
         ("export NAME out.onnx --target 2", "target must lie in (0, 1]"),
+        ("export NAME out.onnx --target 0.5", "is a plain ViT, which costs what it costs: choose its method"),
+        ("export NAME out.onnx --layout slab --batch 8", "layout slab plans its rows by images"),
+        ("export NAME out.onnx --class-names some.txt", "has 1000 classes, but there are 1 names of them"),
         ("export NAME out.onnx --data texts", "data is 'texts', which holds no images"),
         ("export NAME out.onnx --layout slab", "choose its batch"),
         ("export NAME out.onnx --class-names absent.txt", "class_names is 'absent.txt', which is not a file"),
+        ("playground NAME --class-names some.txt", "has 1000 classes, but there are 1 names of them"),
         ("playground NAME absent.pth", "absent.pth does not exist"),
         ("predict NAME texts", "has no images that can be read"),
         ("predict NAME images --class-names empty.txt", "holds no names"),
+        ("predict NAME images --class-names some.txt", "some.txt has 1 names, but NAME has 1000 classes"),
+        ("predict NAME images --top 1001", "top is 1001, but NAME has 1000 classes"),
         ("train digits --weights absent.pth", "absent.pth does not exist: --weights names others"),
         ("evaluate NAME", "no ROOT; --help tells what is taken"),
     ],
@@ -676,14 +690,17 @@ def test_mistakes_are_told_before_a_model_is_opened(
             Path("images", split, kind).mkdir(parents=True)
             Path("images", split, kind, "0.png").touch()
     Path("texts").mkdir()
-    for name, text in (("texts/a.txt", "a"), ("twice.txt", "a\na\n"), ("empty.txt", "\n")):
+    Path("loose").mkdir()
+    Path("loose", "0.png").touch()
+    texts = {"texts/a.txt": "a", "twice.txt": "a\na\n", "empty.txt": "\n", "some.txt": "ant\n", "other.txt": "cow\n"}
+    for name, text in texts.items():
         Path(name).write_text(text)
     for module in ("adapt", "bench", "compare_methods", "draw", "evaluate", "export", "predict", "sessions"):
         monkeypatch.setattr(f"adaptvit.commands.{module}.open_model", None)
     monkeypatch.setattr(timm, "create_model", None)
     assert cli.main(words.replace("NAME", "vit_tiny_patch16_224").split()) == 2
     (line,) = said(capsys).splitlines()
-    assert message in line
+    assert message.replace("NAME", "vit_tiny_patch16_224") in line
 
 
 @pytest.mark.parametrize("what", ["methods", "models", "recipes"])

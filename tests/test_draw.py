@@ -334,7 +334,7 @@ def test_rank_correlation_is_that_of_scipy() -> None:
         ([".a.png"], {}, ValueError, "has no pictures: 1 hidden: '.a.png'"),
         (["kind/a.png"], {}, ValueError, "--per-class$"),
         (["a.png"], {"folder": "nowhere"}, FileNotFoundError, "nowhere.* does not exist"),
-        (["a.png"], {"per_class": True}, ValueError, "a folder for each class.*itself holds 'a.png'"),
+        (["a.png"], {"per_class": True}, ValueError, "has images, but no folders of classes: 'a.png' lies in none"),
         ([], {"per_class": True}, ValueError, "has no images"),
         (["broken.png"], {}, ValueError, "none of 1 pictures.*'broken.png': not an image"),
         (["a.png"], {"model": "no_such_model"}, ValueError, "no_such_model"),

@@ -23,9 +23,11 @@ from torch.nn.functional import cross_entropy
 
 from adaptvit import FullConfig, ToMeConfig, adapt, cli, save
 from adaptvit.commands import answers
+from adaptvit.commands.list import lines
 from adaptvit.methods import METHODS
 from adaptvit.model import AdaptiveViT
-from adaptvit_cli import ANSWERS
+from adaptvit.weights.names import all_names
+from adaptvit_cli import ANSWERS, MODELS, models_like
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
@@ -181,6 +183,16 @@ def test_what_is_written_down_is_what_the_command_says(
 
 def test_help_of_every_command_and_every_list_is_written_down() -> None:
     assert set(WRITTEN) == set(answers.asked())
+
+
+def test_names_of_models_are_written_down() -> None:
+    written, found = json.loads(MODELS.read_text()), answers.models()
+    anew = "python -m adaptvit.commands.answers writes them anew"
+    assert written["timm"] == found["timm"], anew
+    assert written["models"].items() <= found["models"].items(), anew  # to which other tests may have added
+    assert {*all_names()} <= {*written["models"]}, anew
+    assert models_like(["list", "models", "*_tiny_*patch16_224"]) == lines("models", "*_tiny_*patch16_224")
+    assert not models_like(["list", "models", "no_such_*"])  # which the command says
 
 
 def test_the_site_has_every_page() -> None:

@@ -28,7 +28,7 @@ from adaptvit.methods import METHODS, MethodConfig, is_dense, turned, untrained
 from adaptvit.process import as_found, best_device
 from adaptvit.terminal import say, warn
 from adaptvit.weights.checkpoints import save
-from adaptvit.weights.opening import open_model
+from adaptvit.weights.opening import check_method, method_told, open_model
 
 
 @checked
@@ -76,12 +76,10 @@ def set_budget(
     check_device("device", device)
     source = DataConfig(root=folder, strip=strip)
     check_sources(source, "train")
+    check_method(model, method_told(model), method)
     opened = open_model(model).to(device)
+    check_method(model, opened.config, method)
     split = open_split(source, preparation(opened, model), "train")
-    config: MethodConfig = opened.config
-    plain = is_dense(opened)
-    if not plain and method not in (None, config.method):
-        raise ValueError(f"{model} is {config.method} already; method {method!r} is for a plain ViT")
     for one in split.left_out if isinstance(split, Samples | Clips) else ():
         warn(f"left out in {str(folder)!r} are {one}", stacklevel=2)
     batch = spread_over(split, images)
@@ -91,7 +89,7 @@ def set_budget(
     labels = batch.labels.to(device) if len(class_names(split)) == opened.num_classes else None
     looked_at = batch.images.to(next(opened.parameters()))
     tolerance = 0.03 if unit == "images_per_s" else 0.01  # the clock repeats no better
-    if plain:
+    if is_dense(opened):
         chosen = None if method is None else METHODS[method]()
         opened = adapt(opened.vit, looked_at, target, chosen, unit, tolerance, labels, tell)
     else:

@@ -1,14 +1,17 @@
 """What the command line says of itself, written down so that to tell it needs neither torch nor the commands' modules.
 
-python -m adaptvit.commands.answers    # writes answers.json, where an option, a method or a recipe has changed
+python -m adaptvit.commands.answers    # writes both files, where an option, a method, a recipe or timm has changed
 """
 
 import json
 import os
+from typing import Any
 
-from adaptvit.commands.list import WHAT, lines
+import timm
+
+from adaptvit.commands.list import WHAT, lines, listed
 from adaptvit.commands.parsing import made_plain, parser_of
-from adaptvit_cli import ANSWERS, COMMANDS
+from adaptvit_cli import ANSWERS, COMMANDS, MODELS
 
 COLUMNS = 80
 """Width of the help, for no terminal is asked."""
@@ -29,7 +32,12 @@ def answer(words: str) -> list[str]:
     return parser.format_help().splitlines()
 
 
+def models() -> dict[str, Any]:
+    """Every model that timm knows, the methods' among them, with its sentence."""
+    return {"timm": timm.__version__, "models": listed("models", "*")}
+
+
 if __name__ == "__main__":
     os.environ["COLUMNS"] = str(COLUMNS)
-    text = json.dumps({words: answer(words) for words in asked()}, indent=1, ensure_ascii=False)
-    ANSWERS.write_text(text + "\n", encoding="utf-8")
+    for path, found in ((ANSWERS, {words: answer(words) for words in asked()}), (MODELS, models())):
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

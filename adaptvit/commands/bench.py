@@ -44,7 +44,7 @@ from adaptvit.terminal import meant, say, warn
 from adaptvit.tokens import LAYOUTS
 from adaptvit.usage import check_finite, join
 from adaptvit.weights.names import method_of
-from adaptvit.weights.opening import open_model, remade
+from adaptvit.weights.opening import check_method, open_model, remade
 from adaptvit.weights.places import is_stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -235,10 +235,7 @@ def _with_method(model: AdaptiveViT, config: BenchConfig) -> AdaptiveViT:
     """
     if is_dense(model):
         return config.of(METHODS[config.method or DEFAULT]()).build(model.vit)
-    if config.method not in (None, model.config.method):
-        raise ValueError(
-            f"{config.model} is {model.config.method} already; method {config.method!r} is for a plain ViT"
-        )
+    check_method(config.model, model.config, config.method)
     return _around(config.of(model.config), model.vit, model)
 
 

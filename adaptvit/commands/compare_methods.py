@@ -31,7 +31,7 @@ from adaptvit.backbones.base import patch_grid
 from adaptvit.checks import In, OneOf, check_device, check_fields
 from adaptvit.commands.console import add_json, check_json, config_of, say_table, say_unused, tell_json
 from adaptvit.commands.draw import last_groups
-from adaptvit.commands.evaluate import check_classes
+from adaptvit.commands.evaluate import check_classes, check_count
 from adaptvit.data import (
     Clips,
     DataConfig,
@@ -52,7 +52,7 @@ from adaptvit.files import as_json, check_output_folder, write_atomically, write
 from adaptvit.macs import Shape, macs
 from adaptvit.measure.evaluate import outputs
 from adaptvit.measure.speed import interleaved, speeds
-from adaptvit.methods import METHODS, dense, is_dense, named, untrained
+from adaptvit.methods import METHODS, MethodConfig, dense, named, untrained
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device, in_float64
 from adaptvit.records import contents, known, same, stable, version, write_record
@@ -71,7 +71,7 @@ from adaptvit.show.pictures import (
 from adaptvit.show.report import Illustration, Report, Section, Table, machine, write_report
 from adaptvit.terminal import progress_bar, say, warn
 from adaptvit.weights.checkpoints import digest
-from adaptvit.weights.opening import check_name, open_model, start_from
+from adaptvit.weights.opening import check_name, classes_told, method_told, open_model, start_from
 
 Task = Literal["classes", "embedding"]
 
@@ -215,12 +215,16 @@ def compare_methods(config: MethodsConfig, tell: Callable[[list[EntryRow]], obje
         ValueError: the model is no plain ViT, a file or the data has other classes, or there are too few images.
     """
     check_output_folder(config.output)
-    check_sources(DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map), config.split)
+    source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map)
+    folders = check_sources(source, config.split, classes=config.task == "classes")
     if config.weights is not None and not timm.is_model(config.model):
         raise ValueError(f"weights are for the name of a timm model, which {config.model!r} is not")
     for name in (config.model, *config.files, config.weights):
         if name is not None:
             check_name(name)
+    _check_plain(config.model, method_told(config.model))
+    if config.task == "classes":
+        check_count(classes_told(config.model), folders, config.root, config.class_map)
     what = _Compared(config)
     budgets = tuple(dict.fromkeys(config.budgets))
     fitted = [Entry(name, share) for name in what.methods for share in budgets]
@@ -556,14 +560,17 @@ def _open_plain(config: MethodsConfig) -> AdaptiveViT:
     """The model that is compared with: a plain ViT, in evaluation mode."""
     if config.weights is None:
         model = open_model(config.model)
-        if not is_dense(model):
-            method = model.config.method
-            raise ValueError(f"{config.model} is {method} already: give a plain ViT, and this file after the folder")
+        _check_plain(config.model, model.config)
         return model
     vit = timm.create_model(config.model)
     if not start_from(vit, config.weights) and config.task == "classes":
         raise ValueError(f"{str(config.weights)!r} has no head of the {vit.num_classes} classes of {config.model}")
     return dense(vit).eval()
+
+
+def _check_plain(model: str, own: MethodConfig | type[MethodConfig] | None) -> None:
+    if own is not None and own.role != "dense":
+        raise ValueError(f"{model} is {own.method} already: give a plain ViT, and this model after the folder")
 
 
 def _divided(count: int, config: MethodsConfig) -> tuple[list[int], list[int]]:

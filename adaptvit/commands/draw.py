@@ -227,7 +227,7 @@ def _listing(config: DrawConfig) -> Listing | None:
         return None
     listing = list_images(config.folder, below=False)
     if config.per_class or (config.summary and not listing.names):
-        check_sources(DataConfig(root=config.folder), "validation")
+        check_sources(DataConfig(root=config.folder), "validation", classes=config.per_class)
         return None
     if not listing.names and not may_have_clips(config.folder):
         raise _no_pictures(config, listing)

@@ -23,13 +23,14 @@ from adaptvit.data import (
     collate,
     open_split,
     preparation,
+    read_class_map,
 )
 from adaptvit.files import append_csv, check_output, read_csv
 from adaptvit.measure.evaluate import Result, evaluate
 from adaptvit.measure.speed import measure_speed
 from adaptvit.model import AdaptiveViT
 from adaptvit.process import as_found, best_device
-from adaptvit.weights.opening import open_model
+from adaptvit.weights.opening import classes_told, open_model
 
 KNOWN_BY = ("model", "data", "images")
 """Columns of a CSV file that `evaluate` adds lines to."""
@@ -75,7 +76,8 @@ def evaluate_model(config: EvaluateConfig) -> tuple[Result, dict[str, Any]]:
         ValueError: the model's classes are not those of the images, or no image can be read.
     """
     source = DataConfig(root=config.root, dataset=config.dataset, class_map=config.class_map, strip=config.strip)
-    check_sources(source, config.split)
+    folders = check_sources(source, config.split, classes=True)
+    check_count(classes_told(config.model), folders, config.root, config.class_map)
     model = open_model(config.model).to(config.device)
     settings = preparation(model, config.model)
     data = open_split(source, settings, config.split)
@@ -109,17 +111,35 @@ def check_classes(data: Dataset, model: AdaptiveViT, root: Path, class_map: Path
         if not classes:
             first = reader.filename(0)
             raise ValueError(f"{str(root)!r} has {kind}, but no folders of classes: {first!r} lies in none{strips}")
-    if classes and class_map is None and (empty or len(classes) != model.num_classes):
+    check_count(model.num_classes, classes, root, class_map, empty, kind)
+
+
+def check_count(
+    count: int | None,
+    folders: Sequence[str],
+    root: Path,
+    class_map: Path | None,
+    empty: Sequence[str] = (),
+    kind: str = "images",
+) -> None:
+    """Refuse folders, or class names, that are not as many as a model has classes.
+
+    Args:
+        count: the model's; None where it is not known yet.
+        empty: those of the folders without any of that kind.
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if count is None:
+        return
+    if folders and class_map is None and (empty or len(folders) != count):
         without = f" {', '.join(map(repr, empty[:3]))} without {kind}," if empty else ""
         raise ValueError(
-            f"the model has {model.num_classes} classes, but {str(root)!r} has {len(classes) - len(empty)};{without} "
+            f"the model has {count} classes, but {str(root)!r} has {len(folders) - len(empty)};{without} "
             "if they are some of the model's, name all of these in a file by --class-names (class_map)"
         )
-    named = class_names(data, class_map)
-    if class_map is not None and len(named) != model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, but class_map {str(class_map)!r} has {len(named)}"
-        )
+    if class_map is not None and (named := len(read_class_map(class_map))) != count:
+        raise ValueError(f"the model has {count} classes, but class_map {str(class_map)!r} has {named}")
 
 
 def options(_: Sequence[str]) -> ArgumentParser:

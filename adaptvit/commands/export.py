@@ -12,11 +12,11 @@ from adaptvit.budget import check_target, measure_plan, meet_target
 from adaptvit.checks import In, OneOf, checked
 from adaptvit.commands.console import add_json, check_json, tell_json
 from adaptvit.data import first_of, list_folder, open_pictures, preparation, read_names, spread_over
-from adaptvit.export import DTYPES, Exported, Format, check_exportable, check_format, export
-from adaptvit.methods import METHODS, is_dense, untrained
+from adaptvit.export import DTYPES, Exported, Format, check_exportable, check_format, check_names, export
+from adaptvit.methods import METHODS, MethodConfig, is_dense, untrained
 from adaptvit.terminal import say, warn
 from adaptvit.tokens import Dense, Masked, Slab, Tokens
-from adaptvit.weights.opening import open_model
+from adaptvit.weights.opening import check_method, classes_told, method_told, open_model
 
 
 @checked
@@ -62,17 +62,15 @@ def export_model(
     check_format(output, format, kind, batch)
     classes = None if class_names is None else read_names(class_names, "class_names")
     listing = None if data is None else list_folder(data, "data")
+    unplanned = layout == "slab" and listing is None
+    if (told := method_told(model)) is not None:  # so that nothing is downloaded for what cannot be
+        _check_asked(model, told, method, target, unplanned)
+        check_names(classes, classes_told(model))
     opened = open_model(model)
-    if method is not None and not is_dense(opened) and method != opened.config.method:
-        raise ValueError(f"{model} is {opened.config.method} already; method {method!r} is for a plain ViT")
-    if is_dense(opened):
-        if method is None and target is not None:
-            raise ValueError(f"{model} is a plain ViT, which costs what it costs: choose its method, such as tome")
-        if method is not None:
-            opened = METHODS[method]().build(opened.vit).eval()
+    _check_asked(model, opened.config, method, target, unplanned and opened.plan is None)
+    if is_dense(opened) and method is not None:
+        opened = METHODS[method]().build(opened.vit).eval()
     check_exportable(opened, output, format, dtype, kind, classes, batch)
-    if layout == "slab" and listing is None and opened.plan is None:
-        raise ValueError("layout slab plans its rows by images: choose a folder of such as come, with --data")
     if target is not None:
         if not opened.even:  # what they cost depends on the images
             raise ValueError(f"what {opened.config.title} costs depends on images: set its target with adaptvit adapt")
@@ -89,6 +87,23 @@ def export_model(
         if layout == "slab":
             opened.plan = measure_plan(opened, looked_at)
     return export(opened, output, format, batch, dtype, kind, looked_at, classes, tell)
+
+
+def _check_asked(
+    model: str, own: MethodConfig | type[MethodConfig], method: str | None, target: float | None, unplanned: bool
+) -> None:
+    """Refuse what the method of a model rules out, however large it is.
+
+    Args:
+        own: the method that it has.
+        method: the one asked for.
+        unplanned: whether a slab is wanted, and neither images nor the model say how many rows it has.
+    """
+    check_method(model, own, method)
+    if own.role == "dense" and method is None and target is not None:
+        raise ValueError(f"{model} is a plain ViT, which costs what it costs: choose its method, such as tome")
+    if unplanned:
+        raise ValueError("layout slab plans its rows by images: choose a folder of such as come, with --data")
 
 
 def options(_: Sequence[str]) -> ArgumentParser:

@@ -9,7 +9,7 @@ from adaptvit.commands.parsing import dashed, parser_of
 from adaptvit.methods import METHODS
 from adaptvit.terminal import meant, say
 from adaptvit.training.recipes import RECIPES
-from adaptvit_cli import COMMANDS
+from adaptvit_cli import COMMANDS, aligned
 
 WHAT = ("methods", "models", "recipes", "completion")
 COMPLETION = """\
@@ -82,8 +82,7 @@ def lines(what: str, pattern: str = "") -> list[str]:
     if what == "completion" and not pattern:
         return completion().split("\n")
     found = listed(what, pattern)
-    width = max(map(len, found))
-    told = [f"{name:{width}}  {sentence}" for name, sentence in found.items()]
+    told = aligned(found)
     if what == "models" and not pattern:
         told.append("Any ViT of timm's too: adaptvit list models 'vit_*'; a file, a folder, or hf-hub:OWNER/NAME.")
     return told

@@ -49,7 +49,7 @@ from adaptvit.process import as_found, best_device, in_float64, serve
 from adaptvit.records import VERSION, read_record, version, write_record
 from adaptvit.terminal import progress_bar, say, word_after
 from adaptvit.weights.checkpoints import digest
-from adaptvit.weights.opening import open_model
+from adaptvit.weights.opening import classes_told, open_model
 
 with needed("predicting"):
     from accelerate import PartialState  # type: ignore[import-untyped]
@@ -134,6 +134,8 @@ def predict(config: PredictConfig) -> Prediction:
         raise FileNotFoundError(f"PredictConfig.output lies in {str(config.output.parent)!r}, which is not a folder")
     check_sources(DataConfig(root=config.folder))
     names = None if config.class_names is None else read_names(config.class_names, "PredictConfig.class_names")
+    if (count := classes_told(config.model)) is not None:
+        _check_classes(config, names, count)
     device = torch.device(config.device)
     check_output(config.output)
     state = PartialState(cpu=device.type == "cpu" and "LOCAL_RANK" in os.environ, timeout=PATIENCE)
@@ -436,14 +438,16 @@ def _image_rows(model: AdaptiveViT, images: Tensor, classes: Sequence[str] | ran
 
 def _classes(config: PredictConfig, names: Sequence[str] | None, model: AdaptiveViT) -> Sequence[str] | range:
     """Names of the classes, those of the file first, or their numbers."""
-    count = model.num_classes
+    _check_classes(config, names, model.num_classes)
+    return names or model.class_names or range(model.num_classes)
+
+
+def _check_classes(config: PredictConfig, names: Sequence[str] | None, count: int) -> None:
+    """Refuse more classes, or another number of names, than the model has classes."""
     if config.top > count:
         raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
-    if names is None:
-        return model.class_names or range(count)
-    if len(names) != count:
+    if names is not None and len(names) != count:
         raise ValueError(f"{config.class_names} has {len(names)} names, but {config.model} has {count} classes")
-    return names
 
 
 def _settings(

@@ -40,6 +40,7 @@ from adaptvit.data import (
     read_clip,
     read_names,
 )
+from adaptvit.export import check_names
 from adaptvit.extras import MissingLibrary
 from adaptvit.files import open_file
 from adaptvit.macs import dense_macs, macs
@@ -60,7 +61,7 @@ from adaptvit.show.pictures import (
     usage_per_block,
 )
 from adaptvit.usage import Usage, join
-from adaptvit.weights.opening import check_name, open_model
+from adaptvit.weights.opening import check_name, classes_told, open_model
 
 BUNDLED = Path(__file__).with_name("digits.safetensors")
 """A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""
@@ -360,6 +361,7 @@ class Playground:
             names = read_names(config.class_names, "PlaygroundConfig.class_names")
         for model in config.models:
             check_name(model)
+            check_names(names, classes_told(model))
         for model in config.models:
             try:
                 self.subjects[model] = Subject.of(open_model(model), names)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from adaptvit.checks import In, check_fields, checked, quoted
-from adaptvit.data.classes import label_number, read_class_map
+from adaptvit.data.classes import label_number, labels_of, read_class_map
 from adaptvit.data.folders import IMAGE_SUFFIXES, TAR, ClassFolders, LeftOut, Listing, LoosePictures, find_split
 from adaptvit.data.images import Unreadable, decode_image, first_of, read_image
 from adaptvit.data.libraries import HubImages, TorchImages, hub_file
@@ -517,27 +517,47 @@ def _root(config: DataConfig) -> Path:
     return config.root
 
 
-def check_sources(config: DataConfig, split: str = ".") -> None:
+def check_sources(config: DataConfig, split: str = ".", classes: bool = False) -> list[str]:
     """Refuse what can be seen, before any model is opened, to be no images, or no class names.
 
     Args:
         split: that the folder is to have, unless it has none at all.
+        classes: whether it is to have folders of classes too, some of them named where there are class names.
+    Returns:
+        Their names, where they were asked for and are not in a tar or elsewhere.
     Raises:
         FileNotFoundError: naming what is not there.
-        ValueError: no file in the folder is an image, a video or a tar, or the class names cannot be read.
+        ValueError: no file in the folder is an image, a video or a tar, the class names cannot be read, or there are no
+            such folders.
     """
+    names = None if config.class_map is None else read_class_map(config.class_map)
     if not config.dataset and (root := _root(config)).is_dir():
-        names = _files_in(root)
-        if (first := next(names, None)) is None:
+        files = _files_in(root)
+        if (first := next(files, None)) is None:
             raise ValueError(f"{_where(config)} has no images or clips that can be read: there is no file in it")
         kinds = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, TAR)
-        if not any(name.lower().endswith(kinds) for name in chain([first], names)):
+        if not any(name.lower().endswith(kinds) for name in chain([first], files)):
             raise ValueError(
                 f"{_where(config)} has no images that can be read: none of its files, as {first!r}, is one, or a clip"
             )
-        find_split(root, split, _where(config))
-    if config.class_map is not None:
-        read_class_map(config.class_map)
+        place = root / (find_split(root, split, _where(config)) or ".")
+        if classes and place.is_dir():
+            return _class_folders(place, names, _where(config))
+    return []
+
+
+def _class_folders(place: Path, names: Sequence[str] | None, where: str) -> list[str]:
+    """The folders of classes; a folder without them, or of which none has the name of a class, is refused."""
+    inside = sorted(name for name in os.listdir(place) if not name.startswith("."))
+    if any(name.lower().endswith(TAR) for name in inside):
+        return []
+    folders = [name for name in inside if (place / name).is_dir()]
+    if inside and not folders:
+        raise ValueError(f"{where} has images, but no folders of classes: {inside[0]!r} lies in none")
+    if folders and names is not None and not labels_of(folders, names):
+        first = f"the first being {folders[0]!r}"
+        raise ValueError(f"{where} has no images that can be read: class_map names none of its folders, {first}")
+    return folders
 
 
 def _files_in(root: Path) -> Iterator[str]:

@@ -12,13 +12,14 @@ from typing import Any
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.record import describe, rebuild
 from adaptvit.backbones.segmenting import SegmentingViT
 from adaptvit.backbones.video import SpaceTimeViT
-from adaptvit.methods import dense
+from adaptvit.methods import METHODS, MethodConfig, dense, named
 from adaptvit.model import AdaptiveViT
 from adaptvit.terminal import meant, warn
 from adaptvit.weights.names import method_of
@@ -78,6 +79,27 @@ def check_name(name: Path | str) -> None:
     if not timm.is_model(word):
         near = meant(word, timm.list_models())
         raise ValueError(f"model {word!r} is neither an adaptvit file nor the name of a timm model{near}")
+
+
+def method_told(name: Path | str) -> type[MethodConfig] | None:
+    """The method of a model whose name is timm's, without opening it; None of stored ones, which hold theirs."""
+    return None if is_stored(name) else method_of(str(name)) or METHODS[named("dense")]
+
+
+def classes_told(name: Path | str) -> int | None:
+    """How many classes a model has whose name is timm's, without opening it; None where that does not say."""
+    weights = None if is_stored(name) else get_pretrained_cfg(str(name))
+    return None if weights is None else weights.num_classes
+
+
+def check_method(name: Path | str, own: MethodConfig | type[MethodConfig] | None, asked: str | None) -> None:
+    """Refuse a method for a model that has another already, as far as it is known.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if own is not None and own.role != "dense" and asked not in (None, own.method):
+        raise ValueError(f"{name} is {own.method} already; method {asked!r} is for a plain ViT")
 
 
 def _opened(name: Path | str) -> AdaptiveViT:
