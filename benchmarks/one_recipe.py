@@ -1,10 +1,10 @@
-"""Every method fine-tuned by one recipe from one dense ViT-Tiny.
+"""Every method fine-tuned by one recipe from one dense ViT-Tiny, at half of the MACs, and steered up from there.
 
     python benchmarks/one_recipe.py WEIGHTS DATA OUTPUT [CELL ...]
 
 WEIGHTS is a ViT-Tiny/16 file with ImageNet's head, whose ten rows the dense model begins with; DATA Imagenette with
-`train` and `val`. A CELL is METHOD:BUDGET, such as avit:0.5. OUTPUT is a folder, which goes on where it was stopped: a
-third of the training images, every second test image, the models, and `cells.jsonl`, a line a cell. One seed.
+`train` and `val`. A CELL is METHOD or METHOD:SEED. OUTPUT is a folder, which goes on where it was stopped: the models,
+and `cells.jsonl`, a line a cell and budget.
 """
 
 import json
@@ -16,17 +16,25 @@ import timm
 import torch
 
 from adaptvit import FullConfig, dense_macs, macs, save
+from adaptvit.data import open_data, preparation, spread_over
 from adaptvit.files import as_json
 from adaptvit.macs import Shape
-from adaptvit.measure.evaluate import Result
+from adaptvit.measure.evaluate import Result, evaluate
+from adaptvit.methods import turned
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run, train_run
 from adaptvit.weights.opening import start_from
 
 CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 """ImageNet's numbers of Imagenette's folders."""
-SIDE, EPOCHS, THIRD, HALF = 128, 2, 3, 2
-CELLS = [f"{method}:0.5" for method in ("avit", "dynamicvit", "ats", "calibrated", "evit", "adavit", "tome", "merge")]
+SIDE, EPOCHS, BUDGETS, FITTED = 128, 3, (0.5, 0.65), 256
+CELLS = [
+    f"{method}:{seed}"
+    for seed in range(3)
+    for method in ("merge", "ats", "avit", "adavit", "evit", "dynamicvit", "tome", "calibrated")
+]
+SETTINGS = {"avit_class": {"class_token": "halts"}}
+"""Of methods that differ from the recipe's."""
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -46,29 +54,21 @@ def beginning(weights: Path, file: Path) -> None:
     save(FullConfig().build(vit.eval()), file)
 
 
-def some(data: Path, folder: Path, split: str, step: int) -> None:
-    """Links to every `step`-th image of a split."""
-    for number, image in enumerate(sorted((data / split).glob("*/*.jpg"))):
-        link = folder / split / image.parent.name / image.name
-        if number % step == 0 and not link.is_symlink():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(image.resolve())
-
-
-def told(run: Run, weights: Path, images: Path, epochs: int, output: Path) -> Run:
+def told(run: Run, weights: Path, images: Path, output: Path, seed: int = 0) -> Run:
     """A recipe with what is the same for all here."""
-    recipe = replace(run.recipe, epochs=epochs, precision="bfloat16", evaluate_every=0)
+    recipe = replace(run.recipe, epochs=EPOCHS, precision="bfloat16", evaluate_every=0, seed=seed)
     data = replace(run.data, root=images, workers=1)
     return replace(run, weights=weights, data=data, recipe=recipe, output=output)
 
 
-def line(cell: str, result: Result, dense: Result, shape: Shape) -> dict[str, object]:
+def line(cell: str, budget: float, result: Result, dense: Result, shape: Shape) -> dict[str, object]:
     """What came of a cell, with the paired difference from the dense model in points and its standard error."""
     lost = 100 * (dense.correct.double() - result.correct.double())
     cost = macs(result.usage, shape).double() / dense_macs(shape, result.usage.grid)
     tenths = cost.argsort().tensor_split(10)
     return {
         "cell": cell,
+        "budget": budget,
         "images": len(lost),
         "top1": 100 * result.correct.double().mean().item(),
         "lost": lost.mean().item(),
@@ -85,27 +85,34 @@ def line(cell: str, result: Result, dense: Result, shape: Shape) -> dict[str, ob
 
 
 def main(weights: Path, data: Path, output: Path, *cells: str) -> None:
-    """Train, cell by cell, and write a line for each."""
+    """Train, cell by cell, and write its lines."""
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
-    images, start, table = output / "images", output / "start.safetensors", output / "cells.jsonl"
-    some(data, images, "train", THIRD)
-    some(data, images, "val", HALF)
+    start, table = output / "start.safetensors", output / "cells.jsonl"
     if not start.exists():
         beginning(weights, start)
-    taught = train_run(told(RECIPES["imagenette_dense"](), start, images, 1, output / "dense"), resume=True)
+    taught = train_run(told(RECIPES["imagenette_dense"](), start, data, output / "dense"), resume=True)
     file, dense = taught.file, taught.result
     known = {json.loads(row)["cell"] for row in table.read_text().splitlines()} if table.exists() else set()
     for cell in [cell for cell in cells or CELLS if cell not in known]:
-        method, budget = cell.split(":")
-        made = told(RECIPES[f"imagenette_{method}"](), file, images, EPOCHS, output / cell.replace(":", "_"))
-        made = replace(made, teacher=str(file), recipe=replace(made.recipe, target=float(budget)))
-        outcome = train_run(made, resume=True)
-        row = line(cell, outcome.result, dense, outcome.model.shape)
-        row["trained_share"] = outcome.history[-1].macs
-        row["epochs"], row["train_images"] = EPOCHS, len(list((images / "train").glob("*/*")))
+        method, _, seed = cell.partition(":")
+        run = RECIPES[f"imagenette_{method.partition('_')[0]}"]()
+        run = replace(run, teacher=str(file), method=replace(run.method, **SETTINGS.get(method, {})))
+        run = told(run, file, data, output / cell.replace(":", "_"), int(seed or 0))
+        outcome = train_run(run, resume=True)
+        opened = open_data(run.data, preparation(outcome.model, cell))
+        results = {BUDGETS[0]: outcome.result}
+        for budget in BUDGETS[1:]:
+            turned(outcome.model, spread_over(opened.calibration, FITTED).images, budget)
+            save(outcome.model, run.output / f"at_{budget}.safetensors")
+            results[budget] = evaluate(outcome.model, opened.test, batch_size=64)
+        rows = []
+        for budget, result in results.items():
+            found = line(cell, budget, result, dense, outcome.model.shape)
+            found |= {"trained_share": outcome.history[-1].macs, "epochs": EPOCHS, "dense_top1": 100 * dense.top1}
+            rows.append(as_json(found) + "\n")
         with table.open("a") as lines:
-            lines.write(as_json(row) + "\n")
+            lines.write("".join(rows))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from adaptvit import (
 from adaptvit.cli import main
 from adaptvit.commands import compare_methods
 from adaptvit.commands.compare_methods import EntryRow, MethodsConfig, MethodsOutcome, methods_table
-from adaptvit.data import DataConfig, list_folder, open_pictures, open_split, preparation
+from adaptvit.data import DataConfig, Unreadable, list_folder, open_pictures, open_split, preparation
 from adaptvit.show.pictures import one_below_another
 
 QUICK = {"workers": 0, "timed": 4, "rounds": 1, "latencies": 2, "calibration": 8, "pictures": 1}
@@ -371,3 +372,19 @@ def test_embeddings_are_compared_by_their_cosine_whatever_folders_and_head_there
     assert line[0] == "dense"
     table = methods_table([dense, tome, tuned], "embedding")
     assert table.columns[1:4] == ["cosine", "±", "p10"]
+
+
+def test_embeddings_of_other_images_than_the_dense_models_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = compare_methods._measured
+    lacking = {"unreadable": [Unreadable("0.png", "its logits are not finite")]}
+
+    def lacks(model: Any, *args: Any) -> dict[str, Any]:
+        return measured(model, *args) | (lacking if isinstance(model, AdaptiveViT) else {})
+
+    monkeypatch.setattr(compare_methods, "_measured", lacks)
+    config = settings(folder, tmp_path / "out", methods=("tome",), budgets=(0.7,), task="embedding")
+    dense, tome = compare_methods.compare_methods(config).rows
+    assert dense.record["refused"] is None
+    assert "others than the dense model's" in tome.record["refused"]
