@@ -326,7 +326,7 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
         (["--calibration=34"], "has 35 images, of which 34 are set aside for calibration: two or more must be left"),
         (["--rounds=0"], "rounds must be 1 or more, got 0"),
         (["five.safetensors"], "has 5 classes, but "),
-        (["--model"], "tuned.safetensors is avit already: give a plain ViT, and this file after the folder"),
+        (["--model"], "tuned.safetensors is avit already: give a plain ViT, and this model after the folder"),
         (["--root"], "has no images that can be read"),
         (["--weights=x.pth"], "weights are for the name of a timm model"),
     ],
