@@ -247,6 +247,16 @@ def test_accelerator_kernels_agree_with_the_host_one(flash: Any, monkeypatch: py
         torch.testing.assert_close(kernels.attend_each(*qkv, packed, queries, how), expected)
 
 
+def test_attention_in_products_is_that_of_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, queries, qkv = ragged()
+    bias, pairs = random(len(packed.x), seed=4), random(5, HEADS, 9, 9, seed=5)
+    for how in (AttentionOptions(), AttentionOptions(bias=bias, scale=0.3), AttentionOptions(bias=bias, pairs=pairs)):
+        monkeypatch.setattr(kernels, "SHORT", 1 << 20)
+        found = kernels.attend_each(*qkv, packed, queries, how)
+        monkeypatch.setattr(kernels, "SHORT", 0)
+        torch.testing.assert_close(found, kernels.attend_each(*qkv, packed, queries, how))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_bias_in_channels_of_its_own_is_more_precise_than_a_mask(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -286,7 +286,7 @@ class Packed(Tokens):
         return torch.cat(parts)
 
     def _received_from_few(self, q: Tensor, k: Tensor) -> Tensor:
-        """By products that copy no keys, and one softmax for all images."""
+        """By one softmax for all images, and products of each key with the queries of its image."""
         with torch.autocast(k.device.type, enabled=False):
             dtype = torch.promote_types(k.dtype, torch.float32)
             q, keys = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
@@ -294,10 +294,8 @@ class Packed(Tokens):
                 heads = self.rows(keys).unbind(2), q.unbind(2)
                 logits = torch.stack([own @ asking.mT for own, asking in zip(*heads, strict=True)], dim=-1)
                 return logits.softmax(dim=1).mean(dim=2).flatten(0, 1)
-            images = zip(keys.split(self.lengths), q, strict=True)
-            logits = torch.cat(
-                [(own.transpose(0, 1) @ asking.permute(1, 2, 0)).transpose(0, 1) for own, asking in images]
-            )
+            image = self.slots // self.shape[1]
+            logits = torch.stack([(keys * own.index_select(0, image)).sum(dim=-1) for own in q.unbind(1)], dim=-1)
             grid = logits.new_full((self.shape[0] * self.shape[1], *logits.shape[1:]), -torch.inf)
             grid = grid.index_copy(0, self.slots, logits).view(*self.shape, *logits.shape[1:])
             alive = self.live[:, : q.shape[1]].to(dtype)
