@@ -7,6 +7,7 @@ from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from adaptvit import Masked, Packed, Slab
+from adaptvit.backbones import gated
 from adaptvit.backbones.gated import Gates, Takes, check_gated, gated_macs, run_gated
 from adaptvit.backbones.sizes import shape_of
 
@@ -65,7 +66,7 @@ def as_float(gates: Gates) -> Gates:
 
 @pytest.mark.parametrize("takes", TAKES)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_gated_block_is_one_without_what_is_off(flavour: str, takes: Takes) -> None:
+def test_a_gated_block_is_one_without_what_is_off(flavour: str, takes: Takes, monkeypatch: pytest.MonkeyPatch) -> None:
     block = small_vit(flavour, torch.float64).eval().blocks[1]
     x = torch.randn(8, 10, block.attn.qkv.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gates = random_gates(len(x), block.attn.num_heads, x.shape[1])
@@ -75,8 +76,11 @@ def test_a_gated_block_is_one_without_what_is_off(flavour: str, takes: Takes) ->
         packed = run_gated(block, 1, Packed.of(x.clone()), gates, takes)
         slab = run_gated(block, 1, Slab.of(x), gates, takes)
         first = [run_gated(block, 1, layout.of(x.clone()), gates, takes, read=1) for layout in (Packed, Slab)]
+        monkeypatch.setattr(gated, "ALONE", 0.0)  # heads that are off are not computed, however few images they are of
+        apart = run_gated(block, 1, Packed.of(x.clone()), gates, takes)
+        first.append(run_gated(block, 1, Packed.of(x.clone()), gates, takes, read=1))
     torch.testing.assert_close(masked.x, expected, atol=1e-12, rtol=1e-10)
-    for tokens in (packed, slab):
+    for tokens in (packed, apart, slab):
         torch.testing.assert_close(tokens.grid(tokens.x), expected, atol=1e-12, rtol=1e-10)
     for tokens in first:
         torch.testing.assert_close(tokens.first(tokens.x, 1), expected[:, :1], atol=1e-12, rtol=1e-10)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
-from itertools import pairwise
+from itertools import cycle, pairwise
 from operator import and_
 from typing import Any, Literal
 
@@ -234,6 +234,11 @@ def _by_heads(gates: Gates) -> ByHeads | None:
     return lambda x: x * heads.repeat_interleave(x.shape[-1] // heads.shape[1], dim=1)[:, None]
 
 
+def _by_rows(heads: Tensor) -> ByHeads:
+    """By the gates (T, H) of the heads of each token."""
+    return lambda t: (t.unflatten(-1, (heads.shape[1], -1)) * heads[..., None]).flatten(-2)
+
+
 def _add(
     block: nn.Module,
     names: tuple[str, ...],
@@ -308,12 +313,18 @@ def _mixed(
     return rows, _projected(block.attn, mixed, normed, by_heads)
 
 
+ALONE = 3e7
+"""MACs that heads which are off have to save images of a batch, together in a block, for these to run by themselves: a
+part of a batch takes some 0.2 ms of a CPU whatever is in it, the time of so many. Others run all heads, and what those
+that are off give is multiplied by 0."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Images of a batch that use the same heads and sub-layers, and which of their tokens run."""
+    """Images of a batch that use the same sub-layers, and the same heads or all, and which of their tokens run."""
 
     runs: Runs | None
-    """Heads that are on; None is all."""
+    """Heads that run; None is all."""
     attention: bool
     mlp: bool
     shape: tuple[int, int]
@@ -324,6 +335,8 @@ class _Part:
     """(T,) rows of the batch's features; None is all of them, in order."""
     images: Tensor | None = None
     """Their numbers in the batch; None is all of it."""
+    on: Tensor | None = None
+    """(T, H) bool, of heads that all run, those whose result counts; None is all."""
 
     def of(self, t: Tensor) -> Tensor:
         """Rows of the batch's features: a copy, or the features themselves where they are all."""
@@ -338,7 +351,8 @@ class _Part:
         """The part's tokens in its first `count` slots, and where they stand among its tokens."""
         inside = (self.slots % self.shape[1] < count).nonzero().squeeze(1)
         rows = inside if self.rows is None else self.rows[inside]
-        return replace(self, slots=self.slots[inside], rows=rows), inside
+        on = None if self.on is None else self.on[inside]
+        return replace(self, slots=self.slots[inside], rows=rows, on=on), inside
 
 
 @torch.no_grad()
@@ -351,12 +365,14 @@ def _skip(
     on = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
     attention = on if gates.attention is None else gates.attention
     mlp = on if gates.mlp is None else gates.mlp
-    if gates.attention_tokens is gates.mlp_tokens:
+    alone = len(on) == 1 or gates.attention is None or gates.mlp is None
+    if gates.attention_tokens is gates.mlp_tokens and alone:
         passes = [(attention, mlp, gates.mlp_tokens)]
     else:
         passes = [(attention, ~on, gates.attention_tokens), (~on, mlp, gates.mlp_tokens)]
+    saved = (0.0, 0.0) if gates.heads is None else _saved_by_heads(block, takes)
     for attending, through_mlp, chosen in passes:
-        for part in _parts(tokens, attending, through_mlp, chosen, gates.heads):
+        for part in _parts(tokens, attending, through_mlp, chosen, gates.heads, saved):
             target, inside = (part, None) if read is None else part.first(read)
             rows = target.of(x)
             if part.attention:
@@ -366,41 +382,87 @@ def _skip(
                 else:
                     rows += _called(block, parts, number, part.of(normed), part, inside, tokens)
             if part.mlp:
-                for some in rows.split(MLP_ROWS):
+                masks = [None] if target.on is None else target.on.split(MLP_ROWS)
+                for some, heads in zip(rows.split(MLP_ROWS), cycle(masks)):
                     read_of = chain(block, parts.into_mlp, some, tokens)
-                    out = (
-                        _mlp(block, read_of, part.runs, takes) if by_maps else chain(block, parts.mlp, read_of, tokens)
-                    )
+                    if not by_maps:
+                        out = chain(block, parts.mlp, read_of, tokens)
+                    elif heads is None:
+                        out = _mlp(block, read_of, part.runs, takes)
+                    else:
+                        out = _masked_mlp(block, parts, tokens, read_of, _by_rows(heads), takes)
                     some += chain(block, parts.out_of_mlp, out, tokens)
             target.put(x, rows)
     return tokens.with_x(x)
 
 
 def _parts(
-    tokens: Packed, attention: Tensor, mlp: Tensor, chosen: Tensor | None, heads: Tensor | None
+    tokens: Packed,
+    attention: Tensor,
+    mlp: Tensor,
+    chosen: Tensor | None,
+    heads: Tensor | None,
+    saved: tuple[float, float],
 ) -> Iterator[_Part]:
-    """The batch in parts of equal use: matrix products as large as they come without computing a head that is off."""
+    """The batch in parts of equal use: matrix products as large as they come.
+
+    A head that is off is not computed where that is worth a part of its own, and never for one image.
+
+    Args:
+        saved: MACs of a token that a head which is off saves, in attention and in the MLP.
+    """
     count, slots = tokens.shape
-    used: dict[tuple[bool, ...], list[int]] = defaultdict(list)
+    used: dict[tuple[bool, bool, tuple[bool, ...] | None], list[int]] = defaultdict(list)
     patterns = [()] * count if heads is None else heads.tolist()
-    for image, (*sublayers, pattern) in enumerate(zip(attention.tolist(), mlp.tolist(), patterns, strict=True)):
-        if any(sublayers):
-            used[*sublayers, *(() if all(pattern) else pattern)].append(image)
-    for (attending, through_mlp, *pattern), group in used.items():
-        runs = _runs(pattern) if pattern else None
+    for image, (attending, through_mlp, pattern) in enumerate(
+        zip(attention.tolist(), mlp.tolist(), patterns, strict=True)
+    ):
+        if attending or through_mlp:
+            used[attending, through_mlp, () if all(pattern) else tuple(pattern)].append(image)
+    for sublayers in {key[:2] for key in used}:
+        each = sum(cost for cost, runs in zip(saved, sublayers, strict=True) if runs)
+        few = [
+            key
+            for key, group in used.items()
+            if key[:2] == sublayers and _held(group, chosen, slots) * each * (key[2] or ()).count(False) < ALONE
+        ]
+        if len(few) > 1:
+            used[*sublayers, None] = sorted(image for key in few for image in used.pop(key))
+    for (attending, through_mlp, uses), group in used.items():
+        runs = _runs(uses) if uses else None
         if len(group) == count:
-            inner = tokens.slots if chosen is None else chosen.flatten().nonzero().squeeze(1)
+            index, inner = None, tokens.slots if chosen is None else chosen.flatten().nonzero().squeeze(1)
             rows = None if len(inner) == count * slots else inner
-            yield _Part(runs, attending, through_mlp, tokens.shape, inner, rows)
-            continue
-        index = torch.tensor(group, device=tokens.x.device)
-        places = torch.arange(len(group), device=tokens.x.device)
-        if chosen is None:
-            inner = torch.arange(len(group) * slots, device=tokens.x.device)
         else:
-            inner = chosen.index_select(0, index).flatten().nonzero().squeeze(1)
-        rows = inner + ((index - places) * slots)[inner // slots]
-        yield _Part(runs, attending, through_mlp, (len(group), slots), inner, rows, index)
+            index = torch.tensor(group, device=tokens.x.device)
+            places = torch.arange(len(group), device=tokens.x.device)
+            if chosen is None:
+                inner = torch.arange(len(group) * slots, device=tokens.x.device)
+            else:
+                inner = chosen.index_select(0, index).flatten().nonzero().squeeze(1)
+            rows = inner + ((index - places) * slots)[inner // slots]
+        on = None
+        if uses is None:
+            assert heads is not None
+            on = (heads if index is None else heads.index_select(0, index)).index_select(0, inner // slots)
+        yield _Part(runs, attending, through_mlp, (len(group), slots), inner, rows, index, on)
+
+
+def _held(images: list[int], chosen: Tensor | None, slots: int) -> int:
+    """Tokens of these images that are `chosen`."""
+    return slots * len(images) if chosen is None else int(chosen[images].sum())
+
+
+def _saved_by_heads(block: Any, takes: Takes) -> tuple[float, float]:
+    """MACs of a token that a head which is off saves in attention, but for its products, and in the MLP."""
+    attn, mlp = block.attn, block.mlp
+    if takes == "identity":
+        return 2 * attn.qkv.in_features * attn.head_dim, 0.0
+    attention = 4 * attn.qkv.in_features * attn.head_dim
+    if type(mlp) is not Mlp:
+        return attention, 0.0
+    part = mlp.fc1.in_features * mlp.fc1.out_features / attn.num_heads
+    return attention, part if takes == "input" else 2 * part
 
 
 def _runs(pattern: Sequence[bool]) -> Runs:
@@ -432,6 +494,8 @@ def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside:
     every = ((0, attn.num_heads),)
     keys = Packed(normed, part.shape, part.slots)
     queries = keys if inside is None else Packed(normed[inside], part.shape, target.slots)
+    if part.on is not None:
+        return through(block.ls1, _attend_mixed(block, keys, queries, target.on, inside, takes))
     if part.runs is None and inside is None:
         q, k, v = project_normed(block, keys, normed)
         out = keys.attend(q, k, v, keys)
@@ -443,6 +507,19 @@ def _attention(block: Block, normed: Tensor, part: _Part, target: _Part, inside:
         for channels in _channels(runs, attn.head_dim):
             out[:, channels] *= some_outputs(attn.gate, queries.x, channels).sigmoid()
     return through(block.ls1, some_inputs(attn.proj, out, _channels(runs, attn.head_dim)))
+
+
+def _attend_mixed(
+    block: Block, keys: Packed, queries: Packed, on: Tensor | None, inside: Tensor | None, takes: Takes
+) -> Tensor:
+    """What attention gives, before `out_of_attention`, of all heads, those off that are not `on` for a query."""
+    assert on is not None
+    q, k, v = project_normed(block, keys, keys.x)
+    q, own = (q, v) if inside is None else (q[inside], v[inside])
+    mixed = keys.attend(q, k, v, queries)
+    if takes == "identity":
+        return _projected(block.attn, torch.where(on[..., None], mixed, own), queries.x, None)
+    return _projected(block.attn, mixed * on[..., None], queries.x, _by_rows(on))
 
 
 def _attend_runs(
