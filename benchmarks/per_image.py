@@ -10,7 +10,9 @@ models of `adaptvit train`, and the dense one, on DATA's `val`. OUTPUT.jsonl has
 are left out.
 
 With equal counts every block keeps, of every image, the mean over images of what it keeps otherwise, by the same
-scores.
+scores: merging those most alike, A-ViT those whose scores add up to least, DynamicViT and AdaViT those that score
+highest. ATS samples each image with as many points as hit that many patches. Of AdaViT's heads every image has as many
+in a block, and all have the sub-layers that most of them use, as many as they use on average.
 """
 
 import csv
@@ -30,10 +32,21 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from adaptvit import ATSConfig, AViTConfig, CalibratedConfig, Masked, MergeConfig, dense_macs, join, macs, meet_target
+from adaptvit import (
+    AdaViTConfig,
+    ATSConfig,
+    AViTConfig,
+    CalibratedConfig,
+    Masked,
+    MergeConfig,
+    dense_macs,
+    join,
+    macs,
+    meet_target,
+)
 from adaptvit.data import DataConfig, open_split, spread_over
 from adaptvit.files import as_json
-from adaptvit.methods import avit
+from adaptvit.methods import adavit, ats, avit
 from adaptvit.methods.merging import MergingConfig
 from adaptvit.model import AdaptiveViT
 from adaptvit.show.pictures import INK, write_png
@@ -84,6 +97,61 @@ def halting_alike(counts: list[int]) -> Iterator[None]:
         avit.halt = published
 
 
+@contextmanager
+def sampling_alike(counts: dict[int, int]) -> Iterator[None]:
+    """ATS whose block b leaves `counts[b]` patches of every image.
+
+    Its points are as many as hit so many: found by bisection, and where one more hits two more, the lowest score of
+    those that are hit is left out.
+    """
+    published = ats.ATS.sample
+
+    def sample(self: Any, score: Tensor, live: Tensor, block: int, *_: Any) -> Tensor:
+        few, many = torch.ones_like(score[:, :1]), torch.full_like(score[:, :1], 1e4)
+        for _ in range(30):
+            middle = (few + many) / 2
+            enough = ats.inverse_transform(score, middle).sum(dim=1, keepdim=True) >= counts[block]
+            few, many = torch.where(enough, few, middle), torch.where(enough, middle, many)
+        order = (score + ats.inverse_transform(score, many)).masked_fill(~live[:, self.prefix :], -torch.inf)
+        return torch.cat([live[:, : self.prefix], first(order, counts[block])], dim=1)
+
+    ats.ATS.sample = sample  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ats.ATS.sample = published  # type: ignore[method-assign]
+
+
+def first(value: Tensor, count: int) -> Tensor:
+    """(B, n) bool, those of each row that are highest, so many."""
+    return value.argsort(dim=1, descending=True).argsort(dim=1) < count
+
+
+@contextmanager
+def deciding_alike(usage: Usage, patches: list[int]) -> Iterator[None]:
+    """AdaViT of whose policies every image gets as much in a block, by the same logits."""
+    published, state = (adavit.AdaViT.decide, adavit.AdaViT.gate), {"block": 0}
+    sublayers = torch.stack([usage.attention, usage.mlp], dim=2).double().mean(dim=0)
+    on = first(sublayers.flatten()[None], round(sublayers.sum().item())).view_as(sublayers)
+    heads = [round(count) for count in usage.heads.double().mean(dim=0).tolist()]
+
+    def decide(self: Any, block: int, tokens: Any) -> Any:
+        state["block"] = block
+        return published[0](self, block, tokens)
+
+    def gate(self: Any, logits: Tensor, threshold: float, masked: bool) -> Tensor:
+        block = state["block"]
+        if logits.shape[1] == 2:
+            return on[block].expand(len(logits), -1)
+        return first(logits, heads[block] if logits.shape[1] == self.heads[block] else patches[block])
+
+    adavit.AdaViT.decide, adavit.AdaViT.gate = decide, gate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        adavit.AdaViT.decide, adavit.AdaViT.gate = published  # type: ignore[method-assign]
+
+
 def selecting(model: Any, **fields: Any) -> AdaptiveViT:
     """DynamicViT with other fields, and the predictors that it has."""
     other = replace(model.config, **fields).build(model.vit).eval()
@@ -102,6 +170,16 @@ def alike(model: AdaptiveViT, usage: Usage, images: Tensor) -> tuple[Tensor, Usa
     if isinstance(config, AViTConfig):
         with halting_alike([round(count) for count in kept[1:].tolist()]):
             return run(model, images, layout=Masked, early_exit=False)
+    if isinstance(config, ATSConfig):
+        assert isinstance(model, ats.ATS)
+        with sampling_alike({block: round(kept[block + 1].item()) - model.prefix for block in model.points}):
+            return run(model, images)
+    if isinstance(config, AdaViTConfig):
+        assert usage.live is not None
+        active = (usage.attention | usage.mlp).sum(dim=0).clamp(min=1)
+        shown = usage.live[:, :, model.prefix :].sum(dim=(0, 2)) / active
+        with deciding_alike(usage, [round(count) for count in shown.tolist()]):
+            return run(model, images)
     if getattr(config, "select", None) == "threshold":
         shares = [((kept[block] - model.prefix) / (usage.grid[0] * usage.grid[1])).item() for block in model.stages]
         return run(selecting(model, select="top-k", keep_rate=shares), images)
@@ -163,10 +241,12 @@ def samples(weights: Path, folder: Path, table: Path, output: Path, *budgets: st
     with torch.inference_mode():
         dense = torch.cat([vit(batch) for batch in some.split(BATCH)]).log_softmax(dim=1)
     found = {row["budget"]: row["schedule"] for row in csv.DictReader(table.open()) if row["method"] == "merge"}
+    patched = AdaViTConfig(policies=("patches",), macs_target=None)
     makes = {
         "merge": lambda budget: MergeConfig(thresholds=[float(one) for one in found[budget].split()]).build(vit).eval(),
         "avit": lambda budget: steered(AViTConfig().fitted(vit, calibration, float(budget)), budget),
         "ats": lambda budget: steered(ATSConfig(blocks=range(1, 12)).build(vit).eval(), budget),
+        "adavit": lambda budget: steered(patched.fitted(vit, calibration, float(budget)), budget),
     }
 
     def steered(model: AdaptiveViT, budget: str) -> AdaptiveViT:
@@ -183,7 +263,7 @@ def samples(weights: Path, folder: Path, table: Path, output: Path, *budgets: st
 
 
 def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
-    """Fine-tuned models, of DynamicViT the one that decides by threshold, steered to what it cost by top-k."""
+    """Fine-tuned models in folders METHOD_BUDGET; of DynamicViT's by top-k, what decides by threshold at the budget."""
     plain = open_model(file)
     split = open_split(DataConfig(root=data), resolve_model_data_config(plain), "validation")
     images, labels, _ = spread_over(split, len(split))
@@ -191,8 +271,8 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
         dense = torch.cat([plain.vit(batch) for batch in images.split(BATCH)]).log_softmax(dim=1)
     for one in files:
         model = open_model(one)
-        name, budget = Path(one).parent.name.split("_")
-        if name == "dynamicvit":
+        name, budget, *_ = Path(one).parent.name.split("_")
+        if getattr(model.config, "select", None) == "top-k":
             model = selecting(model, select="threshold")
             meet_target(model, images[::8], float(budget))
 

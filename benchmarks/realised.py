@@ -1,9 +1,15 @@
-"""What is realised of the ideal gain by every method: python benchmarks/realised.py WEIGHTS IMAGES MODELS [OUTPUT]
+"""What is realised of the ideal gain by every method, and what could be:
+
+    python benchmarks/realised.py WEIGHTS IMAGES MODELS [OUTPUT]
+    python benchmarks/realised.py draw OUTPUT PICTURE
 
 WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of ImageNet's class folders. Models at half of the dense
 MACs are made for 224 and 128 pixels and kept in the folder MODELS; with OUTPUT, a path without ending, all are timed in
 turns, at batch 32 and 1, and a table is written there as .csv, its conditions as .json. Decisions of AdaViT and
 DynamicViT, which have to be trained, are drawn at random and by untrained predictors.
+
+`bare` is timm's own blocks on as many tokens, by slices, of an image by itself at batch 1 and of the mean image at 32:
+what a method could have if deciding took nothing and all images were alike. AdaViT has none: it drops heads too.
 """
 
 import csv
@@ -12,10 +18,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from bare_blocks import Bare
 from imagenet_samples import opened
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -23,12 +32,15 @@ from adaptvit import dense_macs, load, macs, meet_target, save
 from adaptvit.files import as_json
 from adaptvit.measure.speed import interleaved
 from adaptvit.methods import METHODS
+from adaptvit.show.pictures import INK, write_png
+from adaptvit.show.styles import styles
+from adaptvit.usage import Usage
 from adaptvit.weights.opening import start_from
 
 SIDES, BUDGET, IMAGES, THREADS = (224, 128), 0.5, 32, 2
 FITTED = 8
 """Images that models are made on: it is only their speed that counts."""
-ROUNDS = {32: 8, 1: 3}
+ROUNDS = {32: 12, 1: 15}
 SETTINGS = {
     "adavit": {"random": True, "macs_target": None},
     "ats": {"blocks": range(1, 12)},
@@ -55,10 +67,45 @@ def made(weights: Path, folder: Path, models: Path, side: int) -> tuple[nn.Modul
     return vit, images, found
 
 
-def one_by_one(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Their forward passes."""
-    for batch in batches:
+def each(models: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+    """The forward pass of each batch, by the model of its own; what is drawn is drawn alike each time."""
+    torch.manual_seed(0)
+    for model, batch in zip(models, batches, strict=True):
         model(batch)
+
+
+def bare(vit: nn.Module, usage: Usage) -> Bare:
+    """The ViT's own blocks on as many tokens as the images have in the mean, as many in attention and in the MLP."""
+    attended = usage.attended.double().mean(dim=0).round().int().clamp(min=1).tolist()
+    updated = usage.updated.double().mean(dim=0).round().int().clamp(min=1).tolist()
+    return Bare(vit, attended, updated if usage.groups is None else [*attended[1:], 1])
+
+
+def draw(output: Path, picture: Path) -> None:
+    """Realised over ideal, beside what bare blocks have of it."""
+    with output.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    looks = styles(NAMES)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    cells = [(batch, side) for batch in ROUNDS for side in SIDES]
+    for axes, (batch, side) in zip(figure.subplots(2, 2, sharey=True).flat, cells, strict=True):
+        some = [row for row in rows if (int(row["batch"]), int(row["side"])) == (batch, side)]
+        for place, row in enumerate(some):
+            look = looks[row["method"]]
+            kind: dict[str, Any] = {"color": look.colour, "linestyle": "", "capsize": 3}
+            for key, shift, marker, fill in (("realised", -0.1, look.marker, "full"), ("bare", 0.1, "_", "none")):
+                if row[f"{key}_ratio"]:
+                    values = float(row[f"{key}_ratio"]), 2 * float(row[f"{key}_error"])
+                    axes.errorbar(place + shift, *values, marker=marker, markersize=9, fillstyle=fill, **kind)
+        goal = 0.95 if batch > 1 else 0.9
+        axes.axhline(goal, color=INK, linewidth=0.7, linestyle="--")
+        axes.set_xticks(range(len(some)), [row["method"] for row in some], rotation=20)
+        axes.set_title(f"batch {batch}, {side} pixels: goal {goal}")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("realised over ideal gain (symbols), bare blocks' (lines)")
+    write_png(figure, picture)
 
 
 def main(weights: Path, folder: Path, models: Path, output: Path | None) -> None:
@@ -71,24 +118,35 @@ def main(weights: Path, folder: Path, models: Path, output: Path | None) -> None
         if output is None:
             continue
         for batch, rounds in ROUNDS.items():
-            torch.manual_seed(0)
             parts = images.split(batch)[: 8 if batch == 1 else 1]
             with torch.inference_mode():
-                usage = {name: [model(part, detailed=True).usage for part in parts] for name, model in found.items()}
-                calls = {name: partial(one_by_one, model, parts) for name, model in {"dense": vit, **found}.items()}
-                seconds = interleaved(calls, rounds * (1 if batch > 1 else 3))
+                usage: dict[str, list[Usage]] = {}
+                for name, model in found.items():
+                    torch.manual_seed(0)
+                    usage[name] = [model(part, detailed=True).usage for part in parts]
+                timed: dict[str, list[nn.Module]] = {
+                    name: [model] * len(parts) for name, model in {"dense": vit, **found}.items()
+                }
+                for name, own in usage.items():
+                    if name != "adavit":
+                        timed[f"bare {name}"] = [bare(vit, one) for one in own]
+                calls = {name: partial(each, own, parts) for name, own in timed.items()}
+                seconds = interleaved(calls, rounds, bar=f"{side} pixels, batch {batch}")
             for name, model in found.items():
                 cost = torch.cat([macs(one, model.shape).double() for one in usage[name]]).mean().item()
-                gains = torch.tensor(seconds["dense"]) / torch.tensor(seconds[name])
                 ideal = dense_macs(model.shape, usage[name][0].grid) / cost
-                row = {"side": side, "batch": batch, "method": name, "ideal": round(ideal, 3)}
-                row |= {"realised": round(gains.median().item(), 3), "ratio": round(gains.median().item() / ideal, 3)}
-                row["ratio_spread"] = round(gains.std().item() / ideal, 3)
+                row: dict[str, Any] = {"side": side, "batch": batch, "method": name, "ideal": round(ideal, 3)}
+                for key, run in (("realised", name), ("bare", f"bare {name}")):
+                    if run in seconds:
+                        gains = torch.tensor(seconds["dense"]) / torch.tensor(seconds[run])
+                        row[key] = round(gains.median().item(), 3)
+                        row[f"{key}_ratio"] = round(gains.median().item() / ideal, 3)
+                        row[f"{key}_error"] = round(gains.std().item() / ideal / rounds**0.5, 3)
                 rows.append(row)
                 print(as_json(row), flush=True)
     if output is not None:
         with output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, max(rows, key=len))
             writer.writeheader()
             writer.writerows(rows)
         conditions = {"torch": torch.__version__, "threads": THREADS, "load_average": os.getloadavg()[0]}
@@ -96,5 +154,8 @@ def main(weights: Path, folder: Path, models: Path, output: Path | None) -> None
 
 
 if __name__ == "__main__":
-    weights, folder, models, *output = map(Path, sys.argv[1:])
-    main(weights, folder, models, output[0] if output else None)
+    if sys.argv[1] == "draw":
+        draw(*map(Path, sys.argv[2:]))
+    else:
+        weights, folder, models, *output = map(Path, sys.argv[1:])
+        main(weights, folder, models, output[0] if output else None)
