@@ -1,8 +1,9 @@
-"""Attention within images of different lengths on the CPU: a call an image, or groups of like lengths, padded.
+"""Attention within images of different lengths on the CPU: image by image, or groups of like lengths, padded.
 
     python benchmarks/ragged_cpu.py > benchmarks/ragged_cpu.jsonl
 
-Lengths are drawn around a mean, and cut at the number of slots. In turns, two threads; milliseconds, medians.
+Lengths are drawn around a mean, and cut at the number of slots. `each` is a call of torch's fused attention an image,
+`products` two matrix products an image with a softmax between. In turns, two threads; milliseconds, medians.
 """
 
 import os
@@ -25,11 +26,21 @@ Parts = Sequence[Sequence[int]]
 
 
 def each(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """As `adaptvit.tokens.kernels.attend_each`."""
+    """A call of the fused attention an image."""
     out = torch.empty_like(q)
     for place, *image in zip(*(t.split(lengths) for t in (out, q, k, v)), strict=True):
         alone = (t.transpose(0, 1)[None] for t in image)
         place.copy_(scaled_dot_product_attention(*alone)[0].transpose(0, 1))
+    return out
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """As `adaptvit.tokens.kernels.attend_each` has it up to so many tokens."""
+    out, nothing = torch.empty_like(q), q.new_zeros(1, 1, 1)
+    for place, *image in zip(*(t.transpose(0, 1).split(lengths, 1) for t in (out, q, k, v)), strict=True):
+        query, key, value = image
+        logits = torch.baddbmm(nothing, query, key.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        torch.bmm(logits.softmax(dim=-1), value, out=place)
     return out
 
 
@@ -75,7 +86,9 @@ def main() -> None:
             parts = {f"{count} groups": equal_parts(lengths, count) for count in (1, 2, 4, 8)}
             parts |= {f"rounded to {step}": rounded_parts(lengths, step) for step in (8, 16)}
             calls: dict[str, Callable[[], object]] = {"each": partial(each, *qkv, lengths)}
+            calls["products"] = partial(products, *qkv, lengths)
             calls |= {name: partial(grouped, *qkv, lengths, some) for name, some in parts.items()}
+            torch.testing.assert_close(products(*qkv, lengths), each(*qkv, lengths))
             for name, some in parts.items():
                 torch.testing.assert_close(grouped(*qkv, lengths, some), each(*qkv, lengths), msg=name)
             seconds = interleaved(calls, ROUNDS)

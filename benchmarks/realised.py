@@ -82,9 +82,14 @@ def bare(vit: nn.Module, usage: Usage) -> Bare:
 
 
 def draw(output: Path, picture: Path) -> None:
-    """Realised over ideal, beside what bare blocks have of it."""
+    """Realised over ideal, beside what bare blocks have of it: a picture, and a table for a page."""
     with output.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
+    print("| pixels | batch | method | ideal | realised | ratio | bare blocks |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        ratios = (f"{row[key + '_ratio']} ± {row[key + '_error']}" if row[key] else "" for key in ("realised", "bare"))
+        print("|", " | ".join([*(row[key] for key in ("side", "batch", "method", "ideal", "realised")), *ratios]), "|")
     looks = styles(NAMES)
     figure = Figure(figsize=(10, 6), layout="constrained")
     cells = [(batch, side) for batch in ROUNDS for side in SIDES]
