@@ -1,15 +1,17 @@
 """Every plot of these tables drawn anew, nothing measured: python benchmarks/redraw.py
 
-Not among them is `adavit_usage.png`, which `adaptvit draw --summary` drew of a trained model: no table has its numbers.
+Not among them is `ats_usage.png`, which `adaptvit draw --summary` draws of a model: no table has its numbers.
 """
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import ats_imagenet
 import merging_speed
 import per_image
+import serve_load
 import steering
 
 from adaptvit.commands.compare_methods import tradeoffs
@@ -54,6 +56,8 @@ def main() -> None:
     merging_speed.drawn(table(HERE / "merging_speed.csv"), HERE / "merging_speed.png")
     per_image.draw(HERE / "per_image.jsonl", HERE / "per_image.png")
     ats_imagenet.plot(table(HERE / "ats_imagenet.csv"), HERE / "ats_imagenet.png")
+    served = json.loads((HERE / "serve_load.json").read_text())
+    serve_load.draw(HERE.parent / "docs" / "images" / "serve_load.png", served["rows"], limit_ms=1000)
     steering.main()
 
 

@@ -30,6 +30,8 @@ from matplotlib.figure import Figure
 
 from adaptvit.commands.batches import ServeConfig
 from adaptvit.data import find_images
+from adaptvit.show.pictures import INK, write_png
+from adaptvit.show.styles import Style, styles
 
 STARTS = "import sys, adaptvit_cli; sys.exit(adaptvit_cli.main())"
 LOADS = 0.5, 0.9, 1.2, 1.5
@@ -181,12 +183,19 @@ async def stopped(server: Server, contents: list[bytes], requests: int) -> dict[
 
 def draw(path: Path, told: list[dict[str, Any]], limit_ms: float) -> None:
     """p95 by load, and the budget in the burst."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours = {"dense": "#b5651d", "adaptive": "#2a788e"}
-    for name, colour in colours.items():
+    looks = {"dense": Style(INK, "*"), **styles(["adaptive"])}
+    adaptive = looks["adaptive"].colour
+    for name, look in looks.items():
         rows = [row for row in told if row["what"] == "load" and row["server"] == name]
-        left.plot([row["asked_per_s"] for row in rows], [row["p95_ms"] for row in rows], "o-", color=colour, label=name)
+        left.plot(
+            [row["asked_per_s"] for row in rows],
+            [row["p95_ms"] for row in rows],
+            color=look.colour,
+            marker=look.marker,
+            label=name,
+        )
         for row in rows:
             if name == "adaptive":
                 left.annotate(
@@ -196,22 +205,30 @@ def draw(path: Path, told: list[dict[str, Any]], limit_ms: float) -> None:
                     textcoords="offset points",
                     ha="center",
                     fontsize=8,
-                    color=colour,
+                    color=adaptive,
                 )
     left.axhline(limit_ms, color="grey", linestyle="--", linewidth=1)
     left.text(left.get_xlim()[0], limit_ms * 1.06, f" limit, {limit_ms:g} ms", fontsize=8, color="grey")
     left.set(xlabel="requests a second", ylabel="95 % are answered within, ms", yscale="log")
+    left.set(title="Waits by load, and the share of the MACs that they leave")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.legend(frameon=False, loc="upper left")
     burst = next(row for row in told if row["what"] == "burst")
     at = [one["at"] for one in burst["seen"]]
-    right.plot(at, [one["budget"] for one in burst["seen"]], color=colours["adaptive"])
-    right.set(xlabel="seconds", ylabel="budget, share of the dense MACs", ylim=(0, 1))
+    right.plot(at, [one["budget"] for one in burst["seen"]], color=adaptive)
+    right.set(
+        xlabel="seconds", ylabel="share of the dense MACs", ylim=(0, 1), title="The budget in a burst of requests"
+    )
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     begin = 0.0
     for (rate, seconds), shade in zip(burst["phases"], ("none", "#eeeeee", "none"), strict=True):
         right.axvspan(begin, begin + seconds, color=shade, zorder=0)
         right.text(begin + seconds / 2, 0.95, f"{rate:.0f}/s", ha="center", fontsize=8)
         begin += seconds
-    figure.savefig(path, dpi=150)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_size(10)
+    write_png(figure, path)
 
 
 async def measure(told: argparse.Namespace, tell: Any) -> list[dict[str, Any]]:

@@ -280,9 +280,13 @@ def _summary(model: AdaptiveViT, samples: Samples | Clips, settings: dict[str, A
         images, depth = _drawn(seen, settings)
         return depth_maps(images, depth, model.depth, _columns(len(seen)), captions, True, 1.45, _groups(seen))
 
+    dense = dense_macs(model.shape, record.usage.grid) / 1e9
+    title = (
+        f"{model.config.title} at {gmacs.mean() / dense:.0%} of the MACs, {len(gmacs)} images of {config.folder.name}"
+    )
     figures: dict[str, Callable[[], Figure]] = {
-        "usage": lambda: usage_per_block(record.usage, model.heads),
-        "gmacs": lambda: cost_histogram(gmacs, dense_macs(model.shape, record.usage.grid) / 1e9),
+        "usage": lambda: usage_per_block(record.usage, model.heads, title),
+        "gmacs": lambda: cost_histogram(gmacs, dense, title),
         "cheapest": lambda: extremes(gmacs, highest=False),
         "dearest": lambda: extremes(gmacs, highest=True),
         "easiest": lambda: extremes(record.difficulty, highest=False),

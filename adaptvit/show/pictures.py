@@ -285,7 +285,7 @@ def tokens_per_block(usage: Usage) -> Figure:
     return figure
 
 
-def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
+def usage_per_block(usage: Usage, heads: Sequence[int], title: str = "") -> Figure:
     """Shares of the patches, heads and sub-layers that each block computed; what no image left out is not drawn.
 
     Bars are the mean image, whiskers the range of the middle 80 % of images; a sub-layer is on or off, so has none.
@@ -300,7 +300,7 @@ def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
     if usage.live is not None:
         shares = {"patches": in_float64(usage.live[:, :, usage.prefix :]).mean(dim=2)} | shares
     varied = [name for name in shares if (shares[name] < 1).any()] or [*shares][:1]
-    figure = Figure(figsize=(4.6, 0.7 + 1.25 * len(varied)), layout="constrained")
+    figure = Figure(figsize=(4.6, 0.8 + 1.25 * len(varied)), layout="constrained")
     rows = figure.subplots(len(varied), sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(rows, varied, strict=True):
         share = shares[name].cpu().numpy()
@@ -314,11 +314,12 @@ def usage_per_block(usage: Usage, heads: Sequence[int]) -> Figure:
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     handles, labels = rows[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    rows[0].set_title(title, fontsize=9, color=INK)
     return figure
 
 
-def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
+def cost_histogram(gmacs: Tensor, dense: float, title: str = "") -> Figure:
     """How many images cost how much: (B,) GMACs of a set of images, beside the `dense` GMACs of any of them.
 
     Models of less than 0.1 GMACs are told in MMACs.
@@ -332,6 +333,7 @@ def cost_histogram(gmacs: Tensor, dense: float) -> Figure:
     axes.annotate("dense", (dense, 1), (0, 2), ("data", "axes fraction"), "offset points", ha="center", fontsize=8)
     axes.set_xlim(0, most * 1.04)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, fontsize=9, color=INK, pad=14 if title else None)
     return figure
 
 
