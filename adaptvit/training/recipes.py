@@ -345,15 +345,18 @@ def hockey_dense() -> Run:
 
 def asl24_runlength() -> Run:
     """Run-length tokens at 40 % of the dense MACs, from what `asl24_dense` left."""
-    return _at_budget(asl24_dense(), "asl24_runlength", RunLengthConfig(), **CLIPS_AT_BUDGET)
+    return _clips_at_budget(asl24_dense(), "asl24_runlength")
 
 
 def hockey_runlength() -> Run:
     """Run-length tokens at 40 % of the dense MACs, from what `hockey_dense` left."""
-    return _at_budget(hockey_dense(), "hockey_runlength", RunLengthConfig(), **CLIPS_AT_BUDGET)
+    return _clips_at_budget(hockey_dense(), "hockey_runlength")
 
 
-CLIPS_AT_BUDGET: dict[str, Any] = {"target": 0.4, "learning_rate": 5e-5, "steer_every": 10, "evaluate_every": 0}
+def _clips_at_budget(dense: Run, name: str) -> Run:
+    steered: dict[str, Any] = {"target": 0.4, "steer_every": 10}
+    run = _at_budget(dense, name, RunLengthConfig(), learning_rate=2e-5, evaluate_every=0, **steered)
+    return replace(run, teacher=run.model)
 
 
 RECIPES: dict[str, Callable[[], Run]] = {
