@@ -166,22 +166,36 @@ def speed(
 
 
 def table() -> None:
-    print("| set | model | top-1 | against dense | MACs | gain at batch 4 | at 1 | tokens with motion |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    """A table for each set: points of top-1 less dense, with their standard error, and MACs, by budget."""
+    budgets = sorted(BUDGETS, reverse=True)
+    gains = [f"gain at {BUDGETS[0]:.0%}, batch {size}" for size in BATCHES]
+    head = ["", *(f"{budget:.0%}" for budget in budgets), *gains, f"clips/s, batch {BATCHES[0]}", "tokens with motion"]
     for name in dict.fromkeys(json.loads(line)["set"] for line in LINES.read_text().splitlines()):
         lines = known(name)
-        base = torch.tensor([float(digit) for digit in lines["dense"]["correct"]])
+        dense = lines.pop("dense")
+        base = torch.tensor([float(digit) for digit in dense["correct"]])
+        print(f"\n{name}: {len(base)} clips, dense {100 * dense['top1']:.1f} %\n")
+        print(f"| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}")
+        rows: dict[str, dict[float, dict[str, Any]]] = {}
         for label, line in lines.items():
-            if "refused" in line:
-                print(f"| {name} | {label} | - | - | - | - | - | {line['refused']} |")
-                continue
-            gap = torch.tensor([float(digit) for digit in line["correct"]]) - base
-            against = f"{100 * gap.mean():+.1f} ± {100 * gap.std() / len(gap) ** 0.5:.1f}"
-            gains = [f"{line['gain'][str(size)][0]:.2f}" if "gain" in line else "" for size in BATCHES]
-            rank = line["tokens_with_motion"]
-            cells = [name, label, f"{100 * line['top1']:.1f}", "" if label == "dense" else against]
-            cells += [f"{line['share']:.0%}", *gains, "" if rank is None else f"{rank:.2f}"]
-            print(f"| {' | '.join(cells)} |")
+            budget = line["budget"] or BUDGETS[0]
+            rows.setdefault(label if line["budget"] is None else line["method"], {})[budget] = line
+        for label, row in rows.items():
+            middle = row.get(BUDGETS[0], {})
+            cells = [label, *(cell(row[budget], base) if budget in row else "" for budget in budgets)]
+            timed = middle.get("gain", {})
+            cells += [f"{timed[str(size)][0]:.2f}" if timed else "" for size in BATCHES]
+            cells.append(f"{timed[str(BATCHES[0])][1]:.0f}" if timed else "")
+            rank = middle.get("tokens_with_motion")
+            print(f"| {' | '.join([*cells, '' if rank is None else f'{rank:.2f}'])} |")
+
+
+def cell(line: dict[str, Any], base: Tensor) -> str:
+    """A cell: points of top-1 less dense, clip by clip, and the share of the MACs."""
+    if "refused" in line:
+        return "refused"
+    gap = torch.tensor([float(digit) for digit in line["correct"]]) - base
+    return f"{100 * gap.mean():+.1f} ± {100 * gap.std() / len(gap) ** 0.5:.1f} ({line['share']:.0%})"
 
 
 def signers(asl24: Path, root: Path) -> None:
