@@ -179,10 +179,13 @@ def table() -> None:
         rows: dict[str, dict[float, dict[str, Any]]] = {}
         for label, line in lines.items():
             budget = line["budget"] or BUDGETS[0]
-            rows.setdefault(label if line["budget"] is None else line["method"], {})[budget] = line
-        for label, row in rows.items():
+            title = METHODS[line["method"]].title
+            if line["budget"] is None:
+                title += ", fine-tuned" if label == f"{name}_{line['method']}" else f", `{label}`"
+            rows.setdefault(title, {})[budget] = line
+        for title, row in rows.items():
             middle = row.get(BUDGETS[0], {})
-            cells = [label, *(cell(row[budget], base) if budget in row else "" for budget in budgets)]
+            cells = [title, *(cell(row[budget], base) if budget in row else "" for budget in budgets)]
             timed = middle.get("gain", {})
             cells += [f"{timed[str(size)][0]:.2f}" if timed else "" for size in BATCHES]
             cells.append(f"{timed[str(BATCHES[0])][1]:.0f}" if timed else "")
