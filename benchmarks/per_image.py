@@ -286,6 +286,7 @@ def draw(output: Path, picture: Path) -> None:
     """Gain over equal counts, beside the rank correlation of MACs with the dense loss and with entropy."""
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     lines = [one for one in lines if one["method"] != "dynamicvit"]  # by top-k, whose probabilities are no thresholds
+    lines.sort(key=lambda one: (one["images"], one["method"], -float(one["budget"])))
     names = [f"{one['method']} {float(one['budget']):.0%}\n{one['images']}" for one in lines]
     looks = styles(one["method"] for one in lines)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
