@@ -151,7 +151,7 @@ def scaled_down(command: str) -> list[str]:
     if name == "train" and words[1].startswith(OWN_DATA):
         words = [word for word in words if word not in ("--pretrained", "true")]
         words += FROM_A_FILE if "--frames" not in words else ["--model", "clips.safetensors"]
-        words += ["--recipe.freeze", "[]"] if words[1].startswith("camvid") else []
+        words += ["--recipe.freeze", "[]", "--img_size", "64"] if words[1].startswith("camvid") else []
     if name in ("compare methods", "draw"):
         words = ["images/val" if word == "images" and "--summary" not in words else word for word in words]
     if name == "draw" and "--per-class" not in words and "--summary" not in words:
