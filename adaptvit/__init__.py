@@ -14,6 +14,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.base import DropConfig, MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
+from adaptvit.methods.exits import ExitConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
@@ -39,6 +40,7 @@ __all__ = [
     "DropConfig",
     "DynamicViTConfig",
     "EViTConfig",
+    "ExitConfig",
     "Family",
     "FullConfig",
     "GridConfig",

@@ -8,6 +8,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.base import MethodConfig, Methods, Named, Published, turned
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
+from adaptvit.methods.exits import ExitConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
@@ -27,6 +28,7 @@ METHODS = Methods(
     MergeConfig,
     ToMeConfig,
     GridConfig,
+    ExitConfig,
     ATSConfig,
     EViTConfig,
     AViTConfig,
@@ -44,7 +46,20 @@ METHODS = Methods(
 """Config types by name."""
 DEFAULT = CalibratedConfig.method
 """What a ViT becomes unless told."""
-IN_PLOTS = ("calibrated", "merge", "tome", "grid", "ats", "evit", "avit", "adavit", "dynamicvit", "runlength", "random")
+IN_PLOTS = (
+    "calibrated",
+    "merge",
+    "tome",
+    "grid",
+    "ats",
+    "evit",
+    "avit",
+    "adavit",
+    "dynamicvit",
+    "runlength",
+    "random",
+    "exit",
+)
 """The methods that have the first looks in plots: one that is drawn keeps its own, whatever comes between these."""
 
 
