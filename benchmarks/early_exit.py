@@ -1,0 +1,79 @@
+"""Images that leave early, fitted to a fine-tuned ViT: what they lose, what they cost, and how fast that is.
+
+    python benchmarks/early_exit.py accuracy MODEL DATA OUTPUT [IMAGES ...]
+    python benchmarks/early_exit.py speed MODEL DATA OUTPUT
+
+MODEL is a plain ViT's file, DATA a folder with `train` and `val`, IMAGES numbers of training images that exits are
+fitted to (2400 unless told). OUTPUT is a file of lines of JSON, to which lines are added; models are kept beside it, and
+timed.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from one_recipe import line
+
+from adaptvit import ExitConfig, load, save
+from adaptvit.data import Data, DataConfig, open_data, preparation, spread_over
+from adaptvit.files import as_json
+from adaptvit.measure.evaluate import evaluate
+from adaptvit.measure.speed import measure_speed
+from adaptvit.methods import turned
+from adaptvit.methods.exits import HELD
+from adaptvit.model import AdaptiveViT
+
+BUDGETS = (0.75, 0.65, 0.55, 0.5)
+ROUNDS = {32: 8, 1: 1}
+"""Rounds by batch size; one at a time, so many rounds of each of `ALONE` images."""
+ALONE = 40
+
+
+def opened(model: Path, root: Path) -> tuple[AdaptiveViT, Data]:
+    """A plain ViT and its images."""
+    dense = load(model).eval()
+    return dense, open_data(DataConfig(root=root, crop_pct=1.0), preparation(dense, str(model)))
+
+
+def write(output: Path, row: dict[str, object]) -> None:
+    with output.open("a") as lines:
+        lines.write(as_json(row) + "\n")
+
+
+def accuracy(model: Path, root: Path, output: Path, *counts: str) -> None:
+    """A line for each number of images and budget."""
+    dense, data = opened(model, root)
+    of_dense = evaluate(dense, data.test, batch_size=64)
+    for count in map(int, counts or ("2400",)):
+        images = spread_over(data.calibration, count).images
+        held = torch.arange(len(images)) % HELD == HELD - 1
+        exits = ExitConfig().fitted(dense.vit, images[~held], BUDGETS[0])
+        for budget in BUDGETS:
+            turned(exits, images[held], budget, tolerance=0.01)
+            found = line(
+                f"exit, {count} images", budget, evaluate(exits, data.test, batch_size=64), of_dense, exits.shape
+            )
+            write(output, found | {"threshold": exits.config.threshold, "dense_top1": 100 * of_dense.top1})
+            save(exits, output.with_name(f"{output.stem}_{count}_{budget}.safetensors"))
+
+
+def speed(model: Path, root: Path, output: Path) -> None:
+    """A line for each model kept and batch size."""
+    dense, data = opened(model, root)
+    images = spread_over(data.test, max(*ROUNDS, ALONE)).images
+    for file in sorted(output.parent.glob(f"{output.stem}_*.safetensors")):
+        exits = load(file).eval()
+        for size, rounds in ROUNDS.items():
+            batches = images[:32].split(size) if size > 1 else images[:ALONE].split(1)
+            found = [measure_speed(dense.vit, exits, batch, rounds=rounds) for batch in batches]
+            spent, ideal = sum(1 / one.packed for one in found), sum(1 / one.ideal for one in found)
+            gain = sum(1 / one.dense for one in found) / spent
+            write(output, {"file": file.stem, "batch": size, "gain": gain, "ideal": len(found) / ideal})
+
+
+if __name__ == "__main__":
+    what, model, root, output, *counts = sys.argv[1:]
+    if what == "speed":
+        speed(Path(model), Path(root), Path(output))
+    else:
+        accuracy(Path(model), Path(root), Path(output), *counts)
