@@ -4,8 +4,8 @@
     python benchmarks/early_exit.py speed MODEL DATA OUTPUT
 
 MODEL is a plain ViT's file, DATA a folder with `train` and `val`, IMAGES numbers of training images that exits are
-fitted to (2400 unless told). OUTPUT is a file of lines of JSON, to which lines are added; models are kept beside it, and
-timed.
+fitted to (2400 unless told). OUTPUT is a file of lines of JSON, to which lines are added; models are kept beside it,
+and timed.
 """
 
 import sys

@@ -19,11 +19,11 @@ def fitted(flavour: str = "class token") -> tuple[ExitViT, Tensor]:
     batch = images(vit, count=12, dtype=torch.float64)
     model = ExitConfig().build(vit).eval()
     fit_exits(model, batch)
-    for number, readout in enumerate(model.readouts):
-        readout.weight.data *= 10 + 3 * number  # or none is clear later
+    model.lenses[1].weight.data *= 2
+    model.readout.weight.data *= 3  # or no prediction of a ViT of random weights is clear
     with torch.inference_mode():
         tokens = model.run_block(0, model.enter(batch, Masked))
-        model.config = replace(model.config, threshold=model.entropy(model.summary(tokens), 0).quantile(1 / 3).item())
+        model.config = replace(model.config, threshold=model.entropy(model.lens(tokens, 0)).quantile(1 / 3).item())
     return model, batch
 
 
@@ -56,9 +56,9 @@ def test_an_image_that_leaves_is_classified_by_its_lens_and_costs_what_it_ran() 
                 x = model.lenses[depth - 1](torch.cat([x, tokens.x[:, 1:].mean(dim=1)], dim=1))
             logits = model.vit.head(final_norm(model.vit, x[:, None])[:, 0])
             torch.testing.assert_close(output.logits[image : image + 1], logits)
-    asked = output.usage.depth[:, 0].clamp(max=model.depth - 1) * model.readout_macs
-    left = output.usage.depth[:, 0] < model.depth
-    assert torch.equal(output.usage.deciding.sum(dim=1), asked + left * model.lens_macs)
+    left, dim = output.usage.depth[:, 0] < model.depth, model.shape.dim
+    exits = output.usage.depth[:, 0].clamp(max=model.depth - 1)
+    assert torch.equal(output.usage.deciding.sum(dim=1), exits * dim * (2 * dim + model.num_classes))
     assert ((output.usage.attended > 0).sum(dim=1) == output.usage.depth[:, 0]).all()
     assert (output.usage.macs[left] < dense_macs(model.shape, output.usage.grid)).all()
 
@@ -113,5 +113,20 @@ def test_what_has_no_exits_is_refused() -> None:
         ExitConfig().build(small_vit(num_classes=0))
     with pytest.raises(TypeError, match="early exit needs a class token"):
         ExitConfig().build(small_vit("average pool"))
-    with pytest.raises(RuntimeError, match="fitted to a ViT as it is, not trained with it"):
-        ExitConfig().build(vit).train()(images(vit))
+
+
+def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves() -> None:
+    vit = small_vit()
+    batch, model = images(vit), ExitConfig().build(vit).train()
+    optimizer = torch.optim.SGD(model.lenses.parameters(), lr=0.1)
+    errors = []
+    for _ in range(5):
+        output = model(batch, detailed=True)
+        errors.append(output.terms["lens"].item())
+        optimizer.zero_grad()
+        output.terms["lens"].backward()
+        optimizer.step()
+    torch.testing.assert_close(output.logits, vit(batch))
+    assert errors[0] == pytest.approx(1)  # of lenses that tell nothing
+    assert errors[-1] < 0.9
+    assert (output.usage.depth == model.depth).all()

@@ -35,12 +35,13 @@ HELD = 4
 class ExitConfig(MethodConfig):
     """Images leave after the block at which their class is clear (BranchyNet), told by linear maps of its tokens.
 
-    An exit sees the tokens that the classifier reads and the mean of the patches. One map of these tells the logits, by
-    whose entropy an image leaves; another what the last block would leave of those tokens (the tuned lens), which the
-    ViT's own norm and head then classify. Both are ridge regressions on the ViT's own logits and features, so that no
-    labels are needed, but images: two thousand or more, and many for each class.
+    An exit sees the tokens that the classifier reads and the mean of the patches. Its lens tells of these what the last
+    block would leave of the tokens that are read (the tuned lens), which the ViT's own norm and head then classify.
+    Whether the class is clear is the entropy of logits that one linear map tells of that. Lenses and map are ridge
+    regressions on what the ViT says of images: no labels, but two thousand images or more, and many of each class.
 
-    Differs from the papers: nothing is trained, the threshold is one for all exits, and a lens sees the patches too.
+    Differs from the papers: exits are fitted in closed form, the threshold is one for all, and lenses see the patches
+    too. In training no image leaves, and the lenses learn what the last block leaves, not labels.
     """
 
     method: ClassVar[str] = "exit"
@@ -56,6 +57,9 @@ class ExitConfig(MethodConfig):
     threshold: Annotated[float, In("[0, 1]")] = 0.2
     """Entropy of an exit's prediction below which an image leaves, over that of all classes being alike; 0 lets none
     leave."""
+    lens_weight: Annotated[float, In("[0, inf)")] = 1.0
+    """In training the weight of the lenses' squared error, over the mean square of what they are to tell, a mean over
+    exits."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -98,8 +102,8 @@ class ExitViT(AdaptiveViT):
 
     Attributes:
         exits: the blocks that there is one behind.
-        readouts: of each, what the exit sees -> logits.
         lenses: of each, what it sees -> the tokens that the classifier reads, as the last block would leave them.
+        readout: these tokens -> logits, by which it is told whether the class is clear.
     """
 
     def __init__(self, vit: nn.Module, config: ExitConfig) -> None:
@@ -109,46 +113,40 @@ class ExitViT(AdaptiveViT):
         if classes < 2:
             raise ValueError(f"{name} has {classes} classes, but images leave by how clear their class is")
         if beyond := [block for block in self.exits if block >= self.depth - 1]:
-            raise ValueError(
-                f"{own}.blocks names block {beyond[0]}, but {name} has blocks 0..{self.depth - 2} to leave"
-            )
+            last = self.depth - 2
+            raise ValueError(f"{own}.blocks names block {beyond[0]}, but {name} has blocks 0..{last} to leave behind")
         assert self.read is not None
-        seen, left, like = (self.read + 1) * self.shape.dim, self.read * self.shape.dim, next(vit.parameters())
-        self.readouts = nn.ModuleList(nn.Linear(seen, classes) for _ in self.exits)
-        self.lenses = nn.ModuleList(nn.Linear(seen, left) for _ in self.exits)
-        for part in (*self.readouts, *self.lenses):
+        dim, like = self.shape.dim, next(vit.parameters())
+        self.lenses = nn.ModuleList(nn.Linear((self.read + 1) * dim, self.read * dim) for _ in self.exits)
+        self.readout = nn.Linear(self.read * dim, classes)
+        for part in (*self.lenses, self.readout):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
-        self.readouts.to(like).train(vit.training)
         self.lenses.to(like).train(vit.training)
+        self.readout.to(like).train(vit.training)
+
+    @property
+    def even(self) -> bool:
+        return self.training
 
     def run(self, tokens: Tokens) -> Left:
-        """The blocks.
-
-        Raises:
-            RuntimeError: gradients are wanted, of exits that are fitted to the ViT as it is.
-        """
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "early exits are fitted to a ViT as it is, not trained with it: train the plain ViT, and fit exits to "
-                "it with adaptvit.adapt"
-            )
+        """The blocks."""
         assert self.read is not None
         depth, grid = self.deepest(tokens), tokens.source.grid
-        present = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.x.device)
         out = tokens.x.new_zeros(tokens.shape[0], self.read, tokens.x.shape[-1])
-        asked = torch.zeros(tokens.shape[0], self.depth, dtype=torch.long, device=tokens.x.device)
+        present = torch.ones(tokens.shape[0], dtype=torch.bool, device=out.device)
+        asked = torch.zeros(tokens.shape[0], self.depth, dtype=torch.long, device=out.device)
+        told = list[Tensor]()
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
             if number not in self.exits:
                 continue
-            place = self.exits.index(number)
-            asked[:, number] = present * self.readout_macs
-            features = self.summary(tokens)
-            leaves = present & (self.entropy(features, place) < self.config.threshold)
-            lens = self.lenses[place](features).unflatten(1, (self.read, -1)).to(out.dtype)
-            out = torch.where(leaves[:, None, None], lens, out)
-            asked[:, number] += leaves * self.lens_macs
+            asked[:, number] = present * self.exit_macs
+            told.append(self.lens(tokens, number))
+            if self.training:
+                continue
+            leaves = present & (self.entropy(told[-1]) < self.config.threshold)
+            out = torch.where(leaves[:, None, None], told[-1].to(out.dtype), out)
             present = present & ~leaves
             live = tokens.live
             tokens = tokens.keep(live & present[:, None])
@@ -157,13 +155,18 @@ class ExitViT(AdaptiveViT):
                 break
         else:
             out = torch.where(present[:, None, None], self.read_slots(tokens, tokens.x), out)
-        usage = partial(self.usage, depth, asked, grid)
-        return self.finish(out, usage)
+        means = {"lens": self.error(told, out)} if self.training and told else {}
+        return self.finish(out, partial(self.usage, depth, asked, grid), means=means)
 
     def usage(self, depth: Tensor, asked: Tensor, grid: tuple[int, ...]) -> Usage:
         """The record, from the last block that each token entered, and the MACs of exits, (B, L)."""
         usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
         return replace(usage, deciding=asked)
+
+    def lens(self, tokens: Tokens, block: int) -> Tensor:
+        """What the last block would leave of the slots that are read, as told behind a block: (B, R, D)."""
+        lens: Tensor = self.lenses[self.exits.index(block)](self.summary(tokens))
+        return lens.unflatten(1, (self.read, -1))
 
     def summary(self, tokens: Tokens) -> Tensor:
         """What an exit sees, (B, (R + 1) D): slots that are read and the mean of the patches; 0 of images that left."""
@@ -171,25 +174,31 @@ class ExitViT(AdaptiveViT):
         count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True).clamp(min=1)
         return torch.cat([read.flatten(1), (patches.sum(dim=1) / count).to(read.dtype)], dim=1)
 
-    def entropy(self, features: Tensor, place: int) -> Tensor:
-        """Of the prediction of an exit, (B,) in [0, 1], over that of all classes being alike."""
-        logits = self.readouts[place](features)
+    def entropy(self, x: Tensor) -> Tensor:
+        """Of the prediction from (B, R, D), (B,) in [0, 1], over that of all classes being alike."""
+        logits = self.readout(x.flatten(1))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1) / math.log(logits.shape[-1])
 
-    @property
-    def readout_macs(self) -> int:
-        """Of what an exit says of one image."""
-        return self.readouts[0].weight.numel()  # type: ignore[operator]
+    def error(self, told: list[Tensor], x: Tensor) -> Tensor:
+        """Squared error of what lenses told of (B, R, D), over the mean square of that."""
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        return (torch.stack(told) - x).square().mean() / x.square().mean().clamp(min=torch.finfo(x.dtype).tiny)
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The lenses' error, weighted; none in evaluation."""
+        return {"lens": self.config.lens_weight * means["lens"]} if means else {}
 
     @property
-    def lens_macs(self) -> int:
-        """Of what it leaves of one that leaves."""
-        return self.lenses[0].weight.numel()  # type: ignore[operator]
+    def exit_macs(self) -> int:
+        """Of an exit and an image."""
+        assert self.read is not None
+        read = self.read * self.shape.dim
+        return (self.read + 1) * self.shape.dim * read + read * self.readout.out_features
 
 
 class _Sums:
-    """Of what an exit saw, and of what it is to tell, for a ridge regression on more images than memory holds."""
+    """Of what is seen, and of what it is to tell, for a ridge regression on more images than memory holds."""
 
     def __init__(self) -> None:
         self.gram = self.moment = torch.zeros(())
@@ -197,17 +206,22 @@ class _Sums:
     def add(self, seen: Tensor, wanted: Tensor) -> None:
         """Of some images, (b, features) and (b, values)."""
         x, y = (torch.cat([in_float64(t), in_float64(torch.ones_like(t[:, :1]))], dim=1) for t in (seen, wanted))
-        self.gram, self.moment = self.gram + x.mT @ x, self.moment + x.mT @ y
+        self.gram, self.moment = self.gram.to(x.device) + x.mT @ x, self.moment.to(x.device) + x.mT @ y
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weights (values, features) and constants (values,)."""
         count, total, wanted = self.gram[-1, -1], self.gram[-1, :-1], self.moment[-1, :-1]
         gram = self.gram[:-1, :-1] - torch.outer(total, total) / count
         moment = self.moment[:-1, :-1] - torch.outer(total, wanted) / count
-        variance = gram.diagonal()
-        ridge = (RIDGE * len(gram) / count * variance).clamp(min=torch.finfo(torch.float32).tiny)
+        ridge = (RIDGE * len(gram) / count * gram.diagonal()).clamp(min=torch.finfo(torch.float32).tiny)
         weight = torch.linalg.solve(gram + ridge.diag(), moment).mT
         return weight, (wanted - weight @ total) / count
+
+    def fit(self, part: nn.Linear) -> None:
+        """Give a map the weights, in place."""
+        with torch.no_grad():
+            for parameter, value in zip((part.weight, part.bias), self.solve(), strict=True):
+                parameter.copy_(value)
 
 
 def fit_exits(model: ExitViT, images: Tensor) -> None:
@@ -220,7 +234,7 @@ def fit_exits(model: ExitViT, images: Tensor) -> None:
     """
     plain = FullConfig().build(model.vit).eval()
     assert model.read is not None
-    sums = [_Sums() for _ in model.exits]
+    lenses, readout = [_Sums() for _ in model.exits], _Sums()
     with torch.inference_mode():
         for batch in in_batches(images, "fitting"):
             logits = plain(batch)
@@ -230,13 +244,10 @@ def fit_exits(model: ExitViT, images: Tensor) -> None:
                 tokens = plain.run_block(number, tokens, every=True)
                 if number in model.exits:
                     seen.append(model.summary(tokens))
-            wanted = torch.cat([logits, tokens.x[:, : model.read].flatten(1)], dim=1)
-            for one, features in zip(sums, seen, strict=True):
-                one.add(features, wanted)
-    classes = class_count(model.vit)
-    with torch.no_grad():
-        for one, readout, lens in zip(sums, model.readouts, model.lenses, strict=True):
-            weight, bias = one.solve()
-            for part, rows in ((readout, slice(None, classes)), (lens, slice(classes, None))):
-                part.weight.copy_(weight[rows])  # type: ignore[operator]
-                part.bias.copy_(bias[rows])  # type: ignore[operator]
+            left = tokens.x[:, : model.read].flatten(1)
+            readout.add(left, logits)
+            for one, features in zip(lenses, seen, strict=True):
+                one.add(features, left)
+    for sums, part in zip((*lenses, readout), (*model.lenses, model.readout), strict=True):
+        assert isinstance(part, nn.Linear)
+        sums.fit(part)
