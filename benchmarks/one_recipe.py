@@ -31,7 +31,7 @@ SIDE, EPOCHS, BUDGETS, FITTED = 128, 3, (0.5, 0.65), 256
 CELLS = [
     f"{method}:{seed}"
     for seed in range(3)
-    for method in ("merge", "ats", "avit", "adavit", "evit", "dynamicvit", "tome", "calibrated")
+    for method in ("merge", "ats", "avit", "adavit", "evit", "dynamicvit", "tome", "calibrated", "exit")
 ]
 SETTINGS = {"avit_class": {"class_token": "halts"}}
 """Of methods that differ from the recipe's."""

@@ -25,6 +25,7 @@ from adaptvit.backbones.parts import add_representation, set_head_dim
 from adaptvit.methods.adavit import AdaViT
 from adaptvit.methods.ats import RandomConfig
 from adaptvit.methods.dynamicvit import DynamicViT
+from adaptvit.methods.exits import ExitViT
 from adaptvit.methods.released import ReleasedATSConfig, ReleasedAViTConfig
 from adaptvit.model import AdaptiveViT
 
@@ -191,8 +192,11 @@ def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, 
 
 
 def vary(model: AdaptiveViT) -> AdaptiveViT:
-    """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too, and
-    DynamicViT predictors that tell patches apart."""
+    """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too,
+    DynamicViT predictors that tell patches apart, and exits lenses that tell something."""
+    if isinstance(model, ExitViT):
+        for parameter in model.lenses.parameters():
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     if isinstance(model, DynamicViT):
         generator = torch.Generator().manual_seed(0)
         for parameter in model.score_predictor.parameters():

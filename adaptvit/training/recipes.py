@@ -12,6 +12,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.base import MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
+from adaptvit.methods.exits import ExitConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
 from adaptvit.methods.released import ReleasedAdaViTConfig
@@ -234,6 +235,12 @@ def imagenette_evit() -> Run:
     return _fine_tuned("imagenette_evit", EViTConfig(blocks=(1, 4, 7)))
 
 
+def imagenette_exit() -> Run:
+    """Exits trained with the ViT on the same images, which all run to its end; the knob is turned after that."""
+    run = _fine_tuned("imagenette_exit", ExitConfig())
+    return replace(run, recipe=replace(run.recipe, ease_epochs=0.0, steer_every=1_000_000))
+
+
 def imagenette_dynamicvit() -> Run:
     """DynamicViT fine-tuned on the same images, at half the dense MACs."""
     return _fine_tuned("imagenette_dynamicvit", DynamicViTConfig(blocks=(1, 4, 7)))
@@ -381,6 +388,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
         camvid_dense,
         camvid_merge,
         imagenette_calibrated,
+        imagenette_exit,
         asl24_dense,
         asl24_runlength,
         hockey_dense,
