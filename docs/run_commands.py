@@ -119,7 +119,9 @@ def prepare_clips(random: np.random.Generator) -> None:
     """A ViT for clips, as it is and adapted, strips of 16 frames in folders of two classes, and folders of frames."""
     vit = timm.create_model("test_vit", num_classes=2, img_size=32, patch_size=8, depth=4)
     clips = inflate(vit, frames=4, tubelet=1)
-    save(FullConfig().build(clips), "clips.safetensors")
+    Path("runs/hockey_dense").mkdir()
+    for name in ("clips", "runs/hockey_dense/model"):
+        save(FullConfig().build(clips), f"{name}.safetensors")
     save(ToMeConfig().build(clips), "fast_clips.safetensors")
     for split in ("train", "val"):
         for label in ("fight", "no_fight"):
@@ -150,7 +152,8 @@ def scaled_down(command: str) -> list[str]:
         words += ["--method", "tome"]
     if name == "train" and words[1].startswith(OWN_DATA):
         words = [word for word in words if word not in ("--pretrained", "true")]
-        words += FROM_A_FILE if "--frames" not in words else ["--model", "clips.safetensors"]
+        if not words[1].endswith("_runlength"):  # which starts from a file of that recipe's
+            words += FROM_A_FILE if "--frames" not in words else ["--model", "clips.safetensors"]
         words += ["--recipe.freeze", "[]", "--img_size", "64"] if words[1].startswith("camvid") else []
     if name in ("compare methods", "draw"):
         words = ["images/val" if word == "images" and "--summary" not in words else word for word in words]
