@@ -319,7 +319,7 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
     [
         (
             ["--methods=[fly]"],
-            "methods must be some of calibrated, merge, tome, grid, ats, evit, avit, runlength, runlength_merge, "
+            "methods must be some of calibrated, merge, tome, grid, exit, ats, evit, avit, runlength, runlength_merge, "
             "random, got ('fly',)",
         ),
         (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got (0.5, 60.0); 60 % is 0.6"),
@@ -327,7 +327,7 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
         (["--rounds=0"], "rounds must be 1 or more, got 0"),
         (["five.safetensors"], "has 5 classes, but "),
         (["--model"], "tuned.safetensors is avit already: give a plain ViT, and this model after the folder"),
-        (["--root"], "has no images that can be read"),
+        (["--root"], "has no images or clips that can be read"),
         (["--weights=x.pth"], "weights are for the name of a timm model"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
