@@ -1,30 +1,32 @@
 """Images that leave early, fitted to a fine-tuned ViT: what they lose, what they cost, and how fast that is.
 
     python benchmarks/early_exit.py accuracy MODEL DATA OUTPUT [IMAGES ...]
+    python benchmarks/early_exit.py others MODEL DATA OUTPUT METHOD ...
     python benchmarks/early_exit.py speed MODEL DATA OUTPUT
 
 MODEL is a plain ViT's file, DATA a folder with `train` and `val`, IMAGES numbers of training images that exits are
-fitted to (2400 unless told). OUTPUT is a file of lines of JSON, to which lines are added; models are kept beside it,
-and timed.
+fitted to (2400 unless told), METHOD what is fitted to 256 of them. OUTPUT is a file of lines of JSON, to which lines
+are added; models are kept beside it, and timed.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 from one_recipe import line
 
-from adaptvit import ExitConfig, load, save
+from adaptvit import ExitConfig, adapt, load, save
 from adaptvit.data import Data, DataConfig, open_data, preparation, spread_over
 from adaptvit.files import as_json
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.measure.speed import measure_speed
-from adaptvit.methods import turned
+from adaptvit.methods import METHODS, turned
 from adaptvit.methods.exits import HELD
 from adaptvit.model import AdaptiveViT
 
 BUDGETS = (0.75, 0.65, 0.55, 0.5)
-ROUNDS = {32: 8, 1: 1}
+ROUNDS = {32: 24, 1: 1}
 """Rounds by batch size; one at a time, so many rounds of each of `ALONE` images."""
 ALONE = 40
 
@@ -57,6 +59,18 @@ def accuracy(model: Path, root: Path, output: Path, *counts: str) -> None:
             save(exits, output.with_name(f"{output.stem}_{count}_{budget}.safetensors"))
 
 
+def others(model: Path, root: Path, output: Path, *methods: str) -> None:
+    """A line for each other method and budget."""
+    dense, data = opened(model, root)
+    of_dense = evaluate(dense, data.test, batch_size=64)
+    images = spread_over(data.calibration, 256).images
+    for method, budget in product(methods, BUDGETS):
+        made = adapt(dense.vit, images, budget, METHODS[method]())
+        found = line(method, budget, evaluate(made, data.test, batch_size=64), of_dense, made.shape)
+        write(output, found | {"dense_top1": 100 * of_dense.top1})
+        save(made, output.with_name(f"{output.stem}_{method}_{budget}.safetensors"))
+
+
 def speed(model: Path, root: Path, output: Path) -> None:
     """A line for each model kept and batch size."""
     dense, data = opened(model, root)
@@ -73,7 +87,4 @@ def speed(model: Path, root: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     what, model, root, output, *counts = sys.argv[1:]
-    if what == "speed":
-        speed(Path(model), Path(root), Path(output))
-    else:
-        accuracy(Path(model), Path(root), Path(output), *counts)
+    {"accuracy": accuracy, "others": others, "speed": speed}[what](Path(model), Path(root), Path(output), *counts)

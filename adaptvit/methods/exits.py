@@ -22,7 +22,7 @@ from adaptvit.methods.base import DEITS, MethodConfig, Published, around_deits, 
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
-from adaptvit.tokens import Masked, Tokens
+from adaptvit.tokens import Masked, Tokens, kernels
 from adaptvit.usage import Usage, check_finite
 
 RIDGE = 0.2
@@ -137,6 +137,7 @@ class ExitViT(AdaptiveViT):
         present = torch.ones(tokens.shape[0], dtype=torch.bool, device=out.device)
         asked = torch.zeros(tokens.shape[0], self.depth, dtype=torch.long, device=out.device)
         told = list[Tensor]()
+        read_here = kernels.on_host(out.device) and not torch.compiler.is_compiling()
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
             if number not in self.exits:
@@ -146,6 +147,8 @@ class ExitViT(AdaptiveViT):
             if self.training:
                 continue
             leaves = present & (self.entropy(told[-1]) < self.config.threshold)
+            if read_here and not leaves.any():
+                continue
             out = torch.where(leaves[:, None, None], told[-1].to(out.dtype), out)
             present = present & ~leaves
             live = tokens.live
