@@ -3,6 +3,7 @@
     python benchmarks/early_exit.py accuracy MODEL DATA OUTPUT [IMAGES ...]
     python benchmarks/early_exit.py others MODEL DATA OUTPUT METHOD ...
     python benchmarks/early_exit.py speed MODEL DATA OUTPUT
+    python benchmarks/early_exit.py known MODEL DATA OUTPUT
 
 MODEL is a plain ViT's file, DATA a folder with `train` and `val`, IMAGES numbers of training images that exits are
 fitted to (2400 unless told), METHOD what is fitted to 256 of them. OUTPUT is a file of lines of JSON, to which lines
@@ -14,10 +15,13 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from one_recipe import line
+from one_recipe import line, rank_correlation
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
-from adaptvit import ExitConfig, adapt, load, save
-from adaptvit.data import Data, DataConfig, open_data, preparation, spread_over
+from adaptvit import ExitConfig, FullConfig, Masked, adapt, load, save
+from adaptvit.data import Data, DataConfig, collate, open_data, preparation, spread_over
 from adaptvit.files import as_json
 from adaptvit.measure.evaluate import evaluate
 from adaptvit.measure.speed import measure_speed
@@ -85,6 +89,32 @@ def speed(model: Path, root: Path, output: Path) -> None:
             write(output, {"file": file.stem, "batch": size, "gain": gain, "ideal": len(found) / ideal})
 
 
+def known(model: Path, root: Path, output: Path) -> None:
+    """A line for each block: how its exit's entropy goes with the dense loss, and how often the exit is right."""
+    dense, data = opened(model, root)
+    exits = ExitConfig().fitted(dense.vit, spread_over(data.calibration, 2400).images, BUDGETS[0])
+    plain = FullConfig().build(dense.vit).eval()
+    losses, entropies, right = list[Tensor](), list[Tensor](), list[Tensor]()
+    with torch.inference_mode():
+        for batch in DataLoader(data.test, 64, collate_fn=collate):
+            losses.append(cross_entropy(dense(batch.images), batch.labels, reduction="none"))
+            tokens, found, hits = plain.enter(batch.images, Masked), list[Tensor](), list[Tensor]()
+            for block in exits.exits:
+                tokens = plain.run_block(block, tokens)
+                told = exits.lens(tokens, block)
+                found.append(exits.entropy(told))
+                hits.append(exits.readout(told.flatten(1)).argmax(dim=1) == batch.labels)
+            entropies.append(torch.stack(found))
+            right.append(torch.stack(hits))
+    for block, (entropy, hit) in enumerate(zip(torch.cat(entropies, 1), torch.cat(right, 1), strict=True)):
+        correlation = rank_correlation(entropy, torch.cat(losses))
+        write(
+            output, {"block": block, "entropy_with_dense_loss": correlation, "top1": 100 * hit.double().mean().item()}
+        )
+
+
 if __name__ == "__main__":
     what, model, root, output, *counts = sys.argv[1:]
-    {"accuracy": accuracy, "others": others, "speed": speed}[what](Path(model), Path(root), Path(output), *counts)
+    {"accuracy": accuracy, "others": others, "speed": speed, "known": known}[what](
+        Path(model), Path(root), Path(output), *counts
+    )
