@@ -39,7 +39,7 @@ def set_budget(
     output: Path,
     target: float | None = None,
     unit: Unit = "share",
-    method: Annotated[str | None, OneOf(partial(untrained, clips=True))] = None,
+    method: Annotated[str | None, OneOf(partial(untrained, clips=True, many=True))] = None,
     images: Annotated[int, In("[1, inf)")] = 256,
     tell: Callable[[Trial], object] | None = None,
     device: str | None = None,

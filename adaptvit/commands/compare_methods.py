@@ -106,7 +106,7 @@ class MethodsConfig:
     """A data set of the Hub or of webdataset instead, as `DataConfig.dataset` takes it; not a stream of the Hub."""
     files: tuple[str, ...] = ()
     """Fine-tuned models of the same classes, named alike; each is measured as it is."""
-    methods: Annotated[tuple[str, ...] | None, OneOf(partial(untrained, clips=True))] = None
+    methods: Annotated[tuple[str, ...] | None, OneOf(partial(untrained, clips=True, many=True))] = None
     """What the model becomes without training, null being all such; `random` drops as many patches as ATS, but any."""
     budgets: Annotated[tuple[float, ...], In("(0, 1]", "shares of the dense MACs", "60 % is 0.6", empty=True)] = (
         0.85,

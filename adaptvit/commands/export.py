@@ -1,6 +1,7 @@
 """`adaptvit export`: a model as a file that runs without this library."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ def export_model(
     output: Path,
     format: Format = "onnx",
     target: float | None = None,
-    method: Annotated[str | None, OneOf(untrained)] = None,
+    method: Annotated[str | None, OneOf(partial(untrained, many=True))] = None,
     batch: Annotated[Literal["dynamic"] | int, In("[1, inf)")] = "dynamic",
     dtype: Annotated[str, OneOf(DTYPES)] = "float32",
     layout: Literal["dense", "slab", "masked"] = "dense",

@@ -63,9 +63,9 @@ IN_PLOTS = (
 """The methods that have the first looks in plots: one that is drawn keeps its own, whatever comes between these."""
 
 
-def untrained(clips: bool = False) -> tuple[str, ...]:
-    """Names of the methods that need images alone, the control included; and of those that need clips, where told."""
-    left = ("dense", "released") if clips else ("dense", "released", "clips")
+def untrained(clips: bool = False, many: bool = False) -> tuple[str, ...]:
+    """Names of the methods that need images alone, the control included; those that need clips, or many, where told."""
+    left = {"dense", "released", *(() if clips else ("clips",)), *(() if many else ("many",))}
     return tuple(name for name, config in METHODS.items() if not config.trained and config.role not in left)
 
 

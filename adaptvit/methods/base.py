@@ -25,7 +25,7 @@ from adaptvit.terminal import warn
 from adaptvit.tokens import Tokens
 from adaptvit.usage import Usage
 
-Role = Literal["method", "dense", "control", "reference", "released", "clips"]
+Role = Literal["method", "dense", "control", "reference", "released", "clips", "many"]
 
 WRITTEN_BY_OTHERS = frozenset({"use_cache"})
 """What Hugging Face's Trainer sets in the config of any model."""
@@ -104,7 +104,8 @@ class MethodConfig(ABC):
     role: ClassVar[Role] = "method"
     """In comparisons: `dense`, which leaves nothing out; `control`, which leaves out just anything; `reference`, which
     the others are held against at the same budget; `released`, a method as its published code has it, which is not
-    compared; `clips`, a method of clips alone, which comparisons of images leave out."""
+    compared; `clips`, a method of clips alone, which comparisons of images leave out; `many`, one that is fitted to
+    more images than comparisons set aside, which take it where it is named."""
     published: ClassVar[Published] = Published()
     """Its models that have names, and what its authors' files say."""
 

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from adaptvit.backbones.base import class_count, model_name
 from adaptvit.budget import in_batches
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import DEITS, MethodConfig, Published, around_deits, turned
+from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits, turned
 from adaptvit.methods.full import FullConfig
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
+from adaptvit.terminal import warn
 from adaptvit.tokens import Masked, Tokens, kernels
 from adaptvit.usage import Usage, check_finite
 
 RIDGE = 0.2
 """Of the variance of each feature, times features over images."""
+ENOUGH = 4
+"""Images for each feature that an exit sees, of fewer than which it is said that they are few."""
 HELD = 4
 """One image of so many turns the knob, and no exit is fitted to it: of the others exits are too sure."""
 
@@ -46,6 +49,7 @@ class ExitConfig(MethodConfig):
 
     method: ClassVar[str] = "exit"
     title: ClassVar[str] = "early exit"
+    role: ClassVar[Role] = "many"
     needs: ClassVar[Set[str]] = frozenset({"a class token"})
     knob: ClassVar[Knob | None] = Knob("threshold", sign=-1, lowest=0.0, highest=1.0, step=0.02)
     published: ClassVar[Published] = Published(
@@ -92,9 +96,17 @@ class ExitConfig(MethodConfig):
         if len(images) < HELD:
             raise ValueError(f"exits are fitted to {HELD} images or more, got {len(images)}")
         held = torch.arange(len(images), device=images.device) % HELD == HELD - 1
+        fitted = self.fitted(vit, images[~held], target)
+        features = fitted.seen
+        if (few := len(images) - int(held.sum())) < ENOUGH * features:
+            warn(
+                f"early exits are fitted to {few} images, and see {features} numbers of each: with fewer than "
+                f"{ENOUGH * features} they are too sure of what they say; give more images, labels are not needed",
+                stacklevel=3,
+            )
         if search.get("labels") is not None:
             search["labels"] = search["labels"][held]
-        return turned(self.fitted(vit, images[~held], target), images[held], target, **search)
+        return turned(fitted, images[held], target, **search)
 
 
 class ExitViT(AdaptiveViT):
@@ -102,6 +114,7 @@ class ExitViT(AdaptiveViT):
 
     Attributes:
         exits: the blocks that there is one behind.
+        seen: how many numbers each sees.
         lenses: of each, what it sees -> the tokens that the classifier reads, as the last block would leave them.
         readout: these tokens -> logits, by which it is told whether the class is clear.
     """
@@ -117,7 +130,8 @@ class ExitViT(AdaptiveViT):
             raise ValueError(f"{own}.blocks names block {beyond[0]}, but {name} has blocks 0..{last} to leave behind")
         assert self.read is not None
         dim, like = self.shape.dim, next(vit.parameters())
-        self.lenses = nn.ModuleList(nn.Linear((self.read + 1) * dim, self.read * dim) for _ in self.exits)
+        self.seen = (self.read + 1) * dim
+        self.lenses = nn.ModuleList(nn.Linear(self.seen, self.read * dim) for _ in self.exits)
         self.readout = nn.Linear(self.read * dim, classes)
         for part in (*self.lenses, self.readout):
             nn.init.zeros_(part.weight)
@@ -197,7 +211,7 @@ class ExitViT(AdaptiveViT):
         """Of an exit and an image."""
         assert self.read is not None
         read = self.read * self.shape.dim
-        return (self.read + 1) * self.shape.dim * read + read * self.readout.out_features
+        return self.seen * read + read * self.readout.out_features
 
 
 class _Sums:
