@@ -6,7 +6,7 @@ import torch
 from models import images, small_vit
 from torch import Tensor
 
-from adaptvit import Dense, ExitConfig, FullConfig, Masked, Packed, Slab, adapt, dense_macs, load, save
+from adaptvit import Dense, ExitConfig, FullConfig, Masked, Packed, Slab, adapt, dense_macs, export, load, save
 from adaptvit.backbones.forward import final_norm
 from adaptvit.methods.exits import RIDGE, ExitViT, _Sums, fit_exits
 from adaptvit.tokens import Tokens
@@ -131,3 +131,16 @@ def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves
     assert errors[0] == pytest.approx(1)  # of lenses that tell nothing
     assert errors[-1] < 0.9
     assert (output.usage.depth == model.depth).all()
+
+
+def test_a_file_of_one_image_leaves_where_the_model_does(tmp_path: Path) -> None:
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    model, batch = fitted()
+    model, batch, path = model.float(), batch.float(), tmp_path / "exits.onnx"
+    export(model, path, batch=1)
+    with torch.inference_mode():
+        wanted = model(batch, detailed=True)
+    assert len(wanted.usage.depth[:, 0].unique()) > 2
+    run = session(path)
+    found = [torch.as_tensor(run.run(["logits"], {"images": one[None].numpy()})[0]) for one in batch]
+    torch.testing.assert_close(torch.cat(found), wanted.logits, atol=1e-4, rtol=1e-4)

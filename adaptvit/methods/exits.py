@@ -151,7 +151,7 @@ class ExitViT(AdaptiveViT):
         present = torch.ones(tokens.shape[0], dtype=torch.bool, device=out.device)
         asked = torch.zeros(tokens.shape[0], self.depth, dtype=torch.long, device=out.device)
         told = list[Tensor]()
-        read_here = kernels.on_host(out.device) and not torch.compiler.is_compiling()
+        eager = not torch.compiler.is_compiling()
         for number in range(self.depth):
             tokens = self.run_block(number, tokens)
             if number not in self.exits:
@@ -161,14 +161,14 @@ class ExitViT(AdaptiveViT):
             if self.training:
                 continue
             leaves = present & (self.entropy(told[-1]) < self.config.threshold)
-            if read_here and not leaves.any():
+            if eager and kernels.on_host(out.device) and not leaves.any():
                 continue
             out = torch.where(leaves[:, None, None], told[-1].to(out.dtype), out)
             present = present & ~leaves
             live = tokens.live
             tokens = tokens.keep(live & present[:, None])
             depth = depth.masked_fill(live & ~tokens.live, number + 1)
-            if not tokens.x.numel():
+            if eager and not tokens.x.numel():
                 break
         else:
             out = torch.where(present[:, None, None], self.read_slots(tokens, tokens.x), out)
