@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptvit.backbones.base import class_count, model_name
+from adaptvit.backbones.forward import Source, run, scores
 from adaptvit.budget import in_batches
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits, turned
@@ -252,19 +253,25 @@ def fit_exits(model: ExitViT, images: Tensor) -> None:
     plain = FullConfig().build(model.vit).eval()
     assert model.read is not None
     lenses, readout = [_Sums() for _ in model.exits], _Sums()
+    seen: list[Tensor] = []
+
+    def inside(x: Tensor, source: Source) -> tuple[Tensor, None]:
+        tokens, seen[:] = source.laid(x, Masked), []
+        for number in range(plain.depth):
+            tokens = plain.run_block(number, tokens, every=True)
+            if number in model.exits:
+                seen.append(model.summary(tokens))
+        seen.append(tokens.x[:, : model.read].flatten(1))
+        return tokens.x, None
+
     with torch.inference_mode():
         for batch in in_batches(images, "fitting"):
-            logits = plain(batch)
+            logits, _ = scores(run(model.vit, batch, inside))
             check_finite(logits, "logits")
-            tokens, seen = plain.enter(batch, Masked), list[Tensor]()
-            for number in range(plain.depth):
-                tokens = plain.run_block(number, tokens, every=True)
-                if number in model.exits:
-                    seen.append(model.summary(tokens))
-            left = tokens.x[:, : model.read].flatten(1)
+            *features, left = seen
             readout.add(left, logits)
-            for one, features in zip(lenses, seen, strict=True):
-                one.add(features, left)
+            for one, x in zip(lenses, features, strict=True):
+                one.add(x, left)
     for sums, part in zip((*lenses, readout), (*model.lenses, model.readout), strict=True):
         assert isinstance(part, nn.Linear)
         sums.fit(part)
