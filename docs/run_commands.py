@@ -54,7 +54,7 @@ FILES |= dict.fromkeys(
 SMALL = {
     "train": "--recipe.epochs 1 --recipe.warmup_epochs 0 --recipe.batch_size 32 --data.workers 0",
     "evaluate": "--rounds 1 --workers 0",
-    "predict": "--workers 0 --top 2",
+    "predict": "--workers 0",
     "compare methods": "--rounds 1 --latencies 2 --timed 2 --workers 0 --pictures 1 --limit 4 "
     "--methods [tome,ats] --budgets [0.8]",
     "compare": "--root images --epochs 2 --seeds 2 --processes 1",
@@ -159,9 +159,7 @@ def scaled_down(command: str) -> list[str]:
         words = ["images/val" if word == "images" and "--summary" not in words else word for word in words]
     if name == "draw" and "--per-class" not in words and "--summary" not in words:
         words = ["images/val/ant" if word == "images/val" else word for word in words]
-    left_out = {"predict": "--top", "compare methods": "--weights", "compare": "--seeds"}.get(
-        name
-    )  # too many, or a file's
+    left_out = {"compare methods": "--weights", "compare": "--seeds"}.get(name)  # a file's, or too many
     words = [word for word, before in zip(words, ["", *words], strict=False) if left_out not in (word, before)]
     added = SMALL.get(name, "").split()
     known = {word for word in words if word.startswith("--") and name != "train"}  # whose last word counts

@@ -676,7 +676,6 @@ def test_adapt_tells_figures_by_its_old_name_too(images: Path, tmp_path: Path, c
         ("predict NAME texts", "has no images that can be read"),
         ("predict NAME images --class-names empty.txt", "holds no names"),
         ("predict NAME images --class-names some.txt", "some.txt has 1 names, but NAME has 1000 classes"),
-        ("predict NAME images --top 1001", "top is 1001, but NAME has 1000 classes"),
         ("train digits --weights absent.pth", "absent.pth does not exist: --weights names others"),
         ("evaluate NAME", "no ROOT; --help tells what is taken"),
     ],

@@ -116,6 +116,14 @@ def test_lines_are_what_the_model_says_image_by_image(
         assert len(row) == 1 + 2 * 3 + 1 + 4
 
 
+def test_all_classes_are_told_where_there_are_fewer_than_asked_for(config: PredictConfig) -> None:
+    predict_all(replace(config, top=8))
+    with config.output.open() as lines:
+        first = next(csv.DictReader(lines))
+    assert len(first) == 1 + 2 * 7 + 1 + 4
+    assert sum(float(first[f"probability_{place}"]) for place in range(1, 8)) == pytest.approx(1, abs=1e-5)
+
+
 def test_json_lines_tell_the_same_as_csv(whole: dict[str, bytes]) -> None:
     rows = list(csv.reader(io.StringIO(whole[".csv"].decode())))[1:]
     for row, line in zip(rows, whole[".jsonl"].decode().splitlines(), strict=True):
@@ -305,15 +313,16 @@ def test_a_wrong_field_is_refused(wrong: dict[str, Any], said: str) -> None:
 def test_what_is_missing_is_told_before_anything_is_written(config: PredictConfig, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    few = tmp_path / "few.txt"
+    few, headless = tmp_path / "few.txt", tmp_path / "headless.safetensors"
     few.write_text("one\ntwo\n")
+    save(FullConfig().build(small_vit(num_classes=0).eval()), headless)
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"folder": tmp_path / "none"}, FileNotFoundError, "folder is .*none', which is not a folder"),
         ({"folder": empty}, ValueError, "folder .*empty' has no images or clips that can be read: there is no file"),
         ({"output": tmp_path / "none" / "out.csv"}, FileNotFoundError, "output lies in .*none', which is not"),
         ({"class_names": tmp_path / "none"}, FileNotFoundError, "class_names is .*none', which is not a file"),
         ({"class_names": few}, ValueError, "has 2 names, but .* has 7 classes"),
-        ({"top": 8}, ValueError, "top is 8, but .* has 7 classes"),
+        ({"model": str(headless)}, ValueError, "headless.safetensors', which has no classes to tell"),
         ({"model": "nothing"}, ValueError, "neither an adaptvit file nor the name of a timm model"),
     ]
     for change, kind, said in wrong:

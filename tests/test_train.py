@@ -409,7 +409,7 @@ def test_wrong_settings_fail_when_the_recipe_is_made(field: str, value: float) -
 
 
 def test_a_batch_larger_than_the_data_is_refused(data: Data, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size is 64, more than the training images of 48 digits"):
+    with pytest.raises(ValueError, match="batch_size is 64, more than the training set of 48 digits"):
         train(model(), data, replace(RECIPE, batch_size=64), tmp_path)
 
 

@@ -71,7 +71,7 @@ class PredictConfig:
     output: Path = Path("predictions.csv")
     """File to write: .csv, or .jsonl for JSON lines. One that an interrupted run left is gone on with."""
     top: Annotated[int, In("[1, inf)")] = 5
-    """Classes told of each image, the most probable first."""
+    """Classes told of each image, the most probable first; all where the model has fewer."""
     batch_size: Annotated[int, In("[1, inf)")] = 32
     """Images in a forward pass."""
     workers: Annotated[int, In("[0, 1024]")] = 2
@@ -122,8 +122,8 @@ def predict(config: PredictConfig) -> Prediction:
         The same in every process.
     Raises:
         FileNotFoundError: the folder, the model, the class names or the folder of the output do not exist.
-        ValueError: there are no images, the model has fewer classes than `top` or another number than `class_names`, or
-            the output was made with other settings, or there is no image whose logits are finite.
+        ValueError: there are no images, the model has no classes or another number than `class_names`, the output was
+            made with other settings, or there is no image whose logits are finite.
         ChildProcessError: a process that decodes died.
         FileExistsError: another run is writing to the output.
         OSError: the output cannot be written.
@@ -152,8 +152,9 @@ def _predict(
     settings = preparation(model, config.model)
     images, left_out = _images(config, settings)
     names = list(images.names)
-    form = FORMATS[config.output.suffix](config.top, model.depth)
-    files = _Files(config.output, names, form, _settings(config, model, classes, settings))
+    top = min(config.top, len(classes))
+    form = FORMATS[config.output.suffix](top, model.depth)
+    files = _Files(config.output, names, form, _settings(config, model, classes, settings, top))
 
     files.check()
     state.wait_for_everyone()  # every process has seen the same files before one of them writes
@@ -175,9 +176,7 @@ def _predict(
             )
             for batch in progress_bar(loader, "predicting", unit="batch", stays=True, shown=state.is_main_process):
                 unreadable += batch.unreadable
-                rows = list(
-                    zip(batch.labels.tolist(), _image_rows(model, batch.images, classes, config.top), strict=True)
-                )
+                rows = list(zip(batch.labels.tolist(), _image_rows(model, batch.images, classes, top), strict=True))
                 unreadable += [not_finite(names[index]) for index, row in rows if row is None]
                 lines = [form.line(names[index], row) for index, row in rows if row is not None and index not in done]
                 file.write("".join(lines))
@@ -443,22 +442,22 @@ def _classes(config: PredictConfig, names: Sequence[str] | None, model: Adaptive
 
 
 def _check_classes(config: PredictConfig, names: Sequence[str] | None, count: int) -> None:
-    """Refuse more classes, or another number of names, than the model has classes."""
-    if config.top > count:
-        raise ValueError(f"PredictConfig.top is {config.top}, but {config.model} has {count} classes")
+    """Refuse a model without classes, or another number of names than it has."""
+    if count < 1:
+        raise ValueError(f"PredictConfig.model is {config.model!r}, which has no classes to tell")
     if names is not None and len(names) != count:
         raise ValueError(f"{config.class_names} has {len(names)} names, but {config.model} has {count} classes")
 
 
 def _settings(
-    config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, prepared: dict[str, Any]
+    config: PredictConfig, model: AdaptiveViT, classes: Sequence[str] | range, prepared: dict[str, Any], top: int
 ) -> dict[str, Any]:
     """What decides the lines, as JSON holds it."""
     return {
         VERSION: version(),
         "model": digest(model, (model.config, model.shape)),
         "folder": str(config.folder.resolve()),
-        "top": config.top,
+        "top": top,
         "class names": None if isinstance(classes, range) else list(classes),
         "preparation": json.loads(json.dumps(prepared, allow_nan=False)),
     } | ({} if config.strip is None else {"strip": config.strip})

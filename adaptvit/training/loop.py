@@ -182,7 +182,7 @@ class _Training:
         self.updates = self.steps // recipe.accumulate
         if not self.updates:
             raise ValueError(
-                f"Recipe.batch_size is {recipe.batch_size}, more than the training images of {data.name} allow for"
+                f"Recipe.batch_size is {recipe.batch_size}, more than the training set of {data.name} allows for"
             )
         self.mixup = None
         if (recipe.mixup or recipe.cutmix or teacher is not None) and data.task == "pixels":
