@@ -14,7 +14,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.base import DropConfig, MethodConfig
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
-from adaptvit.methods.exits import ExitConfig
+from adaptvit.methods.exits import ExitConfig, MergeExitConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
@@ -47,6 +47,7 @@ __all__ = [
     "Knob",
     "Masked",
     "MergeConfig",
+    "MergeExitConfig",
     "MethodConfig",
     "Output",
     "Packed",

@@ -1,6 +1,6 @@
 """Images that leave early, fitted to a fine-tuned ViT: what they lose, what they cost, and how fast that is.
 
-    python benchmarks/early_exit.py accuracy MODEL DATA OUTPUT [IMAGES ...]
+    python benchmarks/early_exit.py accuracy MODEL DATA OUTPUT exit|merge_exit [IMAGES ...]
     python benchmarks/early_exit.py others MODEL DATA OUTPUT METHOD ...
     python benchmarks/early_exit.py speed MODEL DATA OUTPUT
     python benchmarks/early_exit.py known MODEL DATA OUTPUT
@@ -29,7 +29,7 @@ from adaptvit.methods import METHODS, turned
 from adaptvit.methods.exits import HELD
 from adaptvit.model import AdaptiveViT
 
-BUDGETS = (0.75, 0.65, 0.55, 0.5)
+BUDGETS = (0.75, 0.65, 0.55, 0.5, 0.4)
 ROUNDS = {32: 24, 1: 1}
 """Rounds by batch size; one at a time, so many rounds of each of `ALONE` images."""
 ALONE = 40
@@ -46,21 +46,20 @@ def write(output: Path, row: dict[str, object]) -> None:
         lines.write(as_json(row) + "\n")
 
 
-def accuracy(model: Path, root: Path, output: Path, *counts: str) -> None:
+def accuracy(model: Path, root: Path, output: Path, method: str = "merge_exit", *counts: str) -> None:
     """A line for each number of images and budget."""
     dense, data = opened(model, root)
     of_dense = evaluate(dense, data.test, batch_size=64)
     for count in map(int, counts or ("2400",)):
         images = spread_over(data.calibration, count).images
         held = torch.arange(len(images)) % HELD == HELD - 1
-        exits = ExitConfig().fitted(dense.vit, images[~held], BUDGETS[0])
         for budget in BUDGETS:
+            exits = METHODS[method]().fitted(dense.vit, images[~held], budget)
             turned(exits, images[held], budget, tolerance=0.01)
-            found = line(
-                f"exit, {count} images", budget, evaluate(exits, data.test, batch_size=64), of_dense, exits.shape
-            )
+            name = f"{method}, {count} images"
+            found = line(name, budget, evaluate(exits, data.test, batch_size=64), of_dense, exits.shape)
             write(output, found | {"threshold": exits.config.threshold, "dense_top1": 100 * of_dense.top1})
-            save(exits, output.with_name(f"{output.stem}_{count}_{budget}.safetensors"))
+            save(exits, output.with_name(f"{output.stem}_{method}_{count}_{budget}.safetensors"))
 
 
 def others(model: Path, root: Path, output: Path, *methods: str) -> None:

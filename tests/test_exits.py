@@ -6,30 +6,51 @@ import torch
 from models import images, small_vit
 from torch import Tensor
 
-from adaptvit import Dense, ExitConfig, FullConfig, Masked, Packed, Slab, adapt, dense_macs, export, load, save
+from adaptvit import (
+    CalibratedConfig,
+    Dense,
+    ExitConfig,
+    FullConfig,
+    Masked,
+    MergeExitConfig,
+    Packed,
+    Slab,
+    adapt,
+    dense_macs,
+    export,
+    load,
+    measure_plan,
+    save,
+)
 from adaptvit.backbones.forward import final_norm
 from adaptvit.methods.exits import RIDGE, ExitViT, _Sums, fit_exits
 from adaptvit.tokens import Tokens
 
+TOLD_PLACES = ("rotary, RMS norm, cosine", "Eva, DINOv3", "Eva, learned rotations", "BEiT")
+ALONE, MERGING = ExitConfig(), MergeExitConfig(r=2)
 
-def fitted(flavour: str = "class token") -> tuple[ExitViT, Tensor]:
+
+def fitted(flavour: str = "class token", config: ExitConfig = ALONE) -> tuple[ExitViT, Tensor]:
     """A model by whose first exit a third of the images leaves, and those images."""
     torch.manual_seed(0)
-    vit = small_vit(flavour, torch.float64).eval()
+    settings = {"global_pool": "token"} if flavour in TOLD_PLACES else {}
+    vit = small_vit(flavour, torch.float64, **settings).eval()
     batch = images(vit, count=12, dtype=torch.float64)
-    model = ExitConfig().build(vit).eval()
+    model = config.build(vit).eval()
     fit_exits(model, batch)
     model.lenses[1].weight.data *= 2
     model.readout.weight.data *= 3  # or no prediction of a ViT of random weights is clear
     with torch.inference_mode():
-        tokens = model.run_block(0, model.enter(batch, Masked))
+        tokens, merged = model.start(model.enter(batch, Masked))
+        tokens = model.step(0, tokens, merged)
         model.config = replace(model.config, threshold=model.entropy(model.lens(tokens, 0)).quantile(1 / 3).item())
     return model, batch
 
 
-@pytest.mark.parametrize("flavour", ["class token", "distilled", "registers"])
-def test_every_layout_leaves_by_the_same_exits(flavour: str) -> None:
-    model, batch = fitted(flavour)
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+@pytest.mark.parametrize("flavour", ["class token", "distilled", "registers", *TOLD_PLACES])
+def test_every_layout_leaves_by_the_same_exits(flavour: str, config: ExitConfig) -> None:
+    model, batch = fitted(flavour, config)
     with torch.inference_mode():
         packed = model(batch, Packed, detailed=True)
         depths = packed.usage.depth[:, 0]
@@ -38,37 +59,46 @@ def test_every_layout_leaves_by_the_same_exits(flavour: str) -> None:
             other = model(batch, layout, detailed=True)
             torch.testing.assert_close(other.logits, packed.logits)
             assert other.usage == packed.usage
-        torch.testing.assert_close(torch.cat([model(one[None], Dense) for one in batch]), packed.logits)
-        assert model(batch[:0]).shape == (0, packed.logits.shape[1])
+        alone = Dense if model.drops else Packed
+        torch.testing.assert_close(torch.cat([model(one[None], alone) for one in batch]), packed.logits)
+        if flavour not in TOLD_PLACES:  # which take no empty batch themselves
+            assert model(batch[:0]).shape == (0, packed.logits.shape[1])
 
 
-def test_an_image_that_leaves_is_classified_by_its_lens_and_costs_what_it_ran() -> None:
-    model, batch = fitted()
-    plain = FullConfig().build(model.vit).eval()
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+def test_an_image_that_leaves_is_classified_by_its_lens_and_costs_what_it_ran(config: ExitConfig) -> None:
+    model, batch = fitted(config=config)
+    inside = (CalibratedConfig(r=2) if config is MERGING else CalibratedConfig(r=0)).build(model.vit).eval()
     with torch.inference_mode():
-        output = model(batch, detailed=True)
+        output, whole = model(batch, detailed=True), inside(batch, detailed=True).usage
         for image, depth in enumerate(output.usage.depth[:, 0].tolist()):
-            tokens: Tokens = plain.enter(batch[image : image + 1], Masked)
+            tokens, merged = inside.start(inside.enter(batch[image : image + 1], Dense))
             for number in range(depth):
-                tokens = plain.run_block(number, tokens, every=True)
+                tokens = inside.step(number, tokens, merged)
             x = tokens.x[:, 0]
             if depth < model.depth:
                 x = model.lenses[depth - 1](torch.cat([x, tokens.x[:, 1:].mean(dim=1)], dim=1))
             logits = model.vit.head(final_norm(model.vit, x[:, None])[:, 0])
             torch.testing.assert_close(output.logits[image : image + 1], logits)
-    left, dim = output.usage.depth[:, 0] < model.depth, model.shape.dim
-    exits = output.usage.depth[:, 0].clamp(max=model.depth - 1)
-    assert torch.equal(output.usage.deciding.sum(dim=1), exits * dim * (2 * dim + model.num_classes))
-    assert ((output.usage.attended > 0).sum(dim=1) == output.usage.depth[:, 0]).all()
-    assert (output.usage.macs[left] < dense_macs(model.shape, output.usage.grid)).all()
+    usage, dim = output.usage, model.shape.dim
+    ran = usage.depth[:, :1] > torch.arange(model.depth)
+    assert len(usage.depth[:, 0].unique()) > 2
+    assert torch.equal(usage.attended, whole.attended * ran)
+    assert torch.equal(usage.mlp, ran)
+    exits = usage.depth[:, 0].clamp(max=model.depth - 1) * dim * (2 * dim + model.num_classes)
+    assert torch.equal(usage.deciding.sum(dim=1), exits + (whole.deciding * ran).sum(dim=1))
+    to_the_end = exits + whole.macs - ((whole.executed + whole.deciding) * ~ran).sum(dim=1)
+    assert torch.equal(usage.macs, to_the_end)
 
 
 def test_nobody_leaves_before_exits_are_fitted_or_below_0() -> None:
     vit = small_vit().eval()
     batch = images(vit)
     with torch.inference_mode():
-        for config in (ExitConfig(threshold=1.0), ExitConfig(threshold=0.0)):
-            torch.testing.assert_close(config.build(vit)(batch), vit(batch))
+        for threshold in (1.0, 0.0):
+            torch.testing.assert_close(ExitConfig(threshold=threshold).build(vit)(batch), vit(batch))
+            both = MergeExitConfig(threshold=threshold, r=2).build(vit)
+            torch.testing.assert_close(both(batch), CalibratedConfig(r=2).build(vit)(batch))
 
 
 def test_exits_are_ridge_regressions() -> None:
@@ -84,17 +114,28 @@ def test_exits_are_ridge_regressions() -> None:
     torch.testing.assert_close(seen.double().mean(0) @ weight.mT + bias, wanted.double().mean(0))
 
 
-def test_a_budget_is_met_on_images_that_no_exit_was_fitted_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [ExitConfig(), MergeExitConfig()])
+def test_a_budget_is_met_on_images_that_no_exit_was_fitted_to(config: ExitConfig, tmp_path: Path) -> None:
     vit = small_vit(img_size=64).eval()
     with pytest.warns(UserWarning, match="fitted to 18 images, and see 128 numbers of each: with fewer than 512"):
-        model = adapt(vit, images(vit, count=24), 0.7, ExitConfig())
+        model = adapt(vit, images(vit, count=24), 0.7, config)
     assert model.compute == pytest.approx(0.7, abs=0.05)
     save(model, tmp_path / "exits.safetensors")
     batch = images(vit, count=5)
     with torch.inference_mode():
         assert torch.equal(load(tmp_path / "exits.safetensors").eval()(batch), model(batch))
     with pytest.raises(ValueError, match="4 images or more, got 3"):
-        adapt(vit, images(vit, count=3), 0.7, ExitConfig())
+        adapt(vit, images(vit, count=3), 0.7, config)
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_merging_makes_its_part_of_the_saving(part: float) -> None:
+    vit = small_vit(img_size=64).eval()
+    model = MergeExitConfig(merging=part, threshold=0.0).fitted(vit, images(vit, count=24), 0.64)
+    with torch.inference_mode():
+        usage = model(images(vit, count=4), detailed=True).usage
+    asked = len(model.exits) * model.exit_macs
+    assert ((usage.macs - asked) / dense_macs(model.shape, usage.grid)).mean() == pytest.approx(0.64**part, abs=0.05)
 
 
 def test_an_image_that_is_not_finite_stays_and_has_no_logits() -> None:
@@ -116,9 +157,10 @@ def test_what_has_no_exits_is_refused() -> None:
         ExitConfig().build(small_vit("average pool"))
 
 
-def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves() -> None:
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves(config: ExitConfig) -> None:
     vit = small_vit()
-    batch, model = images(vit), ExitConfig().build(vit).train()
+    batch, model = images(vit), config.build(vit).train()
     optimizer = torch.optim.SGD(model.lenses.parameters(), lr=0.1)
     errors = []
     for _ in range(5):
@@ -127,20 +169,30 @@ def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves
         optimizer.zero_grad()
         output.terms["lens"].backward()
         optimizer.step()
-    torch.testing.assert_close(output.logits, vit(batch))
+    inside = CalibratedConfig(r=2) if config is MERGING else FullConfig()
+    torch.testing.assert_close(output.logits, inside.build(vit)(batch))
     assert errors[0] == pytest.approx(1)  # of lenses that tell nothing
     assert errors[-1] < 0.9
-    assert (output.usage.depth == model.depth).all()
+    assert (output.usage.depth[:, 0] == model.depth).all()
 
 
-def test_a_file_of_one_image_leaves_where_the_model_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "layout", "size"), [(ALONE, Dense, 1), (ALONE, Slab, 4), (MERGING, Slab, 4)])
+def test_images_leave_a_file_where_they_leave_the_model(
+    config: ExitConfig, layout: type[Tokens], size: int, tmp_path: Path
+) -> None:
     session = pytest.importorskip("onnxruntime").InferenceSession
-    model, batch = fitted()
+    model, batch = fitted(config=config)
     model, batch, path = model.float(), batch.float(), tmp_path / "exits.onnx"
-    export(model, path, batch=1)
+    model.plan = measure_plan(model, batch)
+    export(model, path, batch=size, layout=layout)
     with torch.inference_mode():
         wanted = model(batch, detailed=True)
     assert len(wanted.usage.depth[:, 0].unique()) > 2
     run = session(path)
-    found = [torch.as_tensor(run.run(["logits"], {"images": one[None].numpy()})[0]) for one in batch]
+    found = [torch.as_tensor(run.run(["logits"], {"images": some.numpy()})[0]) for some in batch.split(size)]
     torch.testing.assert_close(torch.cat(found), wanted.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_one_image_that_merges_and_leaves_goes_to_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"merging and early exit .* choose layout slab with a batch, by a plan"):
+        export(fitted(config=MERGING)[0].float(), tmp_path / "exits.onnx", batch=1)

@@ -101,8 +101,9 @@ class Source:
         return self.canvas is not None and number in self.canvas.blocks
 
     def of_images(self, rows: Tensor) -> "Source":
-        """That of some images of the batch, by their numbers: what blocks are told of these."""
-        return replace(self, rows=rows, live=None if self.live is None else self.live[rows], _found={})
+        """That of some of the images, by their numbers among these: what blocks are told of them."""
+        live = None if self.live is None else self.live[rows]
+        return replace(self, rows=rows if self.rows is None else self.rows[rows], live=live, _found={})
 
     def _of_rows(self, kind: Table, table: Any) -> Any:
         if isinstance(table, tuple):

@@ -8,7 +8,7 @@ from adaptvit.methods.avit import AViTConfig
 from adaptvit.methods.base import MethodConfig, Methods, Named, Published, turned
 from adaptvit.methods.dynamicvit import DynamicViTConfig
 from adaptvit.methods.evit import EViTConfig
-from adaptvit.methods.exits import ExitConfig
+from adaptvit.methods.exits import ExitConfig, MergeExitConfig
 from adaptvit.methods.full import FullConfig
 from adaptvit.methods.grid import GridConfig
 from adaptvit.methods.merge import CalibratedConfig, MergeConfig
@@ -29,6 +29,7 @@ METHODS = Methods(
     ToMeConfig,
     GridConfig,
     ExitConfig,
+    MergeExitConfig,
     ATSConfig,
     EViTConfig,
     AViTConfig,
@@ -59,6 +60,7 @@ IN_PLOTS = (
     "runlength",
     "random",
     "exit",
+    "merge_exit",
 )
 """The methods that have the first looks in plots: one that is drawn keeps its own, whatever comes between these."""
 

@@ -8,7 +8,7 @@ Letters: B images, N token slots, R slots that the classifier reads, L blocks, D
 
 import math
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -20,17 +20,22 @@ from adaptvit.backbones.forward import Source, run, scores
 from adaptvit.budget import in_batches
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import DEITS, MethodConfig, Published, Role, around_deits, turned
-from adaptvit.methods.full import FullConfig
+from adaptvit.methods.merge import CalibratedConfig
+from adaptvit.methods.merging import Merged, MergingViT, held_after
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
 from adaptvit.terminal import warn
-from adaptvit.tokens import Masked, Tokens, kernels
+from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, kernels
 from adaptvit.usage import Usage, check_finite
 
 RIDGE = 0.2
 """Of the variance of each feature, times features over images."""
 ENOUGH = 4
 """Images for each feature that an exit sees, of fewer than which it is said that they are few."""
+MERGED = 256
+"""Images that merging is fitted to, at most twice as many."""
+HALF = 0.5
+"""Share of the dense MACs that merging and exits are fitted at where a speed is asked for."""
 HELD = 4
 """One image of so many turns the knob, and no exit is fitted to it: of the others exits are too sure."""
 
@@ -97,7 +102,7 @@ class ExitConfig(MethodConfig):
         if len(images) < HELD:
             raise ValueError(f"exits are fitted to {HELD} images or more, got {len(images)}")
         held = torch.arange(len(images), device=images.device) % HELD == HELD - 1
-        fitted = self.fitted(vit, images[~held], target)
+        fitted = self.fitted(vit, images[~held], target, **search)
         features = fitted.seen
         if (few := len(images) - int(held.sum())) < ENOUGH * features:
             warn(
@@ -108,6 +113,52 @@ class ExitConfig(MethodConfig):
         if search.get("labels") is not None:
             search["labels"] = search["labels"][held]
         return turned(fitted, images[held], target, **search)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeExitConfig(ExitConfig, CalibratedConfig):
+    """Early exit of a ViT whose blocks merge tokens: merging is for what images have twice, exits for easy images.
+
+    As `CalibratedConfig` merges and `ExitConfig` lets images leave, whose exits are fitted to what merging leaves.
+    """
+
+    method: ClassVar[str] = "merge_exit"
+    title: ClassVar[str] = "merging and early exit"
+    role: ClassVar[Role] = "many"
+    needs: ClassVar[Set[str]] = ExitConfig.needs | CalibratedConfig.needs
+    published: ClassVar[Published] = Published(
+        names=around_deits("merge_exit", dict.fromkeys(DEITS, " whose blocks merge tokens and whose images leave."))
+    )
+
+    merging: Annotated[float, In("(0, 1]")] = 0.5
+    """How much of the saving merging makes where it is fitted: it leaves the budget to this power of the dense MACs."""
+
+    def __post_init__(self) -> None:
+        CalibratedConfig.__post_init__(self)
+
+    def build(self, vit: nn.Module) -> "MergingExitViT":
+        """Wrap `vit`, sharing its weights, with exits that nobody leaves by before they are fitted.
+
+        Raises:
+            TypeError, ValueError: as `ExitConfig.build` and `MergingConfig.build`.
+        """
+        return MergingExitViT(vit, self)
+
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> "ExitViT":
+        """The model whose merging is fitted to some of the images, and whose exits, behind it, are to all.
+
+        Raises:
+            OutOfReach: no number of merged tokens meets merging's part of the target.
+            ValueError: logits that are not finite.
+        """
+        self.build(vit)  # which says what it lacks
+        share = HALF if search.get("unit") == "images_per_s" else target
+        some = images[:: max(1, len(images) // MERGED)]
+        own = {one.name: getattr(self, one.name) for one in fields(CalibratedConfig)}
+        merging = CalibratedConfig(**own).fitted(vit, some, share**self.merging).config
+        return ExitConfig.fitted(
+            replace(self, r=merging.r, inflection=merging.inflection, rate=merging.rate), vit, images, target
+        )
 
 
 class ExitViT(AdaptiveViT):
@@ -145,41 +196,60 @@ class ExitViT(AdaptiveViT):
         return self.training
 
     def run(self, tokens: Tokens) -> Left:
-        """The blocks."""
+        """The blocks; where somebody wants maps of features, every image to the end."""
         assert self.read is not None
-        depth, grid = self.deepest(tokens), tokens.source.grid
-        out = tokens.x.new_zeros(tokens.shape[0], self.read, tokens.x.shape[-1])
-        present = torch.ones(tokens.shape[0], dtype=torch.bool, device=out.device)
-        asked = torch.zeros(tokens.shape[0], self.depth, dtype=torch.long, device=out.device)
+        images, deepest, grid = tokens.shape[0], self.deepest(tokens), tokens.source.grid
+        out = tokens.x.new_zeros(images, self.read, tokens.x.shape[-1])
+        present = torch.ones(images, dtype=torch.bool, device=out.device)
+        depth = torch.full((images,), self.depth, device=out.device)
+        asked = torch.zeros(images, self.depth, dtype=torch.long, device=out.device)
         told = list[Tensor]()
-        eager = not torch.compiler.is_compiling()
+        stay = self.training or tokens.source.canvas is not None
+        skips = not torch.compiler.is_compiling() and not isinstance(tokens, Slab)  # which counts what is dropped
+        tokens, merged = self.start(tokens)
         for number in range(self.depth):
-            tokens = self.run_block(number, tokens)
+            tokens = self.step(number, tokens, merged)
             if number not in self.exits:
                 continue
             asked[:, number] = present * self.exit_macs
-            told.append(self.lens(tokens, number))
-            if self.training:
+            left = self.lens(tokens, number)
+            if stay:
+                told.append(left)
                 continue
-            leaves = present & (self.entropy(told[-1]) < self.config.threshold)
-            if eager and kernels.on_host(out.device) and not leaves.any():
+            leaves = self.entropy(left) < self.config.threshold
+            if skips and kernels.on_host(out.device) and not leaves.any():
                 continue
-            out = torch.where(leaves[:, None, None], told[-1].to(out.dtype), out)
-            present = present & ~leaves
-            live = tokens.live
-            tokens = tokens.keep(live & present[:, None])
-            depth = depth.masked_fill(live & ~tokens.live, number + 1)
-            if eager and not tokens.x.numel():
+            gone = present & _of_all(present, leaves)
+            out = torch.where(gone[:, None, None], _of_all(present, left).to(out.dtype), out)
+            depth, present = depth.masked_fill(gone, number + 1), present & ~gone
+            tokens = _staying(tokens, ~leaves, merged)
+            if skips and not tokens.x.numel():
                 break
         else:
-            out = torch.where(present[:, None, None], self.read_slots(tokens, tokens.x), out)
-        means = {"lens": self.error(told, out)} if self.training and told else {}
-        return self.finish(out, partial(self.usage, depth, asked, grid), means=means)
+            out = torch.where(present[:, None, None], _of_all(present, self.read_slots(tokens, tokens.x)), out)
+        means = {"lens": self.error(told, out)} if told else {}
+        return self.finish(out, partial(self.usage_of, depth, asked, grid, deepest, merged), means=means)
 
-    def usage(self, depth: Tensor, asked: Tensor, grid: tuple[int, ...]) -> Usage:
-        """The record, from the last block that each token entered, and the MACs of exits, (B, L)."""
-        usage = Usage.of_depth(depth, self.heads, grid, self.prefix, last_reads=self.read)
-        return replace(usage, deciding=asked)
+    def start(self, tokens: Tokens) -> tuple[Tokens, Merged | None]:
+        """The tokens of the first block, and what is known of those that are merged, where some are."""
+        return tokens, None
+
+    def step(self, number: int, tokens: Tokens, merged: Merged | None) -> Tokens:
+        """A block."""
+        return self.run_block(number, tokens)
+
+    def usage_of(
+        self, depth: Tensor, asked: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None
+    ) -> Usage:
+        """The record.
+
+        Args:
+            depth: (B,) the last block that each image entered.
+            asked: (B, L) MACs of exits.
+            deepest: (B, N) the last that each slot could enter.
+        """
+        depths = torch.minimum(deepest, depth[:, None])
+        return replace(Usage.of_depth(depths, self.heads, grid, self.prefix, last_reads=self.read), deciding=asked)
 
     def lens(self, tokens: Tokens, block: int) -> Tensor:
         """What the last block would leave of the slots that are read, as told behind a block: (B, R, D)."""
@@ -213,6 +283,57 @@ class ExitViT(AdaptiveViT):
         assert self.read is not None
         read = self.read * self.shape.dim
         return self.seen * read + read * self.readout.out_features
+
+
+def _of_all(present: Tensor, t: Tensor) -> Tensor:
+    """(B, ...) of all images, from what there is of those that are `present`; or (B, ...) as it is."""
+    images = present.shape[0]
+    if t.shape[0] == images:
+        return t
+    return t.new_zeros(images, *t.shape[1:]).index_copy(0, present.nonzero().squeeze(1), t)
+
+
+def _staying(tokens: Tokens, stays: Tensor, merged: Merged | None) -> Tokens:
+    """The tokens of images that stay, bool by images: `Packed` a batch of these alone, others with gaps."""
+    features = [] if merged is None else merged.features
+    if isinstance(tokens, Packed):
+        tokens, features = tokens.of_images(stays, *features)
+    else:
+        tokens, features = tokens.select(stays[:, None].expand(tokens.shape), *features)
+    if merged is not None:
+        merged.features = features
+    return tokens
+
+
+class MergingExitViT(ExitViT, MergingViT):
+    """A ViT with exits, whose blocks merge tokens."""
+
+    config: MergeExitConfig
+    drops: ClassVar[bool] = False  # for a graph: none merges the tokens of an image that left
+
+    def start(self, tokens: Tokens) -> tuple[Tokens, Merged]:
+        return MergingViT.start(self, tokens)
+
+    def step(self, number: int, tokens: Tokens, merged: Merged | None) -> Tokens:
+        assert merged is not None
+        return MergingViT.step(self, number, tokens, merged)
+
+    def alike(self, tokens: Tokens) -> bool:
+        return super().alike(tokens) and (self.training or not isinstance(tokens, Masked | Slab))
+
+    def usage_of(
+        self, depth: Tensor, asked: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None
+    ) -> Usage:
+        assert merged is not None
+        idle = [None] * (self.depth - len(merged.went))
+        held = held_after(merged.holder, [*merged.went, *idle], depth)
+        usage = self.usage(held, [*merged.compared, *[False] * len(idle)], grid)
+        assert usage.live is not None
+        assert usage.deciding is not None
+        ran = depth[:, None] > torch.arange(self.depth, device=depth.device)
+        counts = {name: getattr(usage, name) * ran for name in ("attended", "updated", "attention", "mlp", "executed")}
+        live = usage.live & ran[..., None]
+        return replace(usage, **counts, live=live, deciding=usage.deciding * ran + asked)
 
 
 class _Sums:
@@ -250,19 +371,19 @@ def fit_exits(model: ExitViT, images: Tensor) -> None:
     Raises:
         ValueError: logits that are not finite.
     """
-    plain = FullConfig().build(model.vit).eval()
-    assert model.read is not None
     lenses, readout = [_Sums() for _ in model.exits], _Sums()
     seen: list[Tensor] = []
 
     def inside(x: Tensor, source: Source) -> tuple[Tensor, None]:
-        tokens, seen[:] = source.laid(x, Masked), []
-        for number in range(plain.depth):
-            tokens = plain.run_block(number, tokens, every=True)
+        tokens, merged = model.start(source.laid(x, Dense if source.live is None else Masked))
+        seen.clear()
+        for number in range(model.depth):
+            tokens = model.step(number, tokens, merged)
             if number in model.exits:
                 seen.append(model.summary(tokens))
-        seen.append(tokens.x[:, : model.read].flatten(1))
-        return tokens.x, None
+        left = model.read_slots(tokens, tokens.x)
+        seen.append(left.flatten(1))
+        return left, None
 
     with torch.inference_mode():
         for batch in in_batches(images, "fitting"):

@@ -8,7 +8,7 @@ Slots are in the order in which a block has its tokens, which merging changes; `
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple, TypeGuard
 
@@ -170,6 +170,35 @@ class Pairs(NamedTuple):
 Decided = Places | Pairs
 
 
+@dataclass(eq=False)
+class Merged:
+    """What is known of merged tokens on the way through the blocks."""
+
+    holder: Tensor
+    """(B, N) int64, the slot that each input token is in before the first."""
+    size: Tensor
+    """Token features (...,), the patches that each token has now."""
+    bias: Tensor | None
+    """What these add to the logits of the next block."""
+    went: list[Callable[[], Tensor] | None] = field(default_factory=list)
+    """Of each block until now, what says where each slot's token went; None is nowhere else."""
+
+    @property
+    def features(self) -> list[Tensor]:
+        """Those of the token features that there are: who drops tokens drops theirs."""
+        return [self.size] if self.bias is None else [self.size, self.bias]
+
+    @features.setter
+    def features(self, features: list[Tensor]) -> None:
+        self.size, *bias = features
+        self.bias = bias[0] if bias else None
+
+    @property
+    def compared(self) -> list[bool]:
+        """The blocks until now that looked for tokens to merge."""
+        return [place is not None for place in self.went]
+
+
 class MergingViT(AdaptiveViT):
     """A ViT whose blocks merge tokens between attention and MLP; its config chooses which."""
 
@@ -183,24 +212,32 @@ class MergingViT(AdaptiveViT):
 
     def run(self, tokens: Tokens) -> Left:
         grid = tokens.source.grid
+        tokens, merged = self.start(tokens)
+        for number in range(self.depth):
+            tokens = self.step(number, tokens, merged)
+        x, held = self.read_slots(tokens, tokens.x), once(partial(held_after, merged.holder, merged.went))
+        if self.read is None:
+            x = x.gather(1, held()[-1][..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
+        return self.finish(x, lambda: self.usage(held(), merged.compared, grid))
+
+    def start(self, tokens: Tokens) -> tuple[Tokens, Merged]:
+        """The tokens of the first block, and what is known of merged ones before it."""
         if self.config.position == "mean":
             tokens = tokens.at_coordinates(tokens.source.coordinates(tokens.x.new_zeros((), dtype=_wide(tokens.x))))
         tokens, holder, size = self.begin(tokens)
-        went = list[Callable[[], Tensor] | None]()
-        held = once(partial(held_after, holder, went))
         bias = self.bias(size)
         size = torch.ones_like(tokens.x[..., 0], dtype=_wide(tokens.x)) if size is None else size
-        for number in range(self.depth):
-            if not self.compares(number, tokens.shape[1] - self.prefix):
-                tokens = self.run_block(number, tokens, bias=bias)
-                went.append(None)
-                continue
-            tokens, place, size, bias = self.run_merging(number, tokens, bias, size)
-            went.append(place)
-        x = self.read_slots(tokens, tokens.x)
-        if self.read is None:
-            x = x.gather(1, held()[-1][..., None].expand(-1, -1, x.shape[2]))  # pooled by size, whatever the pool
-        return self.finish(x, lambda: self.usage(held(), [place is not None for place in went], grid))
+        return tokens, Merged(holder, size, bias)
+
+    def step(self, number: int, tokens: Tokens, merged: Merged) -> Tokens:
+        """A block, which merges tokens or not: what it leaves; what is known of these is kept in `merged`."""
+        place = None
+        if self.compares(number, tokens.shape[1] - self.prefix):
+            tokens, place, merged.size, merged.bias = self.run_merging(number, tokens, merged.bias, merged.size)
+        else:
+            tokens = self.run_block(number, tokens, bias=merged.bias)
+        merged.went.append(place)
+        return tokens
 
     def begin(self, tokens: Tokens) -> tuple[Tokens, Tensor, Tensor | None]:
         """The tokens of the first block, as the first slots of each image, (B, N) int64 the slot that each input token
@@ -402,17 +439,30 @@ class MergingViT(AdaptiveViT):
         return Places(*fused.arrange(chosen, score, target, offsets, slots, self.prefix, *rule))
 
 
-def held_after(holder: Tensor, went: Sequence[Callable[[], Tensor] | None]) -> list[Tensor]:
+def held_after(
+    holder: Tensor, went: Sequence[Callable[[], Tensor] | None], depth: Tensor | None = None
+) -> list[Tensor]:
     """(B, N) int64, the slots of the input tokens before each block, and after the last.
 
     Args:
         holder: those before the first.
-        went: of each block, where each slot's token went; None is nowhere else.
+        went: of each block, where each slot's token went, of all images or of those that ran it; None is nowhere else.
+        depth: (B,) the last block that each image ran, behind which its tokens stay where they are; None is the last.
     """
     held = [holder]
-    for place in went:
-        held.append(held[-1] if place is None else place().gather(1, held[-1]))
+    for number, place in enumerate(went):
+        held.append(held[-1] if place is None else _moved(held[-1], place(), None if depth is None else depth > number))
     return held
+
+
+def _moved(held: Tensor, place: Tensor, ran: Tensor | None) -> Tensor:
+    """Slots of the input tokens after a block, which some images ran."""
+    if ran is None:
+        return place.gather(1, held)
+    if len(place) < len(ran):
+        place = place.new_zeros(len(ran), place.shape[1]).index_copy(0, ran.nonzero().squeeze(1), place)
+    after = place.gather(1, held.clamp(max=place.shape[1] - 1))
+    return torch.where(ran[:, None], after, held)
 
 
 def usage_of(model: AdaptiveViT, holders: list[Tensor], grid: tuple[int, ...]) -> Usage:

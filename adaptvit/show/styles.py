@@ -27,6 +27,7 @@ LOOKS = (
     ("#6699cc", "2"),
     ("#994f00", "3"),
     ("#40b0a6", "4"),
+    ("#ee8866", "*"),
 )
 """Okabe and Ito's colours and Tol's muted ones, told apart by the colour-blind; the markers do it in grey."""
 

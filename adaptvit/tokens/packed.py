@@ -135,6 +135,18 @@ class Packed(Tokens):
         x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
         return self._of(x, rows), kept
 
+    def of_images(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """A batch of some images alone, (B,) bool, with `others`, token features."""
+        numbers, slots = chosen.nonzero().squeeze(1), self.shape[1]
+        image = self.slots // slots
+        rows = chosen.index_select(0, image).nonzero().squeeze(1)
+        first = slots * (chosen.cumsum(dim=0) - 1)
+        at = self.slots.index_select(0, rows) % slots + first.index_select(0, image.index_select(0, rows))
+        x, *kept = (t.index_select(0, rows) for t in (self.x, *others))
+        where = None if self.where is None else self.where.index_select(0, rows)
+        source = None if self.source is None else self.source.of_images(numbers)
+        return type(self)(x, (len(numbers), slots), at, self.each, where, source), kept
+
     def put(self, some: Self, t: Tensor) -> Tensor:
         if some.slots is self.slots:
             return t
