@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import images, small_vit
+from test_families import cut, naflex
 from torch import Tensor
 
 from adaptvit import (
@@ -63,6 +64,41 @@ def test_every_layout_leaves_by_the_same_exits(flavour: str, config: ExitConfig)
         torch.testing.assert_close(torch.cat([model(one[None], alone) for one in batch]), packed.logits)
         if flavour not in TOLD_PLACES:  # which take no empty batch themselves
             assert model(batch[:0]).shape == (0, packed.logits.shape[1])
+
+
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+@pytest.mark.parametrize("rope", ["none", "axial", "mixed"])
+def test_images_of_different_shapes_leave_as_each_alone_does(rope: str, config: ExitConfig) -> None:
+    torch.manual_seed(0)
+    model = config.build(naflex(rope).double().eval()).eval()
+    for part in (*model.lenses, model.readout):
+        part.weight.data.normal_(std=0.3)
+    batch = cut(((4, 4), (2, 6), (3, 3), (3, 4), (2, 2), (4, 3)))
+    with torch.inference_mode():
+        tokens, merged = model.start(model.enter(batch, Masked))
+        clear = model.entropy(model.lens(model.step(0, tokens, merged), 0))
+        model.config = replace(model.config, threshold=clear.quantile(1 / 3).item())
+        packed = model(batch, Packed, detailed=True)
+        assert len(packed.usage.depth[:, 0].unique()) > 1
+        for layout in (Masked, Slab):
+            other = model(batch, layout, detailed=True)
+            torch.testing.assert_close(other.logits, packed.logits)
+            assert other.usage == packed.usage
+        alone = [model({name: t[[image]] for name, t in batch.items()}) for image in range(6)]
+        torch.testing.assert_close(torch.cat(alone), packed.logits)
+
+
+@pytest.mark.parametrize("layout", [Packed, Masked, Slab])
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+def test_a_batch_that_leaves_as_a_whole_is_what_its_images_are(config: ExitConfig, layout: type[Tokens]) -> None:
+    model, batch = fitted(config=config)
+    with torch.inference_mode():
+        whole = model(batch, detailed=True)
+        for depth in whole.usage.depth[:, 0].unique().tolist():
+            rows = whole.usage.depth[:, 0] == depth
+            some = model(batch[rows], layout, detailed=True)
+            torch.testing.assert_close(some.logits, whole.logits[rows])
+            assert some.usage == whole.usage.of_images(rows)
 
 
 @pytest.mark.parametrize("config", [ALONE, MERGING])

@@ -204,8 +204,10 @@ class ExitViT(AdaptiveViT):
         depth = torch.full((images,), self.depth, device=out.device)
         asked = torch.zeros(images, self.depth, dtype=torch.long, device=out.device)
         told = list[Tensor]()
-        stay = self.training or tokens.source.canvas is not None
+        stay, on_host = self.training or tokens.source.canvas is not None, kernels.on_host(out.device)
         skips = not torch.compiler.is_compiling() and not isinstance(tokens, Slab)  # which counts what is dropped
+        if isinstance(tokens, Packed) and tokens.full:
+            tokens = Dense.of(tokens.batch).of_source(tokens.source)  # as whose images are alike, or leave
         tokens, merged = self.start(tokens)
         for number in range(self.depth):
             tokens = self.step(number, tokens, merged)
@@ -217,13 +219,13 @@ class ExitViT(AdaptiveViT):
                 told.append(left)
                 continue
             leaves = self.entropy(left) < self.config.threshold
-            if skips and kernels.on_host(out.device) and not leaves.any():
+            if skips and on_host and not leaves.any():
                 continue
             gone = present & _of_all(present, leaves)
             out = torch.where(gone[:, None, None], _of_all(present, left).to(out.dtype), out)
             depth, present = depth.masked_fill(gone, number + 1), present & ~gone
             tokens = _staying(tokens, ~leaves, merged)
-            if skips and not tokens.x.numel():
+            if skips and not (present.any() if on_host else tokens.x.numel()):
                 break
         else:
             out = torch.where(present[:, None, None], _of_all(present, self.read_slots(tokens, tokens.x)), out)
@@ -294,9 +296,10 @@ def _of_all(present: Tensor, t: Tensor) -> Tensor:
 
 
 def _staying(tokens: Tokens, stays: Tensor, merged: Merged | None) -> Tokens:
-    """The tokens of images that stay, bool by images: `Packed` a batch of these alone, others with gaps."""
+    """The tokens of images that stay, bool by images: a batch of these alone, or, in a layout that cannot know how many
+    these are, with gaps."""
     features = [] if merged is None else merged.features
-    if isinstance(tokens, Packed):
+    if isinstance(tokens, Packed | Dense) and not torch.compiler.is_compiling():
         tokens, features = tokens.of_images(stays, *features)
     else:
         tokens, features = tokens.select(stays[:, None].expand(tokens.shape), *features)

@@ -86,6 +86,18 @@ class Dense(Tokens):
         where = None if self.where is None else self.where.index_select(1, rows)
         return replace(self, x=x, slots=slots, where=where, filtered=True), kept
 
+    def of_images(self, chosen: Tensor, *others: Tensor) -> tuple[Self, list[Tensor]]:
+        """A batch of some images alone, (B,) bool, with `others`, token features."""
+        numbers = chosen.nonzero().squeeze(1)
+
+        def some(t: Tensor) -> Tensor:
+            return t.index_select(0, numbers) if t.shape[0] == chosen.shape[0] else t
+
+        slots, where = (None if t is None else some(t) for t in (self.slots, self.where))
+        source = None if self.source is None else self.source.of_images(numbers)
+        kept = replace(self, x=self.x.index_select(0, numbers), slots=slots, where=where, source=source)
+        return kept, [t.index_select(0, numbers) for t in others]
+
     def put(self, some: Self, t: Tensor) -> Tensor:
         if some.x.shape[1] == self.x.shape[1]:
             return t
