@@ -11,11 +11,14 @@ are added; models are kept beside it, and timed.
 """
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from one_recipe import line, rank_correlation
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -36,9 +39,13 @@ ALONE = 40
 
 
 def opened(model: Path, root: Path) -> tuple[AdaptiveViT, Data]:
-    """A plain ViT and its images."""
-    dense = load(model).eval()
-    return dense, open_data(DataConfig(root=root, crop_pct=1.0), preparation(dense, str(model)))
+    """A plain ViT and its images, some of ImageNet's classes where it tells these."""
+    dense, config = load(model).eval(), DataConfig(root=root, crop_pct=1.0)
+    with TemporaryDirectory() as folder:
+        if dense.num_classes == 1000:
+            config = replace(config, class_map=Path(folder) / "imagenet.txt")
+            config.class_map.write_text("\n".join(ImageNetInfo().label_names()))
+        return dense, open_data(config, preparation(dense, str(model)))
 
 
 def write(output: Path, row: dict[str, object]) -> None:

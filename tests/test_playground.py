@@ -32,6 +32,7 @@ from adaptvit.budget import OutOfReach
 from adaptvit.commands import sessions
 from adaptvit.commands.sessions import (
     DIGITS,
+    PHOTOGRAPHS,
     SEEN,
     SIDE,
     SLIMMEST,
@@ -153,12 +154,14 @@ def test_a_budget_out_of_reach_is_met_as_nearly_as_can_be(
     assert budget.share < min(others) if share < 0.5 else budget.share > max(others)
 
 
-def test_a_trained_model_is_shown_with_its_own_method_only(shared: Playground, files: dict[str, str]) -> None:
-    assert shared.subject(files["avit"]).methods == ("avit",)
-    with pytest.raises(ValueError, match=r"can be shown with avit, not with 'ats'"):
-        shared.model(files["avit"], "ats")
-    model = shared.model(files["avit"], "avit")
-    assert model is shared.subject(files["avit"]).opened
+def test_a_trained_model_is_shown_with_its_own_method_first(shared: Playground, files: dict[str, str]) -> None:
+    own, *others = shared.subject(files["avit"]).methods
+    assert own == "avit"
+    assert {"calibrated", "ats"} <= set(others) <= set(shared.subject(files["full"]).methods)
+    assert shared.model(files["avit"], "avit") is shared.subject(files["avit"]).opened
+    assert shared.model(files["avit"], "ats").vit is shared.subject(files["avit"]).opened.vit
+    with pytest.raises(ValueError, match=r"can be shown with avit, calibrated, .*, not with 'adavit'"):
+        shared.model(files["avit"], "adavit")
 
 
 def test_a_model_without_the_token_that_a_method_needs_is_refused_in_a_sentence(
@@ -195,15 +198,24 @@ def test_weights_that_cannot_be_downloaded_are_named(shared: Playground, monkeyp
         shared.subject("abacus")
 
 
-def test_the_bundled_model_reads_its_examples(session: Session) -> None:
+def test_the_bundled_digits_model_reads_its_examples(session: Session) -> None:
     subject = session.playground.subject(DIGITS)
     with torch.inference_mode():
         read = subject.opened(subject.calibration).argmax(dim=1)
     assert (read == torch.arange(10)).sum() >= 9
-    assert sessions.BUNDLED.stat().st_size < 1_500_000
     view = session.view(DIGITS, "ats", 0.6)
     assert view.dense.top[0][0] == "0"
     assert view.image().shape == (448, 448, 3)
+
+
+def test_what_is_seen_first_is_a_photograph_at_half_of_the_macs() -> None:
+    first = Playground(PlaygroundConfig())
+    assert first.names[:2] == [PHOTOGRAPHS, DIGITS]
+    assert first.subject(PHOTOGRAPHS).methods[0] == "evit"
+    view = Session(first).view(PHOTOGRAPHS, "evit", 0.5)
+    assert view.dense.top[0][0] == view.adaptive.top[0][0] == "church"  # of the temple
+    assert view.adaptive.gmacs / view.dense.gmacs == pytest.approx(0.5, abs=0.03)
+    assert sum(file.stat().st_size for file in sessions.BUNDLED.values()) < 9_000_000
 
 
 def test_a_block_shows_what_is_left(session: Session, files: dict[str, str]) -> None:

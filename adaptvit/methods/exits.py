@@ -202,7 +202,6 @@ class ExitViT(AdaptiveViT):
         out = tokens.x.new_zeros(images, self.read, tokens.x.shape[-1])
         present = torch.ones(images, dtype=torch.bool, device=out.device)
         depth = torch.full((images,), self.depth, device=out.device)
-        asked = torch.zeros(images, self.depth, dtype=torch.long, device=out.device)
         told = list[Tensor]()
         stay, on_host = self.training or tokens.source.canvas is not None, kernels.on_host(out.device)
         skips = not torch.compiler.is_compiling() and not isinstance(tokens, Slab)  # which counts what is dropped
@@ -213,7 +212,6 @@ class ExitViT(AdaptiveViT):
             tokens = self.step(number, tokens, merged)
             if number not in self.exits:
                 continue
-            asked[:, number] = present * self.exit_macs
             left = self.lens(tokens, number)
             if stay:
                 told.append(left)
@@ -230,7 +228,7 @@ class ExitViT(AdaptiveViT):
         else:
             out = torch.where(present[:, None, None], _of_all(present, self.read_slots(tokens, tokens.x)), out)
         means = {"lens": self.error(told, out)} if told else {}
-        return self.finish(out, partial(self.usage_of, depth, asked, grid, deepest, merged), means=means)
+        return self.finish(out, partial(self.usage_of, depth, grid, deepest, merged), means=means)
 
     def start(self, tokens: Tokens) -> tuple[Tokens, Merged | None]:
         """The tokens of the first block, and what is known of those that are merged, where some are."""
@@ -240,18 +238,22 @@ class ExitViT(AdaptiveViT):
         """A block."""
         return self.run_block(number, tokens)
 
-    def usage_of(
-        self, depth: Tensor, asked: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None
-    ) -> Usage:
+    def usage_of(self, depth: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None) -> Usage:
         """The record.
 
         Args:
             depth: (B,) the last block that each image entered.
-            asked: (B, L) MACs of exits.
             deepest: (B, N) the last that each slot could enter.
         """
         depths = torch.minimum(deepest, depth[:, None])
-        return replace(Usage.of_depth(depths, self.heads, grid, self.prefix, last_reads=self.read), deciding=asked)
+        return replace(
+            Usage.of_depth(depths, self.heads, grid, self.prefix, last_reads=self.read), deciding=self.asked(depth)
+        )
+
+    def asked(self, depth: Tensor) -> Tensor:
+        """(B, L) MACs of the exits behind the blocks that each image entered."""
+        blocks = torch.arange(self.depth, device=depth.device)
+        return self.exit_macs * ((depth[:, None] > blocks) & torch.isin(blocks, blocks.new_tensor(self.exits)))
 
     def lens(self, tokens: Tokens, block: int) -> Tensor:
         """What the last block would leave of the slots that are read, as told behind a block: (B, R, D)."""
@@ -260,6 +262,9 @@ class ExitViT(AdaptiveViT):
 
     def summary(self, tokens: Tokens) -> Tensor:
         """What an exit sees, (B, (R + 1) D): slots that are read and the mean of the patches; 0 of images that left."""
+        if isinstance(tokens, Dense) and not tokens.filtered:
+            x = tokens.x
+            return torch.cat([x[:, : self.read].flatten(1), x[:, self.prefix :].mean(dim=1)], dim=1)
         read, patches = self.read_slots(tokens, tokens.x), tokens.grid(tokens.x)[:, self.prefix :]
         count = tokens.live[:, self.prefix :].sum(dim=1, keepdim=True).clamp(min=1)
         return torch.cat([read.flatten(1), (patches.sum(dim=1) / count).to(read.dtype)], dim=1)
@@ -324,9 +329,7 @@ class MergingExitViT(ExitViT, MergingViT):
     def alike(self, tokens: Tokens) -> bool:
         return super().alike(tokens) and (self.training or not isinstance(tokens, Masked | Slab))
 
-    def usage_of(
-        self, depth: Tensor, asked: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None
-    ) -> Usage:
+    def usage_of(self, depth: Tensor, grid: tuple[int, ...], deepest: Tensor, merged: Merged | None) -> Usage:
         assert merged is not None
         idle = [None] * (self.depth - len(merged.went))
         held = held_after(merged.holder, [*merged.went, *idle], depth)
@@ -336,7 +339,7 @@ class MergingExitViT(ExitViT, MergingViT):
         ran = depth[:, None] > torch.arange(self.depth, device=depth.device)
         counts = {name: getattr(usage, name) * ran for name in ("attended", "updated", "attention", "mlp", "executed")}
         live = usage.live & ran[..., None]
-        return replace(usage, **counts, live=live, deciding=usage.deciding * ran + asked)
+        return replace(usage, **counts, live=live, deciding=usage.deciding * ran + self.asked(depth))
 
 
 class _Sums:
