@@ -212,7 +212,18 @@ def test_training_runs_every_block_and_brings_lenses_to_what_the_last_one_leaves
     assert (output.usage.depth[:, 0] == model.depth).all()
 
 
-@pytest.mark.parametrize(("config", "layout", "size"), [(ALONE, Dense, 1), (ALONE, Slab, 4), (MERGING, Slab, 4)])
+@pytest.mark.parametrize("config", [ALONE, MERGING])
+def test_a_plan_counts_every_exit_whether_anybody_leaves_or_not(config: ExitConfig) -> None:
+    model, batch = fitted(config=config)
+    plan = measure_plan(model, batch)
+    model.config = replace(model.config, threshold=0.0)
+    assert len(measure_plan(model, batch).rows(4)) == len(plan.rows(4)) >= len(model.exits)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "size"),
+    [(ALONE, Dense, 1), *(pytest.param(config, Slab, 4, marks=pytest.mark.long) for config in (ALONE, MERGING))],
+)
 def test_images_leave_a_file_where_they_leave_the_model(
     config: ExitConfig, layout: type[Tokens], size: int, tmp_path: Path
 ) -> None:
