@@ -1,11 +1,28 @@
-"""Accuracy and cost of the bundled model on the digits held out: python benchmarks/zoo.py"""
+"""Accuracy and cost of the bundled models on what was held out: python benchmarks/zoo.py [IMAGENETTE]"""
 
+import sys
 from pathlib import Path
 
-import adaptvit
-from adaptvit.data import open_digits
+from adaptvit import load
+from adaptvit.commands.sessions import BUNDLED
+from adaptvit.data import Data, DataConfig, open_data, open_digits, preparation
 from adaptvit.measure.evaluate import evaluate
+from adaptvit.methods import dense
+from adaptvit.model import AdaptiveViT
 
-model = adaptvit.load(Path(adaptvit.__file__).parent / "commands" / "digits.safetensors").float().eval()
-result = evaluate(model.vit, open_digits(model.vit.patch_embed.img_size[0]).test)
-print(f"top-1 {result.top1:.1%} of {result.images}, {1e3 * result.gmacs:.1f} MMACs an image")
+
+def held_out(model: AdaptiveViT, root: Path | None) -> Data | None:
+    """The images that a model was not trained on, where they are here."""
+    size = model.vit.patch_embed.img_size[0]
+    if model.vit.patch_embed.proj.in_channels == 1:
+        return open_digits(size)
+    return None if root is None else open_data(DataConfig(root=root), preparation(model))
+
+
+root = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+for name, file in BUNDLED.items():
+    model = load(file).float().eval()
+    data = held_out(model, root)
+    for one in (dense(model.vit), model) if data is not None else ():
+        result = evaluate(one, data.test)
+        print(f"{name}, {one.config.title}: top-1 {result.top1:.1%} of {result.images}, {1e3 * result.gmacs:.1f} MMACs")

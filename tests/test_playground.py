@@ -213,7 +213,7 @@ def test_what_is_seen_first_is_a_photograph_at_half_of_the_macs() -> None:
     assert first.names[:2] == [PHOTOGRAPHS, DIGITS]
     assert first.subject(PHOTOGRAPHS).methods[0] == "evit"
     view = Session(first).view(PHOTOGRAPHS, "evit", 0.5)
-    assert view.dense.top[0][0] == view.adaptive.top[0][0] == "church"  # of the temple
+    assert view.dense.top[0][0] == view.adaptive.top[0][0] == "church"  # of a temple
     assert view.adaptive.gmacs / view.dense.gmacs == pytest.approx(0.5, abs=0.03)
     assert sum(file.stat().st_size for file in sessions.BUNDLED.values()) < 9_000_000
 

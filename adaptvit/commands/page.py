@@ -24,7 +24,7 @@ from matplotlib.colors import to_hex
 from PIL import Image, ImageOps
 
 from adaptvit.commands.sessions import (
-    DIGITS,
+    BUNDLED,
     Answer,
     Playground,
     PlaygroundConfig,
@@ -270,8 +270,9 @@ def build(playground: Playground, stored: Stored) -> gr.Blocks:
                 Path(path).unlink(missing_ok=True)
             if picture.note:
                 gr.Info(escape(picture.note), title="Picture")
-            if name == DIGITS:
-                gr.Info("This model has seen handwritten digits alone: any picture is a digit to it.", title="Model")
+            if name in BUNDLED:
+                known = ", ".join(playground.subject(name).classes)
+                gr.Info(f"This model knows ten classes: any picture is one of {known} to it.", title="Model")
             return look(own, before, block, name, way, per_cent)
 
         def choose(

@@ -63,9 +63,12 @@ from adaptvit.show.pictures import (
 from adaptvit.usage import Usage, join
 from adaptvit.weights.opening import check_name, classes_told, open_model
 
-BUNDLED = Path(__file__).with_name("digits.safetensors")
-"""A ViT that reads scikit-learn's digits; `docs/playground.md` has the commands that make it."""
-DIGITS = "digits (bundled)"
+PHOTOGRAPHS, DIGITS = "photographs (bundled)", "digits (bundled)"
+BUNDLED = {
+    PHOTOGRAPHS: Path(__file__).with_name("photographs.safetensors"),
+    DIGITS: Path(__file__).with_name("digits.safetensors"),
+}
+"""ViTs of ten classes each; `docs/playground.md` has the commands that make them."""
 DOWNLOADED = (
     "deit_tiny_patch16_224",
     "deit_small_patch16_224",
@@ -97,7 +100,7 @@ class PlaygroundConfig:
     """What the page offers, and where."""
 
     models: Sequence[str] = ()
-    """Files, folders, repositories or timm's names of ViTs, offered beside the bundled one, the first first."""
+    """Files, folders, repositories or timm's names of ViTs, offered beside the bundled ones, the first first."""
     class_names: Path | None = None
     """File with the name of a class on each line, in the order of these models' classes. None: ImageNet's where there
     are as many, else numbers."""
@@ -182,9 +185,9 @@ def open_clip(path: Path | str, frames: int) -> Picture:
 
 
 def coloured() -> list[Image.Image]:
-    """scikit-learn's two photographs, and the left half of each."""
+    """The left half of each of scikit-learn's two photographs, and all of it."""
     whole = photographs()
-    return [part for one in whole for part in (one, one.crop((0, 0, one.width // 2, one.height)))]
+    return [part for one in whole for part in (one.crop((0, 0, one.width // 2, one.height)), one)]
 
 
 def moving(frames: int) -> list[tuple[Image.Image, ...]]:
@@ -254,10 +257,10 @@ class Subject:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What it can be shown with: its own method or, a plain ViT, those that need no training."""
-        if not is_dense(self.opened):
-            return (self.opened.config.method,)
-        return tuple(name for name in untrained(self.frames is not None) if METHODS[name].role != "control")
+        """What it can be shown with: its own method, where it is no plain ViT, and those that need no training."""
+        own = () if is_dense(self.opened) else (self.opened.config.method,)
+        others = (name for name in untrained(self.frames is not None) if METHODS[name].role != "control")
+        return tuple(dict.fromkeys([*own, *others]))
 
     @cached_property
     def calibration(self) -> Tensor:
@@ -348,7 +351,7 @@ class Playground:
     """The models, which all sessions share. Whoever computes holds `lock`, whoever downloads `opening` alone."""
 
     def __init__(self, config: PlaygroundConfig) -> None:
-        """Open the models that the config names, and the bundled one.
+        """Open the models that the config names, and the bundled ones.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: one of them cannot be shown.
@@ -367,7 +370,8 @@ class Playground:
                 self.subjects[model] = Subject.of(open_model(model), names)
             except ValueError as error:
                 raise ValueError(f"{model}: {error}") from error
-        self.subjects[DIGITS] = Subject.of(open_model(BUNDLED), [str(digit) for digit in range(10)])
+        for name, file in BUNDLED.items():
+            self.subjects[name] = Subject.of(open_model(file))
 
     @property
     def names(self) -> list[str]:
