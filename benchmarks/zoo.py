@@ -7,7 +7,7 @@ from adaptvit import load
 from adaptvit.commands.sessions import BUNDLED
 from adaptvit.data import Data, DataConfig, open_data, open_digits, preparation
 from adaptvit.measure.evaluate import evaluate
-from adaptvit.methods import dense
+from adaptvit.methods import is_dense
 from adaptvit.model import AdaptiveViT
 
 
@@ -23,6 +23,7 @@ root = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 for name, file in BUNDLED.items():
     model = load(file).float().eval()
     data = held_out(model, root)
-    for one in (dense(model.vit), model) if data is not None else ():
+    ways = {"dense": model.vit} | ({} if is_dense(model) else {model.config.title: model})
+    for way, one in ways.items() if data is not None else ():
         result = evaluate(one, data.test)
-        print(f"{name}, {one.config.title}: top-1 {result.top1:.1%} of {result.images}, {1e3 * result.gmacs:.1f} MMACs")
+        print(f"{name}, {way}: top-1 {result.top1:.1%} of {result.images}, {1e3 * result.gmacs:.1f} MMACs")
