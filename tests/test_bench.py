@@ -85,7 +85,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
         ("deit_tiny", "no model named 'deit_tiny'; did you mean 'deit_tiny_patch16_224'?"),
         (
             "deit_tiny_patch16_224 --method turbo",
-            "method must be one of calibrated, merge, tome, grid, exit, ats, evit, avit, adavit, dynamicvit, runlength",
+            "method must be one of calibrated, merge, tome, grid, exit, merge_exit, ats, evit, avit, adavit,",
         ),
         ("deit_tiny_patch16_224 --target 0", r"target must lie in (0, 1], the share of the dense MACs, got 0"),
         ("deit_tiny_patch16_224 --target half", "half"),

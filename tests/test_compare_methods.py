@@ -319,8 +319,8 @@ def test_a_data_set_by_name_is_the_same_as_its_folder(
     [
         (
             ["--methods=[fly]"],
-            "methods must be some of calibrated, merge, tome, grid, exit, ats, evit, avit, runlength, runlength_merge, "
-            "random, got ('fly',)",
+            "methods must be some of calibrated, merge, tome, grid, exit, merge_exit, ats, evit, avit, runlength, "
+            "runlength_merge, random, got ('fly',)",
         ),
         (["--budgets=[0.5,60]"], "budgets must lie in (0, 1], shares of the dense MACs, got (0.5, 60.0); 60 % is 0.6"),
         (["--calibration=34"], "has 35 images, of which 34 are set aside for calibration: two or more must be left"),
