@@ -51,8 +51,7 @@ class DynamicViTConfig(MethodConfig):
 
     Differs from the released code in evaluation: counts follow the number of patches, 196 or not; at least one patch is
     kept; and `select="threshold"` is ours. In training `top-k` draws as many patches as are asked for, on average, from
-    the first step (`levelled`), where the published ratio loss takes many epochs to, and the distance to a teacher's
-    patches is over their mean square, which is 16 for some ViTs and outweighs all else there. How that code trains is
+    the first step (`levelled`), where the published ratio loss takes many epochs to. How that code trains is
     `adaptvit.methods.released.ReleasedDynamicViTConfig`, which lists what differs.
     """
 
@@ -82,9 +81,8 @@ class DynamicViTConfig(MethodConfig):
     """Weight of the squared distance of the share kept from the share asked for, a mean over stages; 5 for DeiT-B."""
     token_weight: Annotated[float, In("[0, inf)")] = 0.5
     """Weight of the distance to a teacher's patches, where there is a teacher; 0 leaves them out."""
-    token_loss: Literal["relative", "mse", "kl"] = "relative"
-    """That distance: `mse` as released for DeiT, and for features as large as DeiT's; `relative`, that over the mean
-    square of the teacher's, so that the weight holds for any ViT; `kl` of the softmax over channels as for LV-ViT."""
+    token_loss: Literal["mse", "kl"] = "mse"
+    """That distance: `mse` as released for DeiT, `kl` of the softmax over channels as for LV-ViT."""
 
     @property
     def knob(self) -> Knob:
@@ -453,7 +451,7 @@ def _attend(policy: Tensor, epsilon: float, projected: Projected, drop: float) -
     return (dropout(masked_attention(logits, policy, epsilon), drop).to(v.dtype) @ v).transpose(1, 2)
 
 
-def token_loss(student: Tensor, teacher: Tensor, kept: Tensor, kind: Literal["relative", "mse", "kl"]) -> Tensor:
+def token_loss(student: Tensor, teacher: Tensor, kept: Tensor, kind: Literal["mse", "kl"]) -> Tensor:
     """Distance of the patches that are kept to a teacher's.
 
     Args:
@@ -461,11 +459,9 @@ def token_loss(student: Tensor, teacher: Tensor, kept: Tensor, kind: Literal["re
         kept: (B, P), above 0 where a patch counts.
     """
     counts = kept.detach() > 0
-    if kind == "kl":
+    if kind == "mse":
+        each = (student - teacher).square().mean(dim=-1)
+    else:
         given, wanted = (log_softmax(t, dim=-1) for t in (student, teacher))
         each = kl_div(given, wanted, reduction="none", log_target=True).sum(dim=-1)
-    else:
-        each = (student - teacher).square().mean(dim=-1)
-        if kind == "relative":
-            each = each / teacher.square().mean().clamp(min=torch.finfo(each.dtype).tiny)
     return (each * counts).sum() / counts.sum().clamp(min=1)

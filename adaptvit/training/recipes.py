@@ -170,7 +170,7 @@ def dynamicvit_small_imagenet() -> Run:
         model="deit_small_patch16_224",
         drop_path=0.0,
         teacher="deit_small_patch16_224",
-        method=DynamicViTConfig(ratio_weight=4 / 3, token_weight=1 / 3, token_loss="mse"),
+        method=DynamicViTConfig(ratio_weight=4 / 3, token_weight=1 / 3),
         data=replace(tiny.data, repeated_augmentation=1),
         recipe=replace(
             tiny.recipe,

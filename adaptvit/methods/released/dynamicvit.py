@@ -1,7 +1,7 @@
 """DynamicViT as its released code trains it."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -18,15 +18,12 @@ class ReleasedDynamicViTConfig(DynamicViTConfig):
     - 1e-6 is added to the masked softmax, in all blocks; there: it is over the patches kept and oneself;
     - none of an image's patches may be kept, and what the next predictor reads is then 0 / 0; there: one at least is;
     - predictors' log-odds are drawn by as they are; there: with `top-k`, as many patches as are asked for;
-    - a batch that is asked for its share is that of one process; there: of all;
-    - the distance to a teacher's patches is not taken over how large these are.
+    - a batch that is asked for its share is that of one process; there: of all.
     """
 
     method: ClassVar[str] = "dynamicvit_released"
     title: ClassVar[str] = "DynamicViT as released"
     role: ClassVar[Role] = "released"
-
-    token_loss: Literal["relative", "mse", "kl"] = "mse"
 
     def build(self, vit: nn.Module) -> "ReleasedDynamicViT":
         """Wrap `vit`, sharing its weights, with predictors that have yet to be trained."""
