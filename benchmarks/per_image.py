@@ -287,7 +287,7 @@ def draw(output: Path, picture: Path) -> None:
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     lines = [one for one in lines if one["method"] != "dynamicvit"]  # by top-k, whose probabilities are no thresholds
     lines.sort(key=lambda one: (one["images"], one["method"], -float(one["budget"])))
-    names = [f"{one['method']} {float(one['budget']):.0%}\n{one['images']}" for one in lines]
+    names = [f"{one['method']}\n{float(one['budget']):.0%}\n{one['images']}" for one in lines]
     looks = styles(one["method"] for one in lines)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
