@@ -22,8 +22,9 @@ def held_out(model: AdaptiveViT, root: Path | None) -> Data | None:
 root = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 for name, file in BUNDLED.items():
     model = load(file).float().eval()
-    data = held_out(model, root)
+    if (data := held_out(model, root)) is None:
+        continue
     ways = {"dense": model.vit} | ({} if is_dense(model) else {model.config.title: model})
-    for way, one in ways.items() if data is not None else ():
+    for way, one in ways.items():
         result = evaluate(one, data.test)
         print(f"{name}, {way}: top-1 {result.top1:.1%} of {result.images}, {1e3 * result.gmacs:.1f} MMACs")
