@@ -236,7 +236,7 @@ def playground() -> Run:
 
 
 def _fine_tuned(name: str, method: MethodConfig) -> Run:
-    """The same on the way to half the dense MACs, alike for every method.
+    """The same on the way to half the dense MACs, alike for every method but where its recipe says otherwise.
 
     The method is fitted to the weights first; the budget comes down over an epoch, and the knob is steered to it;
     averaged weights are kept. `weights` and `teacher` are best the dense model.
