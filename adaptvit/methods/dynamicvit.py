@@ -396,6 +396,8 @@ class DynamicViT(AdaptiveViT):
 def levelled(score: Tensor, live: Tensor, count: Tensor | float) -> Tensor:
     """Log-odds less one number an image, so that `count` of its patches are kept on average.
 
+    The number has a gradient: what would keep more patches of an image altogether, which it undoes, is not learned.
+
     Args:
         score: log-odds, (B, P).
         live: bool, the patches that can be kept.
@@ -408,7 +410,11 @@ def levelled(score: Tensor, live: Tensor, count: Tensor | float) -> Tensor:
             middle = (low + high) / 2
             many = ((score - middle).sigmoid() * live).sum(dim=1, keepdim=True) > count
             low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    return score - (low + high) / 2
+    number = (low + high) / 2
+    chance = (score - number).sigmoid() * live
+    slope = (chance * (1 - chance)).sum(dim=1, keepdim=True).detach()
+    total = chance.sum(dim=1, keepdim=True)
+    return score - number - (total - total.detach()) / slope.clamp(min=torch.finfo(slope.dtype).tiny)
 
 
 def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
