@@ -1,6 +1,7 @@
 """Every method fine-tuned by one recipe from one dense ViT-Tiny, at half of the MACs, and steered up from there.
 
     python benchmarks/one_recipe.py WEIGHTS DATA OUTPUT [CELL ...]
+    python benchmarks/one_recipe.py benchmarks/one_recipe.jsonl         # the table of such lines, over seeds
 
 WEIGHTS is a ViT-Tiny/16 file with ImageNet's head, whose ten rows the dense model begins with; DATA Imagenette with
 `train` and `val`. A CELL is METHOD or METHOD:SEED. OUTPUT is a folder, which goes on where it was stopped: the models,
@@ -11,6 +12,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -84,6 +86,28 @@ def line(cell: str, budget: float, result: Result, dense: Result, shape: Shape) 
     }
 
 
+def told_over_seeds(rows: list[dict[str, Any]]) -> str:
+    """A table of a method's means and standard deviations over its seeds."""
+    lines = [
+        "| | seeds | lost at half | at its MACs | steered up | at its MACs | rank correlation | depth over images |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for method in dict.fromkeys(row["cell"].partition(":")[0] for row in rows):
+        own = [row for row in rows if row["cell"].partition(":")[0] == method]
+        half, up = ([row for row in own if row["budget"] == budget] for budget in BUDGETS)
+
+        def mean(some: list[dict[str, Any]], name: str, scale: float = 1.0, digits: int = 1) -> str:
+            values = torch.tensor([scale * row[name] for row in some], dtype=torch.float64)
+            return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(some) > 1 else "")
+
+        follows = mean(half, "rank_correlation_of_macs_and_dense_loss", 1, 2) if half[0]["share_spread"] > 1e-6 else ""
+        depth = f"± {mean(half, 'depth_spread').partition(' ')[0]}" if follows else ""
+        shares = [mean(some, "share", 100).partition(" ")[0] + " %" for some in (half, up)]
+        cells = [mean(half, "lost"), shares[0], mean(up, "lost"), shares[1], follows, depth]
+        lines.append(f"| {method} | {len(half)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(weights: Path, data: Path, output: Path, *cells: str) -> None:
     """Train, cell by cell, and write its lines."""
     torch.set_num_threads(1)
@@ -116,5 +140,8 @@ def main(weights: Path, data: Path, output: Path, *cells: str) -> None:
 
 
 if __name__ == "__main__":
-    weights, data, output, *cells = sys.argv[1:]
-    main(Path(weights), Path(data), Path(output), *cells)
+    if len(sys.argv) == 2:
+        print(told_over_seeds([json.loads(row) for row in Path(sys.argv[1]).read_text().splitlines()]))
+    else:
+        weights, data, output, *cells = sys.argv[1:]
+        main(Path(weights), Path(data), Path(output), *cells)
