@@ -6,7 +6,6 @@ WEIGHTS is a ViT-Tiny/16 file in timm's names, IMAGES a folder of 1000 class fol
 script writes .csv, .png and .json (the conditions). It takes half an hour on one core.
 """
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import timm
 import torch
 from imagenet_samples import prepared
 from matplotlib.figure import Figure
+from tables import write_table
 from torch import Tensor
 
 from adaptvit import ATSConfig, FullConfig, Output, dense_macs, join, macs, meet_target
@@ -119,13 +119,9 @@ def main(weights: Path, folder: Path, output: Path) -> None:
         }
         rows.append(row)
         print(as_json(row), flush=True)
-    with output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     conditions = {"threads": THREADS, "batch": TIMED, "rounds": ROUNDS, "torch": torch.__version__}
     conditions |= {"timm": timm.__version__, "load_average": os.getloadavg()[0], "images": len(images)}
-    output.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
+    write_table(rows, conditions, output)
     plot(rows, output.with_suffix(".png"))
 
 

@@ -16,6 +16,7 @@ import timm
 import torch
 from imagenet_samples import opened
 from matplotlib.figure import Figure
+from tables import write_table
 from torch import nn
 
 from adaptvit import CalibratedConfig, MergeConfig, ToMeConfig, dense_macs, macs
@@ -97,12 +98,8 @@ def main(weights: Path, folder: Path, table: Path, output: Path) -> None:
                 row |= {f"{kind}_{name}": round(100 * float(one[f"lost{end}"]), 2) for kind, end in ENDS.items()}
             rows.append(row)
             print(as_json(row), flush=True)
-    with output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     conditions = {"torch": torch.__version__, "threads": THREADS, "load_average": os.getloadavg()[0], "rounds": ROUNDS}
-    output.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
+    write_table(rows, conditions, output)
     drawn(rows, output.with_suffix(".png"))
 
 

@@ -10,6 +10,7 @@ and `cells.jsonl`, a line a cell and budget.
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,22 @@ def line(cell: str, budget: float, result: Result, dense: Result, shape: Shape) 
     }
 
 
+def by_method(rows: Iterable[dict[str, Any]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """The lines of each method, over its seeds, at each of `BUDGETS`."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for row in rows:
+        budgets = found.setdefault(row["cell"].partition(":")[0], [[] for _ in BUDGETS])
+        budgets[BUDGETS.index(row["budget"])].append(row)
+    return found
+
+
 def told_over_seeds(rows: list[dict[str, Any]]) -> str:
     """A table of a method's means and standard deviations over its seeds."""
     lines = [
         "| | seeds | lost at half | at its MACs | steered up | at its MACs | rank correlation | depth over images |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for method in dict.fromkeys(row["cell"].partition(":")[0] for row in rows):
-        own = [row for row in rows if row["cell"].partition(":")[0] == method]
-        half, up = ([row for row in own if row["budget"] == budget] for budget in BUDGETS)
+    for method, (half, up) in by_method(rows).items():
 
         def mean(some: list[dict[str, Any]], name: str, scale: float = 1.0, digits: int = 1) -> str:
             values = torch.tensor([scale * row[name] for row in some], dtype=torch.float64)

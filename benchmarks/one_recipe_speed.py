@@ -5,7 +5,6 @@ DATA is Imagenette, OUTPUT the folder of one_recipe.py, TABLE a path without end
 32, two threads; points lost are means over seeds.
 """
 
-import csv
 import json
 import os
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from one_recipe import BUDGETS
+from one_recipe import BUDGETS, by_method
+from tables import write_table
 
 from adaptvit import load
 from adaptvit.data import DataConfig, open_data, preparation, spread_over
@@ -52,22 +52,20 @@ def drawn(rows: list[dict[str, Any]], file: Path) -> None:
 def main(data: Path, output: Path, table: Path) -> None:
     """Time, and write table, conditions and picture."""
     torch.set_num_threads(THREADS)
-    found = [json.loads(row) for row in table.with_suffix(".jsonl").read_text().splitlines()]
+    found = by_method(json.loads(row) for row in table.with_suffix(".jsonl").read_text().splitlines())
     dense = load(output / "dense" / "model.safetensors").eval()
     test = open_data(DataConfig(root=data, crop_pct=1.0, workers=0), preparation(dense, "dense")).test
     images = spread_over(test, BATCH).images
-    methods = dict.fromkeys(row["cell"].partition(":")[0] for row in found)
     files = {budget: "model" if budget == BUDGETS[0] else f"at_{budget}" for budget in BUDGETS}
     models = {
         f"{method} {budget}": load(output / f"{method}_0" / f"{file}.safetensors").eval()
-        for method in methods
+        for method in found
         for budget, file in files.items()
     }
     timed = speeds(models, dict.fromkeys(models, images), ROUNDS, ["packed"], (dense.vit, images), "timing")
     rows = []
-    for method in methods:
-        for budget in BUDGETS:
-            own = [row for row in found if (row["cell"].partition(":")[0], row["budget"]) == (method, budget)]
+    for method, seeds in found.items():
+        for budget, own in zip(BUDGETS, seeds, strict=True):
             lost = torch.tensor([row["lost"] for row in own], dtype=torch.float64)
             speed = timed[f"{method} {budget}"]
             row: dict[str, Any] = {"method": method, "budget": budget, "seeds": len(own)}
@@ -75,12 +73,8 @@ def main(data: Path, output: Path, table: Path) -> None:
             row |= {"gain": round(speed.gain, 3), "ideal": round(speed.ideal, 3), "ratio": round(speed.ratio, 3)}
             rows.append(row)
             print(as_json(row), flush=True)
-    with table.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     conditions = {"torch": torch.__version__, "threads": THREADS, "load_average": os.getloadavg()[0], "rounds": ROUNDS}
-    table.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
+    write_table(rows, conditions, table)
     drawn(rows, table.with_suffix(".png"))
 
 

@@ -25,6 +25,7 @@ import torch
 from bare_blocks import Bare
 from imagenet_samples import opened
 from matplotlib.figure import Figure
+from tables import write_table
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -150,12 +151,8 @@ def main(weights: Path, folder: Path, models: Path, output: Path | None) -> None
                 rows.append(row)
                 print(as_json(row), flush=True)
     if output is not None:
-        with output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, max(rows, key=len))
-            writer.writeheader()
-            writer.writerows(rows)
         conditions = {"torch": torch.__version__, "threads": THREADS, "load_average": os.getloadavg()[0]}
-        output.with_suffix(".json").write_text(as_json(conditions, indent=2) + "\n")
+        write_table(rows, conditions, output)
 
 
 if __name__ == "__main__":
