@@ -4,8 +4,8 @@
     python benchmarks/one_recipe.py benchmarks/one_recipe.jsonl         # the table of such lines, over seeds
 
 WEIGHTS is a ViT-Tiny/16 file with ImageNet's head, whose ten rows the dense model begins with; DATA Imagenette with
-`train` and `val`. A CELL is METHOD or METHOD:SEED. OUTPUT is a folder, which goes on where it was stopped: the models,
-and `cells.jsonl`, a line a cell and budget.
+`train` and `val`. A CELL is METHOD, METHOD:SEED or METHOD:SEED:EPOCHS. OUTPUT is a folder, which goes on
+where it was stopped: the models, and `cells.jsonl`, a line a cell and budget.
 """
 
 import json
@@ -36,7 +36,7 @@ CELLS = [
     for seed in range(3)
     for method in ("merge", "ats", "avit", "adavit", "evit", "dynamicvit", "tome", "calibrated", "exit")
 ]
-SETTINGS = {"avit_class": {"class_token": "halts"}}
+SETTINGS = {"avit_class": {"class_token": "halts"}, "dynamicvit_threshold": {"select": "threshold"}}
 """Of methods that differ from the recipe's."""
 
 
@@ -57,9 +57,9 @@ def beginning(weights: Path, file: Path) -> None:
     save(FullConfig().build(vit.eval()), file)
 
 
-def told(run: Run, weights: Path, images: Path, output: Path, seed: int = 0) -> Run:
+def told(run: Run, weights: Path, images: Path, output: Path, seed: int = 0, epochs: int = EPOCHS) -> Run:
     """A recipe with what is the same for all here."""
-    recipe = replace(run.recipe, epochs=EPOCHS, precision="bfloat16", evaluate_every=0, seed=seed)
+    recipe = replace(run.recipe, epochs=epochs, precision="bfloat16", evaluate_every=0, seed=seed)
     data = replace(run.data, root=images, workers=1)
     return replace(run, weights=weights, data=data, recipe=recipe, output=output)
 
@@ -127,10 +127,10 @@ def main(weights: Path, data: Path, output: Path, *cells: str) -> None:
     file, dense = taught.file, taught.result
     known = {json.loads(row)["cell"] for row in table.read_text().splitlines()} if table.exists() else set()
     for cell in [cell for cell in cells or CELLS if cell not in known]:
-        method, _, seed = cell.partition(":")
+        method, seed, epochs = (cell + "::").split(":")[:3]
         run = RECIPES[f"imagenette_{method.partition('_')[0]}"]()
         run = replace(run, teacher=str(file), method=replace(run.method, **SETTINGS.get(method, {})))
-        run = told(run, file, data, output / cell.replace(":", "_"), int(seed or 0))
+        run = told(run, file, data, output / cell.replace(":", "_"), int(seed or 0), int(epochs or EPOCHS))
         outcome = train_run(run, resume=True)
         opened = open_data(run.data, preparation(outcome.model, cell))
         results = {BUDGETS[0]: outcome.result}
@@ -141,7 +141,8 @@ def main(weights: Path, data: Path, output: Path, *cells: str) -> None:
         rows = []
         for budget, result in results.items():
             found = line(cell, budget, result, dense, outcome.model.shape)
-            found |= {"trained_share": outcome.history[-1].macs, "epochs": EPOCHS, "dense_top1": 100 * dense.top1}
+            found |= {"trained_share": outcome.history[-1].macs, "dense_top1": 100 * dense.top1}
+            found |= {"epochs": run.recipe.epochs}
             rows.append(as_json(found) + "\n")
         with table.open("a") as lines:
             lines.write("".join(rows))

@@ -191,6 +191,15 @@ def small_vit(flavour: str = "class token", dtype: torch.dtype = torch.float32, 
     return vit.to(dtype)
 
 
+def with_values_of_all_lengths(vit: nn.Module) -> nn.Module:
+    """Values along one direction in every head, so that some tokens have next to none."""
+    for block in vit.blocks:
+        weight, bias = (parameter.data.chunk(3)[2] for parameter in (block.attn.qkv.weight, block.attn.qkv.bias))
+        weight.copy_(weight[:1].expand_as(weight))
+        bias.zero_()
+    return vit
+
+
 def vary(model: AdaptiveViT) -> AdaptiveViT:
     """Give AdaViT policies that differ between images, and so alike within a block that all of a kind go off too,
     DynamicViT predictors that tell patches apart, and exits lenses that tell something."""

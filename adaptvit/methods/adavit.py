@@ -584,17 +584,17 @@ def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
     """Set the maps of the patches' policies, in place, from what the ViT does with calibration images.
 
     Policies that start at random wreck what the ViT knows, and a short training does not recover it. So each block's
-    map is fitted, by linear regression, to how much the class token of the dense ViT attends to a patch in this block
-    and all that follow. It is fitted on what the blocks before it leave once their own policies are at work, since
-    skipped patches look unlike others; and its constant is set so that it keeps just its share. From block to block the
-    shares fall by equal factors. Policies over heads and sub-layers are left as they are.
+    map is fitted, by linear regression, to how much the class token of the dense ViT reads of a patch (`see`) in this
+    block and all that follow. It is fitted on what the blocks before it leave once their own policies are at work,
+    since skipped patches look unlike others; and its constant is set so that it keeps just its share. From block to
+    block the shares fall by equal factors. Policies over heads and sub-layers are left as they are.
 
     Args:
         model: with policies over patches, around a ViT with a class token.
         images: (B, channels, height, width), as the model takes them; a few hundred will do.
         share: of the dense MACs, in (0, 1), what the policies are to leave.
     Returns:
-        The share of the variance of the patches' logarithmic attention that the maps explain, mean over blocks.
+        The share of the variance of the patches' importance that the maps explain, mean over blocks.
     Raises:
         OutOfReach: a share that patches alone cannot come down to.
         ValueError: no policy over patches, no class token, or attention that is not finite or tells no patch from
@@ -620,7 +620,7 @@ def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
     """Fit block after block, so that each keeps its share; of the variance, what the maps explain, mean over blocks."""
     explained = []
     batches = [model.enter(batch, Masked) for batch in images.split(BATCH)]
-    seen = [_attention(model, tokens) for tokens in batches]
+    seen = [_read(model, tokens) for tokens in batches]
     check_finite(torch.cat(seen), "attention weights")
     for number in range(model.depth):
         if str(number) in model.patch_policy:
@@ -629,8 +629,8 @@ def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
     return torch.stack(explained).mean().item()
 
 
-def _attention(model: AdaViT, tokens: Tokens) -> Tensor:
-    """What the class token of the dense ViT attends to: (B, L, P)."""
+def _read(model: AdaViT, tokens: Tokens) -> Tensor:
+    """What the class token of the dense ViT reads of patches: (B, L, P)."""
     seen = list[Tensor]()
     for number in range(model.depth):
         tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, model.prefix), every=True)
@@ -641,8 +641,8 @@ def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], k
     """Fit one block's map so that it keeps a share of these tokens; the share of the variance that it explains."""
     regression = Regression(model.shape.dim, batches[0].x.device)
     patches = [attention_reads(block, tokens)[:, model.prefix :] for tokens in batches]
-    for features, attention in zip(patches, seen, strict=True):
-        regression.add(features, importance(in_float64(attention[:, block:]).mean(dim=1)))
+    for features, read in zip(patches, seen, strict=True):
+        regression.add(features, importance(in_float64(read[:, block:]).mean(dim=1)))
     weights, _, explained = regression.solve()
     logits = SPREAD * torch.cat([(in_float64(features) @ weights).flatten() for features in patches])
     policy, config = model.patch_policy[str(block)], model.config

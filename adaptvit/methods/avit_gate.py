@@ -2,8 +2,8 @@
 
 A-ViT reads its halting score from channel 0 of the residual stream, which in a pretrained ViT means nothing in
 particular. But the stream can be turned without changing what the ViT computes (`set_channel`), so that channel 0
-becomes the direction in which it is best told, by linear regression, how little the class token attends to a
-patch over all blocks. Halting then begins with the patches that the ViT itself looks at least.
+becomes the direction in which it is best told, by linear regression, how little the class token reads of a patch over
+all blocks (`regression.see`). Halting then begins with the patches that the ViT itself needs least.
 """
 
 from functools import partial
@@ -45,9 +45,9 @@ def fit_gate(vit: nn.Module, images: Tensor) -> tuple[float, float]:
             for number in range(model.depth):
                 tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, prefix), every=True)
                 features.append(in_float64(tokens.x[:, prefix:]))
-            attention = in_float64(torch.stack(seen)).mean(dim=0)  # (B, patches)
-            check_finite(attention, "attention weights")
-            little = -importance(attention)
+            read = in_float64(torch.stack(seen)).mean(dim=0)  # (B, patches)
+            check_finite(read, "attention weights")
+            little = -importance(read)
             for x in features[:-1]:
                 regression.add(x - x.mean(dim=-1, keepdim=True), little)
     direction, _, explained = regression.solve()

@@ -1,4 +1,4 @@
-"""Linear regression on more tokens than memory holds, to attention: what fits gates and policies to a ViT."""
+"""Linear regression on more tokens than memory holds, to what patches are worth: fits gates and policies to a ViT."""
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ class Regression:
         return solution[:-1], solution[-1:], explained
 
 
-def importance(attention: Tensor) -> Tensor:
-    """Logarithm of the attention that patches receive, (B, P) in float64, with mean 0 and variance 1 over all of them.
+def importance(seen: Tensor) -> Tensor:
+    """Logarithm of what `see` saw of patches, (B, P) in float64, with mean 0 and variance 1 over all of them.
 
     Raises:
-        ValueError: all receive the same.
+        ValueError: it is the same of all.
     """
-    matters = attention.clamp(min=torch.finfo(torch.float32).tiny).log()  # what underflowed is finite too
+    matters = seen.clamp(min=torch.finfo(torch.float32).tiny).log()  # what underflowed is finite too
     spread = matters.std()
     if not spread > 1e-6:  # what rounding in float32 leaves
         raise ValueError("all patches receive the same attention, so that nothing tells which of them matter")
@@ -52,5 +52,10 @@ def importance(attention: Tensor) -> Tensor:
 
 
 def see(seen: list[Tensor], tokens: Tokens, prefix: int, projected: Projected) -> None:
-    """Note how much the class token attends to each patch."""
-    seen.append(attention_received(tokens, projected, 1).mean(dim=2)[:, prefix:])
+    """Note how much the class token attends to each patch times the length of its value, mean over heads: (B, P).
+
+    Source: ATS, equation 3. Attention alone takes for important what has hardly a value to give.
+    """
+    attention = attention_received(tokens, projected, 1)
+    length = projected.v.norm(dim=-1, dtype=attention.dtype)
+    seen.append((attention * length).mean(dim=-1)[:, prefix:])
