@@ -114,7 +114,7 @@ def test_a_model_that_merges_little_can_be_steered_far_later(tmp_path: Path) -> 
             "merging by similarity needs attention, but the blocks of .* have",
         ),
         ("full", "class token", 0.5, ValueError, "FullConfig has no knob to move"),
-        ("dynamicvit", "class token", 0.5, ValueError, "DynamicViT decides by what training gives it"),
+        ("adavit", "class token", 0.5, ValueError, "AdaViT decides by what training gives it"),
     ],
 )
 def test_what_a_vit_or_a_method_cannot_do_is_said(

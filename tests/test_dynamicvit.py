@@ -6,13 +6,15 @@ from typing import Literal
 import pytest
 import timm
 import torch
-from models import images, small_vit, vary
+from models import images, small_vit, vary, with_values_of_all_lengths
 from torch.nn.functional import cross_entropy
 
 import adaptvit
 from adaptvit import DynamicViTConfig, EViTConfig, Masked, Packed, meet_target
 from adaptvit.methods import dynamicvit
 from adaptvit.methods.dynamicvit import DynamicViT, Predictor, levelled, masked_attention, token_loss
+from adaptvit.methods.dynamicvit_fit import fit_predictors
+from adaptvit.methods.regression import read_by_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
 
@@ -225,6 +227,46 @@ def test_the_knob_meets_a_budget(settings: dict, knob: str, target: float) -> No
     usage = model(batch, detailed=True).usage
     share = adaptvit.macs(usage, model.shape).double().mean() / adaptvit.dense_macs(model.shape, usage.grid)
     assert share.item() == pytest.approx(target, rel=0.03)
+
+
+def test_a_predictor_begins_with_a_linear_map() -> None:
+    torch.manual_seed(0)
+    predictor, tokens = Predictor(16), torch.randn(2, 9, 16)
+    weights, constant = torch.randn(16), torch.tensor([0.7])
+    predictor.begin_with(weights, constant)
+    normed = predictor.in_conv[0](tokens)
+    with torch.inference_mode():
+        said = predictor(Masked.of(tokens), 1)
+    torch.testing.assert_close(said, normed @ weights + constant)
+
+
+@pytest.mark.parametrize("flavour", ["class token", "average pool"])
+def test_predictors_are_fitted_to_what_is_read_of_patches_from_there_on(flavour: str) -> None:
+    vit = with_values_of_all_lengths(small_vit(flavour, img_size=64))
+    calibration = images(vit, count=64)
+    model = DynamicViTConfig(blocks=(1,)).build(vit).eval()
+    explained = fit_predictors(model, calibration)
+    assert 0.05 < explained <= 1
+    with torch.inference_mode():
+        tokens = model.enter(calibration, Masked)
+        wanted = read_by_block(model, tokens)[:, 1:].mean(dim=1).log()
+        tokens = model.run_block(0, tokens, every=True)
+        score = model.score_predictor[0](tokens, model.prefix)[:, model.prefix :]
+    told = torch.corrcoef(torch.stack([score.flatten(), wanted.flatten()]))[0, 1] ** 2
+    assert told.item() == pytest.approx(explained, abs=0.01)
+    assert (score > 0).double().mean().item() == pytest.approx(model.shares[0], abs=0.01)
+
+
+@pytest.mark.parametrize("select", ["top-k", "threshold"])
+def test_a_fitted_model_meets_its_budget(select: Literal["top-k", "threshold"]) -> None:
+    vit = small_vit(img_size=64)
+    calibration = images(vit, count=64)
+    model = DynamicViTConfig(blocks=(1, 2), select=select).fit(vit, calibration, 0.7)
+    with torch.inference_mode():
+        output = model(calibration, detailed=True)
+    assert output.usage.share.mean().item() == pytest.approx(0.7, abs=0.03)
+    assert isinstance(model.config, DynamicViTConfig)
+    assert (model.config.select, model.config.threshold) == (select, pytest.approx(0.5, abs=0.1))
 
 
 def test_a_predictors_macs_are_those_of_its_maps() -> None:

@@ -29,7 +29,7 @@ from adaptvit.macs import dense_macs, dense_macs_of, macs
 from adaptvit.methods.adavit_files import PUBLISHED
 from adaptvit.methods.base import MethodConfig, Published
 from adaptvit.methods.gates import entropy, gate, gumbel_difference, log_odds, probability
-from adaptvit.methods.regression import Regression, importance, see
+from adaptvit.methods.regression import SPREAD, Regression, importance, read_by_block
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
 from adaptvit.tokens import Masked, Packed, Slab, Tokens, fused, kernels
@@ -576,10 +576,6 @@ def _stack(blocks: list[Policies]) -> Policies:
     )
 
 
-SPREAD = 2.0
-"""Standard deviation of the fitted logits of a block, less what the maps do not explain."""
-
-
 def fit_policies(model: AdaViT, images: Tensor, share: float) -> float:
     """Set the maps of the patches' policies, in place, from what the ViT does with calibration images.
 
@@ -620,21 +616,13 @@ def _fit_all(model: AdaViT, images: Tensor, kept: list[float]) -> float:
     """Fit block after block, so that each keeps its share; of the variance, what the maps explain, mean over blocks."""
     explained = []
     batches = [model.enter(batch, Masked) for batch in images.split(BATCH)]
-    seen = [_read(model, tokens) for tokens in batches]
+    seen = [read_by_block(model, tokens) for tokens in batches]
     check_finite(torch.cat(seen), "attention weights")
     for number in range(model.depth):
         if str(number) in model.patch_policy:
             explained.append(_fit(model, number, batches, seen, kept[number]))
         batches = [_run_decided(model, number, tokens) for tokens in batches]
     return torch.stack(explained).mean().item()
-
-
-def _read(model: AdaViT, tokens: Tokens) -> Tensor:
-    """What the class token of the dense ViT reads of patches: (B, L, P)."""
-    seen = list[Tensor]()
-    for number in range(model.depth):
-        tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, model.prefix), every=True)
-    return torch.stack(seen, dim=1)
 
 
 def _fit(model: AdaViT, block: int, batches: list[Tokens], seen: list[Tensor], kept: float) -> Tensor:

@@ -81,8 +81,8 @@ class AViTConfig(MethodConfig):
         names=NAMES, untold=GATE, by_arguments=trained_gate, by_file_name=gate_in_name, fitted="gate"
     )
 
-    sharpness: Annotated[float, In("(0, 1e6]")] = 6.0
-    """Of `fitted`: how far the logits of the scores spread. At 1 patches halt at similar depths, at 8 some at once and
+    sharpness: Annotated[float, In("(0, 1e6]")] = 16.0
+    """Of `fitted`: how far the logits of the scores spread. At 1 patches halt at similar depths, at 16 some at once and
     some never."""
     gate_scale: Annotated[float, In("(0, 1e6]")] = 10.0
     """gamma: the halting score is sigmoid(gate_scale * t - gate_center), t being channel 0 of the token."""

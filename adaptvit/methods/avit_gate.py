@@ -43,7 +43,7 @@ def fit_gate(vit: nn.Module, images: Tensor) -> tuple[float, float]:
             tokens = model.enter(batch, Masked)
             seen, features = list[Tensor](), list[Tensor]()
             for number in range(model.depth):
-                tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, prefix), every=True)
+                tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, model), every=True)
                 features.append(in_float64(tokens.x[:, prefix:]))
             read = in_float64(torch.stack(seen)).mean(dim=0)  # (B, patches)
             check_finite(read, "attention weights")

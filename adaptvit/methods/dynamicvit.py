@@ -22,7 +22,7 @@ from adaptvit.backbones.base import model_name
 from adaptvit.backbones.door import Projected
 from adaptvit.backbones.forward import final_norm
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
+from adaptvit.methods.base import MethodConfig, Named, Published, around_deits, turned
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused, kernels
@@ -58,7 +58,6 @@ class DynamicViTConfig(MethodConfig):
     method: ClassVar[str] = "dynamicvit"
     title: ClassVar[str] = "DynamicViT"
     needs: ClassVar[Set[str]] = frozenset({"attention", "token norms"})
-    trained: ClassVar[bool] = True
     published: ClassVar[Published] = Published(names=NAMES, untold=("keep_rate",), our_tensors=our_tensors)
 
     blocks: Annotated[Sequence[int] | None, Ascending()] = None
@@ -108,6 +107,22 @@ class DynamicViTConfig(MethodConfig):
         """
         return DynamicViT(vit, self)
 
+    def fitted(self, vit: nn.Module, images: Tensor, target: float, **search: Any) -> AdaptiveViT:
+        """The model with predictors that are fitted to the weights, at keep rates that meet the target.
+
+        Raises:
+            ValueError: what `dynamicvit_fit.fit_predictors` raises.
+        """
+        from adaptvit.methods.dynamicvit_fit import fit_predictors  # which takes models of this module
+
+        counted = replace(self, select="top-k").build(vit).eval()
+        turned(counted, images, target, **{**search, "tell": None})  # by numbers kept, whichever they are
+        assert isinstance(counted, DynamicViT)
+        fit_predictors(counted, images)
+        model = replace(counted.config, select=self.select).build(vit).eval()
+        model.score_predictor.load_state_dict(counted.score_predictor.state_dict())
+        return model
+
 
 class Predictor(nn.Module):
     """Features of patches -> logits of keeping and of dropping each."""
@@ -147,6 +162,21 @@ class Predictor(nn.Module):
         else:
             mean = patches.sum(dim=1) / tokens.live[:, prefix:].sum(dim=1, keepdim=True)
         return self.out_conv(torch.cat([local, tokens.spread(mean[:, None]).expand_as(local)], dim=-1).to(local.dtype))
+
+    @torch.no_grad()
+    def begin_with(self, weights: Tensor, constant: Tensor) -> None:
+        """Make the log-odds a linear map of normed features, (D,), by two units a layer: GELU(z) - GELU(-z) = z.
+
+        The other units stay as they are, and add nothing until the last layer learns to read them.
+        """
+        sign = weights.new_tensor([1.0, -1.0])
+        first, *between, last = (part for part in self.modules() if isinstance(part, nn.Linear))
+        first.weight[:2], first.bias[:2] = sign[:, None] * weights, sign * constant
+        for part in between:
+            part.weight[:2], part.bias[:2] = 0, 0
+            part.weight[:2, :2] = sign[:, None] * sign
+        last.weight[:], last.bias[:] = 0, 0
+        last.weight[:, :2] = sign[:, None] * sign / 2
 
     @staticmethod
     def macs(dim: int) -> int:

@@ -1,12 +1,17 @@
 """Linear regression on more tokens than memory holds, to what patches are worth: fits gates and policies to a ViT."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from adaptvit.backbones.door import Projected, attention_received
+from adaptvit.model import AdaptiveViT
 from adaptvit.process import in_float64
 from adaptvit.tokens import Tokens
 
+SPREAD = 2.0
+"""Standard deviation of the fitted log-odds of what to keep, less what the maps do not explain."""
 RIDGE = 1e-4
 """Of the mean square of the features: keeps the solution small where they are collinear."""
 
@@ -51,11 +56,22 @@ def importance(seen: Tensor) -> Tensor:
     return (matters - matters.mean()) / spread
 
 
-def see(seen: list[Tensor], tokens: Tokens, prefix: int, projected: Projected) -> None:
+def see(seen: list[Tensor], tokens: Tokens, model: AdaptiveViT, projected: Projected) -> None:
     """Note how much the class token attends to each patch times the length of its value, mean over heads: (B, P).
 
-    Source: ATS, equation 3. Attention alone takes for important what has hardly a value to give.
+    Where the classifier reads no class token, all tokens. Attention alone takes for important what has hardly a value
+    to give.
+
+    Source: ATS, equation 3.
     """
-    attention = attention_received(tokens, projected, 1)
+    attention = attention_received(tokens, projected, 1 if model.read else None)
     length = projected.v.norm(dim=-1, dtype=attention.dtype)
-    seen.append((attention * length).mean(dim=-1)[:, prefix:])
+    seen.append((attention * length).mean(dim=-1)[:, model.prefix :])
+
+
+def read_by_block(model: AdaptiveViT, tokens: Tokens) -> Tensor:
+    """What each block of the dense ViT reads of patches, as `see` has it: (B, L, P)."""
+    seen = list[Tensor]()
+    for number in range(model.depth):
+        tokens = model.run_block(number, tokens, look=partial(see, seen, tokens, model), every=True)
+    return torch.stack(seen, dim=1)

@@ -254,7 +254,7 @@ def imagenette_avit() -> Run:
 
 def imagenette_ats() -> Run:
     """Adaptive token sampling fine-tuned on the same images, at half the dense MACs."""
-    return _fine_tuned("imagenette_ats", ATSConfig(blocks=range(1, 12)))
+    return _fine_tuned("imagenette_ats", ATSConfig(blocks=(3, 6, 9)))
 
 
 def imagenette_adavit() -> Run:
@@ -267,7 +267,7 @@ def imagenette_adavit() -> Run:
 
 def imagenette_evit() -> Run:
     """EViT fine-tuned on the same images, at half the dense MACs."""
-    return _fine_tuned("imagenette_evit", EViTConfig(blocks=(1, 4, 7)))
+    return _fine_tuned("imagenette_evit", EViTConfig(blocks=(2, 5, 8)))
 
 
 def imagenette_exit() -> Run:

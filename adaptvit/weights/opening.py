@@ -126,7 +126,8 @@ def _opened(name: Path | str) -> AdaptiveViT:
     if subset is not None and not opened.class_names:
         names = ImageNetInfo(subset)
         opened.class_names = [names.index_to_description(number) for number in range(opened.num_classes)]
-    if kind is not None and (kind.trained or kind.published.fitted):  # nobody taught a DeiT what to decide by
+    own = any(not name.startswith("vit.") for name, _ in opened.named_parameters())
+    if kind is not None and (own or kind.published.fitted):  # nobody taught a DeiT what to decide by
         warn(f"{word} has {kind.method}'s decisions not fitted or trained: {NOT_FITTED}", stacklevel=2)
     return opened.eval()
 
