@@ -37,6 +37,7 @@ from adaptvit import (
     ATSConfig,
     AViTConfig,
     CalibratedConfig,
+    DynamicViTConfig,
     Masked,
     MergeConfig,
     dense_macs,
@@ -242,11 +243,13 @@ def samples(weights: Path, folder: Path, table: Path, output: Path, *budgets: st
         dense = torch.cat([vit(batch) for batch in some.split(BATCH)]).log_softmax(dim=1)
     found = {row["budget"]: row["schedule"] for row in csv.DictReader(table.open()) if row["method"] == "merge"}
     patched = AdaViTConfig(policies=("patches",), macs_target=None)
+    by_image = DynamicViTConfig(select="threshold")
     makes = {
         "merge": lambda budget: MergeConfig(thresholds=[float(one) for one in found[budget].split()]).build(vit).eval(),
         "avit": lambda budget: steered(AViTConfig().fitted(vit, calibration, float(budget)), budget),
         "ats": lambda budget: steered(ATSConfig(blocks=range(1, 12)).build(vit).eval(), budget),
         "adavit": lambda budget: steered(patched.fitted(vit, calibration, float(budget)), budget),
+        "dynamicvit": lambda budget: steered(by_image.fitted(vit, calibration, float(budget)), budget),
     }
 
     def steered(model: AdaptiveViT, budget: str) -> AdaptiveViT:
@@ -285,11 +288,12 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
 def draw(output: Path, picture: Path) -> None:
     """Gain over equal counts, beside the rank correlation of MACs with the dense loss and with entropy."""
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
-    lines = [one for one in lines if one["method"] != "dynamicvit"]  # by top-k, whose probabilities are no thresholds
+    by_count = ("tuned", "dynamicvit")  # by top-k, whose probabilities are no thresholds
+    lines = [one for one in lines if (one["images"], one["method"]) != by_count]
     lines.sort(key=lambda one: (one["images"], one["method"], -float(one["budget"])))
     names = [f"{one['method']}\n{float(one['budget']):.0%}\n{one['images']}" for one in lines]
     looks = styles(one["method"] for one in lines)
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for place, one in enumerate(lines):
         look = looks[one["method"]]
@@ -306,7 +310,7 @@ def draw(output: Path, picture: Path) -> None:
         ylabel="gain over equal counts, points of top-1", title="Counts by image: whiskers are two standard errors"
     )
     below.set(ylabel="rank correlation of MACs", title="Do MACs follow the dense loss (filled) and the entropy (open)?")
-    below.set_xticks(range(len(lines)), names)
+    below.set_xticks(range(len(lines)), names, fontsize=8)
     write_png(figure, picture)
 
 
