@@ -29,7 +29,7 @@ def fit_predictors(model: DynamicViT, images: Tensor) -> float:
         model: in evaluation mode, its keep rates those that it is to run with.
         images: (B, channels, height, width), as the model takes them; a few hundred will do.
     Returns:
-        The share of the variance of the patches' importance that the maps explain, mean over stages.
+        The share of the squares of the patches' importance that the maps explain, mean over stages.
     Raises:
         ValueError: attention that is not finite or tells no patch from another.
     """
@@ -52,7 +52,7 @@ def fit_predictors(model: DynamicViT, images: Tensor) -> float:
 def _fit(
     predictor: Predictor, prefix: int, batches: Sequence[Tokens], wanted: Sequence[Tensor], share: float
 ) -> Tensor:
-    """Fit one predictor so that it keeps a share of all patches; the share of the variance that it explains."""
+    """Fit one predictor so that it keeps a share of all patches; the share of the squares that it explains."""
     norm, size = predictor.in_conv[0], batches[0].x.shape[-1]
     regression = Regression(size, wanted[0].device)
     lives = [tokens.live[:, prefix:] for tokens in batches]
