@@ -12,8 +12,14 @@ from torch.nn.functional import cross_entropy
 import adaptvit
 from adaptvit import DynamicViTConfig, EViTConfig, Masked, Packed, meet_target
 from adaptvit.methods import dynamicvit
-from adaptvit.methods.dynamicvit import DynamicViT, Predictor, levelled, masked_attention, token_loss
-from adaptvit.methods.dynamicvit_fit import fit_predictors
+from adaptvit.methods.dynamicvit import (
+    DynamicViT,
+    Predictor,
+    fit_predictors,
+    levelled,
+    masked_attention,
+    token_loss,
+)
 from adaptvit.methods.regression import read_by_block
 
 LAYOUTS = pytest.mark.parametrize("layout", [Masked, Packed], ids=lambda layout: layout.__name__)
