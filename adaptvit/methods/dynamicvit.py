@@ -21,9 +21,9 @@ from torch.nn.functional import dropout, kl_div, log_softmax, logsigmoid
 from adaptvit.backbones.base import model_name
 from adaptvit.backbones.door import Projected
 from adaptvit.backbones.forward import final_norm
-from adaptvit.budget import BATCH
+from adaptvit.budget import BATCH, meet_target
 from adaptvit.checks import Ascending, In, check_fields
-from adaptvit.methods.base import MethodConfig, Named, Published, around_deits, turned
+from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
 from adaptvit.methods.gates import gumbel_difference, straight_through
 from adaptvit.methods.regression import SPREAD, Regression, importance, read_by_block
 from adaptvit.model import AdaptiveViT, Knob, Left
@@ -117,9 +117,10 @@ class DynamicViTConfig(MethodConfig):
             ValueError: what `fit_predictors` raises.
         """
         counted = replace(self, select="top-k").build(vit).eval()
-        turned(counted, images, target, **{**search, "tell": None})  # by numbers kept, whichever they are
-        assert isinstance(counted, DynamicViT)
+        meet_target(counted, images, target, **{**search, "tell": None})  # by numbers kept, whichever they are
         fit_predictors(counted, images)
+        if self.select == "top-k":
+            return counted
         model = replace(counted.config, select=self.select).build(vit).eval()
         model.score_predictor.load_state_dict(counted.score_predictor.state_dict())
         return model
@@ -442,13 +443,13 @@ def fit_predictors(model: DynamicViT, images: Tensor) -> float:
         ValueError: attention that is not finite or tells no patch from another.
     """
     batches = [model.enter(batch, Masked) for batch in images.split(BATCH)]
-    seen = [read_by_block(model, tokens) for tokens in batches]
-    check_finite(torch.cat(seen), "attention weights")
+    read = torch.cat([read_by_block(model, tokens) for tokens in batches])
+    check_finite(read, "attention weights")
     explained = list[Tensor]()
     for number in range(model.stages[-1] + 1):
         if number in model.stages:
             stage = len(explained)
-            wanted = importance(in_float64(torch.cat(seen)[:, number:]).mean(dim=1)).split(BATCH)
+            wanted = importance(in_float64(read[:, number:]).mean(dim=1)).split(BATCH)
             predictor: nn.Module = model.score_predictor[stage]
             assert isinstance(predictor, Predictor)
             explained.append(_fit(predictor, model.prefix, batches, wanted, model.shares[stage]))
