@@ -23,7 +23,7 @@ from adaptvit.data import open_data, preparation, spread_over
 from adaptvit.files import as_json
 from adaptvit.macs import Shape
 from adaptvit.measure.evaluate import Result, evaluate
-from adaptvit.methods import turned
+from adaptvit.methods import METHODS, turned
 from adaptvit.training.recipes import RECIPES
 from adaptvit.training.run import Run, train_run
 from adaptvit.weights.opening import start_from
@@ -38,6 +38,12 @@ CELLS = [
 ]
 SETTINGS = {"avit_class": {"class_token": "halts"}, "dynamicvit_threshold": {"select": "threshold"}}
 """Of methods that differ from the recipe's."""
+
+
+def titled(method: str) -> str:
+    """What a cell's method is called."""
+    settings = "".join(f", {name.replace('_', ' ')} {value}" for name, value in SETTINGS.get(method, {}).items())
+    return METHODS[method.partition("_")[0] if settings else method].title + settings
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from one_recipe import BUDGETS, by_method
+from one_recipe import BUDGETS, by_method, titled
 from tables import write_table
 
 from adaptvit import load
 from adaptvit.data import DataConfig, open_data, preparation, spread_over
 from adaptvit.files import as_json
 from adaptvit.measure.speed import speeds
-from adaptvit.methods import METHODS
 from adaptvit.show.pictures import INK, write_png
 from adaptvit.show.styles import styles
 
@@ -34,7 +33,7 @@ def drawn(rows: list[dict[str, Any]], file: Path) -> None:
     for method, look in styles(dict.fromkeys(row["method"] for row in rows)).items():
         some = [row for row in rows if row["method"] == method]
         x, y, spread = ([row[name] for row in some] for name in ("gain", "lost", "spread"))
-        axis.errorbar(x, y, spread, color=look.colour, marker=look.marker, label=METHODS[method].title, capsize=2)
+        axis.errorbar(x, y, spread, color=look.colour, marker=look.marker, label=titled(method), capsize=2)
     axis.axhline(0, color=INK, linewidth=0.5)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

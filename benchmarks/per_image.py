@@ -266,7 +266,7 @@ def samples(weights: Path, folder: Path, table: Path, output: Path, *budgets: st
 
 
 def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
-    """Fine-tuned models in folders METHOD_BUDGET; of DynamicViT's by top-k, what decides by threshold at the budget."""
+    """Fine-tuned models in folders METHOD_BUDGET."""
     plain = open_model(file)
     split = open_split(DataConfig(root=data), resolve_model_data_config(plain), "validation")
     images, labels, _ = spread_over(split, len(split))
@@ -275,9 +275,6 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
     for one in files:
         model = open_model(one)
         name, budget, *_ = Path(one).parent.name.split("_")
-        if getattr(model.config, "select", None) == "top-k":
-            model = selecting(model, select="threshold")
-            meet_target(model, images[::8], float(budget))
 
         def made(name: str = name, model: AdaptiveViT = model) -> dict[str, Any]:
             return row(name, "tuned", model, images, labels, dense)
@@ -288,8 +285,6 @@ def tuned(data: Path, file: Path, output: Path, *files: str) -> None:
 def draw(output: Path, picture: Path) -> None:
     """Gain over equal counts, beside the rank correlation of MACs with the dense loss and with entropy."""
     lines = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
-    by_count = ("tuned", "dynamicvit")  # by top-k, whose probabilities are no thresholds
-    lines = [one for one in lines if (one["images"], one["method"]) != by_count]
     lines.sort(key=lambda one: (one["images"], one["method"], -float(one["budget"])))
     names = [f"{one['method']}\n{float(one['budget']):.0%}\n{one['images']}" for one in lines]
     looks = styles(one["method"] for one in lines)

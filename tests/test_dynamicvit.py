@@ -134,9 +134,12 @@ def test_a_hidden_key_that_overflows_all_others_leaves_attention_finite() -> Non
     assert weights.isfinite().all()
 
 
-def test_training_without_noise_decides_as_evaluation_by_threshold_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threshold", [0.0, 0.45, 0.5, 0.55])
+def test_training_without_noise_decides_as_evaluation_by_threshold_does(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dynamicvit, "gumbel_difference", torch.zeros_like)
-    model = build(select="threshold", threshold=0.5)
+    model = build(select="threshold", threshold=threshold)
     batch = images(model.vit)
     trained, evaluated = model.train()(batch, detailed=True), model.eval()(batch, detailed=True)
     assert torch.equal(trained.usage.live, evaluated.usage.live)
@@ -150,14 +153,15 @@ def test_every_parameter_that_is_used_learns(flavour: str, select: Literal["top-
     torch.manual_seed(0)
     model = build(flavour, select=select).train()
     output = model(images(model.vit), detailed=True)
-    (cross_entropy(output.logits, torch.tensor([0, 1, 2])) + sum(output.terms.values())).backward()
-    for name, parameter in model.score_predictor.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        if select == "top-k" and name.endswith("out_conv.4.bias"):  # of all patches alike, which `levelled` takes off
-            torch.testing.assert_close(parameter.grad, torch.zeros_like(parameter.grad), atol=1e-6, rtol=0)
-        else:
-            assert parameter.grad.any(), name
+    task = cross_entropy(output.logits, torch.tensor([0, 1, 2]))
+    names, parameters = zip(*model.score_predictor.named_parameters(), strict=True)
+    for loss, counts in ((task, False), (task + sum(output.terms.values()), select == "threshold")):
+        for name, gradient in zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+            assert gradient.isfinite().all(), name
+            if name.endswith("out_conv.4.bias") and not counts:  # of all patches alike: how many is not for the task
+                torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
+            else:
+                assert gradient.any(), name
 
 
 def test_the_likeliest_patch_of_an_image_is_kept_whatever_the_noise_says(monkeypatch: pytest.MonkeyPatch) -> None:

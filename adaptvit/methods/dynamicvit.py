@@ -54,8 +54,9 @@ class DynamicViTConfig(MethodConfig):
 
     Differs from the released code in evaluation: counts follow the number of patches, 196 or not; at least one patch is
     kept; and `select="threshold"` is ours. In training `top-k` draws as many patches as are asked for, on average, from
-    the first step (`levelled`), where the published ratio loss takes many epochs to. How that code trains is
-    `adaptvit.methods.released.ReleasedDynamicViTConfig`, which lists what differs.
+    the first step (`levelled`), where the published ratio loss takes many epochs to, and `threshold` draws by its
+    threshold, which a training steers; of the task a predictor learns which patches to keep, not how many. How that
+    code trains is `adaptvit.methods.released.ReleasedDynamicViTConfig`, which lists what differs.
     """
 
     method: ClassVar[str] = "dynamicvit"
@@ -74,8 +75,8 @@ class DynamicViTConfig(MethodConfig):
     its share. `threshold`: each keeps those whose pi is above `threshold`; in training the batch is asked for the
     share, so that images may differ (the released code's `dynamic`)."""
     threshold: Annotated[float, In("[0, 1)")] = 0.5
-    """pi above which a patch is kept, in [0, 1); in evaluation, with `select="threshold"`. The patch of an image that
-    has the largest pi always is. 0.5 is what training decides by, apart from its noise."""
+    """pi above which a patch is kept, in [0, 1), with `select="threshold"`; in training, with noise. The patch of an
+    image that has the largest pi always is. The ratio loss asks for the shares of `keep_rate` at this threshold."""
     rate: Annotated[float, In("[0, 1e9]")] = 1.0
     """The shares asked for are taken times this, up to all patches: the one number by which a list of them is steered
     to a budget."""
@@ -349,6 +350,7 @@ class DynamicViT(AdaptiveViT):
         prefix, kept = ones.split([self.prefix, tokens.shape[1] - self.prefix], dim=1)
         if tokens.at_first is not None:
             kept = kept * tokens.at_first[:, self.prefix :]
+        counted = kept  # the same, with the gradients of how many are kept
         decided: list[Tensor] = []
         policy = None
         depth = self.deepest(tokens)
@@ -357,11 +359,12 @@ class DynamicViT(AdaptiveViT):
                 predictor, before = self.score_predictor[len(decided)], kept > 0
                 score = predictor(tokens, self.prefix, kept)[:, self.prefix :]
                 score = self.as_asked(score, before, len(decided), tokens.source.own)
-                drawn = score + gumbel_difference(score)
-                on = self.kept_of(drawn, before)
-                kept = kept * straight_through(on, drawn.sigmoid())
+                noise = gumbel_difference(score)
+                on = self.kept_of(score + noise, before)
+                kept = kept * straight_through(on, (self.compared(score, before) + noise).sigmoid())
+                counted = counted * straight_through(on, (score + noise).sigmoid())
                 depth[:, self.prefix :].masked_fill_(before & ~on, number)
-                decided.append(kept)
+                decided.append(counted)
                 policy = torch.cat([prefix, kept], dim=1)
             if policy is None and not self.epsilon:
                 tokens = self.run_block(number, tokens, every=True)
@@ -389,8 +392,13 @@ class DynamicViT(AdaptiveViT):
             patches: (B, 1), how many each image has; None is P.
         """
         if self.config.select == "threshold":
-            return score
+            return score - max(-FAR, _log_odds(self.config.threshold))
         return levelled(score, live, self.shares[stage] * (score.shape[1] if patches is None else patches))
+
+    def compared(self, score: Tensor, live: Tensor) -> Tensor:
+        """The same log-odds, by which patches are hidden: how many are kept is for the ratio loss and the knob alone,
+        and attention's gradients, for which all patches would be kept, tell only which."""
+        return unmoved(score, live, dim=(0, 1)) if self.config.select == "threshold" else score
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
         """The patches that are kept in training, (B, P) bool, by log-odds with noise, of those that are live."""
@@ -492,11 +500,15 @@ def levelled(score: Tensor, live: Tensor, count: Tensor | float) -> Tensor:
             middle = (low + high) / 2
             many = ((score - middle).sigmoid() * live).sum(dim=1, keepdim=True) > count
             low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    number = (low + high) / 2
-    chance = (score - number).sigmoid() * live
-    slope = (chance * (1 - chance)).sum(dim=1, keepdim=True).detach()
-    total = chance.sum(dim=1, keepdim=True)
-    return score - number - (total - total.detach()) / slope.clamp(min=torch.finfo(slope.dtype).tiny)
+    return unmoved(score - (low + high) / 2, live, dim=1)
+
+
+def unmoved(score: Tensor, live: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The same log-odds, (B, P), without the gradient that would keep more of all live patches along `dim`."""
+    chance = score.sigmoid() * live
+    slope = (chance * (1 - chance)).sum(dim=dim, keepdim=True).detach()
+    total = chance.sum(dim=dim, keepdim=True)
+    return score - (total - total.detach()) / slope.clamp(min=torch.finfo(slope.dtype).tiny)
 
 
 def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
@@ -513,6 +525,10 @@ def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
 
 def _logarithm(threshold: float) -> float:
     return math.log(threshold) if threshold else -math.inf
+
+
+def _log_odds(threshold: float) -> float:
+    return _logarithm(threshold) - math.log1p(-threshold)
 
 
 def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Tensor:

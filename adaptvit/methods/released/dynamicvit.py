@@ -17,7 +17,8 @@ class ReleasedDynamicViTConfig(DynamicViTConfig):
 
     - 1e-6 is added to the masked softmax, in all blocks; there: it is over the patches kept and oneself;
     - none of an image's patches may be kept, and what the next predictor reads is then 0 / 0; there: one at least is;
-    - predictors' log-odds are drawn by as they are; there: with `top-k`, as many patches as are asked for;
+    - predictors' log-odds are drawn by as they are; there: with `top-k`, as many patches as are asked for, and with
+      `threshold` those above it, however much attention would have more of all;
     - a batch that is asked for its share is that of one process; there: of all.
     """
 
@@ -36,6 +37,9 @@ class ReleasedDynamicViT(DynamicViT):
     epsilon: ClassVar[float] = 1e-6
 
     def as_asked(self, score: Tensor, live: Tensor, stage: int, patches: Tensor | None) -> Tensor:
+        return score
+
+    def compared(self, score: Tensor, live: Tensor) -> Tensor:
         return score
 
     def kept_of(self, drawn: Tensor, live: Tensor) -> Tensor:
