@@ -24,7 +24,7 @@ from adaptvit.backbones.forward import final_norm
 from adaptvit.budget import BATCH, meet_target
 from adaptvit.checks import Ascending, In, check_fields
 from adaptvit.methods.base import MethodConfig, Named, Published, around_deits
-from adaptvit.methods.gates import gumbel_difference, straight_through
+from adaptvit.methods.gates import gumbel_difference, log_odds, straight_through
 from adaptvit.methods.regression import SPREAD, Regression, importance, read_by_block
 from adaptvit.model import AdaptiveViT, Knob, Left
 from adaptvit.process import in_float64
@@ -32,7 +32,8 @@ from adaptvit.tokens import Dense, Masked, Packed, Slab, Tokens, fused, kernels
 from adaptvit.usage import Usage, check_finite
 
 FAR, HALVINGS = 40.0, 32
-"""How far from its log-odds the number lies, at most, that an image's are less, and in how many steps it is found."""
+"""How far from its log-odds the number lies, at most, that an image's are less, and in how many steps it is found;
+as far under them lies a threshold of 0."""
 ABOUT = " with predictors: published with weights."
 NAMES = around_deits("dynamicvit", dict.fromkeys(("small", "base"), ABOUT)) | {
     "dynamicvit_256_patch16_224": Named(
@@ -392,7 +393,8 @@ class DynamicViT(AdaptiveViT):
             patches: (B, 1), how many each image has; None is P.
         """
         if self.config.select == "threshold":
-            return score - max(-FAR, _log_odds(self.config.threshold))
+            threshold = self.config.threshold
+            return score - (log_odds(threshold) if threshold else -FAR)
         return levelled(score, live, self.shares[stage] * (score.shape[1] if patches is None else patches))
 
     def compared(self, score: Tensor, live: Tensor) -> Tensor:
@@ -525,10 +527,6 @@ def above(score: Tensor, threshold: float, live: Tensor) -> Tensor:
 
 def _logarithm(threshold: float) -> float:
     return math.log(threshold) if threshold else -math.inf
-
-
-def _log_odds(threshold: float) -> float:
-    return _logarithm(threshold) - math.log1p(-threshold)
 
 
 def masked_attention(logits: Tensor, policy: Tensor, epsilon: float = 0.0) -> Tensor:
